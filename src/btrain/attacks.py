@@ -1,0 +1,116 @@
+"""L∞ projected gradient ascent with a step count and a step size for each example.
+
+Examples with fewer steps cost less: sorted by descending step count, every step runs on a
+contiguous prefix of the batch. Gradients reach the images only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+InnerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(adversarial logits (m, K), clean logits (m, K), labels (m,)) -> what to ascend (m,)"""
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    clean_logits: Tensor,
+    *,
+    steps: Tensor,
+    step_size: Tensor,
+    inner_loss: InnerLoss,
+    epsilon: float,
+    noise: Tensor | None,
+) -> Tensor:
+    """Adversarial examples within the ε-ball around x and the box [0, 1].
+
+    The model is attacked in the mode it is in (see `evaluation_mode`). One copy from the device to
+    the host, of the step counts. Other than in the returned order, an example's result depends on
+    the batch only through the model.
+
+    Args:
+        model: maps images to logits.
+        x: clean images in [0, 1], (m, C, H, W).
+        labels: (m,) int64.
+        clean_logits: handed to `inner_loss`, (m, K).
+        steps: how many steps each example takes, (m,) int64; with 0 it comes back untouched.
+        step_size: of each example, in pixel units, (m,).
+        inner_loss: per example; its sum is ascended by the sign of its gradient.
+        epsilon: radius of the ball, in pixel units.
+        noise: added to x as the start, like x, not projected before the first step; or None.
+
+    Returns:
+        Like x, in x's order.
+    """
+    order = torch.argsort(steps, descending=True, stable=True)
+    active = active_counts(steps[order].tolist())
+    x_adv = prefix_pgd(
+        model,
+        x[order],
+        labels[order],
+        clean_logits[order],
+        active=active,
+        step_size=step_size[order],
+        inner_loss=inner_loss,
+        epsilon=epsilon,
+        noise=None if noise is None else noise[order],
+    )
+    return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
+
+
+def active_counts(steps: Sequence[int]) -> list[int]:
+    """How many examples take the first step, the second, …; `steps` in descending order."""
+    longest = steps[0] if steps else 0
+    return [bisect_left(steps, -step, key=lambda n: -n) for step in range(longest)]
+
+
+def prefix_pgd(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    clean_logits: Tensor,
+    *,
+    active: Sequence[int],
+    step_size: Tensor,
+    inner_loss: InnerLoss,
+    epsilon: float,
+    noise: Tensor | None,
+) -> Tensor:
+    """`pgd` on a batch in descending order of steps: step j moves the first `active[j]` examples.
+
+    `active` is what `active_counts` returns, on the host, so that nothing is copied here.
+    """
+    x_adv = x.detach().clone()
+    lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
+    target = clean_logits.detach()
+    step_size = step_size.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    if noise is not None and active:
+        x_adv[: active[0]] += noise[: active[0]]
+
+    for n in active:
+        images = x_adv[:n].requires_grad_()
+        with torch.enable_grad():
+            loss = inner_loss(model(images), target[:n], labels[:n]).sum()
+        (gradient,) = torch.autograd.grad(loss, [images])
+        moved = images.detach() + step_size[:n] * gradient.sign()
+        x_adv[:n] = torch.clamp(moved, lower[:n], upper[:n])
+    return x_adv
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode afterwards (a frozen BatchNorm stays frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,105 @@
+"""The command `btrain <command> …`: picks the task and hands the rest to Hydra.
+
+Imports no torch before the configuration is known to be right, so that help and mistakes answer
+at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from btrain import __version__
+from btrain.errors import UserError
+
+USAGE = """\
+usage: btrain <command> …
+
+commands:
+  train [option=value …]    train a robust network, evaluate it, leave a run folder
+  report RUN [RUN …]        finished runs side by side; the first is the baseline
+
+`btrain <command> --help` tells more, `btrain --version` the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"btrain {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"btrain: there is no command {args[0]}; see btrain --help.", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        print(f"btrain: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "btrain: interrupted; the same command goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _train(args: list[str]) -> None:
+    """Composes the configuration with Hydra and runs `btrain.training.train` on it, once a job."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from btrain import config as configs
+
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
+
+    composed = False
+
+    def job(cfg: Any) -> None:
+        nonlocal composed
+        composed = True
+        hydra_config = HydraConfig.get()
+        try:
+            config = configs.from_hydra(cfg, hydra_config.overrides.task)
+            from btrain.training import train
+
+            train(config)
+        except UserError as error:
+            if full_error:
+                raise
+            print(f"btrain: {error}", file=sys.stderr)
+            if hydra_config.mode is RunMode.RUN:
+                sys.exit(1)
+            raise  # Hydra goes on with the sweep and raises this again at its end
+
+    configs.register()
+    sys.argv = ["btrain train", *args]
+    run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
+    try:
+        run()
+    except Exception as error:
+        if full_error or (composed and not isinstance(error, UserError)):
+            raise
+        raise configs.explain(error) from None
+
+
+def _report(args: list[str]) -> None:
+    """Prints finished runs side by side."""
+    from btrain.report import compare
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: btrain report RUN [RUN …]\n\nRUN is a run folder; the first is the baseline.")
+        return
+    print(compare(args))
+
+
+COMMANDS = {"train": _train, "report": _report}

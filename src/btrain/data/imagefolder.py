@@ -1,0 +1,81 @@
+"""The user's own images: root/train/<class>/* and root/test/<class>/*."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from btrain.data.source import Images, Source
+from btrain.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+
+
+def read(root: Path, image_size: int) -> tuple[Source, Source]:
+    """The training and the test part; images are decoded when `Source.read` asks for them.
+
+    Raises:
+        UserError: a folder is missing or a class empty, or the parts have different classes.
+    """
+    parts = {name: _files_by_class(root / name) for name in ("train", "test")}
+    classes = tuple(parts["train"])
+    if tuple(parts["test"]) != classes:
+        odd = sorted(set(parts["test"]) ^ set(classes))[0]
+        raise UserError(
+            f"The class folder {odd} is in only one of {root / 'train'} and {root / 'test'}."
+        )
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train'} needs at least two class folders.")
+    return _source(parts["train"], image_size), _source(parts["test"], image_size)
+
+
+def _files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder, both sorted by name."""
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder {folder}; an image folder holds train/<class>/*.png|jpg and "
+            "test/<class>/*.png|jpg."
+        )
+    files = {}
+    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        files[class_folder.name] = sorted(
+            file for file in class_folder.iterdir() if file.suffix.lower() in SUFFIXES
+        )
+        if not files[class_folder.name]:
+            raise UserError(f"The class folder {class_folder} holds no .png, .jpg or .jpeg file.")
+    return files
+
+
+def _source(files_by_class: dict[str, list[Path]], image_size: int) -> Source:
+    files = [file for files in files_by_class.values() for file in files]
+    counts = [len(files) for files in files_by_class.values()]
+    labels = np.repeat(np.arange(len(counts)), counts)
+
+    def decode(indices: npt.NDArray[np.int64]) -> Images:
+        from tqdm import tqdm
+
+        wanted = [files[index] for index in indices]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = pool.map(partial(_decode, image_size=image_size), wanted)
+            bar = tqdm(images, "reading images", len(wanted), leave=False, disable=None)
+            return np.stack(list(bar))
+
+    return Source(labels, decode, tuple(files_by_class))
+
+
+def _decode(file: Path, image_size: int) -> Images:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            rgb = image.convert("RGB")
+            if rgb.size != (image_size, image_size):
+                rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            return np.asarray(rgb).transpose(2, 0, 1)
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"{file} is not a readable image ({error}).") from error

@@ -1,0 +1,59 @@
+"""MNIST from its IDX files."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from btrain.data.source import Source, in_memory
+from btrain.errors import UserError
+
+FOLDER = Path("MNIST") / "raw"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")  # fmt: skip
+CLASSES = tuple(str(digit) for digit in range(10))
+_UBYTE = 0x08
+
+
+def missing_file(root: Path) -> Path | None:
+    """The first file of the data set that is not there."""
+    return next(
+        (root / FOLDER / name for name in FILES if not (root / FOLDER / name).is_file()), None
+    )
+
+
+def read(root: Path) -> tuple[Source, Source]:
+    """The training and the test part.
+
+    Raises:
+        UserError: a file is damaged, or a label is not a digit.
+    """
+    images, labels, test_images, test_labels = (root / FOLDER / name for name in FILES)
+    return (
+        in_memory(read_idx(images, 3)[:, None], read_idx(labels, 1), CLASSES, labels),
+        in_memory(
+            read_idx(test_images, 3)[:, None], read_idx(test_labels, 1), CLASSES, test_labels
+        ),
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
+    """The bytes of an IDX file as an array of so many dimensions.
+
+    Raises:
+        UserError: the header does not announce bytes, or not as many as the file holds.
+    """
+    content = path.read_bytes()
+    header = 4 + 4 * dimensions
+    if len(content) < header or content[:4] != bytes([0, 0, _UBYTE, dimensions]):
+        raise UserError(f"{path} is not an IDX file of bytes in {dimensions} dimensions.")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    expected = int(np.prod(shape, dtype=object))
+    if len(content) - header != expected:
+        raise UserError(
+            f"{path} is damaged: {len(content) - header} bytes of data, not {expected}."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -1,0 +1,143 @@
+"""From a data set's name to its training, held-out and test parts on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from btrain.data import cifar, digits, imagefolder, mnist
+from btrain.data.download import download as fetch
+from btrain.data.source import Labels, Source
+from btrain.errors import UserError
+
+# Subsets are the same for every run's seed, so that runs with different seeds share their data.
+_SUBSET_SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels on one device.
+
+    Attributes:
+        images: (n, C, H, W) uint8.
+        labels: (n,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as a run uses it; `val` is None where nothing is held out."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def load(
+    name: str,
+    root: Path,
+    *,
+    device: torch.device,
+    download: bool = True,
+    image_size: int | None = None,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    val_examples: int = 0,
+) -> Data:
+    """Reads a data set and moves it to the device.
+
+    Args:
+        name: cifar10, cifar100, mnist, digits or imagefolder.
+        root: the folder that holds it (digits: not used).
+        device: where the tensors go.
+        download: whether missing files are fetched (cifar10, cifar100, mnist).
+        image_size: side of the square to which an image folder's images are resized.
+        train_examples, test_examples: so many of a seeded, class-balanced order; None for all.
+        val_examples: so many training images are held out, class-balanced, before
+            `train_examples` are taken.
+
+    Raises:
+        UserError: files are missing or damaged, or more examples are asked for than there are.
+    """
+    train, test = _read(name, root, download, image_size)
+    order = class_balanced_order(train.labels)
+    rest = order[val_examples:]
+    if len(rest) < 2:
+        raise UserError(
+            f"dataset.val_examples={val_examples} leaves no training images of {len(order)}."
+        )
+    chosen = rest[: _checked("train_examples", train_examples, len(rest))]
+    test_order = class_balanced_order(test.labels)
+    chosen_test = test_order[: _checked("test_examples", test_examples, len(test_order))]
+
+    def split(source: Source, indices: Labels) -> Split:
+        indices = np.sort(indices)
+        images = torch.from_numpy(np.ascontiguousarray(source.read(indices)))
+        return Split(images.to(device), torch.from_numpy(source.labels[indices]).to(device))
+
+    return Data(
+        train=split(train, chosen),
+        val=split(train, order[:val_examples]) if val_examples else None,
+        test=split(test, chosen_test),
+        classes=train.classes,
+    )
+
+
+def class_balanced_order(labels: Labels) -> Labels:
+    """A seeded order of the indices whose every prefix is as balanced over classes as can be.
+
+    (n,) -> (n,)
+    """
+    rng = np.random.default_rng(_SUBSET_SEED)
+    shuffled = rng.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels[shuffled] == label)
+        rank[members] = np.arange(len(members))
+    return shuffled[np.argsort(rank, kind="stable")].astype(np.int64)
+
+
+def _checked(key: str, wanted: int | None, available: int) -> int:
+    if wanted is not None and wanted > available:
+        raise UserError(f"dataset.{key} must be at most {available}, not {wanted}.")
+    return available if wanted is None else wanted
+
+
+def _read(name: str, root: Path, download: bool, image_size: int | None) -> tuple[Source, Source]:
+    if name == "digits":
+        return digits.read()
+    if name == "imagefolder":
+        if image_size is None:
+            raise UserError("dataset.image_size must be given for dataset=imagefolder.")
+        return imagefolder.read(root, image_size)
+    layout = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}.get(name)
+
+    def missing() -> Path | None:
+        return mnist.missing_file(root) if layout is None else cifar.missing_file(layout, root)
+
+    if (file := missing()) is not None:
+        how = f"set dataset.root to the folder that holds {file.relative_to(root)}"
+        if not download:
+            raise UserError(f"{file} is missing; {how}, or set dataset.download=true.")
+        try:
+            fetch(name, root)
+        except UserError as error:
+            raise UserError(f"{file} is missing and {error} Please {how}.") from error
+    return mnist.read(root) if layout is None else cifar.read(layout, root)

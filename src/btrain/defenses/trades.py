@@ -1,0 +1,27 @@
+"""TRADES (Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy")."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(p(x) ‖ p(x')), what the attack ascends; the labels play no part.
+
+    `log_softmax` on both sides, in float32: with plain probabilities the gradient through the
+    clean side is NaN once one of them underflows. (m, K), (m, K), (m,) -> (m,)
+    """
+    del labels
+    log_p = F.log_softmax(clean_logits.float(), dim=1)
+    log_q = F.log_softmax(adv_logits.float(), dim=1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+
+
+def trades_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, beta: float) -> Tensor:
+    """CE(f(x), y) + β · KL(p(x) ‖ p(x')), both means over m, the gradient through both sides.
+
+    (m, K), (m, K), (m,) -> ()
+    """
+    cross_entropy = F.cross_entropy(clean_logits.float(), labels)
+    return cross_entropy + beta * kl_inner_loss(adv_logits, clean_logits, labels).mean()

@@ -1,0 +1,74 @@
+"""The networks. Each takes images in [0, 1]; normalisation, where there is one, is inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from btrain.errors import UserError
+from btrain.models.preact_resnet import PreActResNet
+from btrain.models.small_cnn import SmallCNN
+from btrain.models.wide_resnet import WideResNet
+
+ARCHITECTURES = ("wide_resnet", "preact_resnet18", "small_cnn")
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std by channel: attacks stay in pixel units, checkpoints keep the constants."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def build(
+    architecture: str,
+    *,
+    width: int,
+    depth: int | None,
+    classes: int,
+    shape: tuple[int, int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """A freshly initialised network, drawn from torch's global random state.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        width: widening factor of a WideResNet, else the channels of the first stage.
+        depth: of a WideResNet, 6n + 4; ignored elsewhere.
+        classes: K.
+        shape: of an image, (C, H, W).
+        mean, std: normalisation by channel in [0, 1] pixel units; None for none.
+
+    Raises:
+        UserError: no such WideResNet, images too small, or not one mean and std a channel.
+    """
+    channels, height, wide = shape
+    if min(height, wide) < 4:
+        raise UserError(f"The networks need images of at least 4×4 pixels, not {height}×{wide}.")
+    normalise: nn.Module = nn.Identity()
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == channels:
+            raise UserError(
+                f"model.mean and model.std need one value for each of {channels} channels."
+            )
+        normalise = Normalise(mean, std)
+    if architecture == "wide_resnet":
+        if depth is None or depth < 10 or (depth - 4) % 6:
+            raise UserError(f"model.depth must be 6n + 4 (10, 16, …, 34, 40), not {depth}.")
+        return WideResNet(depth, width, channels, classes, normalise)
+    if architecture == "preact_resnet18":
+        return PreActResNet((2, 2, 2, 2), width, channels, classes, normalise)
+    if architecture == "small_cnn":
+        return SmallCNN(width, shape, classes, normalise)
+    raise ValueError(f"architecture must be one of {ARCHITECTURES}, not {architecture}")

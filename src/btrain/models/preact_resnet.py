@@ -1,0 +1,60 @@
+"""Pre-activation ResNet (He et al., "Identity Mappings in Deep Residual Networks"), small images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PreActBlock(nn.Module):
+    """Two pre-activated 3×3 convolutions; a 1×1 shortcut where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, padding=1, bias=False)
+        self.shortcut = (
+            None
+            if stride == 1 and in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Four stages of blocks on images in [0, 1], (m, C, H, W) -> (m, K)."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        width: int,
+        channels: int,
+        classes: int,
+        normalise: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, padding=1, bias=False)
+        stages = []
+        in_channels = width
+        for stage, n in enumerate(blocks):
+            out_channels = width * 2**stage
+            for block in range(n):
+                stride = 2 if stage > 0 and block == 0 else 1
+                stages.append(PreActBlock(in_channels, out_channels, stride))
+                in_channels = out_channels
+        self.blocks = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(in_channels)
+        self.fc = nn.Linear(in_channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.bn(self.blocks(self.conv1(self.normalise(x)))))
+        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,5 @@
+"""Tables made of run folders."""
+
+from btrain.report.compare import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,147 @@
+"""What a run leaves behind, and whom a folder belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from btrain.config import Config, read_yaml, to_dict, to_yaml
+from btrain.errors import UserError
+
+# Settings that may differ when a run is taken up again: none changes what is learnt.
+_MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download", "dataset.root")
+
+
+class RunFolder:
+    """The files of one run: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`,
+    `train.log`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "checkpoints" / "last.pt"
+        self.best = path / "checkpoints" / "best.pt"
+        self._config = path / "config.yaml"
+        self._metrics = path / "metrics.jsonl"
+        self._summary = path / "summary.json"
+
+    def check_owner(self, config: Config) -> None:
+        """Makes sure that the folder is free or holds a run of this configuration.
+
+        Raises:
+            UserError: it belongs to another configuration or to something else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"run.dir={self.path} is a file; please name a folder.")
+        if not self._config.is_file():
+            if any(self.path.iterdir()):
+                raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
+            return
+        theirs, ours = _flat(read_yaml(self._config)), _flat(to_dict(config))
+        for key in sorted(theirs.keys() | ours.keys()):
+            same = theirs.get(key) == ours.get(key)
+            if not same and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER):
+                raise UserError(
+                    f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
+                    f"{ours.get(key)}; please name another run.dir."
+                )
+
+    def create(self, config: Config) -> None:
+        """Makes the folder and writes `config.yaml`.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            _write(self._config, to_yaml(config))
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `write_summary` wrote, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            content = json.loads(self._summary.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{self._summary} is damaged; delete it to evaluate again.") from error
+        return dict(content)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, the mark of a run that came to its end."""
+        _write(self._summary, json.dumps(summary, indent=2) + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def keep_metrics(self, epochs: int) -> None:
+        """Drops the lines that a resumed run will write again, and what a crash left of a line."""
+        lines = []
+        if self._metrics.is_file():
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["epoch"] <= epochs:
+                        lines.append(line + "\n")
+                except ValueError:
+                    break
+        _write(self._metrics, "".join(lines))
+
+    @contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Sends btrain's log to the terminal and to `train.log`."""
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        logger = logging.getLogger("btrain")
+        file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        handlers: list[logging.Handler] = [file, terminal]
+        for handler in handlers:
+            logger.addHandler(handler)
+        try:
+            with logging_redirect_tqdm([logger]):
+                yield
+        finally:
+            for handler in handlers:
+                logger.removeHandler(handler)
+                handler.close()
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file in one move."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,159 @@
+"""The epochs of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from btrain.data import Split, batches
+from btrain.data.augmentation import batch_slices
+from btrain.errors import UserError
+from btrain.training.schedule import step_decay
+from btrain.training.state import TrainState, averages
+from btrain.training.step import Method, train_step
+
+_HEARTBEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and in what portions a run trains.
+
+    Attributes:
+        milestones: shares of the run after which the learning rate decays.
+        max_seconds: of training, over all its sessions; None for no limit.
+    """
+
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    milestones: tuple[float, ...]
+    lr_decay: float
+    crop_padding: int
+    flip: bool
+    max_seconds: float | None
+
+
+@dataclass
+class Heartbeat:
+    """Looks at the running sums once a second, for the progress bar and for a NaN or infinite loss.
+
+    Every look is a copy from the device; in between, the first bad batch is remembered there.
+    """
+
+    show: Callable[[dict[str, float]], None]
+    first_bad: Tensor
+    last: float = field(default_factory=time.perf_counter)
+
+    def step(self, state: TrainState, loss: Tensor) -> None:
+        """Called after each batch."""
+        bad = (self.first_bad == 0) & ~torch.isfinite(loss)
+        self.first_bad = torch.where(bad, state.batch, self.first_bad)
+        if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
+            self.look(state)
+
+    def look(self, state: TrainState) -> dict[str, float]:
+        """Returns the epoch's averages so far.
+
+        Raises:
+            UserError: a loss was NaN or infinite.
+        """
+        means = averages(state.epoch_sums)
+        if step := int(self.first_bad):
+            raise UserError(
+                f"The loss is no finite number in epoch {state.epoch + 1}, step {step}; "
+                "a smaller recipe.lr may help."
+            )
+        self.show(means)
+        self.last = time.perf_counter()
+        return means
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(examples, generator=generator)
+
+
+def train_epoch(
+    state: TrainState,
+    split: Split,
+    method: Method,
+    plan: Plan,
+    *,
+    tick: Callable[[], None],
+    show: Callable[[dict[str, float]], None],
+) -> dict[str, float] | None:
+    """Trains from `state.batch` to the end of the epoch, or to the time limit.
+
+    Args:
+        tick: called after each batch.
+        show: called about once a second with the epoch's averages so far.
+
+    Returns:
+        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch;
+        None when the time was up before its first batch.
+
+    Raises:
+        UserError: the loss is NaN or infinite.
+    """
+    device = split.images.device
+    steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
+    order = epoch_order(len(split), plan.seed, state.epoch).to(device)
+    began, before = _clock(device), state.train_seconds
+    heartbeat = Heartbeat(show, torch.zeros((), dtype=torch.int64, device=device))
+    state.model.train()
+    for x, labels in batches(
+        split,
+        order,
+        plan.batch_size,
+        crop_padding=plan.crop_padding,
+        flip=plan.flip,
+        generator=state.generator,
+        first=state.batch,
+    ):
+        if (
+            plan.max_seconds is not None
+            and before + time.perf_counter() - began >= plan.max_seconds
+        ):
+            break
+        step = state.epoch * steps_per_epoch + state.batch
+        lr = plan.lr * step_decay(
+            step / (plan.epochs * steps_per_epoch), plan.milestones, plan.lr_decay
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.robust_fraction, stats = train_step(
+            state.model,
+            state.optimizer,
+            x,
+            labels,
+            state.robust_fraction,
+            method=method,
+            generator=state.generator,
+        )
+        state.add(stats)
+        heartbeat.step(state, stats.loss)
+        tick()
+    elapsed = _clock(device) - began
+    state.train_seconds += elapsed
+    state.epoch_seconds += elapsed
+    if state.batch == 0:
+        return None
+    return heartbeat.look(state) | {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "robust_fraction": float(state.robust_fraction),
+        "train_seconds": state.epoch_seconds,
+    }
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

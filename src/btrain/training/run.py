@@ -1,0 +1,309 @@
+"""A run from its configuration to its summary."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from btrain import checkpoint, models
+from btrain.allocation import ALLOCATORS, make_budget, theoretical_speedup
+from btrain.config import Config, to_dict
+from btrain.data import Data, Split, load
+from btrain.data.augmentation import batch_slices
+from btrain.defenses import DEFENSES
+from btrain.errors import UserError
+from btrain.evaluation import Accuracy, evaluate
+from btrain.run_folder import RunFolder
+from btrain.tracking import Log, open_logger
+from btrain.training.loop import Plan, train_epoch
+from btrain.training.state import TrainState, averages
+from btrain.training.step import Method
+
+log = logging.getLogger("btrain")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains, evaluates, and leaves a run folder behind; returns its summary.
+
+    A finished run of the same configuration is not repeated; an unfinished one goes on from its
+    last checkpoint.
+
+    Raises:
+        UserError: bad data, device or folder (then nothing was written), or a loss that is not
+            finite (then the last good checkpoint is kept).
+    """
+    folder = RunFolder(config.run_dir)
+    folder.check_owner(config)
+    saved = checkpoint.load(folder.last) if folder.last.is_file() else None
+    summary = folder.summary()
+    if summary is not None and saved is not None and _is_over(config, saved["state"]):
+        print(f"{folder.path} is finished already: {_headline(summary)}")
+        return summary
+
+    device = find_device(config.device)
+    data = _load_data(config, device)
+    state = _make_state(config, data, device)
+    if saved is not None:
+        state.load_state_dict(saved["state"])
+    folder.create(config)
+    with folder.log_file(), open_logger(config.logger, folder.path, to_dict(config)) as track:
+        folder.keep_metrics(state.epoch)
+        log.info("%s: %s", folder.path, _describe(data, state))
+        _train_epochs(config, state, data, folder, track)
+        summary = _summarise(config, state, data, folder)
+        track(summary, epoch=state.epoch)
+        folder.write_summary(summary)
+        log.info("%s: %s", folder.path, _headline(summary))
+    return summary
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"device={name} cannot be used ({reason}); try auto or cpu.") from error
+    return device
+
+
+def make_method(config: Config, device: torch.device) -> Method:
+    """Algorithm 2's open choices, from the configuration."""
+    bt = config.bt
+    return Method(
+        defense=DEFENSES[config.defense.name.value](beta=config.defense.beta),
+        allocate=ALLOCATORS[bt.name.value],
+        budget=make_budget(
+            n_b=bt.n_b,
+            n_r=bt.n_r,
+            n_o=bt.n_o,
+            epsilon=config.attack.epsilon,
+            step_size_b=bt.step_size_b,
+            device=device,
+        ),
+        epsilon=config.attack.epsilon,
+        start=config.attack.start.value,
+        start_std=config.attack.start_std,
+        gamma=bt.gamma,
+        momentum=bt.momentum,
+        share_clean_forward=bt.share_clean_forward,
+        forward_unperturbed=bt.forward_unperturbed,
+    )
+
+
+def _load_data(config: Config, device: torch.device) -> Data:
+    dataset = config.dataset
+    return load(
+        dataset.name.value,
+        Path(dataset.root),
+        device=device,
+        download=dataset.download,
+        image_size=dataset.image_size,
+        train_examples=dataset.train_examples,
+        test_examples=dataset.test_examples,
+        val_examples=dataset.val_examples,
+    )
+
+
+def _make_state(config: Config, data: Data, device: torch.device) -> TrainState:
+    torch.manual_seed(config.seed)
+    model = models.build(
+        config.model.architecture.value,
+        width=config.model.width,
+        depth=config.model.depth,
+        classes=len(data.classes),
+        shape=data.shape,
+        mean=config.model.mean,
+        std=config.model.std,
+    ).to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.recipe.lr,
+        momentum=config.recipe.momentum,
+        weight_decay=config.recipe.weight_decay,
+    )
+    return TrainState.fresh(model, optimizer, config.seed, device)
+
+
+def _make_plan(config: Config) -> Plan:
+    recipe = config.recipe
+    return Plan(
+        seed=config.seed,
+        epochs=config.train.epochs,
+        batch_size=config.train.batch_size,
+        lr=recipe.lr,
+        milestones=tuple(milestone / recipe.epochs for milestone in recipe.milestones),
+        lr_decay=recipe.lr_decay,
+        crop_padding=recipe.crop_padding,
+        flip=recipe.flip,
+        max_seconds=config.train.max_seconds,
+    )
+
+
+def _train_epochs(
+    config: Config, state: TrainState, data: Data, folder: RunFolder, track: Log
+) -> None:
+    """All epochs that are left, each with its log line and checkpoint."""
+    method, plan = make_method(config, state.robust_fraction.device), _make_plan(config)
+    batches = len(batch_slices(len(data.train), plan.batch_size))
+    done = state.epoch * batches + state.batch
+    with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
+
+        def show(means: dict[str, float]) -> None:
+            bar.set_postfix_str(
+                f"loss {means['loss']:.3f}, F_B/F_R/F_O {_fractions(means)}, "
+                f"speedup {_speedup(config, means):.2f}",
+                refresh=False,
+            )
+
+        while not _is_over(config, {"epoch": state.epoch, "train_seconds": state.train_seconds}):
+            bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
+            means = train_epoch(state, data.train, method, plan, tick=bar.update, show=show)
+            if means is None:
+                break
+            metrics = {"epoch": state.epoch + 1} | means
+            metrics["theoretical_speedup"] = _speedup(config, means)
+            if state.batch == batches:
+                state.end_epoch()
+                if data.val is not None and state.epoch % config.eval.every_epochs == 0:
+                    metrics |= _validate(config, state, data.val, folder)
+            folder.append_metrics(metrics)
+            track(metrics, epoch=int(metrics["epoch"]))
+            log.info(_epoch_line(metrics))
+            checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
+
+
+def _is_over(config: Config, progress: dict[str, Any]) -> bool:
+    """Whether a state (or what a checkpoint holds of it) has nothing left to train."""
+    limit = config.train.max_seconds
+    timed_out = limit is not None and progress["train_seconds"] >= limit
+    return bool(timed_out or progress["epoch"] >= config.train.epochs)
+
+
+def _validate(config: Config, state: TrainState, val: Split, folder: RunFolder) -> dict[str, float]:
+    """Scores the held-out part and keeps the best epoch by its robust accuracy."""
+    accuracy = _evaluate(config, state.model, val)
+    if state.best_robust_acc is None or accuracy.robust > state.best_robust_acc:
+        state.best_epoch, state.best_robust_acc = state.epoch, accuracy.robust
+        content = {"state": {"model": state.model.state_dict(), "epoch": state.epoch}}
+        checkpoint.save(folder.best, content | {"config": to_dict(config)})
+    return {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
+
+
+def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
+    return evaluate(
+        model,
+        split,
+        epsilon=config.eval.epsilon,
+        step_size=config.eval.step_size,
+        steps=config.eval.steps,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+        show_progress=True,
+    )
+
+
+def _summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
+    """Evaluates the last and, where there is one, the best model on the test set."""
+    last = _evaluate(config, state.model, data.test)
+    means = averages(state.total_sums + state.epoch_sums)
+    device = state.robust_fraction.device
+    summary = {
+        "clean_acc": last.clean,
+        "robust_acc": last.robust,
+        "f_b": means["f_b"],
+        "f_r": means["f_r"],
+        "f_o": means["f_o"],
+        "theoretical_speedup": _speedup(config, means),
+        "train_seconds": state.train_seconds,
+        "epochs": state.epoch,
+        "seed": config.seed,
+        "test_examples": len(data.test),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch_version": str(torch.__version__),
+        "git_commit": git_commit(),
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+    }
+    if state.best_epoch is not None:
+        state.model.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
+        best = _evaluate(config, state.model, data.test)
+        summary |= {
+            "best_epoch": state.best_epoch,
+            "best_val_robust_acc": state.best_robust_acc,
+            "best_clean_acc": best.clean,
+            "best_robust_acc": best.robust,
+        }
+    return summary
+
+
+def git_commit() -> str | None:
+    """The commit of btrain's own source, or None where it is not a checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _speedup(config: Config, means: dict[str, float]) -> float:
+    return theoretical_speedup(
+        fractions=(means["f_b"], means["f_r"], means["f_o"]),
+        steps=(config.bt.n_b, config.bt.n_r, config.bt.n_o),
+        baseline_steps=config.attack.steps,
+    )
+
+
+def _fractions(means: dict[str, Any]) -> str:
+    return f"{means['f_b']:.2f}/{means['f_r']:.2f}/{means['f_o']:.2f}"
+
+
+def _describe(data: Data, state: TrainState) -> str:
+    held_out = f", {len(data.val)} held out" if data.val is not None else ""
+    where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
+    return (
+        f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
+        f"{len(data.classes)} classes; {where} on {state.robust_fraction.device}"
+    )
+
+
+def _epoch_line(metrics: dict[str, Any]) -> str:
+    held_out = (
+        f", held-out clean {metrics['val_clean_acc']:.2f} robust {metrics['val_robust_acc']:.2f}"
+        if "val_clean_acc" in metrics
+        else ""
+    )
+    return (
+        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
+        f"{metrics['clean_acc_train']:.2f} robust {metrics['robust_acc_train']:.2f}{held_out}, "
+        f"F_B/F_R/F_O {_fractions(metrics)}, speedup {metrics['theoretical_speedup']:.2f} (eq. 7), "
+        f"{metrics['train_seconds']:.1f} s"
+    )
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    return (
+        f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
+        f"{_fractions(summary)}, speedup {summary['theoretical_speedup']:.2f} (eq. 7), "
+        f"{summary['train_seconds']:.1f} s of training"
+    )

@@ -1,0 +1,114 @@
+"""All that changes while a run goes on: what a checkpoint holds and a run resumes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btrain.training.step import StepStats
+
+
+@dataclass
+class TrainState:
+    """The state between two batches.
+
+    Attributes:
+        model, optimizer: with their weights and momenta.
+        generator: of augmentation and attack noise, on the training device.
+        robust_fraction: F_R, a 0-d tensor on the device.
+        epoch: epochs completed.
+        batch: batches done in the epoch that is under way.
+        epoch_sums: `StepStats` summed over that epoch, float64 on the device.
+        total_sums: the same over the epochs completed.
+        epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
+        best_epoch, best_robust_acc: of the held-out evaluation; None where there is none.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    robust_fraction: Tensor
+    epoch_sums: Tensor
+    total_sums: Tensor
+    epoch: int = 0
+    batch: int = 0
+    epoch_seconds: float = 0.0
+    train_seconds: float = 0.0
+    best_epoch: int | None = None
+    best_robust_acc: float | None = None
+
+    @staticmethod
+    def fresh(
+        model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, device: torch.device
+    ) -> TrainState:
+        """The state of a run that has not begun; F_R is 0 (Algorithm 2, line 8)."""
+        sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
+        return TrainState(
+            model=model,
+            optimizer=optimizer,
+            generator=torch.Generator(device).manual_seed(seed),
+            robust_fraction=torch.zeros((), device=device),
+            epoch_sums=sums,
+            total_sums=sums.clone(),
+        )
+
+    def add(self, stats: StepStats) -> None:
+        """Counts one more batch."""
+        self.batch += 1
+        self.epoch_sums += torch.stack([value.double() for value in stats])
+
+    def end_epoch(self) -> None:
+        """Counts one more epoch and clears its sums."""
+        self.epoch += 1
+        self.batch = 0
+        self.epoch_seconds = 0.0
+        self.total_sums += self.epoch_sums
+        self.epoch_sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: `torch.load(weights_only=True)` reads it."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned, on this state's device."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"].cpu())
+        for name in _TENSORS:
+            getattr(self, name).copy_(saved[name])
+        for name in _NUMBERS:
+            setattr(self, name, saved[name])
+
+
+_TENSORS = ("robust_fraction", "epoch_sums", "total_sums")
+_NUMBERS = (
+    "epoch",
+    "batch",
+    "epoch_seconds",
+    "train_seconds",
+    "best_epoch",
+    "best_robust_acc",
+)
+
+
+def averages(sums: Tensor) -> dict[str, float]:
+    """What the log shows of `StepStats` sums: means over the examples, accuracies in percent."""
+    total = StepStats._make(sums.tolist())
+    examples = max(float(total.examples), 1.0)
+    return {
+        "loss": float(total.loss) / examples,
+        "f_b": float(total.boundary) / examples,
+        "f_r": float(total.robust) / examples,
+        "f_o": float(total.outlier) / examples,
+        "attack_steps_mean": float(total.steps) / examples,
+        "clean_acc_train": 100 * float(total.clean_correct) / examples,
+        "robust_acc_train": 100 * float(total.robust_correct) / examples,
+    }
