@@ -378,7 +378,7 @@ _LONGEST_NAME = 150
 def run_name(config: Config, overrides: Sequence[str]) -> str:
     """A readable folder name, different for different settings.
 
-    `mnist-small_cnn-trades-bullettrain-attack.epsilon=0.1-seed0`; an image folder goes by its own
+    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`; an image folder goes by its own
     name.
     """
     data = config.dataset.name.name
@@ -391,7 +391,7 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     ]
     parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
     name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
-    name = re.sub(r"[^\w.=,+-]+", "_", name)
+    name = re.sub(r"[^\w.-]+", "_", name)
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet (He et al., "Identity Mappings in Deep Residual Networks"), small images."""
+"""The pre-activation ResNet of He et al. ("Identity Mappings …") for small images."""
 
 from __future__ import annotations
 
