@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from btrain import precision
+
 OUTLIER, ROBUST, BOUNDARY = 0, 1, 2
 
 Allocator = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,9 +26,9 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
     """SVar (eq. 4): the variance of the softmax, negative where the prediction is wrong.
 
     A wrong prediction whose variance is 0 (uniform logits) gives -0.0: the sign bit, not the
-    comparison with zero, tells an outlier. (m, K), (m,) -> (m,) float32
+    comparison with zero, tells an outlier. (m, K), (m,) -> (m,), at least float32
     """
-    variance = F.softmax(logits.float(), dim=1).var(dim=1, correction=0)
+    variance = F.softmax(precision.full(logits), dim=1).var(dim=1, correction=0)
     return torch.where(logits.argmax(dim=1) == labels, variance, -variance)
 
 

@@ -75,9 +75,11 @@ class RunFolder:
             content = json.loads(self._summary.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(f"{self._summary} is damaged; delete it to evaluate again.") from error
-        return dict(content)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{self._summary} is damaged; delete it to evaluate again.")
+        return content
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`, the mark of a run that came to its end."""

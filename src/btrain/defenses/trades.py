@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from btrain import precision
+
 
 def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
     """KL(p(x) ‖ p(x')), what the attack ascends; the labels play no part.
 
-    `log_softmax` on both sides, in float32: with plain probabilities the gradient through the
+    `log_softmax` on both sides, at least in float32: with probabilities the gradient through the
     clean side is NaN once one of them underflows. (m, K), (m, K), (m,) -> (m,)
     """
     del labels
-    log_p = F.log_softmax(clean_logits.float(), dim=1)
-    log_q = F.log_softmax(adv_logits.float(), dim=1)
+    log_p = F.log_softmax(precision.full(clean_logits), dim=1)
+    log_q = F.log_softmax(precision.full(adv_logits), dim=1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -23,5 +25,5 @@ def trades_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, bet
 
     (m, K), (m, K), (m,) -> ()
     """
-    cross_entropy = F.cross_entropy(clean_logits.float(), labels)
+    cross_entropy = F.cross_entropy(precision.full(clean_logits), labels)
     return cross_entropy + beta * kl_inner_loss(adv_logits, clean_logits, labels).mean()

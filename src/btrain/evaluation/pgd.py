@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from btrain import precision
 from btrain.attacks import evaluation_mode, prefix_pgd
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
@@ -25,7 +26,7 @@ class Accuracy:
 def cross_entropy(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
     """The loss that the evaluation ascends. (m, K), (m, K), (m,) -> (m,)"""
     del clean_logits
-    return F.cross_entropy(adv_logits.float(), labels, reduction="none")
+    return F.cross_entropy(precision.full(adv_logits), labels, reduction="none")
 
 
 def evaluate(

@@ -48,7 +48,7 @@ def train(config: Config) -> dict[str, Any]:
 
     device = find_device(config.device)
     data = _load_data(config, device)
-    state = _make_state(config, data, device)
+    state = make_state(config, data, device)
     if saved is not None:
         state.load_state_dict(saved["state"])
     folder.create(config)
@@ -120,7 +120,7 @@ def _load_data(config: Config, device: torch.device) -> Data:
     )
 
 
-def _make_state(config: Config, data: Data, device: torch.device) -> TrainState:
+def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     model = models.build(
         config.model.architecture.value,
@@ -140,7 +140,7 @@ def _make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     return TrainState.fresh(model, optimizer, config.seed, device)
 
 
-def _make_plan(config: Config) -> Plan:
+def make_plan(config: Config) -> Plan:
     recipe = config.recipe
     return Plan(
         seed=config.seed,
@@ -159,7 +159,7 @@ def _train_epochs(
     config: Config, state: TrainState, data: Data, folder: RunFolder, track: Log
 ) -> None:
     """All epochs that are left, each with its log line and checkpoint."""
-    method, plan = make_method(config, state.robust_fraction.device), _make_plan(config)
+    method, plan = make_method(config, state.robust_fraction.device), make_plan(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     done = state.epoch * batches + state.batch
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:

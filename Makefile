@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format typecheck clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "Installing btrain into $(VENV) (a minute or two) …"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools …"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
+
+demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real digits, compare them
+	scripts/demo.sh
+
+test: lint typecheck  ## lint, type check and run all tests
+	python -m pytest
+
+lint: setup  ## check style and formatting
+	ruff check .
+	ruff format --check .
+
+format: setup  ## reformat the sources
+	ruff check --fix .
+	ruff format .
+
+typecheck: setup  ## mypy, strict
+	mypy
+
+clean:  ## remove everything that make made; runs and data stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""Equations 4 to 7 against hand-worked batches and the paper's printed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from btrain.allocation import (
+    BOUNDARY,
+    OUTLIER,
+    ROBUST,
+    bullettrain,
+    classify,
+    make_budget,
+    signed_prediction_variance,
+    theoretical_speedup,
+    uniform,
+    update_robust_fraction,
+)
+
+
+def test_svar_is_the_softmax_variance_with_the_sign_of_the_prediction() -> None:
+    p = [0.7, 0.2, 0.1]
+    logits = torch.tensor([[math.log(v) for v in p]] * 2)
+    variance = sum((v - 1 / 3) ** 2 for v in p) / 3
+    svar = signed_prediction_variance(logits, torch.tensor([0, 1]))
+    torch.testing.assert_close(svar, torch.tensor([variance, -variance]))
+
+
+def test_svar_is_float32_whatever_the_logits() -> None:
+    logits = torch.randn(4, 10, dtype=torch.bfloat16)
+    assert signed_prediction_variance(logits, torch.zeros(4, dtype=torch.int64)).dtype is (
+        torch.float32
+    )
+
+
+def test_eq6_on_a_hand_worked_batch() -> None:
+    # Sorted: -.2 -.1 0 .1 .2 .3 .4 .5 .6; with F_R = 1/4 the percentile 3/4 is the 7th of 9: 0.4.
+    svar = torch.tensor([0.4, -0.2, 0.1, 0.6, 0.0, -0.1, 0.3, 0.5, 0.2])
+    expected = [ROBUST, OUTLIER, BOUNDARY, ROBUST, BOUNDARY, OUTLIER, BOUNDARY, ROBUST, BOUNDARY]
+    assert classify(svar, torch.tensor(0.25)).tolist() == expected
+
+
+def test_eq6_interpolates_between_examples() -> None:
+    # The percentile 0.5 of four values lies half-way between the middle ones.
+    svar = torch.tensor([0.1, 0.2, 0.4, 0.5])
+    assert classify(svar, torch.tensor(0.5)).tolist() == [BOUNDARY, BOUNDARY, ROBUST, ROBUST]
+
+
+def test_at_f_r_zero_all_correct_examples_but_the_surest_are_boundary() -> None:
+    svar = torch.tensor([0.3, -0.1, 0.2, 0.1])
+    assert classify(svar, torch.tensor(0.0)).tolist() == [ROBUST, OUTLIER, BOUNDARY, BOUNDARY]
+
+
+def test_more_outliers_than_one_minus_f_r_leave_no_boundary() -> None:
+    svar = torch.tensor([-0.3, -0.1, -0.2, 0.1, 0.2])
+    classes = classify(svar, torch.tensor(0.8)).tolist()
+    assert classes == [OUTLIER, OUTLIER, OUTLIER, ROBUST, ROBUST]
+
+
+def test_a_misclassified_uniform_output_is_an_outlier() -> None:
+    logits = torch.zeros(3, 10)  # argmax 0, variance 0: the sign of zero tells
+    svar = signed_prediction_variance(logits, torch.tensor([0, 1, 9]))
+    assert classify(svar, torch.tensor(0.0))[1:].tolist() == [OUTLIER, OUTLIER]
+    assert classify(svar, torch.tensor(0.0))[0] != OUTLIER
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 128])
+@pytest.mark.parametrize("robust_fraction", [0.0, 0.3, 0.8, 1.0])
+def test_classes_are_ordered_by_svar(m: int, robust_fraction: float) -> None:
+    generator = torch.Generator().manual_seed(m)
+    logits = torch.randn(m, 10, generator=generator)
+    labels = torch.randint(10, (m,), generator=generator)
+    labels = torch.where(torch.rand(m, generator=generator) < 0.7, logits.argmax(1), labels)
+    classes = bullettrain(logits, labels, torch.tensor(robust_fraction))
+    svar = signed_prediction_variance(logits, labels)
+    assert torch.equal(classes == OUTLIER, logits.argmax(1) != labels)
+    for lower, upper in ((OUTLIER, BOUNDARY), (OUTLIER, ROBUST), (BOUNDARY, ROBUST)):
+        if (classes == lower).any() and (classes == upper).any():
+            assert svar[classes == lower].max() <= svar[classes == upper].min()
+
+
+def test_uniform_makes_everything_boundary() -> None:
+    classes = uniform(torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), torch.tensor(0.5))
+    assert classes.tolist() == [BOUNDARY] * 5
+
+
+def test_eq5_counts_all_examples() -> None:
+    logits = torch.eye(4)  # predicts 0, 1, 2, 3
+    labels = torch.tensor([0, 1, 2, 0])
+    updated = update_robust_fraction(torch.tensor(0.5), logits, labels, momentum=0.9, gamma=0.8)
+    torch.testing.assert_close(updated, torch.tensor(0.9 * 0.5 + 0.1 * 0.8 * 3 / 4))
+    assert updated.shape == ()
+
+
+def test_eq5_converges_to_gamma_times_the_accuracy_and_keeps_no_graph() -> None:
+    logits = torch.eye(4, requires_grad=True)
+    fraction = torch.tensor(0.0)
+    for _ in range(200):
+        fraction = update_robust_fraction(
+            fraction, logits, torch.arange(4), momentum=0.9, gamma=0.65
+        )
+    assert fraction.item() == pytest.approx(0.65, abs=1e-5)
+    assert not fraction.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fractions", "steps", "baseline", "printed"),
+    [
+        # Table 1: two augmented views are two units beside the clean one.
+        ((0.35, 0.65, 0.0), (2, 0, 0), 2, 1.8),
+        ((0.36, 0.64, 0.0), (2, 0, 0), 2, 1.8),
+        # Table 2
+        ((1, 0, 0), (10, 10, 10), 10, 1.0),
+        ((1, 0, 0), (1, 1, 1), 10, 5.5),
+        ((0.26, 0.55, 0.18), (10, 0, 0), 10, 3.0),
+        ((0.28, 0.54, 0.18), (10, 2, 0), 10, 2.3),
+        # Table 3
+        ((0.29, 0.44, 0.27), (10, 1, 0), 10, 2.5),
+        ((0.30, 0.43, 0.26), (10, 2, 0), 10, 2.2),
+        # Table 4, multi-step FAST
+        ((1, 0, 0), (2, 2, 2), 10, 3.7),
+        ((1, 0, 0), (3, 3, 3), 10, 2.8),
+        ((1, 0, 0), (4, 4, 4), 10, 2.2),
+        ((1, 0, 0), (5, 5, 5), 10, 1.8),
+    ],
+)
+def test_eq7_gives_the_printed_speedups(
+    fractions: tuple[float, float, float],
+    steps: tuple[float, float, float],
+    baseline: float,
+    printed: float,
+) -> None:
+    speedup = theoretical_speedup(fractions=fractions, steps=steps, baseline_steps=baseline)
+    # The fractions are printed with two digits, the speedups with one.
+    assert speedup == pytest.approx(printed, abs=0.07)
+
+
+def test_budgets_follow_section_4() -> None:
+    budget = make_budget(
+        n_b=10, n_r=2, n_o=0, epsilon=0.031, step_size_b=0.007, device=torch.device("cpu")
+    )
+    assert budget.steps[[BOUNDARY, ROBUST, OUTLIER]].tolist() == [10, 2, 0]
+    assert budget.step_size[BOUNDARY].item() == pytest.approx(0.007)
+    assert budget.step_size[ROBUST].item() == pytest.approx(1.7 * 0.031 / 2)
+
+
+def test_a_class_with_the_full_budget_steps_like_the_plain_defense() -> None:
+    budget = make_budget(
+        n_b=10, n_r=10, n_o=10, epsilon=0.031, step_size_b=0.007, device=torch.device("cpu")
+    )
+    assert len(set(budget.step_size.tolist())) == 1

@@ -1,0 +1,57 @@
+"""What only a CUDA device can show; left out where there is none."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from btrain import models
+from btrain.config import compose
+from btrain.data import load
+from btrain.training import train
+from btrain.training.run import make_method
+from btrain.training.step import train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_a_run_on_the_gpu_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
+    common = ["dataset=digits", "model=small_cnn", "train.epochs=25", "attack.epsilon=0.1"]
+    cpu, gpu = (
+        train(compose([*common, f"device={device}", f"run.dir={tmp_path / device}"]))
+        for device in ("cpu", "cuda")
+    )
+    assert gpu["device"] == torch.cuda.get_device_name()
+    assert gpu["robust_acc"] == pytest.approx(cpu["robust_acc"], abs=8)
+
+
+def test_a_step_copies_to_the_host_once() -> None:
+    device = torch.device("cuda")
+    method = make_method(compose(["dataset=digits", "model=preact_resnet18"]), device)
+    model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8)).to(
+        device
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    split = load("digits", Path("unused"), device=device).train
+    x, labels = split.images[:128].float() / 255, split.labels[:128]
+    robust_fraction = torch.tensor(0.3, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step() -> None:
+        train_step(model, optimizer, x, labels, robust_fraction, method=method, generator=generator)
+
+    step()  # warms up
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1

@@ -1,0 +1,46 @@
+"""The README's code runs and its commands compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from btrain.config import compose
+from btrain.data import Data
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].split("btrain train ", 1)[1].strip()
+    for line in README.splitlines()
+    if line.startswith("btrain train ") and "--help" not in line
+]
+
+
+def test_the_library_example_trains(digits: Data) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    images, labels = digits.train.images.float() / 255, digits.train.labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    loader = [(images[part], labels[part]) for part in order.split(32)] * 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"model": model, "loader": loader, "optimizer": optimizer}
+    exec(code, names)
+    accuracy = (model(images).argmax(dim=1) == labels).float().mean()
+    assert accuracy > 0.7
+    assert 0.3 < float(names["robust_fraction"]) <= 0.8  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    overrides = [word for word in shlex.split(command) if word != "--multirun"]
+    compose([re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides])
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5

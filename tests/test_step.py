@@ -1,0 +1,221 @@
+"""One batch of Algorithm 2: equal to textbook TRADES where it must be, cheaper where it may be."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from btrain.allocation import ALLOCATORS, make_budget
+from btrain.defenses import DEFENSES
+from btrain.training.step import Method, StepStats, forward_prefix, start_noise, train_step
+
+CPU = torch.device("cpu")
+EPSILON = 0.1
+STEP_SIZE = 0.03
+BETA = 6.0
+
+
+def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int = 0) -> Method:
+    return Method(
+        defense=DEFENSES["trades"](beta=BETA),
+        allocate=ALLOCATORS[allocator],
+        budget=make_budget(
+            n_b=n_b, n_r=n_r, n_o=n_o, epsilon=EPSILON, step_size_b=STEP_SIZE, device=CPU
+        ),
+        epsilon=EPSILON,
+        start="normal",
+        start_std=0.001,
+        gamma=0.8,
+        momentum=0.9,
+        share_clean_forward=False,
+        forward_unperturbed=False,
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+
+
+def step(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    chosen: Method,
+    robust_fraction: float = 0.3,
+) -> tuple[Tensor, StepStats]:
+    model.train()
+    return train_step(
+        model,
+        sgd(model),
+        *batch,
+        torch.tensor(robust_fraction),
+        method=chosen,
+        generator=torch.Generator().manual_seed(5),
+    )
+
+
+def textbook_trades_step(
+    model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor, n: int
+) -> None:
+    """TRADES as published, with its clean forward in every attack step."""
+    optimizer = sgd(model)
+    model.eval()
+    x_adv = x + noise
+    for _ in range(n):
+        x_adv = x_adv.detach().requires_grad_()
+        target = F.softmax(model(x), dim=1).detach()
+        kl = F.kl_div(F.log_softmax(model(x_adv), dim=1), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(kl, [x_adv])
+        x_adv = x_adv + STEP_SIZE * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - EPSILON), x + EPSILON).clamp(0, 1)
+    model.train()
+    optimizer.zero_grad()
+    clean, adv = model(x), model(x_adv.detach())
+    kl = F.kl_div(F.log_softmax(adv, dim=1), F.softmax(clean, dim=1), reduction="batchmean")
+    (F.cross_entropy(clean, labels) + BETA * kl).backward()
+    optimizer.step()
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_uniform_step_is_textbook_trades(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    ours, (x, labels) = preact.double(), (batch[0].double(), batch[1])
+    theirs = copy.deepcopy(ours)
+    chosen = method("uniform")
+    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
+    assert noise is not None
+    step(ours, (x, labels), chosen)
+    textbook_trades_step(theirs, x, labels, noise, n=3)
+    for mine, reference in zip(
+        ours.state_dict().values(), theirs.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_equal_budgets_are_the_plain_defense_bit_for_bit(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    plain = copy.deepcopy(preact)
+    step(preact, batch, method("bullettrain", 3, 3, 3))
+    step(plain, batch, method("uniform", 3, 3, 3))
+    assert same_weights(preact, plain)
+
+
+def test_other_budgets_are_not_the_plain_defense(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    plain = copy.deepcopy(preact)
+    step(preact, batch, method("bullettrain", 3, 1, 0))
+    step(plain, batch, method("uniform", 3, 3, 3))
+    assert not same_weights(preact, plain)
+
+
+def forward_sizes(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: Method) -> list[int]:
+    """How many images each forward pass of a step sees."""
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    step(model, batch, chosen)
+    handle.remove()
+    return sizes
+
+
+def test_a_step_forwards_what_the_budgets_say(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    m = len(batch[0])
+    preact.eval()
+    predicted = preact(batch[0]).argmax(dim=1)
+    outlier = torch.arange(m) % 4 == 0
+    batch = (batch[0], torch.where(outlier, (predicted + 1) % 10, predicted))
+    _, stats = step(copy.deepcopy(preact), batch, method(n_b=5, n_r=2, n_o=0))
+    n_b, n_r = int(stats.boundary), int(stats.robust)
+    assert n_b > 0
+    assert n_r > 0
+    assert stats.outlier == m - n_b - n_r > 0
+    assert stats.steps == 5 * n_b + 2 * n_r
+    attack = [n_b + n_r] * 2 + [n_b] * 3
+    chosen = method(n_b=5, n_r=2, n_o=0)
+    assert forward_sizes(copy.deepcopy(preact), batch, chosen) == [m, *attack, m, n_b + n_r]
+    everything = replace(chosen, forward_unperturbed=True)
+    assert forward_sizes(copy.deepcopy(preact), batch, everything) == [m, *attack, m, m]
+
+
+def test_a_shared_clean_forward_saves_one(preact: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    m = len(batch[0])
+    shared = replace(method("uniform"), share_clean_forward=True)
+    assert forward_sizes(preact, batch, shared) == [m] * (1 + 3 + 1)
+    # The clean logits of the loss carry their gradient although they decided the classes.
+    before = copy.deepcopy(preact)
+    _, stats = step(preact, batch, replace(shared, defense=DEFENSES["trades"](beta=0.0)))
+    assert torch.isfinite(stats.loss)
+    assert not same_weights(before, preact)
+
+
+def test_the_attack_sees_eval_mode_and_leaves_the_statistics_alone(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    step(preact, batch, method("uniform"))
+    # One clean and one adversarial pass in train mode, whatever the attack did.
+    counts = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
+    assert counts == {2}
+
+
+@pytest.mark.parametrize("n_o", [0, 3])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_tiny_batches_train(
+    small_cnn: nn.Module, batch: tuple[Tensor, Tensor], m: int, n_o: int
+) -> None:
+    few = (batch[0][:m], batch[1][:m])
+    robust_fraction, stats = step(small_cnn, few, method(n_b=3, n_r=3 if n_o else 0, n_o=n_o))
+    assert torch.isfinite(stats.loss)
+    assert 0 <= robust_fraction <= 1
+
+
+def test_a_group_of_one_survives_batch_norm(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    # 8×8 digits leave one pixel in the last stage: BatchNorm refuses a single example there.
+    preact.train()
+    clean_logits = preact(batch[0])
+    with pytest.raises(ValueError, match="more than 1 value"):
+        preact(batch[0][:1])
+    logits = forward_prefix(preact, batch[0], 1, clean_logits)
+    assert logits.shape == clean_logits.shape
+    assert torch.equal(logits[2:], clean_logits[2:])
+    assert forward_prefix(preact, batch[0], 0, clean_logits) is clean_logits
+
+
+def test_an_unperturbed_outlier_counts_as_not_robust(
+    small_cnn: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, labels = batch
+    wrong = (labels + 1) % 10
+    with torch.no_grad():
+        small_cnn.fc2.bias.copy_(100 * F.one_hot(labels[0], 10))  # always predicts one class
+    everyone = torch.full_like(labels, int(labels[0]))
+    fraction, _ = step(copy.deepcopy(small_cnn), (x, everyone), method())
+    assert fraction.item() == pytest.approx(0.9 * 0.3 + 0.1 * 0.8)
+    fraction, stats = step(small_cnn, (x, torch.where(wrong == labels[0], 5, wrong)), method())
+    assert stats.outlier == len(x)
+    assert fraction.item() == pytest.approx(0.9 * 0.3)
+
+
+@pytest.mark.parametrize(
+    ("start", "low", "high"), [("normal", 0.0005, 0.006), ("uniform", 0.08, EPSILON)]
+)
+def test_starts(start: str, low: float, high: float) -> None:
+    x = torch.rand(8, 1, 8, 8)
+    noise = start_noise(x, replace(method(), start=start), torch.Generator().manual_seed(0))
+    assert noise is not None
+    assert low < noise.abs().max() <= high
+    assert noise.min() < 0 < noise.max()
+    assert start_noise(x, replace(method(), start="clean"), torch.Generator()) is None

@@ -1,0 +1,258 @@
+"""Runs on real digits: what they leave, repeat, resume, and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btrain import checkpoint
+from btrain.config import Config, compose
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.training import train
+from btrain.training.loop import train_epoch
+from btrain.training.run import find_device, git_commit, make_method, make_plan, make_state
+from btrain.training.schedule import step_decay
+
+TINY = [
+    "dataset=digits",
+    "model=small_cnn",
+    "model.width=4",
+    "dataset.train_examples=300",
+    "dataset.test_examples=100",
+    "train.batch_size=64",
+    "attack.steps=3",
+    "eval.steps=2",
+    "device=cpu",
+]
+
+
+def tiny(folder: Path, *overrides: str) -> Config:
+    return compose([*TINY, f"run.dir={folder}", *overrides])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "train_seconds"} for line in lines]
+
+
+def weights(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    state = checkpoint.load(folder / "checkpoints" / name)["state"]
+    return dict(state["model"])
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny(tmp_path / name, "train.epochs=2", f"seed={seed}"))
+    a, b, c = (untimed(metrics(tmp_path / name)) for name in "abc")
+    assert a == b
+    assert a != c
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_equal_budgets_are_plain_trades_over_a_whole_run(tmp_path: Path) -> None:
+    equal = ["bt.n_b=3", "bt.n_r=3", "bt.n_o=3", "train.epochs=2"]
+    train(tiny(tmp_path / "equal", "bt=bullettrain", *equal))
+    train(tiny(tmp_path / "plain", "bt=uniform", "train.epochs=2"))
+    assert same(weights(tmp_path / "equal"), weights(tmp_path / "plain"))
+
+
+def test_the_log_adds_up(tmp_path: Path) -> None:
+    summary = train(tiny(tmp_path, "train.epochs=3", "bt.n_b=6", "bt.n_r=2"))
+    lines = metrics(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["f_b"] + line["f_r"] + line["f_o"] == pytest.approx(1)
+        assert line["attack_steps_mean"] == pytest.approx(6 * line["f_b"] + 2 * line["f_r"])
+        # Eq. 7 with the plain defense's N = attack.steps.
+        assert line["theoretical_speedup"] == pytest.approx(4 / (line["attack_steps_mean"] + 1))
+        assert 0 <= line["robust_fraction"] <= 0.8
+    assert summary["train_seconds"] == pytest.approx(sum(line["train_seconds"] for line in lines))
+    assert summary["f_b"] == pytest.approx(sum(line["f_b"] for line in lines) / 3)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["parameters"] == sum(value.numel() for value in weights(tmp_path).values())
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(tmp_path / "whole", "train.epochs=4"))
+
+    import btrain.training.run as run
+
+    epochs = 0
+
+    def dies_in_the_third(*args: Any, **kwargs: Any) -> Any:
+        nonlocal epochs
+        epochs += 1
+        if epochs == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(run, "train_epoch", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path / "cut", "train.epochs=4"))
+    monkeypatch.undo()
+    assert [line["epoch"] for line in metrics(tmp_path / "cut")] == [1, 2]
+    train(tiny(tmp_path / "cut", "train.epochs=4"))
+    assert untimed(metrics(tmp_path / "cut")) == untimed(metrics(tmp_path / "whole"))
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits: Data) -> None:
+    config = tiny(tmp_path, "recipe.crop_padding=1")
+    device = torch.device("cpu")
+    method, plan = make_method(config, device), make_plan(config)
+
+    def stop_after(batches: int) -> Any:
+        def tick() -> None:
+            nonlocal batches
+            batches -= 1
+            if batches == 0:
+                raise InterruptedError
+
+        return tick
+
+    whole, cut, resumed = (make_state(config, digits, device) for _ in range(3))
+    expected = train_epoch(
+        whole, digits.train, method, plan, tick=lambda: None, show=lambda means: None
+    )
+    with pytest.raises(InterruptedError):
+        train_epoch(cut, digits.train, method, plan, tick=stop_after(7), show=lambda means: None)
+    checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
+    resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
+    assert resumed.batch == 7
+    got = train_epoch(
+        resumed, digits.train, method, plan, tick=lambda: None, show=lambda means: None
+    )
+    assert expected is not None
+    assert got is not None
+    assert untimed([got]) == untimed([expected])
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_time_limit_ends_a_run_cleanly_and_more_time_continues_it(tmp_path: Path) -> None:
+    summary = train(tiny(tmp_path, "train.epochs=200", "train.max_seconds=0.5"))
+    assert 0.5 <= summary["train_seconds"] < 5
+    assert summary["epochs"] < 200
+    assert (tmp_path / "summary.json").is_file()
+    saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]
+    assert saved["epoch"] == summary["epochs"]
+    longer = train(tiny(tmp_path, "train.epochs=200", "train.max_seconds=1"))
+    assert longer["train_seconds"] >= 1
+    epochs = [line["epoch"] for line in metrics(tmp_path)]
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    # The decay of the second epoch is a "decay" by 10^30.
+    blow_up = ["recipe.epochs=2", "recipe.milestones=[1]", "recipe.lr_decay=1e30", "train.epochs=2"]
+    with pytest.raises(UserError, match=r"epoch 2, step [12]\b.*recipe\.lr"):
+        train(tiny(tmp_path, *blow_up))
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]["epoch"] == 1
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_held_out_examples_choose_the_best_epoch(tmp_path: Path) -> None:
+    summary = train(
+        tiny(tmp_path, "train.epochs=5", "dataset.val_examples=100", "eval.every_epochs=2")
+    )
+    lines = metrics(tmp_path)
+    scored = {line["epoch"]: line["val_robust_acc"] for line in lines if "val_robust_acc" in line}
+    assert list(scored) == [2, 4]
+    assert summary["best_val_robust_acc"] == max(scored.values())
+    assert scored[summary["best_epoch"]] == max(scored.values())
+    assert {"clean_acc", "robust_acc", "best_clean_acc", "best_robust_acc"} <= summary.keys()
+    assert not same(weights(tmp_path), weights(tmp_path, "best.pt"))
+
+
+def test_held_out_evaluation_does_not_change_the_training(tmp_path: Path) -> None:
+    held_out = ["train.epochs=2", "dataset.val_examples=100"]
+    train(tiny(tmp_path / "often", *held_out, "eval.every_epochs=1"))
+    train(tiny(tmp_path / "never", *held_out, "eval.every_epochs=3"))
+    assert same(weights(tmp_path / "often"), weights(tmp_path / "never"))
+    assert not (tmp_path / "never" / "checkpoints" / "best.pt").exists()
+
+
+def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
+    config = ["model=preact_resnet18", "model.width=2", "dataset.train_examples=65"]
+    assert train(tiny(tmp_path, *config, "train.epochs=1"))["epochs"] == 1
+
+
+@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
+@pytest.mark.parametrize("bt", ["bullettrain", "uniform"])
+def test_every_model_trains_with_every_allocator(tmp_path: Path, name: str, bt: str) -> None:
+    size = {"wrn_34_10": ["model.depth=10"], "wrn_40_2": ["model.depth=10"]}.get(name, [])
+    config = [f"model={name}", "model.width=1", *size, f"bt={bt}", "dataset.train_examples=70"]
+    assert torch.isfinite(torch.tensor(train(tiny(tmp_path, *config, "train.epochs=1"))["f_b"]))
+
+
+def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> None:
+    """The demo's comparison in short: 1,442 real digits, two runs."""
+    common = ["dataset=digits", "model=small_cnn", "train.epochs=25", "device=cpu",
+              "attack.epsilon=0.1"]  # fmt: skip
+    plain, ours = (
+        train(compose([*common, f"bt={bt}", f"run.dir={tmp_path / bt}"]))
+        for bt in ("uniform", "bullettrain")
+    )
+    assert ours["theoretical_speedup"] > 1.8
+    assert ours["robust_acc"] > 60
+    # 355 test images: one standard deviation of a difference is about 3 points.
+    assert ours["robust_acc"] > plain["robust_acc"] - 6
+    assert ours["clean_acc"] > plain["clean_acc"] - 6
+
+
+@pytest.mark.parametrize(("epoch", "factor"), [(1, 1.0), (74, 1.0), (75, 0.1), (76, 0.1)])
+def test_trades_learning_rate_falls_after_74_of_76_epochs(epoch: int, factor: float) -> None:
+    steps = 391
+    for step in ((epoch - 1) * steps, epoch * steps - 1):
+        assert step_decay(step / (76 * steps), [74 / 76], 0.1) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "tpu", ""])
+def test_a_device_that_does_not_exist_is_named(device: str) -> None:
+    with pytest.raises(UserError, match=f"device={device}"):
+        find_device(device)
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_other_loggers_write_beside_the_jsonl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    offline = ["logger.mode=offline"] if logger == "wandb" else []
+    train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline))
+    assert len(metrics(tmp_path)) == 1
+    pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*"}[logger]
+    assert list(tmp_path.glob(pattern))
+
+
+def test_the_commit_is_this_repository_s_or_unknown() -> None:
+    commit = git_commit()
+    assert commit is None or len(commit) == 40
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "last.pt"
+    if content is None:
+        torch.save({"format": 0}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=str(path)):
+        checkpoint.load(path)
