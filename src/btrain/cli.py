@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"btrain: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `btrain train --help | head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        return 1
     except KeyboardInterrupt:
         print(
             "btrain: interrupted; the same command goes on from the last checkpoint.",
@@ -55,7 +58,9 @@ def _train(args: list[str]) -> None:
     """Composes the configuration with Hydra and runs `btrain.training.train` on it, once a job."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
     from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
 
     from btrain import config as configs
 
@@ -86,10 +91,10 @@ def _train(args: list[str]) -> None:
     run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
     try:
         run()
-    except Exception as error:
-        if full_error or (composed and not isinstance(error, UserError)):
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if full_error or composed:
             raise
-        raise configs.explain(error) from None
+        raise configs.explain(error, args) from None
 
 
 def _report(args: list[str]) -> None:

@@ -282,14 +282,16 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     register()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
             cfg = hydra_compose(task, overrides=list(overrides), return_hydra_config=True)
             return from_hydra(cfg, overrides)
-    except Exception as error:
-        raise explain(error) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error, overrides) from error
 
 
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
@@ -315,7 +317,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
             f"{error.full_key} has no default; please give {error.full_key}=…."
         ) from error
     except OmegaConfBaseException as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     assert isinstance(config, Config)
     _reject_added_keys(config, "")
     if config.run.dir is None:
@@ -397,10 +399,8 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     return name
 
 
-def explain(error: Exception) -> UserError:
+def explain(error: Exception, overrides: Sequence[str]) -> UserError:
     """One sentence for what Hydra or OmegaConf raised while they composed a configuration."""
-    if isinstance(error, UserError):
-        return error
     if override := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
         return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
     if type(error).__name__ == "OverrideParseException":
@@ -415,8 +415,13 @@ def explain(error: Exception) -> UserError:
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
-    where = f"{key.group(1)}: " if key else ""
-    return UserError(where + _first_line(cause))
+    if key:
+        return UserError(f"{key.group(1)}: {_first_line(cause)}")
+    for group, _, value in (override.partition("=") for override in overrides):
+        folder = Path(config_dir()) / group
+        if group and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
+            return UserError(_unknown_option(group, value))
+    return UserError(_first_line(cause))
 
 
 def _first_line(error: BaseException) -> str:

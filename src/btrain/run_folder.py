@@ -14,7 +14,7 @@ from btrain.config import Config, read_yaml, to_dict, to_yaml
 from btrain.errors import UserError
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
-_MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download", "dataset.root")
+_MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download")
 
 
 class RunFolder:

@@ -42,7 +42,7 @@ def train(config: Config) -> dict[str, Any]:
     folder.check_owner(config)
     saved = checkpoint.load(folder.last) if folder.last.is_file() else None
     summary = folder.summary()
-    if summary is not None and saved is not None and _is_over(config, saved["state"]):
+    if summary is not None and (saved is None or _is_over(config, saved["state"])):
         print(f"{folder.path} is finished already: {_headline(summary)}")
         return summary
 
