@@ -13,8 +13,10 @@ import tarfile
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from http.client import HTTPResponse
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from btrain.data import Data, Split, batches, load
 from btrain.data.augmentation import batch_slices, random_crop, random_flip
+from btrain.data.download import import_torchvision
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
 
@@ -186,7 +189,11 @@ def test_cifar_labels_that_belong_to_another_file_are_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("called", "argument"),
-    [("os system", "touch {}"), ("posix system", "touch {}"), ("builtins exec", "open('{}', 'w')")],
+    [
+        ("os system", "touch {}"),
+        ("posix system", "touch {}"),
+        ("builtins eval", "__import__('pathlib').Path('{}').touch()"),
+    ],
 )
 def test_a_pickle_that_asks_for_code_is_refused_unrun(
     tmp_path: Path, called: str, argument: str
@@ -356,10 +363,481 @@ def test_a_failed_download_leaves_an_existing_folder_as_it_was(tmp_path: Path, n
 def test_a_download_with_a_wrong_checksum_leaves_nothing(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(*args: object, **kwargs: object) -> Any:
-        response: Any = pytest.MonkeyPatch  # replaced below; keeps the name's type open
-        response = BytesIO(b"")
+    def answer(request: urllib.request.Request, *args: object, **kwargs: object) -> HTTPResponse:
+        raw = BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong")
+        wire: Any = SimpleNamespace(makefile=lambda mode: raw)
+        response = HTTPResponse(wire, method=request.get_method())
+        response.begin()
+        response.url = request.full_url
         return response
 
-    del answer
-    pytest.skip("placeholder")
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(UserError, match="corrupted"):
+        read(name, tmp_path / "data", download=True)
+    assert files_in(tmp_path) == []
+
+
+# torchvision
+
+STAND_IN = """
+import torch
+from types import SimpleNamespace
+
+torch.library.register_fake("torchvision::nms")(lambda dets, scores, threshold: dets)
+datasets = SimpleNamespace(MNIST="imported")
+"""
+
+SCRIPT = """
+import sys
+import btrain.data
+
+heavy = {"torchvision", "sklearn", "wandb", "matplotlib", "hydra"} & set(sys.modules)
+assert not heavy, heavy
+from btrain.data.download import import_torchvision
+
+torchvision = import_torchvision()
+assert import_torchvision() is torchvision
+print(torchvision.datasets.MNIST)
+"""
+
+
+def test_torchvision_can_be_imported() -> None:
+    datasets = import_torchvision().datasets
+    assert {"CIFAR10", "CIFAR100", "MNIST"} <= set(vars(datasets))
+    assert import_torchvision().datasets is datasets
+
+
+def test_data_imports_nothing_heavy_and_torchvision_even_without_its_operators(
+    tmp_path: Path,
+) -> None:
+    # The stand-in fails at import like a torchvision whose compiled part does not fit: at its
+    # first statement about an operator that nobody has defined.
+    (tmp_path / "torchvision.py").write_text(STAND_IN)
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "imported"
+
+
+# Digits
+
+
+def test_digits_are_all_of_scikit_learns_images_once(digits: Data) -> None:
+    bunch = load_digits()
+    theirs = Counter(
+        (np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
+        for image, label in zip(bunch.images, bunch.target, strict=True)
+    )
+    ours = Counter(
+        (image.numpy().tobytes(), int(label))
+        for split in (digits.train, digits.test)
+        for image, label in zip(split.images, split.labels, strict=True)
+    )
+    # All 1,797 images differ, so equal counts of 1 mean that no image is in both parts.
+    assert len(theirs) == 1797
+    assert ours == theirs
+
+
+def test_digits_shapes_values_and_classes(digits: Data) -> None:
+    assert digits.shape == (1, 8, 8)
+    assert len(digits.train) + len(digits.test) == 1797
+    for split in (digits.train, digits.test):
+        assert split.images.dtype is torch.uint8
+        assert split.labels.dtype is torch.int64
+        assert (int(split.images.min()), int(split.images.max())) == (0, 255)
+        assert sorted(set(split.labels.tolist())) == list(range(10))
+
+
+def test_every_fifth_digit_of_a_class_is_a_test_image(digits: Data) -> None:
+    per_class = np.bincount(load_digits().target)
+    assert np.bincount(digits.test.labels).tolist() == [n // 5 for n in per_class]
+
+
+# Image folders
+
+
+def save(file: Path, image: Image.Image) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def grey(level: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new("RGB", size, (level, level, level))
+
+
+def two_classes(root: Path, each: int = 1) -> None:
+    """Classes a and b in both parts; a training image's grey level is its number."""
+    for part in ("train", "test"):
+        for c, name in enumerate("ab"):
+            for i in range(each):
+                save(root / part / name / f"{i:02}.png", grey(c * each + i))
+
+
+def read_folder(root: Path, image_size: int = 8, **kwargs: Any) -> Data:
+    return read("imagefolder", root, image_size=image_size, **kwargs)
+
+
+def test_imagefolder_reads_every_mode_and_size_as_rgb_of_the_image_size(tmp_path: Path) -> None:
+    colours = {"ant": (200, 30, 90), "bee": (77, 77, 77), "cat": (10, 20, 30), "dog": (5, 250, 9)}
+    for part in ("test", "train"):
+        save(tmp_path / part / "dog" / "1.jpeg", Image.new("RGB", (64, 48), colours["dog"]))
+        save(tmp_path / part / "cat" / "1.PNG", Image.new("RGBA", (5, 40), (*colours["cat"], 255)))
+        save(tmp_path / part / "bee" / "1.jpg", Image.new("L", (33, 16), 77))
+        save(tmp_path / part / "ant" / "1.png", Image.new("RGB", (1, 1), colours["ant"]))
+        (tmp_path / part / "ant" / "notes.txt").write_text("no image")
+    data = read_folder(tmp_path, 16)
+    assert data.classes == ("ant", "bee", "cat", "dog")
+    for split in (data.train, data.test):
+        assert split.images.shape == (4, 3, 16, 16)
+        assert split.images.dtype is torch.uint8
+        assert split.labels.tolist() == [0, 1, 2, 3]
+        for image, name in zip(split.images, data.classes, strict=True):
+            wanted = torch.tensor(colours[name]).view(3, 1, 1)
+            assert (image.int() - wanted).abs().max() <= 2  # JPEG rounds
+
+
+def test_imagefolder_leaves_images_of_the_right_size_as_they_are(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    save(tmp_path / "train" / "b" / "00.png", Image.fromarray(pixels))
+    image = read_folder(tmp_path).train.images[1]
+    for channel in range(3):
+        assert np.array_equal(image[channel].numpy(), pixels[:, :, channel])
+
+
+def test_imagefolder_needs_a_size(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    with pytest.raises(UserError, match=r"dataset\.image_size"):
+        read("imagefolder", tmp_path)
+
+
+def empty_class(root: Path) -> Path:
+    (root / "train" / "b" / "00.png").unlink()
+    return root / "train" / "b"
+
+
+def unreadable_file(root: Path) -> Path:
+    (root / "test" / "a" / "00.png").write_bytes(b"no image")
+    return root / "test" / "a" / "00.png"
+
+
+def class_missing_in_test(root: Path) -> Path:
+    save(root / "train" / "zebra" / "1.png", grey(3))
+    return Path("zebra")
+
+
+def class_missing_in_train(root: Path) -> Path:
+    save(root / "test" / "aardvark" / "1.png", grey(3))
+    return Path("aardvark")
+
+
+def missing_part(root: Path) -> Path:
+    (root / "test").rename(root / "validation")
+    return root / "test"
+
+
+def one_class(root: Path) -> Path:
+    for part in ("train", "test"):
+        (root / part / "b" / "00.png").unlink()
+        (root / part / "b").rmdir()
+    return root / "train"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        empty_class,
+        unreadable_file,
+        class_missing_in_test,
+        class_missing_in_train,
+        missing_part,
+        one_class,
+    ],
+)
+def test_imagefolder_names_what_is_wrong(tmp_path: Path, spoil: Callable[[Path], Path]) -> None:
+    two_classes(tmp_path)
+    wrong = spoil(tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(wrong))):
+        read_folder(tmp_path)
+
+
+def test_a_missing_imagefolder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "photos"))):
+        read_folder(tmp_path / "photos")
+
+
+def test_only_the_chosen_images_of_a_folder_are_decoded(tmp_path: Path) -> None:
+    two_classes(tmp_path, each=10)
+    before = read_folder(tmp_path, train_examples=6)
+    chosen = before.train.images[:, 0, 0, 0].tolist()  # the grey level is the file's number
+    assert len(set(chosen)) == 6
+    for number in set(range(20)) - set(chosen):
+        file = tmp_path / "train" / "ab"[number // 10] / f"{number % 10:02}.png"
+        file.write_bytes(b"no image")
+    after = read_folder(tmp_path, train_examples=6)
+    assert torch.equal(after.train.images, before.train.images)
+    with pytest.raises(UserError, match="not a readable image"):
+        read_folder(tmp_path)
+
+
+# Subsets
+
+
+@pytest.mark.parametrize("counts", [[20, 20, 20], [1, 5, 20], [7], [3, 0, 4]])
+def test_every_prefix_of_the_order_is_as_balanced_as_can_be(counts: list[int]) -> None:
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    order = class_balanced_order(labels)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    taken = [0] * len(counts)
+    for index in order:
+        taken[labels[index]] += 1
+        for mine, available in zip(taken, counts, strict=True):
+            # A class that has images left is at most one behind any other.
+            assert mine == available or mine >= max(taken) - 1
+
+
+def test_the_order_is_the_same_on_every_call_and_shuffled() -> None:
+    labels = np.arange(100) % 4
+    order = class_balanced_order(labels)
+    np.random.seed(3)
+    assert np.array_equal(class_balanced_order(labels), order)
+    assert not np.array_equal(order, np.sort(order))
+
+
+def keys(split: Split | None) -> set[bytes]:
+    """The images of digits are all different: one is known by its pixels."""
+    assert split is not None
+    return {image.numpy().tobytes() for image in split.images}
+
+
+def test_the_parts_are_disjoint_balanced_and_of_the_sizes_asked_for() -> None:
+    sizes = {"train_examples": 205, "test_examples": 100, "val_examples": 153}
+    data = read("digits", Path("unused"), **sizes)
+    assert data.val is not None
+    for split, size in ((data.train, 205), (data.val, 153), (data.test, 100)):
+        assert len(split) == len(split.images) == len(keys(split)) == size
+        per_class = np.bincount(split.labels, minlength=10)
+        # Two for training: it begins where the held-out part left some classes one behind.
+        assert per_class.max() - per_class.min() <= (2 if split is data.train else 1)
+    assert not keys(data.train) & keys(data.val)
+    assert not keys(data.train) & keys(data.test)
+    assert not keys(data.val) & keys(data.test)
+
+
+def test_a_subset_keeps_each_image_with_its_label(digits: Data) -> None:
+    label_of = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(digits.train.images, digits.train.labels, strict=True)
+    }
+    subset = read("digits", Path("unused"), train_examples=50).train
+    for image, label in zip(subset.images, subset.labels, strict=True):
+        assert label_of[image.numpy().tobytes()] == int(label)
+
+
+def test_holding_nothing_out_leaves_everything(digits: Data) -> None:
+    assert digits.val is None
+    held_out = read("digits", Path("unused"), val_examples=100)
+    assert keys(held_out.train) | keys(held_out.val) == keys(digits.train)
+
+
+def test_subsets_do_not_depend_on_global_seeds() -> None:
+    parts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        data = read("digits", Path("unused"), train_examples=100, val_examples=20)
+        parts.append([keys(data.train), keys(data.val)])
+    assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("key", ["train_examples", "test_examples", "val_examples"])
+def test_more_examples_than_there_are_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=rf"dataset\.{key}.*1800|dataset\.{key}=1800"):
+        read("digits", Path("unused"), **{key: 1800})
+
+
+def test_held_out_images_are_no_training_images(digits: Data) -> None:
+    n = len(digits.train)
+    with pytest.raises(UserError, match=r"dataset\.train_examples"):
+        read("digits", Path("unused"), val_examples=100, train_examples=n - 99)
+    data = read("digits", Path("unused"), val_examples=100, train_examples=n - 100)
+    assert len(data.train) == n - 100
+
+
+# Batches
+
+
+@pytest.fixture
+def split() -> Split:
+    """23 random images without a black pixel, so that a crop's zeros show."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (23, 3, 6, 7), generator=generator, dtype=torch.uint8)
+    return Split(images, torch.randint(10, (23,), generator=generator))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(split: Split, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    defaults: dict[str, Any] = {"crop_padding": 0, "flip": False, "generator": seeded()}
+    order = torch.randperm(len(split), generator=seeded(5))
+    return list(batches(split, order, 5, **(defaults | kwargs)))
+
+
+@pytest.mark.parametrize("padding", [1, 2])
+def test_a_crop_is_a_window_of_the_padded_image_for_each_image_its_own(padding: int) -> None:
+    images = torch.randint(1, 256, (400, 3, 6, 7), generator=seeded(), dtype=torch.uint8)
+    cropped = random_crop(images, padding, seeded(1))
+    assert cropped.dtype is torch.uint8
+    offsets: Counter[tuple[int, int]] = Counter()
+    for image, crop in zip(images, cropped, strict=True):
+        padded = F.pad(image, (padding, padding, padding, padding))
+        fitting = [
+            (y, x)
+            for y in range(2 * padding + 1)
+            for x in range(2 * padding + 1)
+            if torch.equal(crop, padded[:, y : y + 6, x : x + 7])
+        ]
+        assert len(fitting) == 1
+        offsets[fitting[0]] += 1
+    # Uniform over the windows: 400 draws leave none of 25 out, and none has more than a fifth.
+    assert len(offsets) == (2 * padding + 1) ** 2
+    assert max(offsets.values()) < 80
+
+
+def test_a_flip_is_the_image_or_its_mirror_with_equal_chances() -> None:
+    images = torch.randint(256, (400, 3, 6, 7), generator=seeded(), dtype=torch.uint8)
+    flipped = random_flip(images, seeded(1))
+    kept = mirrored = 0
+    for image, result in zip(images, flipped, strict=True):
+        mirror = torch.stack([image[:, :, 6 - x] for x in range(7)], dim=2)
+        kept += torch.equal(result, image)
+        mirrored += torch.equal(result, mirror)
+    assert kept + mirrored == 400
+    assert 150 < mirrored < 250
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "sizes"),
+    [
+        (8, 4, [4, 4]),
+        (10, 4, [4, 4, 2]),
+        (9, 4, [4, 5]),
+        (3, 2, [3]),
+        (3, 4, [3]),
+        (1, 4, [1]),
+    ],
+)
+def test_batch_slices_cover_everything_once_and_leave_no_single_example(
+    examples: int, batch_size: int, sizes: list[int]
+) -> None:
+    parts = [list(range(examples))[part] for part in batch_slices(examples, batch_size)]
+    assert [len(part) for part in parts] == sizes
+    assert [index for part in parts for index in part] == list(range(examples))
+
+
+def test_batches_are_the_images_in_order_as_float32_between_0_and_1(split: Split) -> None:
+    order = torch.randperm(23, generator=seeded(5))
+    images = torch.cat([x for x, _ in drawn(split)])
+    labels = torch.cat([y for _, y in drawn(split)])
+    assert images.dtype is torch.float32
+    assert [len(x) for x, _ in drawn(split)] == [5, 5, 5, 5, 3]
+    assert labels.tolist() == [int(split.labels[i]) for i in order]
+    expected = np.stack([split.images[i].numpy() for i in order]).astype(np.float64) / 255
+    np.testing.assert_allclose(images.numpy(), expected, rtol=1e-6)
+
+
+def test_augmented_values_stay_between_0_and_1(split: Split) -> None:
+    images = torch.cat([x for x, _ in drawn(split, crop_padding=2, flip=True)])
+    assert images.dtype is torch.float32
+    assert images.shape == (23, 3, 6, 7)
+    assert images.min() == 0  # the crop's border
+    assert 0.9 < images.max() <= 1
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 5])
+def test_batches_can_begin_in_the_middle(split: Split, first: int) -> None:
+    rest, everything = drawn(split, first=first), drawn(split)
+    assert len(rest) == len(everything) - first
+    for (x, y), (expected_x, expected_y) in zip(rest, everything[first:], strict=True):
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
+
+
+def test_skipped_batches_draw_nothing(split: Split) -> None:
+    # What a resumed epoch relies on: with the generator's state of after batch k it goes on alike.
+    generator = seeded()
+    order = torch.randperm(len(split), generator=seeded(5))
+    whole = batches(split, order, 5, crop_padding=2, flip=True, generator=generator)
+    next(whole), next(whole)
+    state = generator.get_state()
+    rest = [x for x, _ in whole]
+    again = drawn(split, crop_padding=2, flip=True, generator=seeded().set_state(state), first=2)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(rest, again, strict=True))
+
+
+def test_augmentation_is_a_function_of_the_generators_seed(split: Split) -> None:
+    def images(seed: int) -> Tensor:
+        torch.manual_seed(len(runs))  # the global generator plays no part
+        part = drawn(split, crop_padding=2, flip=True, generator=seeded(seed))
+        runs.append(torch.cat([x for x, _ in part]))
+        return runs[-1]
+
+    runs: list[Tensor] = []
+    assert torch.equal(images(1), images(1))
+    assert not torch.equal(images(1), images(2))
+
+
+# Real data, where the environment names it
+
+
+@pytest.fixture(scope="module")
+def real_data() -> Path:
+    """The folder with MNIST/raw/*-ubyte and cifar10-jpeg.tar.xz."""
+    folder = os.environ.get("BTRAIN_DATA")
+    if not folder:
+        pytest.skip(
+            "The tests on real MNIST and CIFAR-10 (JPEG) were left out; set BTRAIN_DATA to the "
+            "folder that holds MNIST/raw and cifar10-jpeg.tar.xz."
+        )
+    return Path(folder)
+
+
+def test_real_mnist_has_the_published_statistics(real_data: Path) -> None:
+    data = read("mnist", real_data)
+    assert (len(data.train), len(data.test)) == (60_000, 10_000)
+    assert data.shape == (1, 28, 28)
+    counts = np.bincount(data.train.images.numpy().ravel(), minlength=256)
+    values = np.arange(256) / 255
+    mean = (counts * values).sum() / counts.sum()
+    variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+    assert mean == pytest.approx(0.1307, abs=1e-4)
+    assert variance**0.5 == pytest.approx(0.3081, abs=1e-4)
+    assert data.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+
+
+def test_real_cifar10_jpeg_reads_as_an_image_folder(real_data: Path, tmp_path: Path) -> None:
+    # The archive holds 60,000 files, in order within a class: 20 of each class and part are enough.
+    with tarfile.open(real_data / "cifar10-jpeg.tar.xz", "r|xz") as archive:
+        for member in archive:
+            if re.search(r"/00[01]\d\.jpg$", member.name):
+                archive.extract(member, tmp_path, filter="data")
+    data = read_folder(tmp_path / "cifar10-jpeg", 32)
+    assert data.classes == (
+        "airplane", "automobile", "bird", "cat", "deer",
+        "dog", "frog", "horse", "ship", "truck",
+    )  # fmt: skip
+    assert data.shape == (3, 32, 32)
+    for split in (data.train, data.test):
+        assert split.labels.tolist() == [c for c in range(10) for _ in range(20)]
+        colour = split.images.float().mean(dim=(0, 2, 3)) / 255
+        # The published means of CIFAR-10 are .491 .482 .447; red above blue tells RGB from BGR.
+        assert colour.tolist() == pytest.approx([0.491, 0.482, 0.447], abs=0.05)
+        assert colour[0] > colour[2]

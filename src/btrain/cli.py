@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"btrain: {error}", file=sys.stderr)
         return 1
+    except SystemExit as end:  # how Hydra's help and a job with a mistake end
+        return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # `btrain train --help | head`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         return 1
@@ -64,8 +66,8 @@ def _train(args: list[str]) -> None:
 
     from btrain import config as configs
 
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
+    before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    full_error = before == "1"
 
     composed = False
 
@@ -87,22 +89,35 @@ def _train(args: list[str]) -> None:
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
-    sys.argv = ["btrain train", *args]
     run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
+    sys.argv = ["btrain train", *args]
     try:
         run()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if full_error or composed:
             raise
         raise configs.explain(error, args) from None
+    except UserError:
+        if full_error:
+            raise
+        sys.exit(1)  # the job has said why
+    finally:
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _report(args: list[str]) -> None:
     """Prints finished runs side by side."""
     from btrain.report import compare
 
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: btrain report RUN [RUN …]\n\nRUN is a run folder; the first is the baseline.")
+    usage = "usage: btrain report RUN [RUN …]\n\nRUN is a run folder; the first is the baseline."
+    if not args:
+        raise UserError("report needs at least one run folder; see btrain report --help.")
+    if args[0] in ("-h", "--help"):
+        print(usage)
         return
     print(compare(args))
 

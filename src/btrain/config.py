@@ -68,7 +68,7 @@ def _require(condition: bool, key: str, rule: str, value: object) -> None:
 
 
 def _positive(key: str, value: float) -> None:
-    _require(value > 0 and math.isfinite(value), key, "greater than 0", value)
+    _require(value > 0 and math.isfinite(value), key, "finite and greater than 0", value)
 
 
 def _at_least(least: float, key: str, value: float | None) -> None:
@@ -90,7 +90,7 @@ class DatasetConfig:
     eval_step_size: float = MISSING
 
     def __post_init__(self) -> None:
-        _at_least(1, "dataset.train_examples", self.train_examples)
+        _at_least(2, "dataset.train_examples", self.train_examples)
         _at_least(1, "dataset.test_examples", self.test_examples)
         _at_least(0, "dataset.val_examples", self.val_examples)
         _at_least(1, "dataset.image_size", self.image_size)
@@ -109,6 +109,8 @@ class ModelConfig:
         _at_least(1, "model.width", self.width)
         _require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
                  self.std)  # fmt: skip
+        for mean in self.mean or []:
+            _require(math.isfinite(mean), "model.mean", "finite", mean)
         for std in self.std or []:
             _positive("model.std", std)
 
@@ -386,11 +388,9 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     data = config.dataset.name.name
     if config.dataset.name is DatasetName.imagefolder:
         data = Path(config.dataset.root).resolve().name
-    changed = [
-        override.lstrip("+~")
-        for override in overrides
-        if not _NOT_IN_NAME.match(override.lstrip("+~").split("=")[0])
-    ]
+    plain = [override.lstrip("+~") for override in overrides]
+    last = {override.partition("=")[0]: override for override in plain}
+    changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
     parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
     name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
     name = re.sub(r"[^\w.-]+", "_", name)

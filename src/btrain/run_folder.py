@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btrain.config import Config, read_yaml, to_dict, to_yaml
+from btrain.config import Config, DatasetName, read_yaml, to_dict, to_yaml
 from btrain.errors import UserError
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
@@ -44,10 +44,13 @@ class RunFolder:
             if any(self.path.iterdir()):
                 raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
             return
+        may_differ = _MAY_DIFFER
+        if config.dataset.name is not DatasetName.imagefolder:
+            may_differ += ("dataset.root",)  # the same data in another place
         theirs, ours = _flat(read_yaml(self._config)), _flat(to_dict(config))
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
-            if not same and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER):
+            if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
                 raise UserError(
                     f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
                     f"{ours.get(key)}; please name another run.dir."
@@ -73,7 +76,7 @@ class RunFolder:
         """
         try:
             content = json.loads(self._summary.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             content = None

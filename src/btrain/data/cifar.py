@@ -65,6 +65,8 @@ def _read_batch(path: Path, labels_key: str) -> tuple[Images, Any]:
         labels = np.asarray(content[labels_key.encode()], dtype=np.int64)
         if pixels.dtype != np.uint8:
             raise ValueError(f"pixels of type {pixels.dtype}")
+        if len(pixels) != len(labels):
+            raise ValueError(f"{len(pixels)} images for {len(labels)} labels")
         return pixels.reshape(-1, 3, 32, 32), labels
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -17,31 +19,28 @@ def download(dataset: str, root: Path) -> None:
     """Fetches CIFAR-10, CIFAR-100 or MNIST into root, checksums verified, progress shown.
 
     Raises:
-        UserError: the download failed; nothing new is left behind but complete files.
+        UserError: the download failed; then nothing is left behind.
     """
-    fresh = not root.exists()
     try:
         datasets = import_torchvision().datasets
         logging.getLogger("btrain").info("Downloading %s to %s.", dataset, root)
-        classes = {
-            "cifar10": datasets.CIFAR10,
-            "cifar100": datasets.CIFAR100,
-            "mnist": datasets.MNIST,
-        }
-        classes[dataset](str(root), download=True)
+        source, folder = {
+            "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+            "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+            "mnist": (datasets.MNIST, "MNIST"),
+        }[dataset]
+        beside = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+        with TemporaryDirectory(prefix=".download-", dir=beside) as unfinished:
+            source(unfinished, download=True)
+            shutil.copytree(
+                Path(unfinished) / folder,
+                root / folder,
+                copy_function=shutil.move,
+                dirs_exist_ok=True,
+            )
     except Exception as error:  # network, disk, checksum, a broken torchvision: one answer to all
-        if fresh:
-            _remove_empty(root)
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{dataset} could not be downloaded to {root} ({reason}).") from error
-
-
-def _remove_empty(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def import_torchvision() -> ModuleType:

@@ -1,0 +1,524 @@
+"""Every YAML file, every key of the schema, the ranges, the paper's defaults, and run names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from enum import Enum
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from btrain import models
+from btrain.allocation import ALLOCATORS
+from btrain.config import (
+    AllocatorName,
+    Architecture,
+    Config,
+    DatasetName,
+    DefenseName,
+    LoggerName,
+    compose,
+    config_dir,
+    from_hydra,
+    read_yaml,
+    register,
+    run_name,
+    to_dict,
+    to_yaml,
+)
+from btrain.defenses import DEFENSES
+from btrain.errors import UserError
+
+CONFIGS = Path(config_dir())
+FILES = [path.relative_to(CONFIGS).with_suffix("") for path in sorted(CONFIGS.rglob("*.yaml"))]
+NEEDS = {"dataset=imagefolder": ["dataset.root=photos"]}  # what an option cannot do without
+
+
+def options(group: str) -> set[str]:
+    return {file.name for file in FILES if file.parent.as_posix() == group}
+
+
+def names(enum: type[Enum]) -> set[str]:
+    return {member.name for member in enum}
+
+
+def leaves(node: type, prefix: str = "") -> list[str]:
+    """Every key of the schema that holds a value."""
+    found = []
+    for name, kind in typing.get_type_hints(node).items():
+        if dataclasses.is_dataclass(kind):
+            found += leaves(cast(type, kind), f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+LEAVES = leaves(Config)
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    """The defaults as Hydra composes them, for tests that need many variants of them."""
+    register()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+        return hydra.compose("train")
+
+
+def changed(composed: DictConfig, settings: dict[str, Any]) -> Config:
+    """What the command line `key=value …` comes to, without composing anew."""
+    cfg = composed.copy()
+    with open_dict(cfg):
+        for key, value in settings.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+    return from_hydra(cfg, [])
+
+
+# The YAML files
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_yaml_file_composes(file: Path) -> None:
+    group = file.parent.as_posix()
+    if group == ".":
+        compose((), task=file.name)
+        return
+    option = f"{group}={file.name}"
+    config = compose([option, *NEEDS.get(option, [])])
+    section = getattr(config, group, None)
+    if section is not None:  # an experiment sets several sections and has none of its own
+        name = section.name
+        assert (name.name if isinstance(name, Enum) else name) == file.name
+    if group == "dataset":
+        assert config.recipe.name == f"trades_{file.name}"
+
+
+def test_the_names_in_schema_code_and_yaml_files_agree() -> None:
+    assert names(DatasetName) == options("dataset")
+    assert names(DefenseName) == set(DEFENSES) == options("defense")
+    assert names(AllocatorName) == set(ALLOCATORS) == options("bt")
+    assert names(LoggerName) == options("logger")
+    assert names(Architecture) == set(models.ARCHITECTURES)
+    texts = [(CONFIGS / "model" / f"{model}.yaml").read_text() for model in options("model")]
+    assert {yaml.safe_load(text)["architecture"] for text in texts} == names(Architecture)
+    for enum in (DatasetName, DefenseName, AllocatorName, LoggerName, Architecture):
+        assert all(member.name == member.value for member in enum)
+
+
+def test_there_is_a_recipe_for_every_defense_on_every_data_set() -> None:
+    pairs = product(options("defense"), options("dataset"))
+    assert {f"{defense}_{dataset}" for defense, dataset in pairs} <= options("recipe")
+
+
+def test_a_recipe_that_is_named_is_taken() -> None:
+    assert compose(["dataset=digits", "recipe=trades_mnist"]).recipe.name == "trades_mnist"
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_a_misspelt_key_is_named_with_what_was_meant(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^There is no setting {key}x\. Did you mean {key}\?$"):
+        compose([f"{key}x=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+colour=1", "colour"),
+        ("++colour=1", "colour"),
+        ("+bt.colour=1", "bt.colour"),
+        ("++bt.colour=1", "bt.colour"),
+        ("+train.colour.red=1", "train.colour"),
+    ],
+)
+def test_no_unknown_key_can_be_added(override: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"There is no setting {key}\."):
+        compose([override])
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_a_misspelt_key_is_named_where_it_was_added(composed: DictConfig, key: str) -> None:
+    # What Hydra hands on for +key=1 and ++key=1; composing 114 times would take long.
+    with pytest.raises(UserError, match=rf"There is no setting {key}x\. Did you mean {key}\?"):
+        changed(composed, {f"{key}x": 1})
+
+
+def test_a_known_key_can_be_forced() -> None:
+    assert compose(["++bt.gamma=0.5"]).bt.gamma == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("attack.steps=ten", ["attack.steps", "ten", "Integer"]),
+        ("attack.steps=2.5", ["attack.steps", "2.5", "Integer"]),
+        ("bt.gamma=null", ["bt.gamma"]),
+        ("bt.share_clean_forward=perhaps", ["bt.share_clean_forward", "perhaps", "bool"]),
+        ("attack.start=zero", ["attack.start", "zero", "normal", "uniform", "clean"]),
+        ("logger.mode=never", ["logger.mode", "never", "online", "offline", "disabled"]),
+        ("recipe.milestones=3", ["recipe.milestones"]),
+        ("model.mean=[a,b,c]", ["model.mean", "a"]),
+        ("recipe=trades_svhn", ["recipe=trades_svhn", "trades_cifar10", "trades_mnist"]),
+        ("bt.gamma=${bt.delta}", ["bt.gamma", "bt.delta"]),
+    ],
+)
+def test_a_wrong_value_is_explained_in_one_sentence(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        compose([override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+# Ranges
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("seed", [-1, 2**63]),
+        ("dataset.train_examples", [-5, 0, 1]),  # BatchNorm cannot normalise a single example
+        ("dataset.test_examples", [-1, 0]),
+        ("dataset.val_examples", [-1]),
+        ("dataset.image_size", [-1, 0]),
+        ("model.width", [-1, 0]),
+        ("attack.steps", [-1, 0]),
+        ("attack.epsilon", [-1, 0, NAN, INF]),
+        ("attack.step_size", [-0.1, 0, NAN, INF]),
+        ("attack.start_std", [-0.1, NAN, INF]),
+        ("defense.beta", [-1, NAN, INF]),
+        ("bt.n_b", [-1]),
+        ("bt.n_r", [-1, 11]),  # more than n_b = 10
+        ("bt.n_o", [-1, 3]),  # more than n_r = 2
+        ("bt.gamma", [-0.1, 0, 1.5, NAN, INF]),
+        ("bt.momentum", [-0.1, 1, NAN]),
+        ("bt.step_size_b", [-1, 0, NAN, INF]),
+        ("recipe.epochs", [-1, 0]),
+        ("recipe.lr", [-0.1, 0, NAN, INF]),
+        ("recipe.momentum", [-0.1, 1, NAN]),
+        ("recipe.weight_decay", [-0.1, NAN, INF]),
+        ("recipe.milestones", [[-1], [74, NAN]]),
+        ("recipe.lr_decay", [-1, 0, NAN]),
+        ("recipe.crop_padding", [-1]),
+        ("train.epochs", [-1, 0]),
+        ("train.batch_size", [-1, 0, 1]),
+        ("train.max_seconds", [-1, 0, NAN, INF]),
+        ("eval.epsilon", [-1, 0, NAN, INF]),
+        ("eval.step_size", [-1, 0, NAN]),
+        ("eval.steps", [-1]),
+        ("eval.batch_size", [-1, 0]),
+        ("eval.every_epochs", [-1, 0]),
+    ],
+)
+def test_values_out_of_range_are_refused_by_key(
+    composed: DictConfig, key: str, values: list[Any]
+) -> None:
+    for value in values:
+        with pytest.raises(UserError) as error:
+            changed(composed, {key: value})
+        assert str(error.value).startswith(f"{key} must be "), value
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"model.mean": [0.5]}, "model.std"),
+        ({"model.std": [0.5]}, "model.std"),
+        ({"model.mean": [0.5], "model.std": [0.0]}, "model.std"),
+        ({"model.mean": [0.5], "model.std": [NAN]}, "model.std"),
+        ({"model.mean": [NAN], "model.std": [0.5]}, "model.mean"),
+    ],
+)
+def test_a_normalisation_needs_mean_and_positive_std(
+    composed: DictConfig, settings: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        changed(composed, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bt.gamma": 1.0},
+        {"bt.gamma": 1e-6},
+        {"bt.momentum": 0.0},
+        {"bt.n_o": 10, "bt.n_r": 10},
+        {"bt.n_b": 0, "bt.n_r": 0},
+        {"bt.n_b": 20},
+        {"attack.steps": 1, "bt.n_r": 1},
+        {"attack.start_std": 0.0},
+        {"defense.beta": 0.0},
+        {"eval.steps": 0},
+        {"eval.batch_size": 1},
+        {"recipe.weight_decay": 0.0},
+        {"recipe.milestones": []},
+        {"recipe.crop_padding": 0},
+        {"train.epochs": 1},
+        {"train.batch_size": 2},
+        {"train.max_seconds": 0.5},
+        {"dataset.train_examples": 2, "dataset.test_examples": 1, "dataset.val_examples": 0},
+        {"seed": 0},
+        {"seed": 2**63 - 1},
+        {"model.mean": [0.5, 0.4, 0.3], "model.std": [0.2, 0.2, 0.2]},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_of_the_range_are_right(
+    composed: DictConfig, settings: dict[str, Any]
+) -> None:
+    config = to_dict(changed(composed, settings))
+    for key, value in settings.items():
+        node = config
+        for part in key.split("."):
+            node = node[part]
+        assert node == value
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 0),
+        ("dataset.name", "cifar10"),
+        ("dataset.train_examples", None),
+        ("dataset.val_examples", 0),
+        ("model.name", "wrn_34_10"),
+        ("model.architecture", "wide_resnet"),
+        ("model.depth", 34),
+        ("model.width", 10),
+        ("model.mean", None),
+        ("defense.name", "trades"),
+        ("defense.beta", 6.0),
+        ("attack.steps", 10),
+        ("attack.epsilon", 0.031),
+        ("attack.step_size", 0.007),
+        ("attack.start", "normal"),
+        ("attack.start_std", 0.001),
+        ("bt.name", "bullettrain"),
+        ("bt.n_b", 10),
+        ("bt.n_r", 2),
+        ("bt.n_o", 0),
+        ("bt.gamma", 0.8),
+        ("bt.step_size_b", 0.007),
+        ("bt.forward_unperturbed", False),
+        ("bt.share_clean_forward", False),
+        ("recipe.milestones", [74]),
+        ("recipe.lr", 0.1),
+        ("recipe.lr_decay", 0.1),
+        ("recipe.weight_decay", 2e-4),
+        ("recipe.momentum", 0.9),
+        ("recipe.crop_padding", 4),
+        ("recipe.flip", True),
+        ("train.epochs", 76),
+        ("train.batch_size", 128),
+        ("train.max_seconds", None),
+        ("eval.steps", 20),
+        ("eval.step_size", 0.003),
+        ("eval.epsilon", 0.031),
+        ("logger.name", "jsonl"),
+        ("device", "auto"),
+    ],
+)
+def test_the_defaults_are_the_papers(composed: DictConfig, key: str, value: object) -> None:
+    node: Any = to_dict(changed(composed, {}))
+    for part in key.split("."):
+        node = node[part]
+    assert node == value
+
+
+def test_the_experiments_are_the_rows_of_table_2() -> None:
+    plain, ours = compose(["experiment=table2_trades"]), compose(["experiment=table2_trades_bt"])
+    defaults = compose()
+    assert (plain.bt.name, ours.bt.name) == (AllocatorName.uniform, AllocatorName.bullettrain)
+    assert (ours.bt.n_b, ours.bt.n_r, ours.bt.n_o, ours.bt.gamma) == (10, 2, 0, 0.8)
+    assert compose(["experiment=table2_trades_bt", "bt.n_r=0"]).bt.n_r == 0
+    for section in ("dataset", "model", "attack", "defense", "recipe", "train", "eval"):
+        assert getattr(plain, section) == getattr(ours, section) == getattr(defaults, section)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"), [([], 10), (["bt.n_b=7"], 7), (["attack.steps=3"], 3)]
+)
+def test_uniform_gives_every_class_the_same_steps(overrides: list[str], steps: int) -> None:
+    bt = compose(["bt=uniform", *overrides]).bt
+    assert (bt.n_b, bt.n_r, bt.n_o) == (steps, steps, steps)
+    assert bt.step_size_b == 0.007  # what makes it the plain defense
+
+
+@pytest.mark.parametrize(
+    ("dataset", "overrides", "epsilon"),
+    [
+        ("mnist", [], 0.3),
+        ("mnist", ["attack.epsilon=0.1"], 0.1),
+        ("mnist", ["bt.n_b=5"], 0.3),
+        ("digits", [], 0.15),
+        ("digits", ["attack.epsilon=0.2", "attack.steps=4"], 0.2),
+    ],
+)
+def test_step_sizes_follow_epsilon_on_grey_images(
+    dataset: str, overrides: list[str], epsilon: float
+) -> None:
+    config = compose([f"dataset={dataset}", *overrides])
+    assert config.attack.epsilon == config.eval.epsilon == epsilon
+    assert config.attack.step_size == pytest.approx(1.7 * epsilon / config.bt.n_b)
+    assert config.bt.step_size_b == config.attack.step_size
+    assert config.eval.step_size == pytest.approx(epsilon / 10)
+
+
+def test_another_radius_of_the_evaluation_leaves_the_attack_alone() -> None:
+    config = compose(["dataset=mnist", "eval.epsilon=0.2"])
+    assert config.attack.epsilon == 0.3
+    assert config.attack.step_size == pytest.approx(1.7 * 0.3 / 10)
+    assert config.eval.step_size == pytest.approx(0.02)
+
+
+# Run names
+
+VARIANTS = [
+    [],
+    ["bt.gamma=0.5"],
+    ["bt.gamma=0.65"],
+    ["bt.n_r=0"],
+    ["bt.n_r=0", "bt.gamma=0.5"],
+    ["bt=uniform"],
+    ["seed=1"],
+    ["model=small_cnn"],
+    ["model.width=2"],
+    ["dataset=cifar100"],
+    ["dataset=digits"],
+    ["dataset.train_examples=100"],
+    ["attack.epsilon=0.1"],
+    ["attack.start=clean"],
+    ["recipe=trades_mnist"],
+    ["recipe.milestones=[1,2]"],
+    ["recipe.milestones=[12]"],
+    ["recipe.flip=false"],
+    ["experiment=table2_trades_bt"],
+    ["++attack.steps=4"],
+    ["dataset=imagefolder", "dataset.root=photos/pets"],
+    ["dataset=imagefolder", "dataset.root=photos/cars and planes"],
+]
+
+
+def name_of(overrides: list[str]) -> str:
+    run_dir = compose(overrides).run_dir
+    assert run_dir.parent == Path("runs")
+    return run_dir.name
+
+
+def as_hydra_reads(value: str) -> object:
+    """The value of key=value on the command line."""
+    return OverridesParser.create().parse_override(f"key={value}").value()
+
+
+def test_different_settings_have_different_names_that_hydra_can_read() -> None:
+    seen: dict[str, list[str]] = {}
+    for overrides in VARIANTS:
+        name = name_of(overrides)
+        assert re.fullmatch(r"[\w.-]+", name)
+        assert len(name) <= 150
+        assert name not in seen, (overrides, seen[name])
+        seen[name] = overrides
+        assert as_hydra_reads(f"runs/{name}") == f"runs/{name}"
+    # The whole way, for the name with most in it.
+    assert compose([f"run.dir={max(seen, key=len)}"]).run.dir == max(seen, key=len)
+
+
+def test_a_name_is_readable() -> None:
+    overrides = ["dataset=mnist", "attack.epsilon=0.1", "model=small_cnn"]
+    assert name_of(overrides) == "mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0"
+
+
+def test_the_order_of_overrides_does_not_matter() -> None:
+    overrides = ["bt.n_r=0", "dataset=digits", "bt.gamma=0.5", "model=small_cnn"]
+    config = compose(overrides)
+    assert len({run_name(config, order) for order in permutations(overrides)}) == 1
+    assert name_of(overrides[::-1]) == name_of(overrides)
+
+
+def test_of_a_repeated_key_only_the_last_value_counts() -> None:
+    twice = ["bt.gamma=0.5", "bt.gamma=0.6"]
+    assert compose(twice).bt.gamma == 0.6
+    assert name_of(twice) != name_of(twice[::-1])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "device=cpu",
+        "logger=wandb",
+        "logger.project=other",
+        "dataset.download=false",
+    ],
+)
+def test_what_leaves_the_result_alone_leaves_the_name_alone(override: str) -> None:
+    assert name_of([override]) == "cifar10-wrn_34_10-trades-bullettrain-seed0"
+
+
+def test_an_image_folder_goes_by_its_own_name() -> None:
+    assert name_of(["dataset=imagefolder", "dataset.root=photos/pets"]).startswith("pets-wrn_34_10")
+
+
+def test_long_names_stay_short_and_apart(composed: DictConfig) -> None:
+    config = changed(composed, {})
+    overrides = [f"{leaf}=12345" for leaf in LEAVES if leaf not in ("seed", "device")]
+    assert len(overrides) >= 40
+    long = run_name(config, overrides)
+    assert len(long) <= 150
+    assert re.fullmatch(r"[\w.-]+", long)
+    assert run_name(config, overrides[::-1]) == long
+    others = {
+        run_name(config, [*overrides[:i], overrides[i] + "6", *overrides[i + 1 :]])
+        for i, override in enumerate(overrides)
+        if not override.startswith(("run.", "logger.", "dataset.root", "dataset.download"))
+    }
+    assert len(others) >= 40
+    assert long not in others
+    assert as_hydra_reads(f"runs/{long}") == f"runs/{long}"
+
+
+# config.yaml
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["dataset=digits", "model=small_cnn", "bt=uniform", "attack.start_std=1e-7"],
+        ["dataset=imagefolder", "dataset.root='007'", "run.dir='1e3'", "seed=9007199254740993"],
+        ["model.mean=[0.5,0.25,1e-5]", "model.std=[1,1,1]", "logger.project='yes: #1'"],
+    ],
+)
+def test_the_yaml_text_holds_every_value_and_no_interpolation(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    config = compose(overrides)
+    text = to_yaml(config)
+    assert "${" not in text
+    assert yaml.safe_load(text) == to_dict(config)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert read_yaml(tmp_path / "config.yaml") == to_dict(config)
+
+
+def test_the_plain_containers_hold_every_key_of_the_schema(composed: DictConfig) -> None:
+    def keys(node: dict[str, Any], prefix: str = "") -> list[str]:
+        found = []
+        for key, value in node.items():
+            inner = isinstance(value, dict)
+            found += keys(value, f"{prefix}{key}.") if inner else [prefix + key]
+        return found
+
+    assert sorted(keys(to_dict(changed(composed, {})))) == sorted(LEAVES)
