@@ -9,13 +9,17 @@ import torch
 
 from btrain.allocation import (
     BOUNDARY,
+    METRICS,
     OUTLIER,
     ROBUST,
     bullettrain,
     classify,
-    make_budget,
+    gaussian,
+    randomised,
     signed_prediction_variance,
+    step_sizes,
     theoretical_speedup,
+    true_classes,
     uniform,
     update_robust_fraction,
 )
@@ -67,24 +71,83 @@ def test_a_misclassified_uniform_output_is_an_outlier() -> None:
     assert classify(svar, torch.tensor(0.0))[0] != OUTLIER
 
 
+BUDGET = torch.tensor([0, 2, 10])
+
+
+def some_batch(m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random logits, about 70 % of them right."""
+    generator = torch.Generator().manual_seed(m)
+    logits = 2 * torch.randn(m, 10, generator=generator)
+    labels = torch.randint(10, (m,), generator=generator)
+    right = torch.rand(m, generator=generator) < 0.7
+    return logits, torch.where(right, logits.argmax(1), labels)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("m", [1, 2, 7, 128])
 @pytest.mark.parametrize("robust_fraction", [0.0, 0.3, 0.8, 1.0])
-def test_classes_are_ordered_by_svar(m: int, robust_fraction: float) -> None:
-    generator = torch.Generator().manual_seed(m)
-    logits = torch.randn(m, 10, generator=generator)
-    labels = torch.randint(10, (m,), generator=generator)
-    labels = torch.where(torch.rand(m, generator=generator) < 0.7, logits.argmax(1), labels)
-    classes = bullettrain(logits, labels, torch.tensor(robust_fraction))
-    svar = signed_prediction_variance(logits, labels)
+def test_classes_are_ordered_by_every_metric(metric: str, m: int, robust_fraction: float) -> None:
+    logits, labels = some_batch(m)
+    svar = METRICS[metric](logits, labels)
+    classes, steps = bullettrain(svar, torch.tensor(robust_fraction), BUDGET)
+    assert torch.equal(steps, BUDGET[classes])
     assert torch.equal(classes == OUTLIER, logits.argmax(1) != labels)
     for lower, upper in ((OUTLIER, BOUNDARY), (OUTLIER, ROBUST), (BOUNDARY, ROBUST)):
         if (classes == lower).any() and (classes == upper).any():
             assert svar[classes == lower].max() <= svar[classes == upper].min()
 
 
+def test_metrics_agree_with_their_definitions() -> None:
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]).log()
+    labels = torch.tensor([0, 2])  # right, wrong
+    for metric, right, wrong in (
+        ("cross_entropy", 0.7, -0.3),
+        ("margin", 0.5, -0.3),
+        (
+            "grad_norm",
+            math.sqrt(2) - math.sqrt(0.3**2 + 0.2**2 + 0.1**2),
+            -(math.sqrt(2) - math.sqrt(0.1**2 + 0.6**2 + 0.7**2)),
+        ),
+    ):
+        torch.testing.assert_close(METRICS[metric](logits, labels), torch.tensor([right, wrong]))
+
+
 def test_uniform_makes_everything_boundary() -> None:
-    classes = uniform(torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), torch.tensor(0.5))
+    classes, steps = uniform(torch.tensor([0, 1, 2, 0, 1]), BUDGET)
     assert classes.tolist() == [BOUNDARY] * 5
+    assert steps.tolist() == [10] * 5
+
+
+def test_true_classes_follow_eqs_1_to_3() -> None:
+    right, wrong = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    clean = torch.stack([right, right, wrong, wrong])
+    adv = torch.stack([right, wrong, right, wrong])
+    classes = true_classes(clean, adv, torch.zeros(4, dtype=torch.int64))
+    assert classes.tolist() == [ROBUST, BOUNDARY, OUTLIER, OUTLIER]
+
+
+def test_random_keeps_the_budgets_and_moves_them() -> None:
+    svar = signed_prediction_variance(*some_batch(128))
+    chosen = bullettrain(svar, torch.tensor(0.5), BUDGET)
+    moved = randomised(chosen, torch.Generator().manual_seed(0))
+    assert torch.equal(moved.steps, BUDGET[moved.classes])
+    assert torch.equal(moved.steps.sort().values, chosen.steps.sort().values)
+    assert not torch.equal(moved.steps, chosen.steps)
+
+
+@pytest.mark.parametrize("mean_steps", [0.0, 1.0, 4.0, 10.0])
+@pytest.mark.parametrize("m", [1, 128])
+def test_gaussian_falls_off_from_the_boundary_within_its_budget(m: int, mean_steps: float) -> None:
+    svar = signed_prediction_variance(*some_batch(m))
+    fraction = torch.tensor(0.5)
+    steps = gaussian(svar, fraction, n_b=10, mean_steps=mean_steps).steps
+    assert steps.min() >= 0
+    assert steps.max() <= 10
+    centre = torch.quantile(svar, 0.5).clamp(min=0) / 2
+    by_distance = steps[(svar - centre).abs().argsort()]
+    assert torch.equal(by_distance, by_distance.sort(descending=True).values)
+    if m > 1 and mean_steps:
+        assert 0.7 * mean_steps <= steps.double().mean() <= mean_steps
 
 
 def test_eq5_counts_all_examples() -> None:
@@ -138,17 +201,8 @@ def test_eq7_gives_the_printed_speedups(
     assert speedup == pytest.approx(printed, abs=0.07)
 
 
-def test_budgets_follow_section_4() -> None:
-    budget = make_budget(
-        n_b=10, n_r=2, n_o=0, epsilon=0.031, step_size_b=0.007, device=torch.device("cpu")
-    )
-    assert budget.steps[[BOUNDARY, ROBUST, OUTLIER]].tolist() == [10, 2, 0]
-    assert budget.step_size[BOUNDARY].item() == pytest.approx(0.007)
-    assert budget.step_size[ROBUST].item() == pytest.approx(1.7 * 0.031 / 2)
-
-
-def test_a_class_with_the_full_budget_steps_like_the_plain_defense() -> None:
-    budget = make_budget(
-        n_b=10, n_r=10, n_o=10, epsilon=0.031, step_size_b=0.007, device=torch.device("cpu")
-    )
-    assert len(set(budget.step_size.tolist())) == 1
+def test_step_sizes_follow_section_4() -> None:
+    sizes = step_sizes(torch.tensor([10, 2, 1, 0]), n_b=10, epsilon=0.031, step_size_b=0.007)
+    expected = torch.tensor([0.007, 1.7 * 0.031 / 2, 1.7 * 0.031])
+    torch.testing.assert_close(sizes[:3], expected)
+    assert torch.isfinite(sizes).all()

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from btrain.allocation import ALLOCATORS, make_budget
+from btrain.allocation import METRICS
 from btrain.defenses import DEFENSES
-from btrain.training.step import Method, StepStats, forward_prefix, start_noise, train_step
+from btrain.training.statistics import StepStats
+from btrain.training.step import Method, forward_prefix, start_noise, train_step
 
-CPU = torch.device("cpu")
 EPSILON = 0.1
 STEP_SIZE = 0.03
 BETA = 6.0
@@ -23,10 +23,14 @@ BETA = 6.0
 def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int = 0) -> Method:
     return Method(
         defense=DEFENSES["trades"](beta=BETA),
-        allocate=ALLOCATORS[allocator],
-        budget=make_budget(
-            n_b=n_b, n_r=n_r, n_o=n_o, epsilon=EPSILON, step_size_b=STEP_SIZE, device=CPU
-        ),
+        allocator=allocator,
+        metric=METRICS["svar"],
+        budget=torch.tensor([n_o, n_r, n_b]),
+        n_b=n_b,
+        step_size_b=STEP_SIZE,
+        mean_steps=1.5,
+        oracle_steps=4,
+        attack_in_train_mode=False,
         epsilon=EPSILON,
         start="normal",
         start_std=0.001,

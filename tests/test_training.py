@@ -11,13 +11,16 @@ import torch
 
 from btrain import checkpoint
 from btrain.config import Config, compose
-from btrain.data import Data
+from btrain.data import Data, Split
+from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.training import train
 from btrain.training.loop import train_epoch
 from btrain.training.run import find_device, git_commit, make_method, make_plan, make_state
-from btrain.training.schedule import step_decay
+from btrain.training.schedule import cosine, cyclic, step_decay
+from btrain.training.step import ALLOCATORS
 
+CPU = torch.device("cpu")
 TINY = [
     "dataset=digits",
     "model=small_cnn",
@@ -112,8 +115,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 
 def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits: Data) -> None:
     config = tiny(tmp_path, "recipe.crop_padding=1")
-    device = torch.device("cpu")
-    method, plan = make_method(config, device), make_plan(config)
+    method, plan = make_method(config, CPU), make_plan(config)
 
     def stop_after(batches: int) -> Any:
         def tick() -> None:
@@ -124,7 +126,7 @@ def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits:
 
         return tick
 
-    whole, cut, resumed = (make_state(config, digits, device) for _ in range(3))
+    whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
     expected = train_epoch(
         whole, digits.train, method, plan, tick=lambda: None, show=lambda means: None
     )
@@ -195,17 +197,36 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
-@pytest.mark.parametrize("bt", ["bullettrain", "uniform"])
-def test_every_model_trains_with_every_allocator(tmp_path: Path, name: str, bt: str) -> None:
-    size = {"wrn_34_10": ["model.depth=10"], "wrn_40_2": ["model.depth=10"]}.get(name, [])
-    config = [f"model={name}", "model.width=1", *size, f"bt={bt}", "dataset.train_examples=70"]
-    assert torch.isfinite(torch.tensor(train(tiny(tmp_path, *config, "train.epochs=1"))["f_b"]))
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("bt", ALLOCATORS)
+def test_every_defense_trains_every_model_with_every_allocator(
+    tmp_path: Path, name: str, defense: str, bt: str, digits: Data
+) -> None:
+    """Two steps, the last of a short batch: finite, repeatable, F_B + F_R + F_O = 1."""
+    size = ["model.depth=10"] if name.startswith("wrn") else []
+    config = tiny(
+        tmp_path, f"model={name}", "model.width=2", *size, f"bt={bt}", f"defense={defense}",
+        "train.batch_size=40", "attack.steps=2", "bt.n_r=1", "bt.oracle_steps=2",
+    )  # fmt: skip
+    few = Split(digits.train.images[:63], digits.train.labels[:63])
+    ends = []
+    for _ in range(2):
+        state = make_state(config, digits, CPU)
+        means = train_epoch(
+            state, few, make_method(config, CPU), make_plan(config),
+            tick=lambda: None, show=lambda means: None,
+        )  # fmt: skip
+        assert means is not None
+        assert means["f_b"] + means["f_r"] + means["f_o"] == pytest.approx(1)
+        assert all(torch.isfinite(value).all() for value in state.model.state_dict().values())
+        ends.append(state.model.state_dict())
+    assert same(*ends)
 
 
 def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> None:
     """The demo's comparison in short: 1,442 real digits, two runs."""
-    common = ["dataset=digits", "model=small_cnn", "train.epochs=25", "device=cpu",
-              "attack.epsilon=0.1"]  # fmt: skip
+    common = ["dataset=digits", "model=small_cnn", "train.epochs=12", "recipe.lr=0.1",
+              "attack.epsilon=0.1", "device=cpu"]  # fmt: skip
     plain, ours = (
         train(compose([*common, f"bt={bt}", f"run.dir={tmp_path / bt}"]))
         for bt in ("uniform", "bullettrain")
@@ -221,7 +242,14 @@ def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> No
 def test_trades_learning_rate_falls_after_74_of_76_epochs(epoch: int, factor: float) -> None:
     steps = 391
     for step in ((epoch - 1) * steps, epoch * steps - 1):
-        assert step_decay(step / (76 * steps), [74 / 76], 0.1) == pytest.approx(factor)
+        assert step_decay([74 / 76], 0.1)(step / (76 * steps)) == pytest.approx(factor)
+
+
+def test_cyclic_and_cosine_schedules() -> None:
+    triangle = [cyclic(0.4)(progress) for progress in (0, 0.2, 0.4, 0.7, 1)]
+    assert triangle == pytest.approx([0, 0.5, 1, 0.5, 0])
+    wave = [cosine()(progress) for progress in (0, 1 / 3, 0.5, 1)]
+    assert wave == pytest.approx([1, 0.75, 0.5, 0], abs=2e-5)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "tpu", ""])

@@ -7,6 +7,7 @@ copies from the device to the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +19,6 @@ from btrain import precision
 
 OUTLIER, ROBUST, BOUNDARY = 0, 1, 2
 
-Allocator = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(clean logits (m, K), labels (m,), F_R ()) -> classes (m,)"""
-
 
 def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
     """SVar (eq. 4): the variance of the softmax, negative where the prediction is wrong.
@@ -29,7 +27,45 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
     comparison with zero, tells an outlier. (m, K), (m,) -> (m,), at least float32
     """
     variance = F.softmax(precision.full(logits), dim=1).var(dim=1, correction=0)
-    return torch.where(logits.argmax(dim=1) == labels, variance, -variance)
+    return _signed(variance, logits, labels)
+
+
+def signed_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """exp(-cross-entropy) in SVar's place: it ranks examples by their loss. (m, K), (m,) -> (m,)"""
+    loss = F.cross_entropy(precision.full(logits), labels, reduction="none")
+    return _signed((-loss).exp(), logits, labels)
+
+
+def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
+    """√2 − the norm of the loss' gradient at the logits, which bounds it: large when sure.
+
+    The last layer's gradient norm of Katharopoulos and Fleuret. (m, K), (m,) -> (m,)
+    """
+    probabilities = F.softmax(precision.full(logits), dim=1)
+    gradient = probabilities - F.one_hot(labels, logits.shape[1])
+    return _signed((math.sqrt(2) - gradient.norm(dim=1)).clamp(min=0), logits, labels)
+
+
+def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The probability of the label minus that of the likeliest other class. (m, K), (m,) -> (m,)"""
+    probabilities = F.softmax(precision.full(logits), dim=1)
+    index = labels[:, None]
+    runner_up = probabilities.scatter(1, index, -1).max(dim=1).values
+    return _signed((probabilities.gather(1, index).squeeze(1) - runner_up).abs(), logits, labels)
+
+
+def _signed(certainty: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.where(logits.argmax(dim=1) == labels, certainty, -certainty)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "svar": signed_prediction_variance,
+    "cross_entropy": signed_likelihood,
+    "grad_norm": signed_gradient_norm,
+    "margin": signed_margin,
+}
+"""What stands for the distance from the decision boundary: negative for a wrong prediction, else
+larger the further away."""
 
 
 def classify(svar: Tensor, robust_fraction: Tensor) -> Tensor:
@@ -71,37 +107,62 @@ def theoretical_speedup(
     return (baseline_steps + 1) / (mean_steps + 1)
 
 
-class Budget(NamedTuple):
-    """Attack steps and step sizes by class, each (3,) and indexed by OUTLIER, ROBUST, BOUNDARY."""
+def true_classes(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
+    """Eqs. 1 to 3, by what an attack really did. (m, K), (m, K), (m,) -> (m,) int64"""
+    stands = torch.where(adv_logits.argmax(dim=1) == labels, ROBUST, BOUNDARY)
+    return torch.where(clean_logits.argmax(dim=1) == labels, stands, OUTLIER)
 
+
+class Allocation(NamedTuple):
+    """What a batch's examples are taken for, and how many attack steps each gets, (m,) int64."""
+
+    classes: Tensor
     steps: Tensor
-    step_size: Tensor
 
 
-def make_budget(
-    *, n_b: int, n_r: int, n_o: int, epsilon: float, step_size_b: float, device: torch.device
-) -> Budget:
-    """The budgets of Section 4: a class with fewer than N_B steps takes steps of 1.7·ε/N.
-
-    A class with N_B steps takes them like the plain defense, so that equal budgets are the plain
-    defense exactly.
-    """
-    steps = [n_o, n_r, n_b]
-    sizes = [step_size_b if n == n_b else 1.7 * epsilon / max(n, 1) for n in steps]
-    return Budget(
-        torch.tensor(steps, device=device), torch.tensor(sizes, device=device, dtype=torch.float32)
-    )
+def by_class(classes: Tensor, budget: Tensor) -> Allocation:
+    """N_O, N_R or N_B steps; `budget` (3,) is indexed by OUTLIER, ROBUST, BOUNDARY."""
+    return Allocation(classes, budget[classes])
 
 
-def bullettrain(logits: Tensor, labels: Tensor, robust_fraction: Tensor) -> Tensor:
-    """Algorithm 2, line 12: classes by SVar and the estimated robust fraction."""
-    return classify(signed_prediction_variance(logits, labels), robust_fraction)
-
-
-def uniform(logits: Tensor, labels: Tensor, robust_fraction: Tensor) -> Tensor:
+def uniform(labels: Tensor, budget: Tensor) -> Allocation:
     """The plain defense: every example gets the full number of steps."""
-    del logits, robust_fraction
-    return torch.full_like(labels, BOUNDARY)
+    return by_class(torch.full_like(labels, BOUNDARY), budget)
 
 
-ALLOCATORS: dict[str, Allocator] = {"bullettrain": bullettrain, "uniform": uniform}
+def bullettrain(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Allocation:
+    """Algorithm 2, line 12: classes by SVar (or another metric) and the estimated F_R."""
+    return by_class(classify(score, robust_fraction), budget)
+
+
+def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation:
+    """The same budgets on randomly chosen examples: the control that the choice matters."""
+    labels = allocation.classes
+    order = torch.randperm(len(labels), generator=generator, device=labels.device)
+    return Allocation(labels[order], allocation.steps[order])
+
+
+def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:
+    """Section 3.2's quantised Gaussian: steps fall off with distance from the boundary examples.
+
+    Its centre is the middle of eq. 6's boundary interval, its height N_B, and its width the largest
+    of a grid with which the batch takes at most `mean_steps` steps an example. The classes are
+    eq. 6's, for the log. (m,), () -> (m,)
+    """
+    threshold = torch.quantile(score, (1 - robust_fraction).to(score.dtype))
+    distance = score - threshold.clamp(min=0) / 2
+    widths = torch.logspace(-4, 2, 128, device=score.device, dtype=score.dtype)  # SVar is < 1/4
+    candidates = (n_b * torch.exp(-((distance / widths[:, None]) ** 2) / 2)).round()  # (128, m)
+    affordable = candidates.mean(dim=1) <= mean_steps  # the means rise with the width
+    chosen = (affordable.sum() - 1).clamp(min=0)
+    steps = candidates.index_select(0, chosen.view(1)).squeeze(0)
+    return Allocation(classify(score, robust_fraction), steps.long())
+
+
+def step_sizes(steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float) -> Tensor:
+    """The step sizes of Section 4: 1.7·ε/N for an example with N < N_B steps.
+
+    With N_B steps it takes them like the plain defense, so that equal budgets are the plain defense
+    exactly. (m,) -> (m,) float32
+    """
+    return torch.where(steps == n_b, step_size_b, 1.7 * epsilon / steps.clamp(min=1))

@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,41 @@ class Start(Enum):
     clean = "clean"
 
 
+class AttackMode(Enum):
+    eval = "eval"
+    train = "train"
+
+
 class DefenseName(Enum):
     trades = "trades"
+    mart = "mart"
+    pgd = "pgd"
 
 
 class AllocatorName(Enum):
     bullettrain = "bullettrain"
     uniform = "uniform"
+    oracle = "oracle"
+    gaussian = "gaussian"
+    random = "random"
+
+
+class Metric(Enum):
+    svar = "svar"
+    cross_entropy = "cross_entropy"
+    grad_norm = "grad_norm"
+    margin = "margin"
+
+
+class OptimizerName(Enum):
+    sgd = "sgd"
+    adam = "adam"
+
+
+class ScheduleName(Enum):
+    step = "step"
+    cyclic = "cyclic"
+    cosine = "cosine"
 
 
 class LoggerName(Enum):
@@ -123,6 +151,7 @@ class AttackConfig:
     step_size: float = MISSING
     start: Start = MISSING
     start_std: float = MISSING
+    mode: AttackMode = MISSING
 
     def __post_init__(self) -> None:
         _at_least(1, "attack.steps", self.steps)
@@ -134,9 +163,13 @@ class AttackConfig:
 @dataclass
 class DefenseConfig:
     name: DefenseName = MISSING
-    beta: float = MISSING
+    beta: float | None = None
 
     def __post_init__(self) -> None:
+        has_beta = self.name in (DefenseName.trades, DefenseName.mart)
+        if (self.beta is not None) != has_beta:
+            what = "needs a number" if has_beta else "is no setting"
+            raise UserError(f"defense.beta {what} with defense={self.name.name}.")
         _at_least(0, "defense.beta", self.beta)
 
 
@@ -149,6 +182,10 @@ class BTConfig:
     gamma: float = MISSING
     momentum: float = MISSING
     step_size_b: float = MISSING
+    metric: Metric = MISSING
+    warmup_epochs: int = MISSING
+    mean_steps: float = MISSING
+    oracle_steps: int = MISSING
     forward_unperturbed: bool = MISSING
     share_clean_forward: bool = MISSING
 
@@ -161,6 +198,9 @@ class BTConfig:
         _require(0 < self.gamma <= 1, "bt.gamma", "in (0, 1]", self.gamma)
         _require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
         _positive("bt.step_size_b", self.step_size_b)
+        _at_least(0, "bt.warmup_epochs", self.warmup_epochs)
+        _at_least(0, "bt.mean_steps", self.mean_steps)
+        _at_least(1, "bt.oracle_steps", self.oracle_steps)
 
 
 @dataclass
@@ -168,11 +208,15 @@ class RecipeConfig:
     name: str = MISSING
     epochs: int = MISSING
     batch_size: int = MISSING
+    optimizer: OptimizerName = OptimizerName.sgd
     lr: float = MISSING
-    momentum: float = MISSING
+    momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = MISSING
-    milestones: list[float] = MISSING
-    lr_decay: float = MISSING
+    schedule: ScheduleName = ScheduleName.step
+    milestones: list[float] = field(default_factory=list)
+    lr_decay: float = 0.1
+    peak: float = 0.4
     crop_padding: int = MISSING
     flip: bool = MISSING
 
@@ -184,6 +228,7 @@ class RecipeConfig:
         for milestone in self.milestones:
             _at_least(0, "recipe.milestones", milestone)
         _positive("recipe.lr_decay", self.lr_decay)
+        _require(0 < self.peak < 1, "recipe.peak", "in (0, 1)", self.peak)
         _at_least(0, "recipe.crop_padding", self.crop_padding)
 
 
@@ -247,6 +292,13 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+        if self.bt.share_clean_forward and self.defense.name is DefenseName.pgd:
+            raise UserError("bt.share_clean_forward has nothing to share with defense=pgd.")
+        if self.attack.mode is AttackMode.train and self.bt.name is not AllocatorName.uniform:
+            raise UserError(
+                f"attack.mode=train needs bt=uniform, not bt={self.bt.name.name}: the groups of a "
+                "batch would each see their own BatchNorm statistics."
+            )
 
     @property
     def run_dir(self) -> Path:

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from btrain import precision
 from btrain.attacks import InnerLoss
+from btrain.defenses.mart import mart_loss
+from btrain.defenses.pgd import ce_inner_loss
 from btrain.defenses.trades import kl_inner_loss, trades_loss
 
 OuterLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,19 +24,48 @@ OuterLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Defense:
-    """The two losses of a robust training method."""
+    """The two losses of a robust training method, and which of them read the clean logits.
+
+    A forward pass whose logits nobody reads is not made.
+    """
 
     inner_loss: InnerLoss
     outer_loss: OuterLoss
+    inner_reads_clean: bool
+    outer_reads_clean: bool
 
 
-def _trades(*, beta: float) -> Defense:
+def _trades(beta: float) -> Defense:
     def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
         return trades_loss(clean_logits, adv_logits, labels, beta=beta)
 
-    return Defense(kl_inner_loss, outer_loss)
+    return Defense(kl_inner_loss, outer_loss, inner_reads_clean=True, outer_reads_clean=True)
 
 
-DEFENSES: dict[str, Callable[..., Defense]] = {"trades": _trades}
+def _mart(beta: float) -> Defense:
+    def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
+        return mart_loss(clean_logits, adv_logits, labels, beta=beta)
 
-__all__ = ["DEFENSES", "Defense", "OuterLoss", "kl_inner_loss", "trades_loss"]
+    return Defense(ce_inner_loss, outer_loss, inner_reads_clean=False, outer_reads_clean=True)
+
+
+def _pgd() -> Defense:
+    def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
+        del clean_logits
+        return F.cross_entropy(precision.full(adv_logits), labels)
+
+    return Defense(ce_inner_loss, outer_loss, inner_reads_clean=False, outer_reads_clean=False)
+
+
+DEFENSES: dict[str, Callable[..., Defense]] = {"trades": _trades, "mart": _mart, "pgd": _pgd}
+"""By name; each takes the settings of `defense=` that it has."""
+
+__all__ = [
+    "DEFENSES",
+    "Defense",
+    "OuterLoss",
+    "ce_inner_loss",
+    "kl_inner_loss",
+    "mart_loss",
+    "trades_loss",
+]

@@ -12,9 +12,12 @@ from torch import Tensor
 from btrain.data import Split, batches
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
-from btrain.training.schedule import step_decay
-from btrain.training.state import TrainState, averages
+from btrain.training.schedule import Schedule
+from btrain.training.state import TrainState
+from btrain.training.statistics import averages
 from btrain.training.step import Method, train_step
+
+Averages = dict[str, float | None]
 
 _HEARTBEAT_SECONDS = 1.0
 
@@ -24,7 +27,7 @@ class Plan:
     """How long and in what portions a run trains.
 
     Attributes:
-        milestones: shares of the run after which the learning rate decays.
+        schedule: factor on lr for the share of the run that is done.
         max_seconds: of training, over all its sessions; None for no limit.
     """
 
@@ -32,8 +35,7 @@ class Plan:
     epochs: int
     batch_size: int
     lr: float
-    milestones: tuple[float, ...]
-    lr_decay: float
+    schedule: Schedule
     crop_padding: int
     flip: bool
     max_seconds: float | None
@@ -46,7 +48,7 @@ class Heartbeat:
     Every look is a copy from the device; in between, the first bad batch is remembered there.
     """
 
-    show: Callable[[dict[str, float]], None]
+    show: Callable[[Averages], None]
     first_bad: Tensor
     last: float = field(default_factory=time.perf_counter)
 
@@ -57,7 +59,7 @@ class Heartbeat:
         if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
             self.look(state)
 
-    def look(self, state: TrainState) -> dict[str, float]:
+    def look(self, state: TrainState) -> Averages:
         """Returns the epoch's averages so far.
 
         Raises:
@@ -87,8 +89,8 @@ def train_epoch(
     plan: Plan,
     *,
     tick: Callable[[], None],
-    show: Callable[[dict[str, float]], None],
-) -> dict[str, float] | None:
+    show: Callable[[Averages], None],
+) -> Averages | None:
     """Trains from `state.batch` to the end of the epoch, or to the time limit.
 
     Args:
@@ -123,9 +125,7 @@ def train_epoch(
         ):
             break
         step = state.epoch * steps_per_epoch + state.batch
-        lr = plan.lr * step_decay(
-            step / (plan.epochs * steps_per_epoch), plan.milestones, plan.lr_decay
-        )
+        lr = plan.lr * plan.schedule(step / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         state.robust_fraction, stats = train_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from torch import nn
 from tqdm import tqdm
 
 from btrain import checkpoint, models
-from btrain.allocation import ALLOCATORS, make_budget, theoretical_speedup
-from btrain.config import Config, to_dict
+from btrain.allocation import METRICS, theoretical_speedup
+from btrain.config import (
+    AttackMode,
+    Config,
+    OptimizerName,
+    RecipeConfig,
+    ScheduleName,
+    to_dict,
+)
 from btrain.data import Data, Split, load
 from btrain.data.augmentation import batch_slices
 from btrain.defenses import DEFENSES
@@ -21,8 +29,10 @@ from btrain.errors import UserError
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
 from btrain.tracking import Log, open_logger
-from btrain.training.loop import Plan, train_epoch
-from btrain.training.state import TrainState, averages
+from btrain.training.loop import Averages, Plan, train_epoch
+from btrain.training.schedule import cosine, cyclic, step_decay
+from btrain.training.state import TrainState
+from btrain.training.statistics import averages
 from btrain.training.step import Method
 
 log = logging.getLogger("btrain")
@@ -84,21 +94,21 @@ def find_device(name: str) -> torch.device:
 
 def make_method(config: Config, device: torch.device) -> Method:
     """Algorithm 2's open choices, from the configuration."""
-    bt = config.bt
+    bt, attack = config.bt, config.attack
+    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
     return Method(
-        defense=DEFENSES[config.defense.name.value](beta=config.defense.beta),
-        allocate=ALLOCATORS[bt.name.value],
-        budget=make_budget(
-            n_b=bt.n_b,
-            n_r=bt.n_r,
-            n_o=bt.n_o,
-            epsilon=config.attack.epsilon,
-            step_size_b=bt.step_size_b,
-            device=device,
-        ),
-        epsilon=config.attack.epsilon,
-        start=config.attack.start.value,
-        start_std=config.attack.start_std,
+        defense=DEFENSES[config.defense.name.value](**settings),
+        allocator=bt.name.value,
+        metric=METRICS[bt.metric.value],
+        budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
+        n_b=bt.n_b,
+        step_size_b=bt.step_size_b,
+        mean_steps=bt.mean_steps,
+        oracle_steps=bt.oracle_steps,
+        epsilon=attack.epsilon,
+        start=attack.start.value,
+        start_std=attack.start_std,
+        attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
         share_clean_forward=bt.share_clean_forward,
@@ -131,24 +141,35 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
         mean=config.model.mean,
         std=config.model.std,
     ).to(device)
-    optimizer = torch.optim.SGD(
+    return TrainState.fresh(model, _make_optimizer(config.recipe, model), config.seed, device)
+
+
+def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer is OptimizerName.adam:
+        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
         model.parameters(),
-        lr=config.recipe.lr,
-        momentum=config.recipe.momentum,
-        weight_decay=config.recipe.weight_decay,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
-    return TrainState.fresh(model, optimizer, config.seed, device)
 
 
 def make_plan(config: Config) -> Plan:
     recipe = config.recipe
+    milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
+    schedules = {
+        ScheduleName.step: step_decay(milestones, recipe.lr_decay),
+        ScheduleName.cyclic: cyclic(recipe.peak),
+        ScheduleName.cosine: cosine(),
+    }
     return Plan(
         seed=config.seed,
         epochs=config.train.epochs,
         batch_size=config.train.batch_size,
         lr=recipe.lr,
-        milestones=tuple(milestone / recipe.epochs for milestone in recipe.milestones),
-        lr_decay=recipe.lr_decay,
+        schedule=schedules[recipe.schedule],
         crop_padding=recipe.crop_padding,
         flip=recipe.flip,
         max_seconds=config.train.max_seconds,
@@ -160,11 +181,12 @@ def _train_epochs(
 ) -> None:
     """All epochs that are left, each with its log line and checkpoint."""
     method, plan = make_method(config, state.robust_fraction.device), make_plan(config)
+    warm_up = replace(method, allocator="uniform", share_clean_forward=False)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     done = state.epoch * batches + state.batch
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
 
-        def show(means: dict[str, float]) -> None:
+        def show(means: Averages) -> None:
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, F_B/F_R/F_O {_fractions(means)}, "
                 f"speedup {_speedup(config, means):.2f}",
@@ -173,17 +195,18 @@ def _train_epochs(
 
         while not _is_over(config, {"epoch": state.epoch, "train_seconds": state.train_seconds}):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
-            means = train_epoch(state, data.train, method, plan, tick=bar.update, show=show)
+            now = warm_up if state.epoch < config.bt.warmup_epochs else method
+            means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
             if means is None:
                 break
-            metrics = {"epoch": state.epoch + 1} | means
+            metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
             metrics["theoretical_speedup"] = _speedup(config, means)
             if state.batch == batches:
                 state.end_epoch()
                 if data.val is not None and state.epoch % config.eval.every_epochs == 0:
                     metrics |= _validate(config, state, data.val, folder)
             folder.append_metrics(metrics)
-            track(metrics, epoch=int(metrics["epoch"]))
+            track(metrics, epoch=metrics["epoch"])
             log.info(_epoch_line(metrics))
             checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
 
@@ -266,11 +289,13 @@ def git_commit() -> str | None:
         return None
 
 
-def _speedup(config: Config, means: dict[str, float]) -> float:
+def _speedup(config: Config, means: dict[str, Any]) -> float:
+    """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
+    a class.
+    """
+    steps = means["attack_steps_mean"]
     return theoretical_speedup(
-        fractions=(means["f_b"], means["f_r"], means["f_o"]),
-        steps=(config.bt.n_b, config.bt.n_r, config.bt.n_o),
-        baseline_steps=config.attack.steps,
+        fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
     )
 
 
@@ -295,10 +320,15 @@ def _epoch_line(metrics: dict[str, Any]) -> str:
     )
     return (
         f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
-        f"{metrics['clean_acc_train']:.2f} robust {metrics['robust_acc_train']:.2f}{held_out}, "
+        f"{_percent(metrics['clean_acc_train'])} robust {_percent(metrics['robust_acc_train'])}"
+        f"{held_out}, "
         f"F_B/F_R/F_O {_fractions(metrics)}, speedup {metrics['theoretical_speedup']:.2f} (eq. 7), "
         f"{metrics['train_seconds']:.1f} s"
     )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _headline(summary: dict[str, Any]) -> str:

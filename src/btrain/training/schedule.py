@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+
+Schedule = Callable[[float], float]
+"""The share of the run that is done, in [0, 1], -> the factor on the initial learning rate."""
+
+_COSINE_END = 1e-5
 
 
-def step_decay(progress: float, milestones: Sequence[float], decay: float) -> float:
-    """The factor on the initial learning rate: `decay` once for each milestone passed.
+def step_decay(milestones: Sequence[float], decay: float) -> Schedule:
+    """Falls by `decay` at each milestone, a share of the run."""
+    return lambda progress: decay ** sum(progress >= milestone for milestone in milestones)
 
-    Progress and milestones are shares of the run in [0, 1].
-    """
-    return decay ** sum(progress >= milestone for milestone in milestones)
+
+def cyclic(peak: float) -> Schedule:
+    """Rises linearly from 0 to 1 at the share `peak` of the run, and falls to 0 at its end."""
+    return lambda progress: progress / peak if progress < peak else (1 - progress) / (1 - peak)
+
+
+def cosine() -> Schedule:
+    """Falls along half a cosine to almost 0."""
+    return lambda progress: _COSINE_END + (1 - _COSINE_END) * (1 + math.cos(math.pi * progress)) / 2

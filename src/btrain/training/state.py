@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from btrain.training.step import StepStats
+from btrain.training.statistics import StepStats
 
 
 @dataclass
@@ -97,18 +97,3 @@ _NUMBERS = (
     "best_epoch",
     "best_robust_acc",
 )
-
-
-def averages(sums: Tensor) -> dict[str, float]:
-    """What the log shows of `StepStats` sums: means over the examples, accuracies in percent."""
-    total = StepStats._make(sums.tolist())
-    examples = max(float(total.examples), 1.0)
-    return {
-        "loss": float(total.loss) / examples,
-        "f_b": float(total.boundary) / examples,
-        "f_r": float(total.robust) / examples,
-        "f_o": float(total.outlier) / examples,
-        "attack_steps_mean": float(total.steps) / examples,
-        "clean_acc_train": 100 * float(total.clean_correct) / examples,
-        "robust_acc_train": 100 * float(total.robust_correct) / examples,
-    }

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from btrain.allocation import (
-    BOUNDARY,
-    OUTLIER,
-    ROBUST,
-    Allocator,
-    Budget,
+    Allocation,
+    bullettrain,
+    by_class,
+    gaussian,
+    randomised,
+    step_sizes,
+    true_classes,
+    uniform,
     update_robust_fraction,
 )
 from btrain.attacks import active_counts, evaluation_mode, prefix_pgd
 from btrain.defenses import Defense
+from btrain.training.statistics import StepStats, step_stats
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a run chooses once: the defense, the allocation and the attack's constants."""
+    """What a run chooses once: the defense, the allocation and the attack's constants.
+
+    Attributes:
+        budget: N_O, N_R, N_B, (3,) int64 on the device.
+        n_b: N_B again, on the host.
+        mean_steps: of the allocator `gaussian`.
+        oracle_steps: of the attack with which the allocator `oracle` finds the true classes.
+    """
 
     defense: Defense
-    allocate: Allocator
-    budget: Budget
+    allocator: str
+    metric: Callable[[Tensor, Tensor], Tensor]
+    budget: Tensor
+    n_b: int
+    step_size_b: float
+    mean_steps: float
+    oracle_steps: int
     epsilon: float
     start: str
     start_std: float
+    attack_in_train_mode: bool
     gamma: float
     momentum: float
     share_clean_forward: bool
     forward_unperturbed: bool
-
-
-class StepStats(NamedTuple):
-    """Sums over the examples of a batch, 0-d tensors on the device."""
-
-    examples: Tensor
-    loss: Tensor
-    boundary: Tensor
-    robust: Tensor
-    outlier: Tensor
-    steps: Tensor
-    clean_correct: Tensor
-    robust_correct: Tensor
 
 
 def train_step(
@@ -68,32 +73,24 @@ def train_step(
     if method.share_clean_forward:
         clean_logits = model(x)  # line 11, to the letter
         z = clean_logits.detach()
+    elif method.defense.inner_reads_clean or method.allocator != "uniform":
+        z = eval_logits(model, x)  # line 11, in the mode of the attack
     else:
-        with evaluation_mode(model), torch.no_grad():
-            z = model(x)  # line 11, in the mode of the attack
+        z = unread(x)
 
-    classes = method.allocate(z, labels, robust_fraction)  # line 12
-    steps = method.budget.steps[classes]
+    classes, steps = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # 12
     order = torch.argsort(steps, descending=True, stable=True)
     active = active_counts(steps[order].tolist())
-    x, labels, z = x[order], labels[order], z[order]
+    x, labels, z, classes, steps = x[order], labels[order], z[order], classes[order], steps[order]
+    noise = None if noise is None else noise[order]
+    x_adv = attack(model, x, labels, z, steps, active, noise, method)  # line 13
 
-    with evaluation_mode(model):  # line 13
-        x_adv = prefix_pgd(
-            model,
-            x,
-            labels,
-            z,
-            active=active,
-            step_size=method.budget.step_size[classes[order]],
-            inner_loss=method.defense.inner_loss,
-            epsilon=method.epsilon,
-            noise=None if noise is None else noise[order],
-        )
-
-    clean_logits = clean_logits[order] if method.share_clean_forward else model(x)
-    perturbed = len(x) if method.forward_unperturbed else sum(active[:1])
-    adv_logits = forward_prefix(model, x_adv, perturbed, clean_logits)  # line 14
+    if method.defense.outer_reads_clean:  # line 14
+        clean_logits = clean_logits[order] if method.share_clean_forward else model(x)
+        perturbed = len(x) if method.forward_unperturbed else sum(active[:1])
+        adv_logits = forward_prefix(model, x_adv, perturbed, clean_logits)
+    else:
+        clean_logits, adv_logits = z, model(x_adv)
     robust_fraction = update_robust_fraction(  # line 15
         robust_fraction, adv_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
@@ -101,7 +98,81 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return robust_fraction, step_stats(classes, steps, loss, clean_logits, adv_logits, labels)
+    # What the oracle's own attack took counts as steps of every example.
+    overhead = method.oracle_steps if method.allocator == "oracle" else 0
+    score = method.metric(z, labels) if z.shape[1] else None
+    stats = step_stats(
+        Allocation(classes, steps), overhead, loss, score, clean_logits, adv_logits, labels
+    )
+    return robust_fraction, stats
+
+
+def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (m, K) in eval mode, without a graph."""
+    with evaluation_mode(model), torch.no_grad():
+        logits: Tensor = model(x)
+    return logits
+
+
+def unread(x: Tensor) -> Tensor:
+    """Stands where logits would that nobody reads, (m, 0)."""
+    return x.new_empty(len(x), 0)
+
+
+def allocate(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    z: Tensor,
+    robust_fraction: Tensor,
+    noise: Tensor | None,
+    method: Method,
+    generator: torch.Generator,
+) -> Allocation:
+    """Classes and steps of the batch by the run's allocator; only `oracle` attacks for them."""
+    if method.allocator == "uniform":
+        return uniform(labels, method.budget)
+    if method.allocator == "oracle":
+        steps = torch.full_like(labels, method.oracle_steps)
+        active = [len(x)] * method.oracle_steps
+        full = replace(method, n_b=method.oracle_steps)
+        x_adv = attack(model, x, labels, z, steps, active, noise, full)
+        return by_class(true_classes(z, eval_logits(model, x_adv), labels), method.budget)
+    score = method.metric(z, labels)
+    if method.allocator == "gaussian":
+        return gaussian(score, robust_fraction, n_b=method.n_b, mean_steps=method.mean_steps)
+    allocation = bullettrain(score, robust_fraction, method.budget)
+    return randomised(allocation, generator) if method.allocator == "random" else allocation
+
+
+ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "random")
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    z: Tensor,
+    steps: Tensor,
+    active: Sequence[int],
+    noise: Tensor | None,
+    method: Method,
+) -> Tensor:
+    """The run's attack on a batch in descending order of steps."""
+    with nullcontext() if method.attack_in_train_mode else evaluation_mode(model):
+        return prefix_pgd(
+            model,
+            x,
+            labels,
+            z,
+            active=active,
+            step_size=step_sizes(
+                steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
+            ),
+            inner_loss=method.defense.inner_loss,
+            epsilon=method.epsilon,
+            noise=noise,
+        )
 
 
 def start_noise(x: Tensor, method: Method, generator: torch.Generator) -> Tensor | None:
@@ -123,26 +194,3 @@ def forward_prefix(model: nn.Module, x_adv: Tensor, perturbed: int, clean_logits
         return clean_logits
     rows = min(max(perturbed, 2), len(x_adv))
     return torch.cat([model(x_adv[:rows]), clean_logits[rows:]])
-
-
-@torch.no_grad()
-def step_stats(
-    classes: Tensor,
-    steps: Tensor,
-    loss: Tensor,
-    clean_logits: Tensor,
-    adv_logits: Tensor,
-    labels: Tensor,
-) -> StepStats:
-    """The sums that an epoch's averages are made of."""
-    examples = torch.ones_like(labels).sum()
-    return StepStats(
-        examples=examples,
-        loss=loss * examples,
-        boundary=(classes == BOUNDARY).sum(),
-        robust=(classes == ROBUST).sum(),
-        outlier=(classes == OUTLIER).sum(),
-        steps=steps.sum(),
-        clean_correct=(clean_logits.argmax(dim=1) == labels).sum(),
-        robust_correct=(adv_logits.argmax(dim=1) == labels).sum(),
-    )

@@ -1,0 +1,119 @@
+"""Sums that a batch adds to its epoch, kept on the device, and the averages that the log shows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
+
+
+class StepStats(NamedTuple):
+    """Sums over the examples of a batch, 0-d tensors on the device.
+
+    An outcome is known where the example was attacked and was no outlier: it fell or it stood.
+    The scores (SVar, or another metric) are summed by what really happened.
+    """
+
+    examples: Tensor
+    loss: Tensor
+    boundary: Tensor
+    robust: Tensor
+    outlier: Tensor
+    steps: Tensor
+    clean_correct: Tensor
+    robust_correct: Tensor
+    boundary_fell: Tensor
+    boundary_stood: Tensor
+    robust_fell: Tensor
+    robust_stood: Tensor
+    score_outlier: Tensor
+    score_fell: Tensor
+    score_stood: Tensor
+
+
+@torch.no_grad()
+def step_stats(
+    allocation: Allocation,
+    overhead: int,
+    loss: Tensor,
+    score: Tensor | None,
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+) -> StepStats:
+    """The statistics of one batch, all tensors in one order.
+
+    Args:
+        allocation: classes and steps, (m,).
+        overhead: steps that the allocation itself took, an example.
+        loss: mean over the batch, ().
+        score: (m,), or None where no clean logits were computed.
+        clean_logits: (m, K), or (m, 0) where none were computed.
+        adv_logits: (m, K).
+        labels: (m,).
+    """
+    classes, steps = allocation
+    examples = torch.ones_like(labels).sum()
+    boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
+    stands = adv_logits.argmax(dim=1) == labels
+    fell, stood = (steps > 0) & ~stands & ~outlier, (steps > 0) & stands & ~outlier
+    unknown = torch.full_like(loss, math.nan)
+    has_clean = clean_logits.shape[1] > 0
+    return StepStats(
+        examples=examples,
+        loss=loss * examples,
+        boundary=boundary.sum(),
+        robust=robust.sum(),
+        outlier=outlier.sum(),
+        steps=steps.sum() + overhead * examples,
+        clean_correct=(clean_logits.argmax(dim=1) == labels).sum() if has_clean else unknown,
+        robust_correct=stands.sum(),
+        boundary_fell=(boundary & fell).sum(),
+        boundary_stood=(boundary & stood).sum(),
+        robust_fell=(robust & fell).sum(),
+        robust_stood=(robust & stood).sum(),
+        score_outlier=unknown if score is None else (score * outlier).sum(),
+        score_fell=unknown if score is None else (score * fell).sum(),
+        score_stood=unknown if score is None else (score * stood).sum(),
+    )
+
+
+def averages(sums: Tensor) -> dict[str, float | None]:
+    """What the log shows of `StepStats` sums: means over the examples, percent, None if unknown.
+
+    `boundary_precision` is the share of the attacked examples predicted boundary that fell,
+    `boundary_recall` the share of the fallen that had been predicted boundary; `robust_…` likewise
+    for those that stood. Each example is judged by the attack that it got, so with N_R = 0 nothing
+    is known of the robust ones.
+    """
+    total = StepStats._make(sums.tolist())
+    n = total.examples
+    fell = total.boundary_fell + total.robust_fell
+    stood = total.boundary_stood + total.robust_stood
+    return {
+        "loss": _ratio(total.loss, n),
+        "f_b": _ratio(total.boundary, n),
+        "f_r": _ratio(total.robust, n),
+        "f_o": _ratio(total.outlier, n),
+        "attack_steps_mean": _ratio(total.steps, n),
+        "clean_acc_train": _ratio(100 * total.clean_correct, n),
+        "robust_acc_train": _ratio(100 * total.robust_correct, n),
+        "boundary_precision": _ratio(
+            total.boundary_fell, total.boundary_fell + total.boundary_stood
+        ),
+        "boundary_recall": _ratio(total.boundary_fell, fell),
+        "robust_precision": _ratio(total.robust_stood, total.robust_fell + total.robust_stood),
+        "robust_recall": _ratio(total.robust_stood, stood),
+        "score_boundary": _ratio(total.score_fell, fell),
+        "score_robust": _ratio(total.score_stood, stood),
+        "score_outlier": _ratio(total.score_outlier, total.outlier),
+    }
+
+
+def _ratio(part: Any, whole: Any) -> float | None:
+    """part / whole, None where the whole is empty or the part unknown."""
+    return None if whole == 0 or math.isnan(part) else float(part) / float(whole)
