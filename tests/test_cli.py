@@ -31,6 +31,8 @@ SMALL = [
 METRICS = {
     "epoch", "loss", "lr", "f_b", "f_r", "f_o", "robust_fraction", "attack_steps_mean",
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
+    "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
+    "score_boundary", "score_robust", "score_outlier",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",
@@ -128,7 +130,11 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["train", "--help"], 0, ["bt: bullettrain, uniform", "--multirun", "gamma: 0.8"]),
+        (
+            ["train", "--help"],
+            0,
+            ["bt: bullettrain, gaussian, oracle, random, uniform", "--multirun", "gamma: 0.8"],
+        ),
         (["train", "bt.gama=0.5"], 1, ["There is no setting bt.gama"]),
         (["train", "bt.gamma=2"], 1, ["bt.gamma must be in (0, 1], not 2.0."]),
     ],

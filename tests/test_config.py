@@ -17,14 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from btrain import models
-from btrain.allocation import ALLOCATORS
+from btrain.allocation import METRICS
 from btrain.config import (
-    AllocatorName,
-    Architecture,
-    Config,
-    DatasetName,
-    DefenseName,
-    LoggerName,
     compose,
     config_dir,
     from_hydra,
@@ -36,10 +30,23 @@ from btrain.config import (
 )
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.schema import (
+    AllocatorName,
+    Architecture,
+    Config,
+    DatasetName,
+    DefenseName,
+    LoggerName,
+    Metric,
+)
+from btrain.training.step import ALLOCATORS
 
 CONFIGS = Path(config_dir())
 FILES = [path.relative_to(CONFIGS).with_suffix("") for path in sorted(CONFIGS.rglob("*.yaml"))]
-NEEDS = {"dataset=imagefolder": ["dataset.root=photos"]}  # what an option cannot do without
+NEEDS = {
+    "dataset=imagefolder": ["dataset.root=photos"],
+    "attack=augmix": ["defense=augmix"],
+}  # what an option cannot do without
 
 
 def options(group: str) -> set[str]:
@@ -102,7 +109,8 @@ def test_every_yaml_file_composes(file: Path) -> None:
 
 def test_the_names_in_schema_code_and_yaml_files_agree() -> None:
     assert names(DatasetName) == options("dataset")
-    assert names(DefenseName) == set(DEFENSES) == options("defense")
+    assert names(DefenseName) == {*DEFENSES, "augmix"} == options("defense")
+    assert names(Metric) == set(METRICS)
     assert names(AllocatorName) == set(ALLOCATORS) == options("bt")
     assert names(LoggerName) == options("logger")
     assert names(Architecture) == set(models.ARCHITECTURES)
@@ -352,10 +360,67 @@ def test_the_experiments_are_the_rows_of_table_2() -> None:
 @pytest.mark.parametrize(
     ("overrides", "steps"), [([], 10), (["bt.n_b=7"], 7), (["attack.steps=3"], 3)]
 )
-def test_uniform_gives_every_class_the_same_steps(overrides: list[str], steps: int) -> None:
+def test_uniform_takes_the_full_number_of_steps(overrides: list[str], steps: int) -> None:
     bt = compose(["bt=uniform", *overrides]).bt
-    assert (bt.n_b, bt.n_r, bt.n_o) == (steps, steps, steps)
+    assert bt.n_b == steps
     assert bt.step_size_b == 0.007  # what makes it the plain defense
+
+
+def test_uniform_ignores_the_other_budgets_of_a_sweep() -> None:
+    assert compose(["bt=uniform", "bt.n_b=1", "bt.n_r=5"]).bt.n_b == 1
+
+
+BAD_COMBINATIONS = [
+    (["defense=augmix", "bt.n_b=10"], ["defense=augmix", "bt.n_b"]),
+    (["defense=augmix", "bt.n_r=1"], ["defense=augmix", "bt.n_r"]),
+    (["defense=augmix", "bt=oracle"], ["bt=oracle", "defense=augmix"]),
+    (["defense=augmix", "bt=gaussian"], ["bt=gaussian", "defense=augmix"]),
+    (["defense=augmix", "defense.jsd=false"], ["defense.jsd=false", "bt=uniform"]),
+    (["defense=augmix", "defense.beta=6"], ["defense.beta", "defense=augmix"]),
+    (["defense=augmix", "attack=linf_pgd"], ["attack=linf_pgd", "defense=augmix"]),
+    (["attack=augmix"], ["attack=augmix", "defense=trades"]),
+    (["defense=pgd", "defense.beta=6"], ["defense.beta", "defense=pgd"]),
+    (["defense=mart", "defense.beta=null"], ["defense.beta", "defense=mart"]),
+    (["defense=pgd", "bt.share_clean_forward=true"], ["bt.share_clean_forward", "defense=pgd"]),
+    (["attack.mode=train"], ["attack.mode=train", "bt=bullettrain"]),
+    (["rival=fast", "bt=bullettrain", "bt.n_r=1"], ["attack.mode=train", "bt=bullettrain"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), BAD_COMBINATIONS)
+def test_bad_combinations_name_both_keys(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    assert all(word in str(caught.value) for word in named)
+
+
+def test_fast_is_one_step_of_a_quarter_more_than_epsilon_from_a_uniform_start() -> None:
+    config = compose(["defense=mart", "rival=fast"])
+    assert (config.bt.name.name, config.bt.n_b, config.attack.steps) == ("uniform", 1, 10)
+    assert config.bt.step_size_b == pytest.approx(1.25 * 0.031)
+    assert (config.attack.start.name, config.attack.mode.name) == ("uniform", "train")
+    assert compose(["rival=fast", "bt.n_b=5"]).bt.step_size_b == pytest.approx(1.25 * 0.031 / 5)
+
+
+def test_defenses_come_with_their_published_settings() -> None:
+    mart = compose(["defense=mart"])
+    assert (mart.defense.beta, mart.recipe.weight_decay, mart.train.epochs) == (6.0, 7e-4, 90)
+    mart = compose(["experiment=mart_resnet18"])
+    assert (mart.defense.beta, mart.recipe.weight_decay, mart.recipe.lr) == (5.0, 3.5e-3, 0.01)
+    madry = compose(["experiment=pgd_cifar10"])
+    assert madry.attack.epsilon == pytest.approx(8 / 255)
+    assert madry.bt.step_size_b == pytest.approx(2 / 255)
+    mnist = compose(["experiment=mnist_pgd", "bt=uniform"])
+    assert (mnist.attack.epsilon, mnist.bt.n_b, mnist.train.epochs) == (0.3, 7, 10)
+    assert mnist.bt.step_size_b == pytest.approx(1.7 * 0.3 / 7)
+    augmix = compose(["experiment=table1_augmix"])
+    assert (augmix.model.mean, augmix.model.std) == ([0.5], [0.5])
+    assert (augmix.defense.jsd_weight, augmix.train.epochs, augmix.recipe.nesterov) == (
+        12,
+        100,
+        True,
+    )
+    assert (augmix.bt.n_b, augmix.bt.n_r, augmix.bt.n_o, augmix.attack.steps) == (1, 0, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from btrain.defenses import ce_inner_loss, kl_inner_loss, mart_loss, trades_loss
+from btrain.defenses import (
+    augmix_loss,
+    ce_inner_loss,
+    kl_inner_loss,
+    mart_loss,
+    trades_loss,
+)
 
 
 def reference_trades(clean: Tensor, adv: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -67,6 +73,30 @@ def test_mart_loss_and_both_gradients(logits: tuple[Tensor, Tensor, Tensor], bet
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
+def test_augmix_loss_and_its_gradients(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    clean, view1, labels = logits
+    view2 = (clean + view1).detach().requires_grad_()
+    ours = augmix_loss(clean, view1, view2, labels, jsd_weight=12.0)
+    p = [z.exp() / z.exp().sum(1, keepdim=True) for z in (clean, view1, view2)]
+    mixture = (p[0] + p[1] + p[2]) / 3
+    divergence = sum((q * (q / mixture).log()).sum() for q in p) / 3 / len(labels)
+    theirs = -p[0][torch.arange(7), labels].log().mean() + 12 * divergence
+    torch.testing.assert_close(ours, theirs)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, [clean, view1, view2]),
+        torch.autograd.grad(theirs, [clean, view1, view2]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_augmix_examples_without_views_add_nothing_to_the_divergence() -> None:
+    clean = torch.randn(5, 10, requires_grad=True)
+    labels = torch.arange(5)
+    ours = augmix_loss(clean, clean, clean, labels, jsd_weight=12.0)
+    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(clean, labels))
+
+
 def test_ce_inner_loss_is_the_cross_entropy_of_each_example(
     logits: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -94,7 +124,13 @@ def test_equal_logits_have_no_kl_and_no_kl_gradient() -> None:
     assert gradient.abs().max() < 1e-6
 
 
-LOSSES = {"trades": trades_loss, "mart": mart_loss}
+LOSSES = {
+    "trades": trades_loss,
+    "mart": mart_loss,
+    "augmix": lambda clean, adv, labels, *, beta: augmix_loss(
+        clean, adv, clean, labels, jsd_weight=beta
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -12,8 +12,7 @@ from btrain import models
 from btrain.config import compose
 from btrain.data import load
 from btrain.training import train
-from btrain.training.run import make_method
-from btrain.training.step import train_step
+from btrain.training.setup import make_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +32,7 @@ def test_a_run_on_the_gpu_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
 
 def test_a_step_copies_to_the_host_once() -> None:
     device = torch.device("cuda")
-    method = make_method(compose(["dataset=digits", "model=preact_resnet18"]), device)
+    train_step = make_step(compose(["dataset=digits", "model=preact_resnet18"]), device)
     model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8)).to(
         device
     )
@@ -44,7 +43,7 @@ def test_a_step_copies_to_the_host_once() -> None:
     generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        train_step(model, optimizer, x, labels, robust_fraction, method=method, generator=generator)
+        train_step(model, optimizer, x, labels, robust_fraction, generator)
 
     step()  # warms up
     with warnings.catch_warnings(record=True) as caught:

@@ -65,7 +65,7 @@ def test_normalisation_is_inside_the_network_and_in_its_checkpoint() -> None:
         ({"architecture": "wide_resnet", "depth": 33}, "model.depth"),
         ({"architecture": "wide_resnet", "depth": None}, "model.depth"),
         ({"architecture": "small_cnn", "shape": (1, 3, 8)}, "4×4"),
-        ({"architecture": "small_cnn", "mean": [0.5], "std": [0.5]}, "model.mean"),
+        ({"architecture": "small_cnn", "mean": [0.5] * 2, "std": [0.5] * 2}, "model.mean"),
     ],
 )
 def test_impossible_networks_are_refused(settings: dict[str, object], named: str) -> None:

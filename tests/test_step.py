@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.allocation import METRICS
+from btrain.augmix import augmix
 from btrain.defenses import DEFENSES
+from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.statistics import StepStats
 from btrain.training.step import Method, forward_prefix, start_noise, train_step
 
@@ -57,8 +59,8 @@ def step(
         sgd(model),
         *batch,
         torch.tensor(robust_fraction),
+        torch.Generator().manual_seed(5),
         method=chosen,
-        generator=torch.Generator().manual_seed(5),
     )
 
 
@@ -223,3 +225,78 @@ def test_starts(start: str, low: float, high: float) -> None:
     assert low < noise.abs().max() <= high
     assert noise.min() < 0 < noise.max()
     assert start_noise(x, replace(method(), start="clean"), torch.Generator()) is None
+
+
+def augmix_method(allocator: str, **changes: object) -> AugMixMethod:
+    chosen = AugMixMethod(
+        make_views=lambda images, generator: augmix(images, generator=generator),
+        allocator=allocator,
+        metric=METRICS["svar"],
+        budget=torch.tensor([0, 0, 1]),
+        jsd=True,
+        jsd_weight=12.0,
+        gamma=0.8,
+        momentum=0.9,
+    )
+    return replace(chosen, **changes)  # type: ignore[arg-type]
+
+
+def augmix_forwards(
+    model: nn.Module, batch: tuple[Tensor, Tensor], chosen: AugMixMethod
+) -> tuple[list[int], StepStats]:
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    model.train()
+    fraction, generator = torch.tensor(0.4), torch.Generator().manual_seed(0)
+    _, stats = augmix_step(model, sgd(model), *batch, fraction, generator, method=chosen)
+    handle.remove()
+    return sizes, stats
+
+
+def test_augmix_makes_and_forwards_views_of_boundary_examples_only(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, m = batch[0], len(batch[0])
+    preact.train()
+    with torch.no_grad():
+        predicted = copy.deepcopy(preact)(x).argmax(dim=1)
+    made: list[int] = []
+
+    def make_views(images: Tensor, generator: torch.Generator) -> Tensor:
+        made.append(len(images))
+        return augmix(images, generator=generator)
+
+    chosen = augmix_method("bullettrain", make_views=make_views)
+    sizes, stats = augmix_forwards(preact, (x, predicted), chosen)
+    n = int(stats.boundary)
+    # 3m + 2·3n passes of one example, forward and backward: 9 → 5.1 units at F_B = 0.35.
+    assert 0 < n < m
+    assert made == [2 * n]
+    assert sizes == [m, 2 * n]
+    assert stats.steps == 2 * n
+
+
+def test_plain_augmix_shares_batch_norm_statistics_over_all_views(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    m = len(batch[0])
+    assert augmix_forwards(preact, batch, augmix_method("uniform"))[0] == [3 * m]
+    assert augmix_forwards(preact, batch, augmix_method("uniform", jsd=False))[0] == [m]
+
+
+def test_augmix_without_boundary_examples_is_plain_training(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x = batch[0]
+    preact.train()
+    with torch.no_grad():
+        wrong = (copy.deepcopy(preact)(x).argmax(dim=1) + 1) % 10  # outliers all
+    plain = copy.deepcopy(preact)
+    sizes, stats = augmix_forwards(preact, (x, wrong), augmix_method("bullettrain"))
+    assert sizes == [len(x)]
+    assert stats.outlier == len(x)
+    optimizer = sgd(plain)
+    F.cross_entropy(plain(x), wrong).backward()
+    optimizer.step()
+    for mine, reference in zip(preact.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference)

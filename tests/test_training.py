@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 from btrain import checkpoint
-from btrain.config import Config, compose
+from btrain.config import compose
 from btrain.data import Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.schema import Config
 from btrain.training import train
 from btrain.training.loop import train_epoch
-from btrain.training.run import find_device, git_commit, make_method, make_plan, make_state
+from btrain.training.run import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
+from btrain.training.setup import find_device, make_plan, make_state, make_step
 from btrain.training.step import ALLOCATORS
 
 CPU = torch.device("cpu")
@@ -115,7 +118,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 
 def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits: Data) -> None:
     config = tiny(tmp_path, "recipe.crop_padding=1")
-    method, plan = make_method(config, CPU), make_plan(config)
+    step, plan = make_step(config, CPU), make_plan(config)
 
     def stop_after(batches: int) -> Any:
         def tick() -> None:
@@ -128,16 +131,14 @@ def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits:
 
     whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
     expected = train_epoch(
-        whole, digits.train, method, plan, tick=lambda: None, show=lambda means: None
+        whole, digits.train, step, plan, tick=lambda: None, show=lambda means: None
     )
     with pytest.raises(InterruptedError):
-        train_epoch(cut, digits.train, method, plan, tick=stop_after(7), show=lambda means: None)
+        train_epoch(cut, digits.train, step, plan, tick=stop_after(7), show=lambda means: None)
     checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
     resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
     assert resumed.batch == 7
-    got = train_epoch(
-        resumed, digits.train, method, plan, tick=lambda: None, show=lambda means: None
-    )
+    got = train_epoch(resumed, digits.train, step, plan, tick=lambda: None, show=lambda means: None)
     assert expected is not None
     assert got is not None
     assert untimed([got]) == untimed([expected])
@@ -197,8 +198,13 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
-@pytest.mark.parametrize("defense", DEFENSES)
-@pytest.mark.parametrize("bt", ALLOCATORS)
+@pytest.mark.parametrize(
+    ("defense", "bt"),
+    [
+        *itertools.product(DEFENSES, ALLOCATORS),
+        *itertools.product(["augmix"], ["bullettrain", "uniform", "random"]),
+    ],
+)
 def test_every_defense_trains_every_model_with_every_allocator(
     tmp_path: Path, name: str, defense: str, bt: str, digits: Data
 ) -> None:
@@ -206,14 +212,15 @@ def test_every_defense_trains_every_model_with_every_allocator(
     size = ["model.depth=10"] if name.startswith("wrn") else []
     config = tiny(
         tmp_path, f"model={name}", "model.width=2", *size, f"bt={bt}", f"defense={defense}",
-        "train.batch_size=40", "attack.steps=2", "bt.n_r=1", "bt.oracle_steps=2",
+        "train.batch_size=40", "attack.steps=2", "bt.oracle_steps=2",
+        *([] if defense == "augmix" else ["bt.n_r=1"]),
     )  # fmt: skip
     few = Split(digits.train.images[:63], digits.train.labels[:63])
     ends = []
     for _ in range(2):
         state = make_state(config, digits, CPU)
         means = train_epoch(
-            state, few, make_method(config, CPU), make_plan(config),
+            state, few, make_step(config, CPU), make_plan(config),
             tick=lambda: None, show=lambda means: None,
         )  # fmt: skip
         assert means is not None

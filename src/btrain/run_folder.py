@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btrain.config import Config, DatasetName, read_yaml, to_dict, to_yaml
+from btrain.config import read_yaml, to_dict, to_yaml
 from btrain.errors import UserError
+from btrain.schema import Config, DatasetName
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
 _MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download")
@@ -44,7 +45,7 @@ class RunFolder:
             if any(self.path.iterdir()):
                 raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
             return
-        may_differ = _MAY_DIFFER
+        may_differ: tuple[str, ...] = _MAY_DIFFER
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
         theirs, ours = _flat(read_yaml(self._config)), _flat(to_dict(config))

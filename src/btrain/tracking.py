@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from btrain.config import LoggerConfig, LoggerName
 from btrain.errors import UserError
+from btrain.schema import LoggerConfig, LoggerName
 
 
 class Log(Protocol):

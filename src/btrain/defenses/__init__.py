@@ -14,6 +14,7 @@ from torch import Tensor
 
 from btrain import precision
 from btrain.attacks import InnerLoss
+from btrain.defenses.augmix import augmix_loss
 from btrain.defenses.mart import mart_loss
 from btrain.defenses.pgd import ce_inner_loss
 from btrain.defenses.trades import kl_inner_loss, trades_loss
@@ -58,12 +59,13 @@ def _pgd() -> Defense:
 
 
 DEFENSES: dict[str, Callable[..., Defense]] = {"trades": _trades, "mart": _mart, "pgd": _pgd}
-"""By name; each takes the settings of `defense=` that it has."""
+"""The adversarial ones by name; each takes the settings of `defense=` that it has."""
 
 __all__ = [
     "DEFENSES",
     "Defense",
     "OuterLoss",
+    "augmix_loss",
     "ce_inner_loss",
     "kl_inner_loss",
     "mart_loss",

@@ -48,7 +48,8 @@ def build(
         depth: of a WideResNet, 6n + 4; ignored elsewhere.
         classes: K.
         shape: of an image, (C, H, W).
-        mean, std: normalisation by channel in [0, 1] pixel units; None for none.
+        mean, std: normalisation in [0, 1] pixel units, one value for each channel or one for all;
+            None for none.
 
     Raises:
         UserError: no such WideResNet, images too small, or not one mean and std a channel.
@@ -58,9 +59,10 @@ def build(
         raise UserError(f"The networks need images of at least 4×4 pixels, not {height}×{wide}.")
     normalise: nn.Module = nn.Identity()
     if mean is not None and std is not None:
-        if not len(mean) == len(std) == channels:
+        if len(mean) != len(std) or len(mean) not in (1, channels):
             raise UserError(
-                f"model.mean and model.std need one value for each of {channels} channels."
+                f"model.mean and model.std need one value each, or one for each of {channels} "
+                "channels."
             )
         normalise = Normalise(mean, std)
     if architecture == "wide_resnet":

@@ -7,17 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btrain.data import Split, batches
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
-from btrain.training.statistics import averages
-from btrain.training.step import Method, train_step
+from btrain.training.statistics import StepStats, averages
 
 Averages = dict[str, float | None]
+
+Step = Callable[
+    [nn.Module, torch.optim.Optimizer, Tensor, Tensor, Tensor, torch.Generator],
+    tuple[Tensor, StepStats],
+]
+"""One batch: (model, optimizer, x, labels, F_R, generator) -> (F_R, statistics)."""
 
 _HEARTBEAT_SECONDS = 1.0
 
@@ -85,7 +90,7 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 def train_epoch(
     state: TrainState,
     split: Split,
-    method: Method,
+    step: Step,
     plan: Plan,
     *,
     tick: Callable[[], None],
@@ -94,6 +99,7 @@ def train_epoch(
     """Trains from `state.batch` to the end of the epoch, or to the time limit.
 
     Args:
+        step: what is done with a batch.
         tick: called after each batch.
         show: called about once a second with the epoch's averages so far.
 
@@ -124,18 +130,17 @@ def train_epoch(
             and before + time.perf_counter() - began >= plan.max_seconds
         ):
             break
-        step = state.epoch * steps_per_epoch + state.batch
-        lr = plan.lr * plan.schedule(step / (plan.epochs * steps_per_epoch))
+        done = (state.epoch * steps_per_epoch + state.batch) / (plan.epochs * steps_per_epoch)
+        lr = plan.lr * plan.schedule(done)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        state.robust_fraction, stats = train_step(
+        state.robust_fraction, stats = step(
             state.model,
             state.optimizer,
             x,
             labels,
             state.robust_fraction,
-            method=method,
-            generator=state.generator,
+            state.generator,
         )
         state.add(stats)
         heartbeat.step(state, stats.loss)

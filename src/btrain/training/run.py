@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from btrain import checkpoint, models
-from btrain.allocation import METRICS, theoretical_speedup
-from btrain.config import (
-    AttackMode,
-    Config,
-    OptimizerName,
-    RecipeConfig,
-    ScheduleName,
-    to_dict,
-)
-from btrain.data import Data, Split, load
+from btrain import checkpoint
+from btrain.allocation import theoretical_speedup
+from btrain.config import to_dict
+from btrain.data import Data, Split
 from btrain.data.augmentation import batch_slices
-from btrain.defenses import DEFENSES
-from btrain.errors import UserError
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
+from btrain.schema import Config
 from btrain.tracking import Log, open_logger
-from btrain.training.loop import Averages, Plan, train_epoch
-from btrain.training.schedule import cosine, cyclic, step_decay
+from btrain.training.loop import Averages, train_epoch
+from btrain.training.setup import find_device, load_data, make_plan, make_state, make_step
 from btrain.training.state import TrainState
 from btrain.training.statistics import averages
-from btrain.training.step import Method
 
 log = logging.getLogger("btrain")
 
@@ -57,7 +47,7 @@ def train(config: Config) -> dict[str, Any]:
         return summary
 
     device = find_device(config.device)
-    data = _load_data(config, device)
+    data = load_data(config, device)
     state = make_state(config, data, device)
     if saved is not None:
         state.load_state_dict(saved["state"])
@@ -73,115 +63,12 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def find_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU where there is none.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"device={name} cannot be used ({reason}); try auto or cpu.") from error
-    return device
-
-
-def make_method(config: Config, device: torch.device) -> Method:
-    """Algorithm 2's open choices, from the configuration."""
-    bt, attack = config.bt, config.attack
-    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
-    return Method(
-        defense=DEFENSES[config.defense.name.value](**settings),
-        allocator=bt.name.value,
-        metric=METRICS[bt.metric.value],
-        budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
-        n_b=bt.n_b,
-        step_size_b=bt.step_size_b,
-        mean_steps=bt.mean_steps,
-        oracle_steps=bt.oracle_steps,
-        epsilon=attack.epsilon,
-        start=attack.start.value,
-        start_std=attack.start_std,
-        attack_in_train_mode=attack.mode is AttackMode.train,
-        gamma=bt.gamma,
-        momentum=bt.momentum,
-        share_clean_forward=bt.share_clean_forward,
-        forward_unperturbed=bt.forward_unperturbed,
-    )
-
-
-def _load_data(config: Config, device: torch.device) -> Data:
-    dataset = config.dataset
-    return load(
-        dataset.name.value,
-        Path(dataset.root),
-        device=device,
-        download=dataset.download,
-        image_size=dataset.image_size,
-        train_examples=dataset.train_examples,
-        test_examples=dataset.test_examples,
-        val_examples=dataset.val_examples,
-    )
-
-
-def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
-    torch.manual_seed(config.seed)
-    model = models.build(
-        config.model.architecture.value,
-        width=config.model.width,
-        depth=config.model.depth,
-        classes=len(data.classes),
-        shape=data.shape,
-        mean=config.model.mean,
-        std=config.model.std,
-    ).to(device)
-    return TrainState.fresh(model, _make_optimizer(config.recipe, model), config.seed, device)
-
-
-def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if recipe.optimizer is OptimizerName.adam:
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
-
-
-def make_plan(config: Config) -> Plan:
-    recipe = config.recipe
-    milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
-    schedules = {
-        ScheduleName.step: step_decay(milestones, recipe.lr_decay),
-        ScheduleName.cyclic: cyclic(recipe.peak),
-        ScheduleName.cosine: cosine(),
-    }
-    return Plan(
-        seed=config.seed,
-        epochs=config.train.epochs,
-        batch_size=config.train.batch_size,
-        lr=recipe.lr,
-        schedule=schedules[recipe.schedule],
-        crop_padding=recipe.crop_padding,
-        flip=recipe.flip,
-        max_seconds=config.train.max_seconds,
-    )
-
-
 def _train_epochs(
     config: Config, state: TrainState, data: Data, folder: RunFolder, track: Log
 ) -> None:
     """All epochs that are left, each with its log line and checkpoint."""
-    method, plan = make_method(config, state.robust_fraction.device), make_plan(config)
-    warm_up = replace(method, allocator="uniform", share_clean_forward=False)
+    device, plan = state.robust_fraction.device, make_plan(config)
+    step, warm_up = make_step(config, device), make_step(config, device, warm_up=True)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     done = state.epoch * batches + state.batch
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
@@ -195,7 +82,7 @@ def _train_epochs(
 
         while not _is_over(config, {"epoch": state.epoch, "train_seconds": state.train_seconds}):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
-            now = warm_up if state.epoch < config.bt.warmup_epochs else method
+            now = warm_up if state.epoch < config.bt.warmup_epochs else step
             means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
             if means is None:
                 break

@@ -60,9 +60,9 @@ def train_step(
     x: Tensor,
     labels: Tensor,
     robust_fraction: Tensor,
+    generator: torch.Generator,
     *,
     method: Method,
-    generator: torch.Generator,
 ) -> tuple[Tensor, StepStats]:
     """Lines 11 to 16 of Algorithm 2: updates the weights, returns the new F_R and the statistics.
 

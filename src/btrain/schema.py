@@ -1,0 +1,355 @@
+"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from btrain.errors import UserError
+
+MISSING: Any = "???"  # OmegaConf's mark for a value that the user or a YAML file must give
+
+
+class DatasetName(Enum):
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    mnist = "mnist"
+    digits = "digits"
+    imagefolder = "imagefolder"
+
+
+class Architecture(Enum):
+    wide_resnet = "wide_resnet"
+    preact_resnet18 = "preact_resnet18"
+    small_cnn = "small_cnn"
+
+
+class Start(Enum):
+    normal = "normal"
+    uniform = "uniform"
+    clean = "clean"
+
+
+class AttackMode(Enum):
+    eval = "eval"
+    train = "train"
+
+
+class DefenseName(Enum):
+    trades = "trades"
+    mart = "mart"
+    pgd = "pgd"
+    augmix = "augmix"
+
+
+class AllocatorName(Enum):
+    bullettrain = "bullettrain"
+    uniform = "uniform"
+    oracle = "oracle"
+    gaussian = "gaussian"
+    random = "random"
+
+
+class Metric(Enum):
+    svar = "svar"
+    cross_entropy = "cross_entropy"
+    grad_norm = "grad_norm"
+    margin = "margin"
+
+
+class OptimizerName(Enum):
+    sgd = "sgd"
+    adam = "adam"
+
+
+class ScheduleName(Enum):
+    step = "step"
+    cyclic = "cyclic"
+    cosine = "cosine"
+
+
+class LoggerName(Enum):
+    jsonl = "jsonl"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+def _require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
+        raise UserError(f"{key} must be {rule}, not {value}.")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0 and math.isfinite(value), key, "finite and greater than 0", value)
+
+
+def _at_least(least: float, key: str, value: float | None) -> None:
+    if value is not None:
+        _require(value >= least and math.isfinite(value), key, f"at least {least}", value)
+
+
+@dataclass
+class DatasetConfig:
+    name: DatasetName = MISSING
+    root: str = MISSING
+    download: bool = True
+    image_size: int | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+    val_examples: int = 0
+    epsilon: float = MISSING
+    step_size: float = MISSING
+    eval_step_size: float = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(2, "dataset.train_examples", self.train_examples)
+        _at_least(1, "dataset.test_examples", self.test_examples)
+        _at_least(0, "dataset.val_examples", self.val_examples)
+        _at_least(1, "dataset.image_size", self.image_size)
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    architecture: Architecture = MISSING
+    width: int = MISSING
+    depth: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.width", self.width)
+        _require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
+                 self.std)  # fmt: skip
+        for mean in self.mean or []:
+            _require(math.isfinite(mean), "model.mean", "finite", mean)
+        for std in self.std or []:
+            _positive("model.std", std)
+
+
+@dataclass
+class AugMixConfig:
+    width: int = MISSING
+    depth: int = MISSING
+    severity: float = MISSING
+    all_ops: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(1, "attack.augmix.width", self.width)
+        _require(
+            self.depth == -1 or self.depth >= 1, "attack.augmix.depth", "-1 or positive", self.depth
+        )
+        in_range = 0.1 <= self.severity <= 10
+        _require(in_range, "attack.augmix.severity", "in [0.1, 10]", self.severity)
+
+
+@dataclass
+class AttackConfig:
+    name: str = MISSING
+    steps: int = MISSING
+    epsilon: float = MISSING
+    step_size: float = MISSING
+    start: Start = MISSING
+    start_std: float = MISSING
+    mode: AttackMode = MISSING
+    augmix: AugMixConfig | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, "attack.steps", self.steps)
+        _positive("attack.epsilon", self.epsilon)
+        _positive("attack.step_size", self.step_size)
+        _at_least(0, "attack.start_std", self.start_std)
+
+
+@dataclass
+class DefenseConfig:
+    name: DefenseName = MISSING
+    beta: float | None = None
+    jsd: bool | None = None
+    jsd_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("beta", "jsd", "jsd_weight"):
+            given, wanted = getattr(self, key) is not None, key in _DEFENSE_SETTINGS[self.name]
+            if given != wanted:
+                what = "needs a value" if wanted else "is no setting"
+                raise UserError(f"defense.{key} {what} with defense={self.name.name}.")
+        _at_least(0, "defense.beta", self.beta)
+        _at_least(0, "defense.jsd_weight", self.jsd_weight)
+
+
+_DEFENSE_SETTINGS = {
+    DefenseName.trades: {"beta"},
+    DefenseName.mart: {"beta"},
+    DefenseName.pgd: set[str](),
+    DefenseName.augmix: {"jsd", "jsd_weight"},
+}
+
+
+@dataclass
+class BTConfig:
+    name: AllocatorName = MISSING
+    n_b: int = MISSING
+    n_r: int = MISSING
+    n_o: int = MISSING
+    gamma: float = MISSING
+    momentum: float = MISSING
+    step_size_b: float = MISSING
+    metric: Metric = MISSING
+    warmup_epochs: int = MISSING
+    mean_steps: float = MISSING
+    oracle_steps: int = MISSING
+    forward_unperturbed: bool = MISSING
+    share_clean_forward: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(0, "bt.n_o", self.n_o)
+        _at_least(0, "bt.n_r", self.n_r)
+        _at_least(0, "bt.n_b", self.n_b)
+        if self.name is not AllocatorName.uniform:
+            _require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
+            _require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+        _require(0 < self.gamma <= 1, "bt.gamma", "in (0, 1]", self.gamma)
+        _require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
+        _positive("bt.step_size_b", self.step_size_b)
+        _at_least(0, "bt.warmup_epochs", self.warmup_epochs)
+        _at_least(0, "bt.mean_steps", self.mean_steps)
+        _at_least(1, "bt.oracle_steps", self.oracle_steps)
+
+
+@dataclass
+class RecipeConfig:
+    name: str = MISSING
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    optimizer: OptimizerName = OptimizerName.sgd
+    lr: float = MISSING
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = MISSING
+    schedule: ScheduleName = ScheduleName.step
+    milestones: list[float] = field(default_factory=list)
+    lr_decay: float = 0.1
+    peak: float = 0.4
+    crop_padding: int = MISSING
+    flip: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(1, "recipe.epochs", self.epochs)
+        _positive("recipe.lr", self.lr)
+        _require(0 <= self.momentum < 1, "recipe.momentum", "in [0, 1)", self.momentum)
+        _at_least(0, "recipe.weight_decay", self.weight_decay)
+        for milestone in self.milestones:
+            _at_least(0, "recipe.milestones", milestone)
+        _positive("recipe.lr_decay", self.lr_decay)
+        _require(0 < self.peak < 1, "recipe.peak", "in (0, 1)", self.peak)
+        _at_least(0, "recipe.crop_padding", self.crop_padding)
+
+
+@dataclass
+class LoggerConfig:
+    name: LoggerName = MISSING
+    mode: WandbMode = WandbMode.online
+    project: str = "btrain"
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, "train.epochs", self.epochs)
+        _at_least(2, "train.batch_size", self.batch_size)
+        if self.max_seconds is not None:
+            _positive("train.max_seconds", self.max_seconds)
+
+
+@dataclass
+class EvalConfig:
+    epsilon: float = MISSING
+    step_size: float = MISSING
+    steps: int = MISSING
+    batch_size: int = MISSING
+    every_epochs: int = MISSING
+
+    def __post_init__(self) -> None:
+        _positive("eval.epsilon", self.epsilon)
+        _positive("eval.step_size", self.step_size)
+        _at_least(0, "eval.steps", self.steps)
+        _at_least(1, "eval.batch_size", self.batch_size)
+        _at_least(1, "eval.every_epochs", self.every_epochs)
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything that decides a run."""
+
+    dataset: DatasetConfig = MISSING
+    model: ModelConfig = MISSING
+    attack: AttackConfig = MISSING
+    defense: DefenseConfig = MISSING
+    bt: BTConfig = MISSING
+    recipe: RecipeConfig = MISSING
+    logger: LoggerConfig = MISSING
+    train: TrainConfig = MISSING
+    eval: EvalConfig = MISSING
+    run: RunConfig = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        defense, bt = self.defense.name, self.bt
+        if (defense is DefenseName.augmix) != (self.attack.augmix is not None):
+            raise UserError(
+                f"defense={defense.name} does not go with attack={self.attack.name}: the attack "
+                "augmix belongs to the defense augmix."
+            )
+        if defense is DefenseName.augmix:
+            self._check_augmix()
+        elif self.attack.mode is AttackMode.train and bt.name is not AllocatorName.uniform:
+            raise UserError(
+                f"attack.mode=train needs bt=uniform, not bt={bt.name.name}: the groups of a "
+                "batch would each see their own BatchNorm statistics."
+            )
+        if bt.share_clean_forward and defense is DefenseName.pgd:
+            raise UserError("bt.share_clean_forward has nothing to share with defense=pgd.")
+
+    def _check_augmix(self) -> None:
+        bt = self.bt
+        if bt.name in (AllocatorName.oracle, AllocatorName.gaussian):
+            raise UserError(
+                f"bt={bt.name.name} does not go with defense=augmix: it needs an attack."
+            )
+        if bt.n_b != 1 or (bt.name is not AllocatorName.uniform and (bt.n_r or bt.n_o)):
+            raise UserError(
+                "defense=augmix makes views or none: bt.n_b must be 1, bt.n_r and bt.n_o 0, not "
+                f"{bt.n_b}, {bt.n_r} and {bt.n_o}."
+            )
+        if not self.defense.jsd and bt.name is not AllocatorName.uniform:
+            raise UserError("defense.jsd=false makes one view of every image: it needs bt=uniform.")
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder; `btrain.config` has named it where the user did not."""
+        assert self.run.dir is not None
+        return Path(self.run.dir)
