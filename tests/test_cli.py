@@ -155,6 +155,15 @@ def test_help_and_mistakes_answer_before_torch_is_imported(
     assert all(word in result.stdout + result.stderr for word in words)
 
 
+@pytest.mark.parametrize("name", ["a=b", "jürgen (neu)", "it's", "comma,brace{}", "back\\slash"])
+def test_a_path_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, f"run.dir=runs/{name}"]) == 0
+    assert (tmp_path / "runs" / name / "summary.json").is_file()
+
+
 # Mistakes
 
 

@@ -358,12 +358,29 @@ def test_the_experiments_are_the_rows_of_table_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "steps"), [([], 10), (["bt.n_b=7"], 7), (["attack.steps=3"], 3)]
+    ("overrides", "steps", "step_size"),
+    [
+        ([], 10, 0.007),
+        (["attack.steps=3"], 3, 0.007),
+        (["bt.n_b=7"], 7, 1.7 * 0.031 / 7),  # another N_B than the plain attack's N
+        (["bt.n_b=7", "bt.step_size_b=0.01"], 7, 0.01),
+    ],
 )
-def test_uniform_takes_the_full_number_of_steps(overrides: list[str], steps: int) -> None:
-    bt = compose(["bt=uniform", *overrides]).bt
-    assert bt.n_b == steps
-    assert bt.step_size_b == 0.007  # what makes it the plain defense
+@pytest.mark.parametrize("bt", ["uniform", "bullettrain"])
+def test_boundary_examples_step_like_the_plain_defense_or_by_the_paper_s_rule(
+    bt: str, overrides: list[str], steps: int, step_size: float
+) -> None:
+    chosen = compose([f"bt={bt}", *overrides]).bt
+    assert chosen.n_b == steps
+    assert chosen.step_size_b == pytest.approx(step_size)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_steps_reach_the_ball_s_edge_whatever_its_radius(dataset: str) -> None:
+    config = compose([f"dataset={dataset}", "attack.epsilon=0.1"])
+    assert config.attack.step_size == pytest.approx(0.007 * 0.1 / 0.031)
+    assert config.eval.epsilon == 0.1
+    assert config.eval.step_size == pytest.approx(0.003 * 0.1 / 0.031)
 
 
 def test_uniform_ignores_the_other_budgets_of_a_sweep() -> None:
@@ -438,8 +455,8 @@ def test_step_sizes_follow_epsilon_on_grey_images(
 ) -> None:
     config = compose([f"dataset={dataset}", *overrides])
     assert config.attack.epsilon == config.eval.epsilon == epsilon
-    assert config.attack.step_size == pytest.approx(1.7 * epsilon / config.bt.n_b)
-    assert config.bt.step_size_b == config.attack.step_size
+    assert config.attack.step_size == pytest.approx(1.7 * epsilon / config.attack.steps)
+    assert config.bt.step_size_b == pytest.approx(1.7 * epsilon / config.bt.n_b)
     assert config.eval.step_size == pytest.approx(epsilon / 10)
 
 

@@ -15,6 +15,7 @@ from btrain.config import compose
 from btrain.data import Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.training import train
 from btrain.training.loop import train_epoch
@@ -49,8 +50,8 @@ def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "train_seconds"} for line in lines]
 
 
-def weights(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    state = checkpoint.load(folder / "checkpoints" / name)["state"]
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(folder / "checkpoints" / "last.pt")["state"]
     return dict(state["model"])
 
 
@@ -171,25 +172,90 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None:
+    # The learning rate jumps at the very last step, whose loss was taken before.
+    config = tiny(
+        tmp_path, "train.epochs=2", "recipe.epochs=10", "recipe.milestones=[9]",
+        "recipe.lr_decay=1e30",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"ruined after epoch 2, step 5\b.*recipe\.lr"):
+        train(config)
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]["epoch"] == 1
+    assert not (tmp_path / "summary.json").exists()
+    assert "ruined" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("checkpoints/last.pt", "state"),
+        ("config.yaml", ""),
+        ("config.yaml", "{"),
+        ("summary.json", '{"clean_acc": 1}'),
+        ("summary.json", "["),
+    ],
+)
+def test_a_damaged_run_folder_is_named_and_left_alone(
+    tmp_path: Path, file: str, content: str
+) -> None:
+    train(tiny(tmp_path, "train.epochs=1"))
+    if content == "state":
+        (tmp_path / "summary.json").unlink()
+        torch.save({"format": 1, "state": {"epoch": 0, "train_seconds": 0.0}}, tmp_path / file)
+    else:
+        (tmp_path / file).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError):
+        train(tiny(tmp_path, "train.epochs=1"))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"epoch": "x"}', '{"epoch": 2, "loss"'])
+def test_what_follows_a_damaged_line_of_metrics_is_dropped(tmp_path: Path, line: str) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 1}}\n{line}\n{{"epoch": 3}}\n')
+    folder.keep_metrics(5)
+    assert metrics(tmp_path) == [{"epoch": 1}]
+
+
+def test_a_run_does_not_go_on_with_the_random_numbers_of_another_device(
+    tmp_path: Path, digits: Data
+) -> None:
+    state = make_state(tiny(tmp_path), digits, CPU)
+    with pytest.raises(UserError, match=r"device=cuda.*device=cpu"):
+        state.load_state_dict(state.state_dict() | {"device": "cuda"})
+
+
+def test_a_logger_that_cannot_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "not a key")
+    with pytest.raises(UserError, match=r"logger=wandb .*logger\.mode=offline"):
+        train(tiny(tmp_path / "run", "logger=wandb"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_held_out_examples_choose_the_best_epoch(tmp_path: Path) -> None:
     summary = train(
         tiny(tmp_path, "train.epochs=5", "dataset.val_examples=100", "eval.every_epochs=2")
     )
     lines = metrics(tmp_path)
     scored = {line["epoch"]: line["val_robust_acc"] for line in lines if "val_robust_acc" in line}
-    assert list(scored) == [2, 4]
+    assert list(scored) == [2, 4, 5]  # every second epoch, and the last
     assert summary["best_val_robust_acc"] == max(scored.values())
     assert scored[summary["best_epoch"]] == max(scored.values())
     assert {"clean_acc", "robust_acc", "best_clean_acc", "best_robust_acc"} <= summary.keys()
-    assert not same(weights(tmp_path), weights(tmp_path, "best.pt"))
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")["state"]
+    assert best["epoch"] == summary["best_epoch"]
+    assert same(best["model"], weights(tmp_path)) == (summary["best_epoch"] == 5)
 
 
 def test_held_out_evaluation_does_not_change_the_training(tmp_path: Path) -> None:
     held_out = ["train.epochs=2", "dataset.val_examples=100"]
     train(tiny(tmp_path / "often", *held_out, "eval.every_epochs=1"))
-    train(tiny(tmp_path / "never", *held_out, "eval.every_epochs=3"))
-    assert same(weights(tmp_path / "often"), weights(tmp_path / "never"))
-    assert not (tmp_path / "never" / "checkpoints" / "best.pt").exists()
+    train(tiny(tmp_path / "once", *held_out, "eval.every_epochs=3"))
+    assert same(weights(tmp_path / "often"), weights(tmp_path / "once"))
 
 
 def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ def pgd(
     Returns:
         Like x, in x's order.
     """
-    order = torch.argsort(steps, descending=True, stable=True)
-    active = active_counts(steps[order].tolist())
+    order, active = by_steps(steps)
     x_adv = prefix_pgd(
         model,
         x[order],
@@ -63,6 +62,15 @@ def pgd(
         noise=None if noise is None else noise[order],
     )
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
+
+
+def by_steps(steps: Tensor) -> tuple[Tensor, list[int]]:
+    """The order of descending step count, and how many examples take the first step, the second, ….
+
+    One copy from the device to the host. (m,) -> (m,) and a list
+    """
+    order = torch.argsort(steps, descending=True, stable=True)
+    return order, active_counts(steps[order].tolist())
 
 
 def active_counts(steps: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ FORMAT = 1
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint; a crash leaves the one before it."""
+    """Writes a checkpoint; a crash leaves the one before it.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} could not be written ({reason}).") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{path} is not a readable checkpoint.") from error
+        raise UserError(f"{path} is not a readable checkpoint; delete it to start over.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of btrain.")
     return content

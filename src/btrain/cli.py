@@ -7,6 +7,7 @@ at once.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"btrain: {error}", file=sys.stderr)
         return 1
-    except SystemExit as end:  # how Hydra's help and a job with a mistake end
-        return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # `btrain train --help | head`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"btrain: {where}{error.strerror or error}.", file=sys.stderr)
+        return 1
+    except SystemExit as end:  # how Hydra's help and a job with a mistake end
+        return end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
         print(
             "btrain: interrupted; the same command goes on from the last checkpoint.",
@@ -89,6 +94,7 @@ def _train(args: list[str]) -> None:
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
+    args = [_quoted(argument) for argument in args]
     run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = ["btrain train", *args]
@@ -107,6 +113,17 @@ def _train(args: list[str]) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _quoted(argument: str) -> str:
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    key, _, value = argument.partition("=")
+    if key not in ("dataset.root", "run.dir") or not value or value[0] in "'\"" or value == "null":
+        return argument
+    path = os.path.expanduser(value)  # noqa: PTH111
+    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
+    text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)
+    return f"{key}='{text}'"
 
 
 def _report(args: list[str]) -> None:

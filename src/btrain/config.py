@@ -23,17 +23,23 @@ def config_dir() -> str:
 
 
 def register() -> None:
-    """Makes the schema and the resolver `scale` known to Hydra; calling it again does no harm."""
+    """Makes the schema and its resolvers known to Hydra; calling it again does no harm."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
+    OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
 
 
 def _scale(length: float, factor: float, divisor: float) -> float:
     """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
     return factor * length / max(divisor, 1)
+
+
+def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
+    """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
+    return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
 
 
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
@@ -69,6 +75,9 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+    for override in overrides:
+        if re.match(r"[\w.]+=\{", override):
+            raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,18 @@ from btrain.schema import Config, DatasetName
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
 _MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download")
+
+SUMMARY_KEYS = {
+    "clean_acc",
+    "robust_acc",
+    "f_b",
+    "f_r",
+    "f_o",
+    "theoretical_speedup",
+    "train_seconds",
+    "device",
+}
+"""What `btrain report` reads of a summary; there is more."""
 
 
 class RunFolder:
@@ -30,6 +43,7 @@ class RunFolder:
         self._config = path / "config.yaml"
         self._metrics = path / "metrics.jsonl"
         self._summary = path / "summary.json"
+        self._log = path / "train.log"
 
     def check_owner(self, config: Config) -> None:
         """Makes sure that the folder is free or holds a run of this configuration.
@@ -57,14 +71,26 @@ class RunFolder:
                     f"{ours.get(key)}; please name another run.dir."
                 )
 
-    def create(self, config: Config) -> None:
-        """Makes the folder and writes `config.yaml`.
+    @contextmanager
+    def created(self, config: Config) -> Iterator[None]:
+        """The folder with its `config.yaml`; a new one that nothing was written to goes again.
 
         Raises:
             UserError: the folder cannot be written.
         """
+        fresh = not self._config.exists()
+        self._create(config)
+        try:
+            yield
+        except UserError:
+            if fresh and not self._log.exists():
+                shutil.rmtree(self.path)
+            raise
+
+    def _create(self, config: Config) -> None:
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
+            self._summary.unlink(missing_ok=True)  # of a run that gets more time
             _write(self._config, to_yaml(config))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
@@ -81,8 +107,8 @@ class RunFolder:
             return None
         except ValueError:
             content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{self._summary} is damaged; delete it to evaluate again.")
+        if not isinstance(content, dict) or not content.keys() >= SUMMARY_KEYS:
+            raise UserError(f"{self._summary} is damaged; delete the folder to start over.")
         return content
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -102,7 +128,7 @@ class RunFolder:
                 try:
                     if json.loads(line)["epoch"] <= epochs:
                         lines.append(line + "\n")
-                except ValueError:
+                except (ValueError, TypeError, KeyError):
                     break
         _write(self._metrics, "".join(lines))
 
@@ -112,7 +138,7 @@ class RunFolder:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         logger = logging.getLogger("btrain")
-        file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        file = logging.FileHandler(self._log, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         terminal = logging.StreamHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -125,6 +151,9 @@ class RunFolder:
         try:
             with logging_redirect_tqdm([logger]):
                 yield
+        except UserError as error:
+            file.handle(logging.makeLogRecord({"msg": str(error)}))  # the terminal gets it anyway
+            raise
         finally:
             for handler in handlers:
                 logger.removeHandler(handler)

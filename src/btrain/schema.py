@@ -27,6 +27,12 @@ class Architecture(Enum):
     small_cnn = "small_cnn"
 
 
+class AttackName(Enum):
+    linf_pgd = "linf_pgd"
+    madry = "madry"
+    augmix = "augmix"
+
+
 class Start(Enum):
     normal = "normal"
     uniform = "uniform"
@@ -115,6 +121,10 @@ class DatasetConfig:
         _at_least(1, "dataset.test_examples", self.test_examples)
         _at_least(0, "dataset.val_examples", self.val_examples)
         _at_least(1, "dataset.image_size", self.image_size)
+        resizes = self.name is DatasetName.imagefolder
+        _require(
+            resizes or self.image_size is None, "dataset.image_size", "null here", self.image_size
+        )
 
 
 @dataclass
@@ -128,6 +138,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, "model.width", self.width)
+        deep = self.architecture is Architecture.wide_resnet
+        _require(deep or self.depth is None, "model.depth", "null here", self.depth)
         _require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
                  self.std)  # fmt: skip
         for mean in self.mean or []:
@@ -154,7 +166,7 @@ class AugMixConfig:
 
 @dataclass
 class AttackConfig:
-    name: str = MISSING
+    name: AttackName = MISSING
     steps: int = MISSING
     epsilon: float = MISSING
     step_size: float = MISSING
@@ -321,8 +333,8 @@ class Config:
         defense, bt = self.defense.name, self.bt
         if (defense is DefenseName.augmix) != (self.attack.augmix is not None):
             raise UserError(
-                f"defense={defense.name} does not go with attack={self.attack.name}: the attack "
-                "augmix belongs to the defense augmix."
+                f"defense={defense.name} does not go with attack={self.attack.name.name}: the "
+                "attack augmix belongs to the defense augmix."
             )
         if defense is DefenseName.augmix:
             self._check_augmix()

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from btrain.errors import UserError
 from btrain.schema import LoggerConfig, LoggerName
 
 
-class Log(Protocol):
-    """Takes one epoch's metrics, or the summary."""
+@dataclass(frozen=True)
+class Tracker:
+    """Takes each epoch's metrics, and the summary at the end."""
 
-    def __call__(self, metrics: dict[str, Any], *, epoch: int) -> None: ...
+    log: Callable[[dict[str, Any], int], None]
+    """(metrics, epoch)"""
+    summarise: Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def open_logger(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Iterator[Log]:
+def open_tracker(
+    logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]
+) -> Iterator[Tracker]:
     """The logger that the configuration names, closed at the end.
 
     Args:
@@ -28,17 +34,17 @@ def open_logger(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -
         UserError: the package is missing, or the service does not answer.
     """
     if logger.name is LoggerName.wandb:
-        with _wandb(logger, run_dir, settings) as log:
-            yield log
+        with _wandb(logger, run_dir, settings) as tracker:
+            yield tracker
     elif logger.name is LoggerName.tensorboard:
-        with _tensorboard(run_dir) as log:
-            yield log
+        with _tensorboard(run_dir) as tracker:
+            yield tracker
     else:
-        yield lambda metrics, *, epoch: None
+        yield Tracker(lambda metrics, epoch: None, lambda summary: None)
 
 
 @contextmanager
-def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Iterator[Log]:
+def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Iterator[Tracker]:
     try:
         import wandb
 
@@ -54,12 +60,16 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
         raise UserError(
             f"logger=wandb could not start ({reason}); logger.mode=offline needs no network."
         ) from error
-    with run:
-        yield lambda metrics, *, epoch: run.log(metrics, step=epoch)
+    try:
+        yield Tracker(lambda metrics, epoch: run.log(metrics, step=epoch), run.summary.update)
+    except BaseException:
+        run.finish(exit_code=1)  # `with run` would print a traceback
+        raise
+    run.finish()
 
 
 @contextmanager
-def _tensorboard(run_dir: Path) -> Iterator[Log]:
+def _tensorboard(run_dir: Path) -> Iterator[Tracker]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -68,12 +78,15 @@ def _tensorboard(run_dir: Path) -> Iterator[Log]:
         ) from error
     writer = SummaryWriter(run_dir / "tensorboard")
 
-    def log(metrics: dict[str, Any], *, epoch: int) -> None:
+    def log(metrics: dict[str, Any], epoch: int) -> None:
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, epoch)
 
     try:
-        yield log
+        yield Tracker(
+            log,
+            lambda summary: log({f"test/{k}": v for k, v in summary.items()}, summary["epochs"]),
+        )
     finally:
         writer.close()

@@ -50,7 +50,10 @@ def read(layout: Layout, root: Path) -> tuple[Source, Source]:
     classes = tuple(str(label) for label in range(layout.classes))
 
     def part(names: tuple[str, ...]) -> Source:
-        batches = [_read_batch(root / layout.folder / name, layout.labels_key) for name in names]
+        batches = [
+            _read_batch(root / layout.folder / name, layout.labels_key, layout.classes)
+            for name in names
+        ]
         images = np.concatenate([images for images, _ in batches])
         labels = np.concatenate([labels for _, labels in batches])
         return in_memory(images, labels, classes, root / layout.folder)
@@ -58,13 +61,17 @@ def read(layout: Layout, root: Path) -> tuple[Source, Source]:
     return part(layout.train_files), part(layout.test_files)
 
 
-def _read_batch(path: Path, labels_key: str) -> tuple[Images, Any]:
+def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]:
     try:
         content = _DataUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels = np.asarray(content[b"data"])
         labels = np.asarray(content[labels_key.encode()], dtype=np.int64)
         if pixels.dtype != np.uint8:
             raise ValueError(f"pixels of type {pixels.dtype}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"labels from {labels.min()} to {labels.max()}, not 0 to {classes - 1}"
+            )
         if len(pixels) != len(labels):
             raise ValueError(f"{len(pixels)} images for {len(labels)} labels")
         return pixels.reshape(-1, 3, 32, 32), labels

@@ -73,6 +73,8 @@ def _decode(file: Path, image_size: int) -> Images:
 
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel")
             rgb = image.convert("RGB")
             if rgb.size != (image_size, image_size):
                 rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from btrain.data import cifar, digits, imagefolder, mnist
-from btrain.data.download import download as fetch
+from btrain.data import download as downloads
 from btrain.data.source import Labels, Source
 from btrain.errors import UserError
 
@@ -120,6 +122,16 @@ def _checked(key: str, wanted: int | None, available: int) -> int:
     return available if wanted is None else wanted
 
 
+_Reader = tuple[Callable[[Path], Path | None], Callable[[Path], tuple[Source, Source]]]
+
+# The data sets that are files in a known layout: what is missing of them, and how to read them.
+_FILES: dict[str, _Reader] = {
+    "cifar10": (partial(cifar.missing_file, cifar.CIFAR10), partial(cifar.read, cifar.CIFAR10)),
+    "cifar100": (partial(cifar.missing_file, cifar.CIFAR100), partial(cifar.read, cifar.CIFAR100)),
+    "mnist": (mnist.missing_file, mnist.read),
+}
+
+
 def _read(name: str, root: Path, download: bool, image_size: int | None) -> tuple[Source, Source]:
     if name == "digits":
         return digits.read()
@@ -127,17 +139,13 @@ def _read(name: str, root: Path, download: bool, image_size: int | None) -> tupl
         if image_size is None:
             raise UserError("dataset.image_size must be given for dataset=imagefolder.")
         return imagefolder.read(root, image_size)
-    layout = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}.get(name)
-
-    def missing() -> Path | None:
-        return mnist.missing_file(root) if layout is None else cifar.missing_file(layout, root)
-
-    if (file := missing()) is not None:
+    missing_file, read = _FILES[name]
+    if (file := missing_file(root)) is not None:
         how = f"set dataset.root to the folder that holds {file.relative_to(root)}"
         if not download:
             raise UserError(f"{file} is missing; {how}, or set dataset.download=true.")
         try:
-            fetch(name, root)
+            downloads.download(name, root)
         except UserError as error:
             raise UserError(f"{file} is missing and {error} Please {how}.") from error
-    return mnist.read(root) if layout is None else cifar.read(layout, root)
+    return read(root)

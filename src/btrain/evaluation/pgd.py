@@ -54,7 +54,7 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     clean_correct = torch.zeros((), dtype=torch.int64, device=device)
     robust_correct = clean_correct.clone()
-    with evaluation_mode(model):
+    with evaluation_mode(model), precision.exactly_float32(device):
         for begin in _progress(range(0, len(split), batch_size), show_progress):
             part = slice(begin, begin + batch_size)
             x, labels = to_unit(split.images[part]), split.labels[part]

@@ -18,6 +18,7 @@ from btrain.allocation import (
     uniform,
     update_robust_fraction,
 )
+from btrain.attacks import by_steps
 from btrain.defenses import augmix_loss
 from btrain.training.statistics import StepStats, step_stats
 
@@ -68,8 +69,8 @@ def augmix_step(
     else:
         clean = model(x)  # Algorithm 2, line 11
         classes, steps = _allocate(clean.detach(), labels, robust_fraction, method, generator)
-        order = torch.argsort(steps, descending=True, stable=True)
-        n = int((steps > 0).sum())
+        order, active = by_steps(steps)
+        n = sum(active)
         x, labels, clean = x[order], labels[order], clean[order]
         classes, steps = classes[order], steps[order]
         view1 = view2 = clean

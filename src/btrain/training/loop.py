@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks import evaluation_mode
 from btrain.data import Split, batches
-from btrain.data.augmentation import batch_slices
+from btrain.data.augmentation import batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
@@ -25,6 +26,7 @@ Step = Callable[
 """One batch: (model, optimizer, x, labels, F_R, generator) -> (F_R, statistics)."""
 
 _HEARTBEAT_SECONDS = 1.0
+_CHECKED = 64  # training images
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,21 @@ def train_epoch(
         "robust_fraction": float(state.robust_fraction),
         "train_seconds": state.epoch_seconds,
     }
+
+
+def check_weights(state: TrainState, split: Split) -> None:
+    """Looks at the weights through one forward pass: the last update's loss was taken before it.
+
+    Raises:
+        UserError: the logits of some training images are not finite.
+    """
+    with evaluation_mode(state.model), torch.no_grad():
+        logits = state.model(to_unit(split.images[:_CHECKED]))
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            f"The weights are ruined after epoch {state.epoch}, step {state.batch}; "
+            "a smaller recipe.lr may help."
+        )
 
 
 def _clock(device: torch.device) -> float:

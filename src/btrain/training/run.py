@@ -19,8 +19,8 @@ from btrain.data.augmentation import batch_slices
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
 from btrain.schema import Config
-from btrain.tracking import Log, open_logger
-from btrain.training.loop import Averages, train_epoch
+from btrain.tracking import Tracker, open_tracker
+from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.setup import find_device, load_data, make_plan, make_state, make_step
 from btrain.training.state import TrainState
 from btrain.training.statistics import averages
@@ -42,7 +42,9 @@ def train(config: Config) -> dict[str, Any]:
     folder.check_owner(config)
     saved = checkpoint.load(folder.last) if folder.last.is_file() else None
     summary = folder.summary()
-    if summary is not None and (saved is None or _is_over(config, saved["state"])):
+    if summary is not None and (
+        saved is None or _is_over(config, saved["state"]["epoch"], saved["state"]["train_seconds"])
+    ):
         print(f"{folder.path} is finished already: {_headline(summary)}")
         return summary
 
@@ -51,20 +53,23 @@ def train(config: Config) -> dict[str, Any]:
     state = make_state(config, data, device)
     if saved is not None:
         state.load_state_dict(saved["state"])
-    folder.create(config)
-    with folder.log_file(), open_logger(config.logger, folder.path, to_dict(config)) as track:
+    with (
+        folder.created(config),
+        open_tracker(config.logger, folder.path, to_dict(config)) as tracker,
+        folder.log_file(),
+    ):
         folder.keep_metrics(state.epoch)
         log.info("%s: %s", folder.path, _describe(data, state))
-        _train_epochs(config, state, data, folder, track)
+        _train_epochs(config, state, data, folder, tracker)
         summary = _summarise(config, state, data, folder)
-        track(summary, epoch=state.epoch)
+        tracker.summarise(summary)
         folder.write_summary(summary)
         log.info("%s: %s", folder.path, _headline(summary))
     return summary
 
 
 def _train_epochs(
-    config: Config, state: TrainState, data: Data, folder: RunFolder, track: Log
+    config: Config, state: TrainState, data: Data, folder: RunFolder, tracker: Tracker
 ) -> None:
     """All epochs that are left, each with its log line and checkpoint."""
     device, plan = state.robust_fraction.device, make_plan(config)
@@ -80,7 +85,7 @@ def _train_epochs(
                 refresh=False,
             )
 
-        while not _is_over(config, {"epoch": state.epoch, "train_seconds": state.train_seconds}):
+        while not _is_over(config, state.epoch, state.train_seconds):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             now = warm_up if state.epoch < config.bt.warmup_epochs else step
             means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
@@ -90,19 +95,24 @@ def _train_epochs(
             metrics["theoretical_speedup"] = _speedup(config, means)
             if state.batch == batches:
                 state.end_epoch()
-                if data.val is not None and state.epoch % config.eval.every_epochs == 0:
+                if data.val is not None and _due(config, state.epoch):
                     metrics |= _validate(config, state, data.val, folder)
             folder.append_metrics(metrics)
-            track(metrics, epoch=metrics["epoch"])
+            tracker.log(metrics, metrics["epoch"])
             log.info(_epoch_line(metrics))
+            check_weights(state, data.train)
             checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
 
 
-def _is_over(config: Config, progress: dict[str, Any]) -> bool:
-    """Whether a state (or what a checkpoint holds of it) has nothing left to train."""
+def _is_over(config: Config, epoch: int, train_seconds: float) -> bool:
+    """Whether there is nothing left to train after so many epochs and seconds."""
     limit = config.train.max_seconds
-    timed_out = limit is not None and progress["train_seconds"] >= limit
-    return bool(timed_out or progress["epoch"] >= config.train.epochs)
+    return epoch >= config.train.epochs or (limit is not None and train_seconds >= limit)
+
+
+def _due(config: Config, epoch: int) -> bool:
+    """Whether the held-out part is scored after this epoch: every so often, and at the end."""
+    return epoch % config.eval.every_epochs == 0 or epoch == config.train.epochs
 
 
 def _validate(config: Config, state: TrainState, val: Split, folder: RunFolder) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from btrain.errors import UserError
 from btrain.training.statistics import StepStats
 
 
@@ -74,11 +75,28 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "device": self.generator.device.type,
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned, on this state's device."""
+        """Continues from what `state_dict` returned, on this state's kind of device.
+
+        Raises:
+            UserError: the state is of another kind of device, or not one of a run like this.
+        """
+        here = self.generator.device.type
+        if saved.get("device", here) != here:
+            raise UserError(
+                f"The run was begun with device={saved['device']} and cannot go on with "
+                f"device={here}, whose random numbers differ."
+            )
+        try:
+            self._load(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError("The checkpoint does not hold the state of a run like this.") from error
+
+    def _load(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())

@@ -20,7 +20,7 @@ from btrain.allocation import (
     uniform,
     update_robust_fraction,
 )
-from btrain.attacks import active_counts, evaluation_mode, prefix_pgd
+from btrain.attacks import by_steps, evaluation_mode, prefix_pgd
 from btrain.defenses import Defense
 from btrain.training.statistics import StepStats, step_stats
 
@@ -79,8 +79,7 @@ def train_step(
         z = unread(x)
 
     classes, steps = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # 12
-    order = torch.argsort(steps, descending=True, stable=True)
-    active = active_counts(steps[order].tolist())
+    order, active = by_steps(steps)
     x, labels, z, classes, steps = x[order], labels[order], z[order], classes[order], steps[order]
     noise = None if noise is None else noise[order]
     x_adv = attack(model, x, labels, z, steps, active, noise, method)  # line 13
