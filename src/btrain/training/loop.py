@@ -169,7 +169,7 @@ def check_weights(state: TrainState, split: Split) -> None:
         logits = state.model(to_unit(split.images[:_CHECKED]))
     if not torch.isfinite(logits).all():
         raise UserError(
-            f"The weights are ruined after epoch {state.epoch}, step {state.batch}; "
+            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}; "
             "a smaller recipe.lr may help."
         )
 

@@ -91,6 +91,7 @@ def _train_epochs(
             means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
             if means is None:
                 break
+            check_weights(state, data.train)
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
             metrics["theoretical_speedup"] = _speedup(config, means)
             if state.batch == batches:
@@ -100,7 +101,6 @@ def _train_epochs(
             folder.append_metrics(metrics)
             tracker.log(metrics, metrics["epoch"])
             log.info(_epoch_line(metrics))
-            check_weights(state, data.train)
             checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
 
 
