@@ -89,7 +89,7 @@ def some_batch(m: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_classes_are_ordered_by_every_metric(metric: str, m: int, robust_fraction: float) -> None:
     logits, labels = some_batch(m)
     svar = METRICS[metric](logits, labels)
-    classes, steps = bullettrain(svar, torch.tensor(robust_fraction), BUDGET)
+    classes, steps, _ = bullettrain(svar, torch.tensor(robust_fraction), BUDGET)
     assert torch.equal(steps, BUDGET[classes])
     assert torch.equal(classes == OUTLIER, logits.argmax(1) != labels)
     for lower, upper in ((OUTLIER, BOUNDARY), (OUTLIER, ROBUST), (BOUNDARY, ROBUST)):
@@ -113,7 +113,7 @@ def test_metrics_agree_with_their_definitions() -> None:
 
 
 def test_uniform_makes_everything_boundary() -> None:
-    classes, steps = uniform(torch.tensor([0, 1, 2, 0, 1]), BUDGET)
+    classes, steps, _ = uniform(torch.tensor([0, 1, 2, 0, 1]), BUDGET)
     assert classes.tolist() == [BOUNDARY] * 5
     assert steps.tolist() == [10] * 5
 

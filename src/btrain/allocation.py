@@ -114,10 +114,20 @@ def true_classes(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Te
 
 
 class Allocation(NamedTuple):
-    """What a batch's examples are taken for, and how many attack steps each gets, (m,) int64."""
+    """What a batch's examples are taken for, and how many attack steps each gets.
+
+    Attributes:
+        classes, steps: (m,) int64.
+        overhead: steps an example that finding this out has taken.
+    """
 
     classes: Tensor
     steps: Tensor
+    overhead: int = 0
+
+    def ordered(self, order: Tensor) -> Allocation:
+        """The same in another order of the examples."""
+        return self._replace(classes=self.classes[order], steps=self.steps[order])
 
 
 def by_class(classes: Tensor, budget: Tensor) -> Allocation:
@@ -137,9 +147,8 @@ def bullettrain(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Alloc
 
 def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation:
     """The same budgets on randomly chosen examples: the control that the choice matters."""
-    labels = allocation.classes
-    order = torch.randperm(len(labels), generator=generator, device=labels.device)
-    return Allocation(labels[order], allocation.steps[order])
+    m, device = len(allocation.classes), allocation.classes.device
+    return allocation.ordered(torch.randperm(m, generator=generator, device=device))
 
 
 def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:

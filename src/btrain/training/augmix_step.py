@@ -63,31 +63,23 @@ def augmix_step(
     if not method.jsd:
         return _one_view_step(model, optimizer, x, labels, robust_fraction, generator, method)
     if method.allocator == "uniform":
-        classes, steps = uniform(labels, method.budget)
+        allocation = uniform(labels, method.budget)
         views = method.make_views(x.repeat(2, 1, 1, 1), generator)
         clean, view1, view2 = model(torch.cat([x, views])).chunk(3)
     else:
         clean = model(x)  # Algorithm 2, line 11
-        classes, steps = _allocate(clean.detach(), labels, robust_fraction, method, generator)
-        order, active = by_steps(steps)
+        allocation = _allocate(clean.detach(), labels, robust_fraction, method, generator)
+        order, active = by_steps(allocation.steps)
         n = sum(active)
         x, labels, clean = x[order], labels[order], clean[order]
-        classes, steps = classes[order], steps[order]
+        allocation = allocation.ordered(order)
         view1 = view2 = clean
         if n:
             views = method.make_views(x[:n].repeat(2, 1, 1, 1), generator)
             view1, view2 = (torch.cat([logits, clean[n:]]) for logits in model(views).chunk(2))
     loss = augmix_loss(clean, view1, view2, labels, jsd_weight=method.jsd_weight)
-    return _update(
-        optimizer,
-        loss,
-        Allocation(classes, 2 * steps),
-        clean,
-        view1,
-        labels,
-        robust_fraction,
-        method,
-    )
+    made = allocation._replace(steps=2 * allocation.steps)  # the views of each example
+    return _update(optimizer, loss, made, clean, view1, labels, robust_fraction, method)
 
 
 def _one_view_step(
@@ -135,6 +127,4 @@ def _update(
     robust_fraction = update_robust_fraction(
         robust_fraction, view_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
-    return robust_fraction, step_stats(
-        allocation, 0, loss, score, clean_logits, view_logits, labels
-    )
+    return robust_fraction, step_stats(allocation, loss, score, clean_logits, view_logits, labels)

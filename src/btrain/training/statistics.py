@@ -38,7 +38,6 @@ class StepStats(NamedTuple):
 @torch.no_grad()
 def step_stats(
     allocation: Allocation,
-    overhead: int,
     loss: Tensor,
     score: Tensor | None,
     clean_logits: Tensor,
@@ -48,15 +47,14 @@ def step_stats(
     """The statistics of one batch, all tensors in one order.
 
     Args:
-        allocation: classes and steps, (m,).
-        overhead: steps that the allocation itself took, an example.
+        allocation: of the batch.
         loss: mean over the batch, ().
         score: (m,), or None where no clean logits were computed.
         clean_logits: (m, K), or (m, 0) where none were computed.
         adv_logits: (m, K).
         labels: (m,).
     """
-    classes, steps = allocation
+    classes, steps, overhead = allocation
     examples = torch.ones_like(labels).sum()
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
     stands = adv_logits.argmax(dim=1) == labels

@@ -69,23 +69,16 @@ def train_step(
     From line 13 on the batch is in the order of descending step count; the sort copies the m step
     counts to the host, the only copy of a step.
     """
+    clean_logits, z = clean_forward(model, x, method)  # line 11
     noise = start_noise(x, method, generator)
-    if method.share_clean_forward:
-        clean_logits = model(x)  # line 11, to the letter
-        z = clean_logits.detach()
-    elif method.defense.inner_reads_clean or method.allocator != "uniform":
-        z = eval_logits(model, x)  # line 11, in the mode of the attack
-    else:
-        z = unread(x)
-
-    classes, steps = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # 12
-    order, active = by_steps(steps)
-    x, labels, z, classes, steps = x[order], labels[order], z[order], classes[order], steps[order]
-    noise = None if noise is None else noise[order]
-    x_adv = attack(model, x, labels, z, steps, active, noise, method)  # line 13
+    allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
+    order, active = by_steps(allocation.steps)
+    x, labels, z, noise = x[order], labels[order], z[order], noise[order]
+    allocation = allocation.ordered(order)
+    x_adv = attack(model, x, labels, z, allocation.steps, active, noise, method)  # line 13
 
     if method.defense.outer_reads_clean:  # line 14
-        clean_logits = clean_logits[order] if method.share_clean_forward else model(x)
+        clean_logits = model(x) if clean_logits is None else clean_logits[order]
         perturbed = len(x) if method.forward_unperturbed else sum(active[:1])
         adv_logits = forward_prefix(model, x_adv, perturbed, clean_logits)
     else:
@@ -97,13 +90,22 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    # What the oracle's own attack took counts as steps of every example.
-    overhead = method.oracle_steps if method.allocator == "oracle" else 0
     score = method.metric(z, labels) if z.shape[1] else None
-    stats = step_stats(
-        Allocation(classes, steps), overhead, loss, score, clean_logits, adv_logits, labels
-    )
-    return robust_fraction, stats
+    return robust_fraction, step_stats(allocation, loss, score, clean_logits, adv_logits, labels)
+
+
+def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor | None, Tensor]:
+    """Clean logits for the loss, if they are shared, and z for allocation and attack.
+
+    z is in eval mode as TRADES attacks, or with the shared forward in train mode; where nobody
+    reads it, it is (m, 0). Neither z keeps a graph.
+    """
+    if method.share_clean_forward:
+        clean_logits = model(x)
+        return clean_logits, clean_logits.detach()
+    if method.defense.inner_reads_clean or method.allocator != "uniform":
+        return None, eval_logits(model, x)
+    return None, x.new_empty(len(x), 0)
 
 
 def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -113,18 +115,13 @@ def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def unread(x: Tensor) -> Tensor:
-    """Stands where logits would that nobody reads, (m, 0)."""
-    return x.new_empty(len(x), 0)
-
-
 def allocate(
     model: nn.Module,
     x: Tensor,
     labels: Tensor,
     z: Tensor,
     robust_fraction: Tensor,
-    noise: Tensor | None,
+    noise: Tensor,
     method: Method,
     generator: torch.Generator,
 ) -> Allocation:
@@ -132,11 +129,13 @@ def allocate(
     if method.allocator == "uniform":
         return uniform(labels, method.budget)
     if method.allocator == "oracle":
-        steps = torch.full_like(labels, method.oracle_steps)
-        active = [len(x)] * method.oracle_steps
-        full = replace(method, n_b=method.oracle_steps)
-        x_adv = attack(model, x, labels, z, steps, active, noise, full)
-        return by_class(true_classes(z, eval_logits(model, x_adv), labels), method.budget)
+        n = method.oracle_steps
+        x_adv = attack(
+            model, x, labels, z, torch.full_like(labels, n), [len(x)] * n, noise,
+            replace(method, n_b=n),
+        )  # fmt: skip
+        classes = true_classes(z, eval_logits(model, x_adv), labels)
+        return by_class(classes, method.budget)._replace(overhead=n)
     score = method.metric(z, labels)
     if method.allocator == "gaussian":
         return gaussian(score, robust_fraction, n_b=method.n_b, mean_steps=method.mean_steps)
@@ -154,10 +153,13 @@ def attack(
     z: Tensor,
     steps: Tensor,
     active: Sequence[int],
-    noise: Tensor | None,
+    noise: Tensor,
     method: Method,
 ) -> Tensor:
     """The run's attack on a batch in descending order of steps."""
+    sizes = step_sizes(
+        steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
+    )
     with nullcontext() if method.attack_in_train_mode else evaluation_mode(model):
         return prefix_pgd(
             model,
@@ -165,20 +167,18 @@ def attack(
             labels,
             z,
             active=active,
-            step_size=step_sizes(
-                steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
-            ),
+            step_size=sizes,
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
         )
 
 
-def start_noise(x: Tensor, method: Method, generator: torch.Generator) -> Tensor | None:
-    """What the attack adds to x before its first step, like x; None for a start at x itself."""
+def start_noise(x: Tensor, method: Method, generator: torch.Generator) -> Tensor:
+    """What the attack adds to x before its first step, like x."""
+    noise = torch.zeros_like(x)
     if method.start == "clean":
-        return None
-    noise = torch.empty_like(x)
+        return noise
     if method.start == "uniform":
         return noise.uniform_(-method.epsilon, method.epsilon, generator=generator)
     return noise.normal_(0, method.start_std, generator=generator)
