@@ -32,7 +32,7 @@ METRICS = {
     "epoch", "loss", "lr", "f_b", "f_r", "f_o", "robust_fraction", "attack_steps_mean",
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
     "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
-    "score_boundary", "score_robust", "score_outlier",
+    "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",

@@ -185,6 +185,24 @@ def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None
     assert "ruined" in (tmp_path / "train.log").read_text()
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_collapse_is_logged_and_ends_the_run_if_asked(tmp_path: Path, stops: bool) -> None:
+    # A learning rate 100 times larger in the last epoch but one ruins what was learnt.
+    config = tiny(
+        tmp_path, "train.epochs=14", "recipe.epochs=14", "recipe.milestones=[12]",
+        "recipe.lr_decay=100", "attack.epsilon=0.05", "recipe.lr=0.1",
+        f"recipe.early_stop_on_collapse={stops}",
+    )  # fmt: skip
+    summary = train(config)
+    watched = [line["pgd_acc_train_batch"] for line in metrics(tmp_path)]
+    assert watched[12] < watched[11] - 20 > 30
+    assert summary["epochs"] == (12 if stops else 14)
+    assert len(watched) == (13 if stops else 14)
+    if stops:
+        assert summary["clean_acc"] > 60  # the weights of the epoch before
+        assert train(config) == summary  # over for good
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -201,7 +219,8 @@ def test_a_damaged_run_folder_is_named_and_left_alone(
     train(tiny(tmp_path, "train.epochs=1"))
     if content == "state":
         (tmp_path / "summary.json").unlink()
-        torch.save({"format": 1, "state": {"epoch": 0, "train_seconds": 0.0}}, tmp_path / file)
+        progress = {"epoch": 0, "train_seconds": 0.0, "collapsed": False}
+        torch.save({"format": 1, "state": progress}, tmp_path / file)
     else:
         (tmp_path / file).write_text(content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

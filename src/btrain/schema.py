@@ -254,6 +254,7 @@ class RecipeConfig:
     peak: float = 0.4
     crop_padding: int = MISSING
     flip: bool = MISSING
+    early_stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "recipe.epochs", self.epochs)

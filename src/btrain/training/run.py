@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.tracking import Tracker, open_tracker
-from btrain.training.loop import Averages, check_weights, train_epoch
+from btrain.training.loop import Averages, check_weights, epoch_order, train_epoch
 from btrain.training.setup import find_device, load_data, make_plan, make_state, make_step
 from btrain.training.state import TrainState
 from btrain.training.statistics import averages
 
 log = logging.getLogger("btrain")
+
+_COLLAPSE = 20.0  # points
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -42,9 +45,7 @@ def train(config: Config) -> dict[str, Any]:
     folder.check_owner(config)
     saved = checkpoint.load(folder.last) if folder.last.is_file() else None
     summary = folder.summary()
-    if summary is not None and (
-        saved is None or _is_over(config, saved["state"]["epoch"], saved["state"]["train_seconds"])
-    ):
+    if summary is not None and (saved is None or _is_over(config, saved["state"])):
         print(f"{folder.path} is finished already: {_headline(summary)}")
         return summary
 
@@ -85,7 +86,7 @@ def _train_epochs(
                 refresh=False,
             )
 
-        while not _is_over(config, state.epoch, state.train_seconds):
+        while not _is_over(config, vars(state)):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             now = warm_up if state.epoch < config.bt.warmup_epochs else step
             means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
@@ -96,7 +97,8 @@ def _train_epochs(
             metrics["theoretical_speedup"] = _speedup(config, means)
             if state.batch == batches:
                 state.end_epoch()
-                if data.val is not None and _due(config, state.epoch):
+                metrics |= _watch(config, state, data, folder)
+                if data.val is not None and not state.collapsed and _due(config, state.epoch):
                     metrics |= _validate(config, state, data.val, folder)
             folder.append_metrics(metrics)
             tracker.log(metrics, metrics["epoch"])
@@ -104,10 +106,31 @@ def _train_epochs(
             checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
 
 
-def _is_over(config: Config, epoch: int, train_seconds: float) -> bool:
-    """Whether there is nothing left to train after so many epochs and seconds."""
+def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to train; `progress` are a state's numbers, live or from a file."""
     limit = config.train.max_seconds
-    return epoch >= config.train.epochs or (limit is not None and train_seconds >= limit)
+    timed_out = limit is not None and progress["train_seconds"] >= limit
+    return bool(timed_out or progress["collapsed"] or progress["epoch"] >= config.train.epochs)
+
+
+def _watch(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, float]:
+    """PGD accuracy on one training batch: if it collapses, FAST's catastrophic overfitting.
+
+    With `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes
+    the run back to that epoch and ends it, as FAST does.
+    """
+    some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
+    batch = Split(data.train.images[some], data.train.labels[some])
+    before, now = state.watched_acc, _evaluate(config, state.model, batch).robust
+    state.watched_acc = now
+    fell = before is not None and now < before - _COLLAPSE
+    if fell and config.recipe.early_stop_on_collapse:
+        log.info(
+            "PGD accuracy on a training batch fell from %.1f to %.1f %%: stopped.", before, now
+        )
+        state.load_state_dict(checkpoint.load(folder.last)["state"])
+        state.collapsed = True
+    return {"pgd_acc_train_batch": now}
 
 
 def _due(config: Config, epoch: int) -> bool:

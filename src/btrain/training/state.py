@@ -26,6 +26,8 @@ class TrainState:
         total_sums: the same over the epochs completed.
         epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
         best_epoch, best_robust_acc: of the held-out evaluation; None where there is none.
+        watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
+        collapsed: whether that fell so far that the run was stopped for it.
     """
 
     model: nn.Module
@@ -40,6 +42,8 @@ class TrainState:
     train_seconds: float = 0.0
     best_epoch: int | None = None
     best_robust_acc: float | None = None
+    watched_acc: float | None = None
+    collapsed: bool = False
 
     @staticmethod
     def fresh(
@@ -114,4 +118,6 @@ _NUMBERS = (
     "train_seconds",
     "best_epoch",
     "best_robust_acc",
+    "watched_acc",
+    "collapsed",
 )
