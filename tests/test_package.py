@@ -1,0 +1,41 @@
+"""A wheel, installed into an empty environment, is the whole product."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_wheel_in_an_empty_venv_finds_its_configs(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    run(*pip, *build, ROOT, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("btrain-*.whl")
+    environment = tmp_path / "venv"
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    run(*pip, "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    # The dependencies are lent by this environment; btrain itself is not (a .pth adds no .pth).
+    site = Path(
+        run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
+    )
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"])
+    settings = run(
+        environment / "bin" / "btrain", "train", "bt=uniform", "--cfg", "job", cwd=tmp_path
+    )
+    assert "n_b: ${attack.steps}" in settings
+    where = run(python, "-c", "import btrain; print(btrain.__file__)", cwd=tmp_path)
+    assert where.startswith(str(environment))
