@@ -101,12 +101,12 @@ def test_metrics_agree_with_their_definitions() -> None:
     logits = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]).log()
     labels = torch.tensor([0, 2])  # right, wrong
     for metric, right, wrong in (
-        ("cross_entropy", 0.7, -0.3),
+        ("cross_entropy", 0.7, -0.7),
         ("margin", 0.5, -0.3),
         (
             "grad_norm",
             math.sqrt(2) - math.sqrt(0.3**2 + 0.2**2 + 0.1**2),
-            -(math.sqrt(2) - math.sqrt(0.1**2 + 0.6**2 + 0.7**2)),
+            -math.sqrt(0.1**2 + 0.6**2 + 0.7**2),
         ),
     ):
         torch.testing.assert_close(METRICS[metric](logits, labels), torch.tensor([right, wrong]))
@@ -133,6 +133,26 @@ def test_random_keeps_the_budgets_and_moves_them() -> None:
     assert torch.equal(moved.steps, BUDGET[moved.classes])
     assert torch.equal(moved.steps.sort().values, chosen.steps.sort().values)
     assert not torch.equal(moved.steps, chosen.steps)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_grow_with_certainty_on_both_sides(metric: str) -> None:
+    gaps = torch.tensor([6.0, 3.0, 1.0, 0.1])
+    logits = torch.stack([gaps, torch.zeros(4)], dim=1)
+    right = METRICS[metric](logits, torch.zeros(4, dtype=torch.int64))
+    wrong = METRICS[metric](logits, torch.ones(4, dtype=torch.int64))
+    assert torch.equal(right, right.sort(descending=True).values)
+    assert torch.equal(wrong, wrong.sort().values)
+    assert (right > 0).all()
+    assert (wrong < 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_gaussian_keeps_its_budget_with_tiny_scores(scale: float) -> None:
+    logits, labels = some_batch(128)
+    svar = signed_prediction_variance(scale * logits, labels)
+    steps = gaussian(svar, torch.tensor(0.0), n_b=10, mean_steps=4.0).steps.double()
+    assert 2.5 <= steps.mean() <= 4
 
 
 @pytest.mark.parametrize("mean_steps", [0.0, 1.0, 4.0, 10.0])

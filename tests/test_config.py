@@ -399,8 +399,12 @@ BAD_COMBINATIONS = [
     (["defense=pgd", "defense.beta=6"], ["defense.beta", "defense=pgd"]),
     (["defense=mart", "defense.beta=null"], ["defense.beta", "defense=mart"]),
     (["defense=pgd", "bt.share_clean_forward=true"], ["bt.share_clean_forward", "defense=pgd"]),
+    (["defense=pgd", "bt.forward_unperturbed=true"], ["bt.forward_unperturbed", "defense=pgd"]),
+    (["defense=augmix", "rival=fast"], ["defense=augmix", "attack.mode"]),
+    (["defense=augmix", "attack.steps=5"], ["defense=augmix", "attack.steps"]),
+    (["defense=augmix", "recipe.momentum=0"], ["recipe.nesterov", "momentum"]),
     (["attack.mode=train"], ["attack.mode=train", "bt=bullettrain"]),
-    (["rival=fast", "bt=bullettrain", "bt.n_r=1"], ["attack.mode=train", "bt=bullettrain"]),
+    (["rival=fast", "bt=bullettrain"], ["attack.mode=train", "bt=bullettrain"]),
 ]
 
 
@@ -409,6 +413,12 @@ def test_bad_combinations_name_both_keys(overrides: list[str], named: list[str])
     with pytest.raises(UserError) as caught:
         compose(overrides)
     assert all(word in str(caught.value) for word in named)
+
+
+def test_the_oracle_may_starve_any_class() -> None:
+    bt = compose(["experiment=mnist_pgd", "bt=oracle", "bt.n_b=0", "bt.n_r=3", "bt.n_o=5"]).bt
+    assert (bt.n_b, bt.n_r, bt.n_o) == (0, 3, 5)
+    assert bt.oracle_step_size == pytest.approx(1.7 * 0.3 / 10)  # whatever the budgets
 
 
 def test_fast_is_one_step_of_a_quarter_more_than_epsilon_from_a_uniform_start() -> None:

@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from btrain.allocation import METRICS
+from btrain.allocation import BOUNDARY, METRICS, OUTLIER, ROBUST, Allocation
+from btrain.attacks import pgd
 from btrain.augmix import augmix
-from btrain.defenses import DEFENSES
+from btrain.data import Data
+from btrain.defenses import DEFENSES, kl_inner_loss
 from btrain.training.augmix_step import AugMixMethod, augmix_step
-from btrain.training.statistics import StepStats
-from btrain.training.step import Method, forward_prefix, start_noise, train_step
+from btrain.training.statistics import StepStats, averages, step_stats
+from btrain.training.step import (
+    Method,
+    allocate,
+    forward_prefix,
+    start_noise,
+    train_step,
+)
 
 EPSILON = 0.1
 STEP_SIZE = 0.03
@@ -32,6 +40,7 @@ def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int 
         step_size_b=STEP_SIZE,
         mean_steps=1.5,
         oracle_steps=4,
+        oracle_step_size=STEP_SIZE,
         attack_in_train_mode=False,
         epsilon=EPSILON,
         start="normal",
@@ -219,6 +228,7 @@ def test_an_unperturbed_outlier_counts_as_not_robust(
 )
 def test_starts(start: str, low: float, high: float) -> None:
     x = torch.rand(8, 1, 8, 8)
+    x = 0.2 + 0.6 * x
     noise = start_noise(x, replace(method(), start=start), torch.Generator().manual_seed(0))
     assert low < noise.abs().max() <= high
     assert noise.min() < 0 < noise.max()
@@ -298,3 +308,108 @@ def test_augmix_without_boundary_examples_is_plain_training(
     optimizer.step()
     for mine, reference in zip(preact.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+def test_a_uniform_start_stays_in_the_box() -> None:
+    x = torch.tensor([0.0, 0.02, 0.5, 1.0]).expand(500, 4)
+    uniform = replace(method(), start="uniform")
+    start = x + start_noise(x, uniform, torch.Generator().manual_seed(0))
+    assert start.min() == 0
+    assert start.max() == 1
+    assert (start - x).abs().max() == pytest.approx(EPSILON, abs=1e-3)
+
+
+def modes_of_forwards(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: Method) -> list[bool]:
+    """Whether each forward pass of a step is in train mode."""
+    modes: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    step(model, batch, chosen)
+    handle.remove()
+    return modes
+
+
+def test_an_attack_in_train_mode_has_its_target_in_train_mode(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    fast = replace(method("uniform", 1, 1, 1), attack_in_train_mode=True)
+    assert modes_of_forwards(preact, batch, method("uniform", 1, 1, 1)) == [
+        False, False, True, True,
+    ]  # fmt: skip
+    # One clean forward for the target and the loss, one attack step, one adversarial forward.
+    assert modes_of_forwards(preact, batch, fast) == [True, True, True]
+
+
+def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -> None:
+    x, labels = digits.train.images[:400].float() / 255, digits.train.labels[:400]
+    for _ in range(60):  # some training, so that an attack fools some
+        loss = F.cross_entropy(small_cnn(x), labels)
+        for parameter, gradient in zip(
+            small_cnn.parameters(),
+            torch.autograd.grad(loss, list(small_cnn.parameters())),
+            strict=True,
+        ):
+            parameter.data -= 0.3 * gradient
+    chosen = method("oracle", 3, 1, 0)
+    with torch.no_grad():
+        logits = small_cnn(x)
+    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
+    allocation = allocate(
+        small_cnn, x, labels, logits, torch.tensor(0.0), noise, chosen, torch.Generator()
+    )
+    m = len(x)
+    x_adv = pgd(
+        small_cnn, x, labels, logits, steps=torch.full((m,), 4),
+        step_size=torch.full((m,), STEP_SIZE), inner_loss=kl_inner_loss, epsilon=EPSILON,
+        noise=noise,
+    )  # fmt: skip
+    with torch.no_grad():
+        fooled = small_cnn(x_adv).argmax(dim=1) != labels
+    wrong = logits.argmax(dim=1) != labels
+    expected = torch.where(wrong, OUTLIER, torch.where(fooled, BOUNDARY, ROBUST))
+    assert all((expected == label).sum() > 5 for label in (OUTLIER, ROBUST, BOUNDARY))
+    assert torch.equal(allocation.classes, expected)
+    assert allocation.overhead == 4
+
+
+def test_statistics_of_a_hand_made_batch() -> None:
+    right, wrong = [2.0, 0.0], [0.0, 2.0]
+    labels = torch.zeros(6, dtype=torch.int64)
+    z = torch.tensor([right] * 5 + [wrong])
+    adv = torch.tensor([wrong, wrong, right, right, wrong, wrong])
+    classes = torch.tensor([BOUNDARY, BOUNDARY, BOUNDARY, ROBUST, ROBUST, OUTLIER])
+    allocation = Allocation(classes, torch.tensor([5, 5, 5, 2, 2, 0]))
+    score = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, -0.6])
+    stats = step_stats(allocation, torch.tensor(1.5), z, score, z, adv, labels)
+    means = averages(torch.stack([value.double() for value in stats]))
+    assert means == pytest.approx(
+        {
+            "loss": 1.5,
+            "f_b": 3 / 6,
+            "f_r": 2 / 6,
+            "f_o": 1 / 6,
+            "attack_steps_mean": 19 / 6,
+            "clean_acc_train": 100 * 5 / 6,
+            "robust_acc_train": 100 * 2 / 6,
+            "boundary_precision": 2 / 3,  # two of three fell
+            "boundary_recall": 2 / 3,  # of the three that fell
+            "robust_precision": 1 / 2,
+            "robust_recall": 1 / 2,
+            "score_boundary": (0.1 + 0.2 + 0.5) / 3,
+            "score_robust": (0.3 + 0.4) / 2,
+            "score_outlier": -0.6,
+        }
+    )
+
+
+def test_nothing_is_claimed_where_nothing_is_known() -> None:
+    labels = torch.zeros(4, dtype=torch.int64)
+    adv = torch.tensor([[2.0, 0.0], [0.0, 2.0]] * 2)
+    classes = torch.tensor([BOUNDARY, BOUNDARY, ROBUST, ROBUST])
+    allocation = Allocation(classes, torch.tensor([5, 5, 0, 0]))  # N_R = 0
+    unread = torch.empty(4, 0)
+    stats = step_stats(allocation, torch.tensor(1.0), unread, None, unread, adv, labels)
+    means = averages(torch.stack([value.double() for value in stats]))
+    assert means["boundary_precision"] == 0.5
+    for name in ("boundary_recall", "robust_precision", "robust_recall", "clean_acc_train",
+                 "score_boundary", "score_robust", "score_outlier"):  # fmt: skip
+        assert means[name] is None

@@ -172,6 +172,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_warm_up_epochs_give_every_example_the_full_budget(tmp_path: Path) -> None:
+    train(tiny(tmp_path, "train.epochs=4", "bt.warmup_epochs=2"))
+    assert [line["attack_steps_mean"] == 3 for line in metrics(tmp_path)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
 def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None:
     # The learning rate jumps at the very last step, whose loss was taken before.
     config = tiny(
@@ -262,7 +272,7 @@ def test_held_out_examples_choose_the_best_epoch(tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     scored = {line["epoch"]: line["val_robust_acc"] for line in lines if "val_robust_acc" in line}
     assert list(scored) == [2, 4, 5]  # every second epoch, and the last
-    assert summary["best_val_robust_acc"] == max(scored.values())
+    assert summary["best_val_acc"] == max(scored.values())
     assert scored[summary["best_epoch"]] == max(scored.values())
     assert {"clean_acc", "robust_acc", "best_clean_acc", "best_robust_acc"} <= summary.keys()
     best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")["state"]

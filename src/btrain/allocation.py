@@ -27,23 +27,28 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
     comparison with zero, tells an outlier. (m, K), (m,) -> (m,), at least float32
     """
     variance = F.softmax(precision.full(logits), dim=1).var(dim=1, correction=0)
-    return _signed(variance, logits, labels)
+    return _signed(variance, variance, logits, labels)
 
 
 def signed_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """exp(-cross-entropy) in SVar's place: it ranks examples by their loss. (m, K), (m,) -> (m,)"""
+    """Ranks examples by their cross-entropy: p_y where the prediction is right, else p_y − 1.
+
+    (m, K), (m,) -> (m,)
+    """
     loss = F.cross_entropy(precision.full(logits), labels, reduction="none")
-    return _signed((-loss).exp(), logits, labels)
+    return _signed((-loss).exp(), 1 - (-loss).exp(), logits, labels)
 
 
 def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """√2 − the norm of the loss' gradient at the logits, which bounds it: large when sure.
+    """Ranks examples by the norm of the loss' gradient at the logits, which is at most √2.
 
-    The last layer's gradient norm of Katharopoulos and Fleuret. (m, K), (m,) -> (m,)
+    √2 − norm where the prediction is right, else −norm; the last layer's gradient norm of
+    Katharopoulos and Fleuret. (m, K), (m,) -> (m,)
     """
     probabilities = F.softmax(precision.full(logits), dim=1)
     gradient = probabilities - F.one_hot(labels, logits.shape[1])
-    return _signed((math.sqrt(2) - gradient.norm(dim=1)).clamp(min=0), logits, labels)
+    norm = gradient.norm(dim=1)
+    return _signed((math.sqrt(2) - norm).clamp(min=0), norm, logits, labels)
 
 
 def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,11 +56,13 @@ def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
     probabilities = F.softmax(precision.full(logits), dim=1)
     index = labels[:, None]
     runner_up = probabilities.scatter(1, index, -1).max(dim=1).values
-    return _signed((probabilities.gather(1, index).squeeze(1) - runner_up).abs(), logits, labels)
+    margin = (probabilities.gather(1, index).squeeze(1) - runner_up).abs()
+    return _signed(margin, margin, logits, labels)
 
 
-def _signed(certainty: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.where(logits.argmax(dim=1) == labels, certainty, -certainty)
+def _signed(right: Tensor, wrong: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """`right` where the prediction is right, else minus `wrong`; both are at least 0."""
+    return torch.where(logits.argmax(dim=1) == labels, right, -wrong)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -65,7 +72,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "margin": signed_margin,
 }
 """What stands for the distance from the decision boundary: negative for a wrong prediction, else
-larger the further away."""
+larger the further away, on either side."""
 
 
 def classify(svar: Tensor, robust_fraction: Tensor) -> Tensor:
@@ -146,7 +153,10 @@ def bullettrain(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Alloc
 
 
 def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation:
-    """The same budgets on randomly chosen examples: the control that the choice matters."""
+    """The same budgets on randomly chosen examples: the control that the choice matters.
+
+    F_R adapts to it, so the mean number of steps of a run is near BulletTrain's, not equal to it.
+    """
     m, device = len(allocation.classes), allocation.classes.device
     return allocation.ordered(torch.randperm(m, generator=generator, device=device))
 
@@ -155,16 +165,17 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
     """Section 3.2's quantised Gaussian: steps fall off with distance from the boundary examples.
 
     Its centre is the middle of eq. 6's boundary interval, its height N_B, and its width the largest
-    of a grid with which the batch takes at most `mean_steps` steps an example. The classes are
-    eq. 6's, for the log. (m,), () -> (m,)
+    of a grid (of shares of the largest distance) with which the batch takes at most `mean_steps`
+    steps an example. The classes are eq. 6's, for the log. (m,), () -> (m,)
     """
     threshold = torch.quantile(score, (1 - robust_fraction).to(score.dtype))
-    distance = score - threshold.clamp(min=0) / 2
-    widths = torch.logspace(-4, 2, 128, device=score.device, dtype=score.dtype)  # SVar is < 1/4
+    distance = (score - threshold.clamp(min=0) / 2).abs()
+    distance = distance / distance.max().clamp(min=torch.finfo(score.dtype).tiny)
+    widths = torch.logspace(-4, 2, 128, device=score.device, dtype=score.dtype)
     candidates = (n_b * torch.exp(-((distance / widths[:, None]) ** 2) / 2)).round()  # (128, m)
+    candidates = torch.cat([torch.zeros_like(candidates[:1]), candidates])
     affordable = candidates.mean(dim=1) <= mean_steps  # the means rise with the width
-    chosen = (affordable.sum() - 1).clamp(min=0)
-    steps = candidates.index_select(0, chosen.view(1)).squeeze(0)
+    steps = candidates.index_select(0, affordable.sum().view(1) - 1).squeeze(0)
     return Allocation(classify(score, robust_fraction), steps.long())
 
 

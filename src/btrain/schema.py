@@ -220,6 +220,7 @@ class BTConfig:
     warmup_epochs: int = MISSING
     mean_steps: float = MISSING
     oracle_steps: int = MISSING
+    oracle_step_size: float = MISSING
     forward_unperturbed: bool = MISSING
     share_clean_forward: bool = MISSING
 
@@ -227,15 +228,19 @@ class BTConfig:
         _at_least(0, "bt.n_o", self.n_o)
         _at_least(0, "bt.n_r", self.n_r)
         _at_least(0, "bt.n_b", self.n_b)
-        if self.name is not AllocatorName.uniform:
-            _require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
-            _require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
         _require(0 < self.gamma <= 1, "bt.gamma", "in (0, 1]", self.gamma)
         _require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
         _positive("bt.step_size_b", self.step_size_b)
         _at_least(0, "bt.warmup_epochs", self.warmup_epochs)
         _at_least(0, "bt.mean_steps", self.mean_steps)
         _at_least(1, "bt.oracle_steps", self.oracle_steps)
+        _positive("bt.oracle_step_size", self.oracle_step_size)
+
+    def check_order(self) -> None:
+        """N_O ≤ N_R ≤ N_B, but for the allocators that ignore them or study them."""
+        if self.name not in (AllocatorName.uniform, AllocatorName.oracle):
+            _require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
+            _require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
 
 
 @dataclass
@@ -265,6 +270,10 @@ class RecipeConfig:
             _at_least(0, "recipe.milestones", milestone)
         _positive("recipe.lr_decay", self.lr_decay)
         _require(0 < self.peak < 1, "recipe.peak", "in (0, 1)", self.peak)
+        rolls = self.momentum > 0 and self.optimizer is OptimizerName.sgd
+        _require(
+            rolls or not self.nesterov, "recipe.nesterov", "false without SGD's momentum", True
+        )
         _at_least(0, "recipe.crop_padding", self.crop_padding)
 
 
@@ -344,11 +353,18 @@ class Config:
                 f"attack.mode=train needs bt=uniform, not bt={bt.name.name}: the groups of a "
                 "batch would each see their own BatchNorm statistics."
             )
-        if bt.share_clean_forward and defense is DefenseName.pgd:
-            raise UserError("bt.share_clean_forward has nothing to share with defense=pgd.")
+        for key in ("share_clean_forward", "forward_unperturbed"):
+            if getattr(bt, key) and defense in (DefenseName.pgd, DefenseName.augmix):
+                raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
+        bt.check_order()
 
     def _check_augmix(self) -> None:
-        bt = self.bt
+        bt, attack = self.bt, self.attack
+        if attack.mode is AttackMode.train or attack.steps != 2:
+            raise UserError(
+                "defense=augmix makes two views and no attack: attack.mode must be eval and "
+                f"attack.steps 2, not {attack.mode.name} and {attack.steps}."
+            )
         if bt.name in (AllocatorName.oracle, AllocatorName.gaussian):
             raise UserError(
                 f"bt={bt.name.name} does not go with defense=augmix: it needs an attack."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,16 +38,12 @@ class Defense:
 
 
 def _trades(beta: float) -> Defense:
-    def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
-        return trades_loss(clean_logits, adv_logits, labels, beta=beta)
-
+    outer_loss = partial(trades_loss, beta=beta)
     return Defense(kl_inner_loss, outer_loss, inner_reads_clean=True, outer_reads_clean=True)
 
 
 def _mart(beta: float) -> Defense:
-    def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
-        return mart_loss(clean_logits, adv_logits, labels, beta=beta)
-
+    outer_loss = partial(mart_loss, beta=beta)
     return Defense(ce_inner_loss, outer_loss, inner_reads_clean=False, outer_reads_clean=True)
 
 

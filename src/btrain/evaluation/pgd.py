@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from btrain import precision
 from btrain.attacks import evaluation_mode, prefix_pgd
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
+from btrain.defenses import ce_inner_loss
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,6 @@ class Accuracy:
 
     clean: float
     robust: float
-
-
-def cross_entropy(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss that the evaluation ascends. (m, K), (m, K), (m,) -> (m,)"""
-    del clean_logits
-    return F.cross_entropy(precision.full(adv_logits), labels, reduction="none")
 
 
 def evaluate(
@@ -68,7 +62,7 @@ def evaluate(
                 clean_logits,
                 active=[len(x)] * steps,
                 step_size=torch.full((len(x),), step_size, device=device),
-                inner_loss=cross_entropy,
+                inner_loss=ce_inner_loss,
                 epsilon=epsilon,
                 noise=noise,
             )

@@ -127,4 +127,6 @@ def _update(
     robust_fraction = update_robust_fraction(
         robust_fraction, view_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
-    return robust_fraction, step_stats(allocation, loss, score, clean_logits, view_logits, labels)
+    return robust_fraction, step_stats(
+        allocation, loss, clean_logits, score, clean_logits, view_logits, labels
+    )

@@ -72,6 +72,7 @@ def make_method(config: Config, device: torch.device, allocator: str) -> Method:
         step_size_b=bt.step_size_b,
         mean_steps=bt.mean_steps,
         oracle_steps=bt.oracle_steps,
+        oracle_step_size=bt.oracle_step_size,
         epsilon=attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,

@@ -25,7 +25,7 @@ class TrainState:
         epoch_sums: `StepStats` summed over that epoch, float64 on the device.
         total_sums: the same over the epochs completed.
         epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
-        best_epoch, best_robust_acc: of the held-out evaluation; None where there is none.
+        best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
     """
@@ -41,7 +41,7 @@ class TrainState:
     epoch_seconds: float = 0.0
     train_seconds: float = 0.0
     best_epoch: int | None = None
-    best_robust_acc: float | None = None
+    best_val_acc: float | None = None
     watched_acc: float | None = None
     collapsed: bool = False
 
@@ -117,7 +117,7 @@ _NUMBERS = (
     "epoch_seconds",
     "train_seconds",
     "best_epoch",
-    "best_robust_acc",
+    "best_val_acc",
     "watched_acc",
     "collapsed",
 )

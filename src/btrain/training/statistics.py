@@ -14,7 +14,8 @@ from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
 class StepStats(NamedTuple):
     """Sums over the examples of a batch, 0-d tensors on the device.
 
-    An outcome is known where the example was attacked and was no outlier: it fell or it stood.
+    An outcome is known where the example was attacked and its clean prediction was right: it fell
+    or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
     The scores (SVar, or another metric) are summed by what really happened.
     """
 
@@ -30,7 +31,8 @@ class StepStats(NamedTuple):
     boundary_stood: Tensor
     robust_fell: Tensor
     robust_stood: Tensor
-    score_outlier: Tensor
+    wrong: Tensor
+    score_wrong: Tensor
     score_fell: Tensor
     score_stood: Tensor
 
@@ -39,6 +41,7 @@ class StepStats(NamedTuple):
 def step_stats(
     allocation: Allocation,
     loss: Tensor,
+    z: Tensor,
     score: Tensor | None,
     clean_logits: Tensor,
     adv_logits: Tensor,
@@ -49,7 +52,8 @@ def step_stats(
     Args:
         allocation: of the batch.
         loss: mean over the batch, ().
-        score: (m,), or None where no clean logits were computed.
+        z: the logits that decided the allocation, (m, K), or (m, 0) where none were computed.
+        score: of z, (m,), or None.
         clean_logits: (m, K), or (m, 0) where none were computed.
         adv_logits: (m, K).
         labels: (m,).
@@ -57,8 +61,9 @@ def step_stats(
     classes, steps, overhead = allocation
     examples = torch.ones_like(labels).sum()
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
+    wrong = z.argmax(dim=1) != labels if z.shape[1] else outlier
     stands = adv_logits.argmax(dim=1) == labels
-    fell, stood = (steps > 0) & ~stands & ~outlier, (steps > 0) & stands & ~outlier
+    fell, stood = (steps > 0) & ~stands & ~wrong, (steps > 0) & stands & ~wrong
     unknown = torch.full_like(loss, math.nan)
     has_clean = clean_logits.shape[1] > 0
     return StepStats(
@@ -74,7 +79,8 @@ def step_stats(
         boundary_stood=(boundary & stood).sum(),
         robust_fell=(robust & fell).sum(),
         robust_stood=(robust & stood).sum(),
-        score_outlier=unknown if score is None else (score * outlier).sum(),
+        wrong=wrong.sum(),
+        score_wrong=unknown if score is None else (score * wrong).sum(),
         score_fell=unknown if score is None else (score * fell).sum(),
         score_stood=unknown if score is None else (score * stood).sum(),
     )
@@ -86,10 +92,14 @@ def averages(sums: Tensor) -> dict[str, float | None]:
     `boundary_precision` is the share of the attacked examples predicted boundary that fell,
     `boundary_recall` the share of the fallen that had been predicted boundary; `robust_…` likewise
     for those that stood. Each example is judged by the attack that it got, so with N_R = 0 nothing
-    is known of the robust ones.
+    is known of the robust ones, and no recall.
     """
     total = StepStats._make(sums.tolist())
     n = total.examples
+    both = (  # outcomes of both predictions are known
+        total.boundary_fell + total.boundary_stood > 0
+        and total.robust_fell + total.robust_stood > 0
+    )
     fell = total.boundary_fell + total.robust_fell
     stood = total.boundary_stood + total.robust_stood
     return {
@@ -103,12 +113,12 @@ def averages(sums: Tensor) -> dict[str, float | None]:
         "boundary_precision": _ratio(
             total.boundary_fell, total.boundary_fell + total.boundary_stood
         ),
-        "boundary_recall": _ratio(total.boundary_fell, fell),
+        "boundary_recall": _ratio(total.boundary_fell, fell) if both else None,
         "robust_precision": _ratio(total.robust_stood, total.robust_fell + total.robust_stood),
-        "robust_recall": _ratio(total.robust_stood, stood),
+        "robust_recall": _ratio(total.robust_stood, stood) if both else None,
         "score_boundary": _ratio(total.score_fell, fell),
         "score_robust": _ratio(total.score_stood, stood),
-        "score_outlier": _ratio(total.score_outlier, total.outlier),
+        "score_outlier": _ratio(total.score_wrong, total.wrong),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Method:
         budget: N_O, N_R, N_B, (3,) int64 on the device.
         n_b: N_B again, on the host.
         mean_steps: of the allocator `gaussian`.
-        oracle_steps: of the attack with which the allocator `oracle` finds the true classes.
+        oracle_steps, oracle_step_size: of the attack that tells the allocator `oracle` the truth.
     """
 
     defense: Defense
@@ -44,6 +44,7 @@ class Method:
     step_size_b: float
     mean_steps: float
     oracle_steps: int
+    oracle_step_size: float
     epsilon: float
     start: str
     start_std: float
@@ -75,7 +76,10 @@ def train_step(
     order, active = by_steps(allocation.steps)
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
     allocation = allocation.ordered(order)
-    x_adv = attack(model, x, labels, z, allocation.steps, active, noise, method)  # line 13
+    sizes = step_sizes(
+        allocation.steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
+    )
+    x_adv = attack(model, x, labels, z, sizes, active, noise, method)  # line 13
 
     if method.defense.outer_reads_clean:  # line 14
         clean_logits = model(x) if clean_logits is None else clean_logits[order]
@@ -91,16 +95,19 @@ def train_step(
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     score = method.metric(z, labels) if z.shape[1] else None
-    return robust_fraction, step_stats(allocation, loss, score, clean_logits, adv_logits, labels)
+    stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels)
+    return robust_fraction, stats
 
 
 def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor | None, Tensor]:
     """Clean logits for the loss, if they are shared, and z for allocation and attack.
 
-    z is in eval mode as TRADES attacks, or with the shared forward in train mode; where nobody
-    reads it, it is (m, 0). Neither z keeps a graph.
+    z is in the mode of the attack, for a KL between two modes would be large without any; or with
+    the shared forward in train mode. Where nobody reads it, it is (m, 0). It keeps no graph.
     """
-    if method.share_clean_forward:
+    if method.share_clean_forward or (
+        method.attack_in_train_mode and method.defense.inner_reads_clean
+    ):
         clean_logits = model(x)
         return clean_logits, clean_logits.detach()
     if method.defense.inner_reads_clean or method.allocator != "uniform":
@@ -130,10 +137,8 @@ def allocate(
         return uniform(labels, method.budget)
     if method.allocator == "oracle":
         n = method.oracle_steps
-        x_adv = attack(
-            model, x, labels, z, torch.full_like(labels, n), [len(x)] * n, noise,
-            replace(method, n_b=n),
-        )  # fmt: skip
+        sizes = torch.full((len(x),), method.oracle_step_size, device=x.device)
+        x_adv = attack(model, x, labels, z, sizes, [len(x)] * n, noise, method)
         classes = true_classes(z, eval_logits(model, x_adv), labels)
         return by_class(classes, method.budget)._replace(overhead=n)
     score = method.metric(z, labels)
@@ -151,15 +156,12 @@ def attack(
     x: Tensor,
     labels: Tensor,
     z: Tensor,
-    steps: Tensor,
+    sizes: Tensor,
     active: Sequence[int],
     noise: Tensor,
     method: Method,
 ) -> Tensor:
-    """The run's attack on a batch in descending order of steps."""
-    sizes = step_sizes(
-        steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
-    )
+    """The run's attack on a batch in descending order of steps, with the step sizes (m,)."""
     with nullcontext() if method.attack_in_train_mode else evaluation_mode(model):
         return prefix_pgd(
             model,
@@ -175,12 +177,13 @@ def attack(
 
 
 def start_noise(x: Tensor, method: Method, generator: torch.Generator) -> Tensor:
-    """What the attack adds to x before its first step, like x."""
+    """What the attack adds to x before its first step, like x; a uniform start stays in the box."""
     noise = torch.zeros_like(x)
     if method.start == "clean":
         return noise
     if method.start == "uniform":
-        return noise.uniform_(-method.epsilon, method.epsilon, generator=generator)
+        noise.uniform_(-method.epsilon, method.epsilon, generator=generator)
+        return (x + noise).clamp_(0, 1).sub_(x)
     return noise.normal_(0, method.start_std, generator=generator)
 
 
