@@ -341,7 +341,7 @@ def test_an_attack_in_train_mode_has_its_target_in_train_mode(
 
 def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -> None:
     x, labels = digits.train.images[:400].float() / 255, digits.train.labels[:400]
-    for _ in range(60):  # some training, so that an attack fools some
+    for _ in range(120):  # some training, so that an attack fools some
         loss = F.cross_entropy(small_cnn(x), labels)
         for parameter, gradient in zip(
             small_cnn.parameters(),
@@ -366,7 +366,7 @@ def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -
         fooled = small_cnn(x_adv).argmax(dim=1) != labels
     wrong = logits.argmax(dim=1) != labels
     expected = torch.where(wrong, OUTLIER, torch.where(fooled, BOUNDARY, ROBUST))
-    assert all((expected == label).sum() > 5 for label in (OUTLIER, ROBUST, BOUNDARY))
+    assert min((expected == label).sum() for label in (OUTLIER, ROBUST, BOUNDARY)) > 5
     assert torch.equal(allocation.classes, expected)
     assert allocation.overhead == 4
 
