@@ -87,12 +87,12 @@ def test_accuracies_do_not_depend_on_batch_size_or_mode(preact: nn.Module, digit
     with torch.no_grad():
         for _ in range(50):  # BatchNorm statistics worth using
             preact(digits.train.images[:128].float() / 255)
-    few = Split(digits.test.images[:60], digits.test.labels[:60])
+    few = Split(digits.test.images[:24], digits.test.labels[:24])
     results = set()
     for training in (True, False):
-        for batch_size in (1, 7, 60, 1000):
+        for batch_size in (1, 7, 24, 1000):
             preact.train(training)
-            results.add(score(preact, few, batch_size=batch_size))
+            results.add(score(preact, few, batch_size=batch_size, steps=2))
             assert preact.training is training
     assert len(results) == 1
 
