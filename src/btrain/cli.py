@@ -63,13 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: list[str]) -> None:
     """Composes the configuration with Hydra and runs `btrain.training.train` on it, once a job."""
+    from btrain import config as configs
+
+    if {"-h", "--help"} & set(args):
+        print(configs.help_text([argument for argument in args if "=" in argument]))
+        return
+
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
-
-    from btrain import config as configs
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error = before == "1"

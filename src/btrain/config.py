@@ -62,6 +62,45 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
         raise explain(error, overrides) from error
 
 
+def help_text(overrides: Sequence[str]) -> str:
+    """What `btrain train --help` shows: the options of each group and the settings they come to.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+            settings = OmegaConf.to_yaml(hydra_compose("train", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error, overrides) from error
+    groups = sorted(folder for folder in Path(config_dir()).iterdir() if folder.is_dir())
+    options = "\n".join(
+        f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
+        for group in groups
+    )
+    return _HELP.format(options=options, settings=settings)
+
+
+_HELP = """\
+btrain train [option=value …]    train a robust network, evaluate it, leave a run folder
+
+== Options (group=option) ==
+{options}
+
+== Settings (key=value) ==
+{settings}
+--multirun sweeps over comma-separated values; --cfg job shows the settings, --info defaults
+where they come from; --config-dir DIR adds a folder of your own options.
+"""
+
+
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
     """Turns a composed configuration into checked dataclasses and names the run folder.
 
