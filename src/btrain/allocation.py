@@ -161,6 +161,18 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
     return allocation.ordered(torch.randperm(m, generator=generator, device=device))
 
 
+def predicted(
+    allocator: str,
+    score: Tensor,
+    robust_fraction: Tensor,
+    budget: Tensor,
+    generator: torch.Generator,
+) -> Allocation:
+    """Classes from a score: `bullettrain`, or `random`, which deals its budgets out anew."""
+    allocation = bullettrain(score, robust_fraction, budget)
+    return randomised(allocation, generator) if allocator == "random" else allocation
+
+
 def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:
     """Section 3.2's quantised Gaussian: steps fall off with distance from the boundary examples.
 

@@ -65,6 +65,7 @@ def _train(args: list[str]) -> None:
     """Composes the configuration with Hydra and runs `btrain.training.train` on it, once a job."""
     from btrain import config as configs
 
+    args = [_quoted(argument) for argument in args]
     if {"-h", "--help"} & set(args):
         print(configs.help_text([argument for argument in args if "=" in argument]))
         return
@@ -98,7 +99,6 @@ def _train(args: list[str]) -> None:
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
-    args = [_quoted(argument) for argument in args]
     run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = ["btrain train", *args]

@@ -48,6 +48,11 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
+    return from_hydra(_composed(overrides, task), overrides)
+
+
+def _composed(overrides: Sequence[str], task: str) -> Any:
+    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -56,8 +61,7 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
     register()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
-            cfg = hydra_compose(task, overrides=list(overrides), return_hydra_config=True)
-            return from_hydra(cfg, overrides)
+            return hydra_compose(task, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error, overrides) from error
 
@@ -68,18 +72,9 @@ def help_text(overrides: Sequence[str]) -> str:
     Raises:
         UserError: an override is wrong.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    register()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
-            settings = OmegaConf.to_yaml(hydra_compose("train", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise explain(error, overrides) from error
+    settings = OmegaConf.to_yaml(_composed(overrides, "train"))
     groups = sorted(folder for folder in Path(config_dir()).iterdir() if folder.is_dir())
     options = "\n".join(
         f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"

@@ -13,14 +13,14 @@ from btrain import precision
 from btrain.allocation import (
     BOUNDARY,
     Allocation,
-    bullettrain,
-    randomised,
+    predicted,
     uniform,
     update_robust_fraction,
 )
 from btrain.attacks import by_steps
 from btrain.defenses import augmix_loss
 from btrain.training.statistics import StepStats, step_stats
+from btrain.training.step import descend
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def augmix_step(
         clean, view1, view2 = model(torch.cat([x, views])).chunk(3)
     else:
         clean = model(x)  # Algorithm 2, line 11
-        allocation = _allocate(clean.detach(), labels, robust_fraction, method, generator)
+        score = method.metric(clean.detach(), labels)
+        allocation = predicted(method.allocator, score, robust_fraction, method.budget, generator)
         order, active = by_steps(allocation.steps)
         n = sum(active)
         x, labels, clean = x[order], labels[order], clean[order]
@@ -99,17 +100,6 @@ def _one_view_step(
     return _update(optimizer, loss, nothing, unread, logits, labels, robust_fraction, method)
 
 
-def _allocate(
-    z: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    method: AugMixMethod,
-    generator: torch.Generator,
-) -> Allocation:
-    allocation = bullettrain(method.metric(z, labels), robust_fraction, method.budget)
-    return randomised(allocation, generator) if method.allocator == "random" else allocation
-
-
 def _update(
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
@@ -120,9 +110,7 @@ def _update(
     robust_fraction: Tensor,
     method: AugMixMethod,
 ) -> tuple[Tensor, StepStats]:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+    descend(optimizer, loss)
     score = method.metric(clean_logits.detach(), labels) if clean_logits.shape[1] else None
     robust_fraction = update_robust_fraction(
         robust_fraction, view_logits, labels, momentum=method.momentum, gamma=method.gamma

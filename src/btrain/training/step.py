@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from btrain.allocation import (
     Allocation,
-    bullettrain,
     by_class,
     gaussian,
-    randomised,
+    predicted,
     step_sizes,
     true_classes,
     uniform,
@@ -91,12 +90,17 @@ def train_step(
         robust_fraction, adv_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+    descend(optimizer, loss)
     score = method.metric(z, labels) if z.shape[1] else None
     stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels)
     return robust_fraction, stats
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One update of the weights."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
 
 
 def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor | None, Tensor]:
@@ -144,8 +148,7 @@ def allocate(
     score = method.metric(z, labels)
     if method.allocator == "gaussian":
         return gaussian(score, robust_fraction, n_b=method.n_b, mean_steps=method.mean_steps)
-    allocation = bullettrain(score, robust_fraction, method.budget)
-    return randomised(allocation, generator) if method.allocator == "random" else allocation
+    return predicted(method.allocator, score, robust_fraction, method.budget, generator)
 
 
 ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "random")
