@@ -19,9 +19,10 @@ from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.training import train
 from btrain.training.loop import train_epoch
+from btrain.training.methods import make_step
 from btrain.training.run import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
-from btrain.training.setup import find_device, make_plan, make_state, make_step
+from btrain.training.setup import find_device, make_plan, make_state
 from btrain.training.step import ALLOCATORS
 
 CPU = torch.device("cpu")
@@ -163,7 +164,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:
     # The decay of the second epoch is a "decay" by 10^30.
-    blow_up = ["recipe.epochs=2", "recipe.milestones=[1]", "recipe.lr_decay=1e30", "train.epochs=2"]
+    blow_up = [
+        "recipe.epochs=2",
+        "recipe.milestones=[1]",
+        "recipe.lr_factors=[1e30]",
+        "train.epochs=2",
+    ]
     with pytest.raises(UserError, match=r"epoch 2, step [12]\b.*recipe\.lr"):
         train(tiny(tmp_path, *blow_up))
     assert [line["epoch"] for line in metrics(tmp_path)] == [1]
@@ -186,7 +192,7 @@ def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None
     # The learning rate jumps at the very last step, whose loss was taken before.
     config = tiny(
         tmp_path, "train.epochs=2", "recipe.epochs=10", "recipe.milestones=[9]",
-        "recipe.lr_decay=1e30",
+        "recipe.lr_factors=[1e30]",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"ruined after epoch 2, step 5\b.*recipe\.lr"):
         train(config)
@@ -200,7 +206,7 @@ def test_a_collapse_is_logged_and_ends_the_run_if_asked(tmp_path: Path, stops: b
     # A learning rate 100 times larger in the last epoch but one ruins what was learnt.
     config = tiny(
         tmp_path, "train.epochs=14", "recipe.epochs=14", "recipe.milestones=[12]",
-        "recipe.lr_decay=100", "attack.epsilon=0.05", "recipe.lr=0.1",
+        "recipe.lr_factors=[100]", "attack.epsilon=0.05", "recipe.lr=0.1",
         f"recipe.early_stop_on_collapse={stops}",
     )  # fmt: skip
     summary = train(config)
@@ -230,7 +236,7 @@ def test_a_damaged_run_folder_is_named_and_left_alone(
     if content == "state":
         (tmp_path / "summary.json").unlink()
         progress = {"epoch": 0, "train_seconds": 0.0, "collapsed": False}
-        torch.save({"format": 1, "state": progress}, tmp_path / file)
+        torch.save({"format": 2, "state": progress}, tmp_path / file)
     else:
         (tmp_path / file).write_text(content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -344,7 +350,7 @@ def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> No
 def test_trades_learning_rate_falls_after_74_of_76_epochs(epoch: int, factor: float) -> None:
     steps = 391
     for step in ((epoch - 1) * steps, epoch * steps - 1):
-        assert step_decay([74 / 76], 0.1)(step / (76 * steps)) == pytest.approx(factor)
+        assert step_decay([74 / 76], [0.1])(step / (76 * steps)) == pytest.approx(factor)
 
 
 def test_cyclic_and_cosine_schedules() -> None:

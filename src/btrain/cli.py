@@ -134,13 +134,19 @@ def _report(args: list[str]) -> None:
     """Prints finished runs side by side."""
     from btrain.report import compare
 
-    usage = "usage: btrain report RUN [RUN …]\n\nRUN is a run folder; the first is the baseline."
+    usage = (
+        "usage: btrain report [--merge-seeds] RUN [RUN …]\n\n"
+        "RUN is a run folder, or a folder of run folders; the first run is the baseline.\n"
+        "--merge-seeds makes one row of the runs that differ in their seed: mean ± deviation."
+    )
+    merge_seeds = "--merge-seeds" in args
+    args = [argument for argument in args if argument != "--merge-seeds"]
     if not args:
         raise UserError("report needs at least one run folder; see btrain report --help.")
     if args[0] in ("-h", "--help"):
         print(usage)
         return
-    print(compare(args))
+    print(compare(args, merge_seeds=merge_seeds))
 
 
 COMMANDS = {"train": _train, "report": _report}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -30,6 +31,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
+    OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)
 
 
 def _scale(length: float, factor: float, divisor: float) -> float:
@@ -40,6 +42,11 @@ def _scale(length: float, factor: float, divisor: float) -> float:
 def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
     """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
     return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _per_replay(epochs: int, replays: int) -> int:
+    """The epochs in which every example is trained on as often as in `epochs` without replays."""
+    return math.ceil(epochs / replays)
 
 
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:

@@ -25,6 +25,8 @@ SUMMARY_KEYS = {
     "f_r",
     "f_o",
     "theoretical_speedup",
+    "attack_steps_mean",
+    "flops",
     "train_seconds",
     "device",
 }
