@@ -66,7 +66,7 @@ def mma_step(
     x, labels, clean_logits = x[order], labels[order], clean_logits[order]
     n = sum(active[:1])
     radius = margin[order].clamp(min=method.first_margin)[:n]
-    found = torch.zeros(len(x), device=x.device)
+    found = torch.zeros_like(margin)
     x_adv = x.clone()
     if n:
         with evaluation_mode(model):
