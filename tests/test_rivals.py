@@ -239,7 +239,7 @@ def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) ->
     near = (near * (margin[correct] < 0.02)).sum()
     wrong = F.cross_entropy(before(x[~correct]), labels[~correct], reduction="sum")
     loss = F.cross_entropy(logits, labels) / 3 + 2 / 3 * (near + wrong) / len(x)
-    assert float(stats.loss) / len(x) == pytest.approx(float(loss))
+    assert float(stats.loss) / len(x) == pytest.approx(loss.item())
     gradients = torch.autograd.grad(loss, list(before.parameters()))
     for ours, old, gradient in zip(model.parameters(), before.parameters(), gradients, strict=True):
         torch.testing.assert_close(ours, old - gradient)
