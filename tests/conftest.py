@@ -36,3 +36,9 @@ def preact() -> nn.Module:
 def batch(digits: Data) -> tuple[torch.Tensor, torch.Tensor]:
     """24 real digits, x (24, 1, 8, 8) in [0, 1] and labels (24,)."""
     return digits.train.images[:24].float() / 255, digits.train.labels[:24]
+
+
+@pytest.fixture(scope="session")
+def tiles(digits: Data) -> torch.Tensor:
+    """24 real digits, each laid out four by four as a colour image, (24, 3, 32, 32) in [0, 1]."""
+    return digits.test.images[:24].float().div(255).repeat(1, 3, 4, 4)

@@ -21,6 +21,7 @@ usage: btrain <command> …
 commands:
   train [option=value …]    train a robust network, evaluate it, leave a run folder
   report RUN [RUN …]        finished runs side by side; the first is the baseline
+  export checkpoint=RUN …   a trained network as a file for other projects
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -149,4 +150,11 @@ def _report(args: list[str]) -> None:
     print(compare(args, merge_seeds=merge_seeds))
 
 
-COMMANDS = {"train": _train, "report": _report}
+def _export(args: list[str]) -> None:
+    """Writes a trained network in another project's format."""
+    from btrain.exchange.command import run
+
+    run(args)
+
+
+COMMANDS = {"train": _train, "report": _report, "export": _export}

@@ -55,11 +55,15 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    return from_hydra(_composed(overrides, task), overrides)
+    return from_hydra(composed(overrides, task), overrides)
 
 
-def _composed(overrides: Sequence[str], task: str) -> Any:
-    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked."""
+def composed(overrides: Sequence[str], task: str) -> Any:
+    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+
+    Raises:
+        UserError: an unknown key or option, a wrong type.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -81,7 +85,7 @@ def help_text(overrides: Sequence[str]) -> str:
     """
     from omegaconf import OmegaConf
 
-    settings = OmegaConf.to_yaml(_composed(overrides, "train"))
+    settings = OmegaConf.to_yaml(composed(overrides, "train"))
     groups = sorted(folder for folder in Path(config_dir()).iterdir() if folder.is_dir())
     options = "\n".join(
         f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"

@@ -97,6 +97,16 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
 
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` says, neither completed nor checked.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        if not self._config.is_file():
+            raise UserError(f"{self.path} is no run folder: it holds no config.yaml.")
+        return read_yaml(self._config)
+
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote, or None.
 

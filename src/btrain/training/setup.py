@@ -12,6 +12,7 @@ from btrain.data import Data, load
 from btrain.errors import UserError
 from btrain.schema import (
     Config,
+    ModelConfig,
     OptimizerName,
     RecipeConfig,
     ScheduleName,
@@ -57,18 +58,23 @@ def load_data(config: Config, device: torch.device) -> Data:
 
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
-    model = models.build(
-        config.model.architecture.value,
-        width=config.model.width,
-        depth=config.model.depth,
-        classes=len(data.classes),
-        shape=data.shape,
-        mean=config.model.mean,
-        std=config.model.std,
-    ).to(device)
+    model = make_model(config.model, len(data.classes), data.shape).to(device)
     optimizer = _make_optimizer(config.recipe, model)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device)
+
+
+def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """The network of a configuration, for K classes of (C, H, W) images, freshly initialised."""
+    return models.build(
+        model.architecture.value,
+        width=model.width,
+        depth=model.depth,
+        classes=classes,
+        shape=shape,
+        mean=model.mean,
+        std=model.std,
+    )
 
 
 def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
