@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from btrain.errors import UserError
+from btrain.report.json_fields import Fields, is_number
 
 STANDARD = ("clean", "pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The usual attacks, in rising cost."""
@@ -111,103 +109,18 @@ def read(folder: Path) -> Evaluation:
     corruptions = paths.pop("corruptions.json", None)
     sanity = paths.pop("sanity.json", None)
     order = {name: position for position, name in enumerate(STANDARD)}
-    attacks = [_attack(_Fields.of(path)) for path in paths.values()]
+    attacks = [_attack(Fields.of(path)) for path in paths.values()]
     attacks.sort(key=lambda attack: (order.get(attack.name, len(order)), attack.name))
     return Evaluation(
         attacks=attacks,
-        corruptions=_corruptions(_Fields.of(corruptions)) if corruptions else None,
-        sanity=_sanity(_Fields.of(sanity)) if sanity else None,
+        corruptions=_corruptions(Fields.of(corruptions)) if corruptions else None,
+        sanity=_sanity(Fields.of(sanity)) if sanity else None,
         samples=_samples(samples) if samples.exists() else None,
         files=files,
     )
 
 
-class _Fields:
-    """A JSON object with the file it came from, so that a wrong value can be named."""
-
-    def __init__(self, path: Path, values: Any, prefix: str = "") -> None:
-        if not isinstance(values, dict):
-            raise UserError(f"{path} is damaged: {prefix.rstrip('.') or 'it'} is no JSON object.")
-        self.path, self.values, self.prefix = path, values, prefix
-
-    @classmethod
-    def of(cls, path: Path) -> _Fields:
-        try:
-            return cls(path, json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: it is not JSON.") from error
-
-    def wrong(self, key: str, expected: str) -> UserError:
-        """The sentence for a value that is missing or of another kind."""
-        shown = repr(self.values[key])[:60] if key in self.values else "missing"
-        return UserError(f"{self.path} is damaged: {self.prefix}{key} is {shown}, not {expected}.")
-
-    def inside(self, key: str) -> dict[str, _Fields]:
-        """An object of objects; empty where it is missing or null."""
-        inner = _Fields(self.path, self.optional(key) or {}, f"{self.prefix}{key}.")
-        return {
-            name: _Fields(self.path, value, f"{inner.prefix}{name}.")
-            for name, value in inner.values.items()
-        }
-
-    def optional(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def number(self, key: str, *, low: float = 0, high: float = math.inf) -> float:
-        value = self.optional(key)
-        if not _is_number(value) or not low <= value <= high:
-            limits = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-            raise self.wrong(key, f"a number {limits}")
-        return float(value)
-
-    def optional_number(self, key: str) -> float | None:
-        return None if self.optional(key) is None else self.number(key)
-
-    def optional_count(self, key: str) -> int | None:
-        number = self.optional_number(key)
-        if number is not None and number != int(number):
-            raise self.wrong(key, "a whole number")
-        return None if number is None else int(number)
-
-    def percent(self, key: str) -> float:
-        return self.number(key, high=100)
-
-    def percents(self, key: str, length: int) -> list[float]:
-        values = self.optional(key)
-        if (
-            not isinstance(values, list)
-            or len(values) != length
-            or not all(_is_number(value) and 0 <= value <= 100 for value in values)
-        ):
-            raise self.wrong(key, f"a list of {length} percentages")
-        return [float(value) for value in values]
-
-    def optional_text(self, key: str) -> str | None:
-        value = self.optional(key)
-        return None if value is None else _plain(value)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
-def _plain(value: Any) -> str:
-    """Any JSON value as a phrase."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return str(value)
-
-
-def _attack(fields: _Fields) -> Attack:
+def _attack(fields: Fields) -> Attack:
     n = fields.optional_count("n")
     if not n:
         raise fields.wrong("n", "the number of images")
@@ -217,6 +130,8 @@ def _attack(fields: _Fields) -> Attack:
     interval = None
     if fields.optional("ci95") is not None:
         low, high = fields.percents("ci95", 2)
+        if low > high:
+            raise fields.wrong("ci95", "[low, high]")
         interval = (low, high)
     facts = ("dataset", "checkpoint", "device", "precision", "seed", "versions")
     return Attack(
@@ -240,8 +155,8 @@ def _attack(fields: _Fields) -> Attack:
     )
 
 
-def _corruptions(fields: _Fields) -> Corruptions:
-    table = _Fields(fields.path, fields.optional("table"), "table.")
+def _corruptions(fields: Fields) -> Corruptions:
+    table = Fields(fields.path, fields.optional("table"), "table.")
     return Corruptions(
         accuracy=fields.percent("accuracy"),
         mce=fields.optional_number("mce"),
@@ -252,21 +167,21 @@ def _corruptions(fields: _Fields) -> Corruptions:
     )
 
 
-def _sanity(fields: _Fields) -> Sanity:
+def _sanity(fields: Fields) -> Sanity:
     entries = fields.optional("checks") or []
     if not isinstance(entries, list):
         raise fields.wrong("checks", "a list")
-    curves = _Fields(fields.path, fields.optional("curves") or {}, "curves.")
+    curves = Fields(fields.path, fields.optional("curves") or {}, "curves.")
     return Sanity(
         n=fields.optional_count("n"),
         checks=[
-            _check(_Fields(fields.path, entry, f"checks[{i}].")) for i, entry in enumerate(entries)
+            _check(Fields(fields.path, entry, f"checks[{i}].")) for i, entry in enumerate(entries)
         ],
         curves={key: _curve(curves, key) for key in ("epsilon", "steps") if curves.optional(key)},
     )
 
 
-def _check(fields: _Fields) -> Check:
+def _check(fields: Fields) -> Check:
     passed = fields.optional("passed")
     if passed is not None and not isinstance(passed, bool):
         raise fields.wrong("passed", "true, false or null")
@@ -276,12 +191,12 @@ def _check(fields: _Fields) -> Check:
     return Check(name, passed, fields.optional_text("detail") or "")
 
 
-def _curve(fields: _Fields, key: str) -> list[tuple[float, float]]:
+def _curve(fields: Fields, key: str) -> list[tuple[float, float]]:
     points = fields.optional(key)
     if not isinstance(points, list) or not all(
         isinstance(point, list)
         and len(point) == 2
-        and all(_is_number(value) and value >= 0 for value in point)
+        and all(is_number(value) and value >= 0 for value in point)
         and point[1] <= 100
         for point in points
     ):
@@ -291,7 +206,7 @@ def _curve(fields: _Fields, key: str) -> list[tuple[float, float]]:
 
 def _samples(path: Path) -> Samples:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in Samples.__annotations__}
         clean, labels = arrays["clean"], arrays["labels"]
         names = [str(name) for name in arrays["class_names"]]

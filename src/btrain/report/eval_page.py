@@ -60,7 +60,7 @@ def _tiles(evaluation: Evaluation) -> Markup:
         tiles.append((_percent(clean[0].accuracy), "accuracy on clean images"))
     if others:
         lowest = min(others, key=lambda a: a.accuracy)
-        tiles.append((_percent(lowest.accuracy), f"under {lowest.name}, the lowest here"))
+        tiles.append((_percent(lowest.accuracy), f"at the lowest, under {lowest.name}"))
     if evaluation.corruptions:
         tiles.append((_percent(evaluation.corruptions.accuracy), "on corrupted images, mean"))
     if evaluation.sanity:

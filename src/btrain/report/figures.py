@@ -85,7 +85,8 @@ def accuracy_curve(
     matplotlib = _matplotlib()
     x, y = zip(*sorted(points), strict=True)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
-        figure = matplotlib.figure.Figure(figsize=(5.2, 3.3), dpi=72, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(5.2, 3.3), dpi=72)
+        figure.subplots_adjust(left=0.08, right=0.97, top=0.91, bottom=0.16)
         axes = figure.add_subplot(
             xlabel=x_label, title="accuracy (%)", ylim=(0, 100), yticks=range(0, 101, 20)
         )
