@@ -171,7 +171,7 @@ def early_exit_pgd(
 
 def box(x: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds like x: the ε-ball within [0, 1]; ε is a number or (m,)."""
-    radius = epsilon if isinstance(epsilon, float) else per_image(epsilon, x)
+    radius = per_image(epsilon, x) if isinstance(epsilon, Tensor) else epsilon
     return (x - radius).clamp_(0, 1), (x + radius).clamp_(0, 1)
 
 
