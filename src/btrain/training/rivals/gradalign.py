@@ -18,7 +18,8 @@ def misalignment(model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> 
     moving = _input_gradient(model, x + noise, labels, create_graph=True)
     counts = (fixed.abs().amax(dim=1) > 0) & (moving.detach().abs().amax(dim=1) > 0)
     # An example that does not count gets another gradient: that of a zero norm would be NaN.
-    cosine = F.cosine_similarity(fixed, torch.where(counts[:, None], moving, 1.0), dim=1)
+    moving = torch.where(counts[:, None], moving, 1.0)
+    cosine = F.cosine_similarity(fixed, moving, dim=1, eps=1e-20)
     return ((1 - cosine) * counts).sum() / counts.sum().clamp(min=1)
 
 
