@@ -62,17 +62,28 @@ def corrupt(
     """
     import numpy as np
 
-    _check(images, name, severity)
+    check_name(name)
+    check_severity(severity)
+    check_images(images)
     levels = _functions(photographs)[name](images, severity, rng)
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
-def _check(images: Images, name: str, severity: int) -> None:
+def check_name(name: str) -> None:
+    """Raises UserError where there is no such corruption."""
     names = CORRUPTIONS + EXTRA_CORRUPTIONS
     if name not in names:
         raise UserError(f"There is no corruption {name}; there are: {', '.join(names)}.")
+
+
+def check_severity(severity: int) -> None:
+    """Raises UserError where there is no such severity."""
     if severity not in range(1, SEVERITIES + 1):
         raise UserError(f"The severity of a corruption must be 1 to {SEVERITIES}, not {severity}.")
+
+
+def check_images(images: Images) -> None:
+    """Raises UserError for what is no batch of uint8 images that are large enough."""
     is_batch = images.ndim == 4 and images.shape[3] in (1, 3) and images.dtype == "uint8"
     if not is_batch or min(images.shape[1:3]) < SMALLEST_SIDE:
         raise UserError(

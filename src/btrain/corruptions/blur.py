@@ -111,7 +111,9 @@ def smear(images: Images, degrees: Floats, *, radius: int, deviation: float) -> 
         shifts, group = np.unique(taps[:, tap], axis=0, return_inverse=True)
         for index, (row, column) in enumerate(shifts):
             members = np.flatnonzero(group == index)
-            smeared[members] += weight * padded[members, row : row + height, column : column + width]
+            smeared[members] += (
+                weight * padded[members, row : row + height, column : column + width]
+            )
     return np.rint(smeared)
 
 

@@ -19,7 +19,7 @@ def contrast(images: Images, severity: int, rng: np.random.Generator) -> Floats:
     kept = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     x = to_unit(images)
     mean = x.mean(axis=(1, 2), keepdims=True)
-    return ((x - mean) * kept + mean) * 255
+    return np.asarray(((x - mean) * kept + mean) * 255)
 
 
 def saturate(images: Images, severity: int, rng: np.random.Generator) -> Floats:
@@ -40,7 +40,7 @@ def saturate(images: Images, severity: int, rng: np.random.Generator) -> Floats:
     saturation = chroma / np.maximum(value, 1 / 255)
     wanted = np.clip(saturation * factor + amount, 0, 1)
     growth = np.where(chroma > 0, wanted / np.maximum(saturation, 1 / 255), wanted)
-    return (value - below * growth) * 255
+    return np.asarray((value - below * growth) * 255)
 
 
 def pixelate(images: Images, severity: int, rng: np.random.Generator) -> Images:
@@ -111,7 +111,10 @@ def _affine_places(
         corners + rng.uniform(-jitter, jitter, size=(n, 3, 2)), 1, 0
     )
     # The images of a step to the right and of one down, (n, 2) each.
-    right, down = (upper_right - upper_left) / (2 * reach), (lower_right - upper_right) / (2 * reach)
+    right, down = (
+        (upper_right - upper_left) / (2 * reach),
+        (lower_right - upper_right) / (2 * reach),
+    )
     determinant = (right[:, 0] * down[:, 1] - right[:, 1] * down[:, 0])[:, None, None]
     x = np.arange(width) - upper_left[:, 0, None, None]
     y = np.arange(height)[:, None] - upper_left[:, 1, None, None]
@@ -145,6 +148,6 @@ def _folded(index: npt.NDArray[np.int64], side: int, border: str) -> npt.NDArray
     """Indices beyond the border, reflected about the last pixel (mirror) or its edge (reflect)."""
     if border == "mirror":
         distance = np.abs(index) % (2 * side - 2)
-        return np.minimum(distance, 2 * side - 2 - distance)
+        return np.asarray(np.minimum(distance, 2 * side - 2 - distance))
     distance = index % (2 * side)
-    return np.minimum(distance, 2 * side - 1 - distance)
+    return np.asarray(np.minimum(distance, 2 * side - 1 - distance))

@@ -80,7 +80,7 @@ def _texture(side: int, rng: np.random.Generator) -> Images:
     grey = 70 * clouds + grain + 0.5 * _crystals(side, rng)
     contrast = rng.uniform(18, 40)
     grey = (grey - grey.mean()) / grey.std() * contrast
-    return np.clip(_MEAN_COLOUR + grey[..., None], 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(_MEAN_COLOUR + grey[..., None], 0, 255).astype(np.uint8))
 
 
 def _crystals(side: int, rng: np.random.Generator) -> Floats:

@@ -21,7 +21,7 @@ _SNOW = (  # mean, deviation, zoom, threshold, radius, deviation of the smear, s
 def snow(images: Images, severity: int, rng: np.random.Generator) -> Floats:
     """Flakes that fall steeply, twice (once upside down), before a whitened image. Like images"""
     mean, deviation, zoom, threshold, radius, smearing, share = _SNOW[severity - 1]
-    flakes = rng.normal(mean, deviation, size=(*images.shape[:3], 1))
+    flakes: Floats = rng.normal(mean, deviation, size=(*images.shape[:3], 1))
     flakes = zoomed(flakes, (zoom,))
     flakes[flakes < threshold] = 0
     degrees = rng.uniform(-135, -45, size=len(images))
@@ -31,7 +31,7 @@ def snow(images: Images, severity: int, rng: np.random.Generator) -> Floats:
     x = to_unit(images)
     white = np.maximum(x, luminance(x) * 1.5 + 0.5)
     x = share * x + (1 - share) * white
-    return (x + flakes + flakes[:, ::-1, ::-1]) * 255
+    return np.asarray((x + flakes + flakes[:, ::-1, ::-1]) * 255)
 
 
 def frost(
@@ -64,14 +64,14 @@ def frost(
 
 
 def fog(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Clouds added, and the sum darkened as if it still ended at the brightest level. Like images"""
+    """Clouds added; the highest sum there can be is scaled to the image's maximum. Like images"""
     amount, decay = ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))[severity - 1]
     n, height, width, _ = images.shape
     side = 1 << (max(height, width) - 1).bit_length()
     clouds = plasma(n, side, decay, rng)[:, :height, :width, None]
     x = to_unit(images)
     brightest = x.max(axis=(1, 2, 3), keepdims=True)
-    return (x + amount * clouds) * brightest / (brightest + amount) * 255
+    return np.asarray((x + amount * clouds) * brightest / (brightest + amount) * 255)
 
 
 def brightness(images: Images, severity: int, rng: np.random.Generator) -> Floats:
@@ -81,4 +81,4 @@ def brightness(images: Images, severity: int, rng: np.random.Generator) -> Float
     value = x.max(axis=-1, keepdims=True)
     raised = np.minimum(value + (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1], 1)
     growth = raised / np.maximum(value, 1 / 255)  # black has no hue and becomes grey
-    return (raised - (value - x) * growth) * 255
+    return np.asarray((raised - (value - x) * growth) * 255)
