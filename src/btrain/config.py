@@ -231,7 +231,8 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
     cause = error.__cause__ or error
     unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
-        r"Could not override '(.*?)'\.\s*$", str(cause).split("\n")[0] + "\n"
+        r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
+        str(cause).split("\n")[0] + "\n",
     )
     key = re.search(r"full_key: (\S+)", str(cause))
     if unknown:

@@ -96,7 +96,7 @@ def smear(images: Images, degrees: Floats, *, radius: int, deviation: float) -> 
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-0.5 * (distance / deviation) ** 2)
     weights = weights / weights.sum()
-    distance = distance[weights > 1e-5]  # together the others do not make up a level
+    distance = distance[weights > 1e-7]  # the others do not make up a level
     reach = int(distance[-1])
     angle = np.deg2rad(degrees)[:, None]
     # Halves are rounded down: (n, taps, 2), rows and columns.

@@ -64,6 +64,7 @@ def _array(file: Path) -> npt.NDArray[Any]:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"{file} is not a readable numpy array ({reason}).") from error
     if not isinstance(array, np.ndarray):
+        array.close()
         raise UserError(f"{file} is not a readable numpy array (it is an archive of several).")
     return array
 
