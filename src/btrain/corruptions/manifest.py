@@ -20,7 +20,7 @@ from btrain.corruptions.arrays import Images
 from btrain.errors import UserError
 
 MANIFEST = "REGENERATED.json"
-CHUNK = 250
+CHUNK = 100
 """Images with a seed of their own; it is among what decides the bytes."""
 
 _NOTE = (
