@@ -114,7 +114,8 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
         missing = sorted(OmegaConf.missing_keys(settings))
         if missing:
             settings = OmegaConf.merge(_defaults(saved), OmegaConf.create(dict(saved)))
-        return configs.from_hydra(settings, ())
+        config: Config = configs.from_hydra(settings, ())
+        return config
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {configs.explain(error, ())}") from error
     except UserError as error:
@@ -122,7 +123,7 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
 
 
 # Each setting group with the key that names its option.
-_GROUPS = ("dataset", "model", "attack", "bt", "defense", "recipe", "logger")
+_GROUPS = ("dataset", "model", "attack", "bt", "defense", "rival", "recipe", "logger")
 
 
 def _defaults(saved: Mapping[str, Any]) -> Any:
