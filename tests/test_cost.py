@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -120,10 +121,14 @@ def test_counted_flops_are_the_analytical_units(digits: Data, defense: str, allo
     [
         (["rival=fast"], 2 + 3 + 3),  # one clean pass is both the target and the loss'
         (["defense=mart", "rival=fast", "bt.n_b=3"], 6 + 3 + 3),
+        (["defense=pgd", "rival=fast"], 2 + 3),
         (["rival=yopo"], 1 + 4 + 3 + 3),
+        (["defense=mart", "rival=yopo"], 4 + 3 + 3),
+        (["defense=pgd", "rival=yopo"], 4 + 3),
         (["defense=pgd", "rival=gradalign"], 2 + 3 + 8),
+        (["defense=mart", "rival=gradalign"], 2 + 3 + 3 + 8),
         (["defense=pgd", "rival=free"], 8 * 3),
-        # All is correct here (p_y > 1/2 of nobody at the start): two training passes alone.
+        # Of nobody is p_y > 1/2 at the start: two training passes alone.
         (["defense=pgd", "rival=mma"], 3 + 3),
         (["defense=augmix", "bt=uniform", "defense.jsd=false"], 3),
         (["defense=pgd", "bt=uniform", "attack.steps=10"], 20 + 3),
@@ -139,3 +144,24 @@ def test_the_cost_of_a_plain_defense_and_of_a_rival(
     counted = one_step(digits, *overrides)
     assert counted.stats.units == units * M
     assert counted.units == pytest.approx(units * M, rel=0.05)
+
+
+def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
+    """A correct example takes N attack steps, one pass at its radius and one a bisection."""
+    x, labels = digits.train.images[:M].float() / 255, digits.train.labels[:M]
+    optimizer = torch.optim.Adam(preact.parameters(), lr=0.01)
+    preact.train()
+    for _ in range(8):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(preact(x), labels).backward()
+        optimizer.step()
+    config = compose(["dataset=digits", "defense=pgd", "rival=mma", "attack.steps=3"])
+    memory, batch = make_memory(config, digits, CPU), Batch(x, labels, torch.arange(M))
+    with Flops() as unit, torch.no_grad():
+        preact(x)
+    with Flops() as flops:
+        stats = make_step(config, CPU)(preact, optimizer, batch, memory, torch.Generator())
+    correct = int(M - stats.outlier)
+    assert 20 < correct < M
+    assert stats.units == 6 * M + (2 * 3 + 1 + 10) * correct
+    assert flops.total / (unit.total / M) == pytest.approx(float(stats.units), rel=0.05)

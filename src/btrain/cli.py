@@ -168,13 +168,15 @@ def _report(args: list[str]) -> None:
         "RUN is a run folder, or a folder of run folders; the first run is the baseline.\n"
         "--merge-seeds makes one row of the runs that differ in their seed: mean ± deviation."
     )
-    merge_seeds = "--merge-seeds" in args
-    args = [argument for argument in args if argument != "--merge-seeds"]
-    if not args:
-        raise UserError("report needs at least one run folder; see btrain report --help.")
-    if args[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(args):
         print(usage)
         return
+    merge_seeds = "--merge-seeds" in args
+    args = [argument for argument in args if argument != "--merge-seeds"]
+    if wrong := [argument for argument in args if argument.startswith("-")]:
+        raise UserError(f"report has no option {wrong[0]}; see btrain report --help.")
+    if not args:
+        raise UserError("report needs at least one run folder; see btrain report --help.")
     print(compare(args, merge_seeds=merge_seeds))
 
 

@@ -25,8 +25,6 @@ SUMMARY_KEYS = {
     "f_r",
     "f_o",
     "theoretical_speedup",
-    "attack_steps_mean",
-    "flops",
     "train_seconds",
     "device",
 }

@@ -233,7 +233,12 @@ class RivalConfig:
             assert self.max_margin is not None
             assert self.clean_weight is not None
             _positive("rival.first_margin", self.first_margin)
-            _at_least(self.first_margin, "rival.max_margin", self.max_margin)
+            _require(
+                self.max_margin >= self.first_margin and math.isfinite(self.max_margin),
+                "rival.max_margin",
+                f"finite and at least rival.first_margin = {self.first_margin:g}",
+                self.max_margin,
+            )
             _require(
                 0 <= self.clean_weight <= 1, "rival.clean_weight", "in [0, 1]", self.clean_weight
             )
@@ -335,6 +340,8 @@ class RecipeConfig:
         _at_least(0, "recipe.weight_decay", self.weight_decay)
         for milestone in self.milestones:
             _at_least(0, "recipe.milestones", milestone)
+        ascending = sorted(self.milestones) == self.milestones
+        _require(ascending, "recipe.milestones", "in ascending order", self.milestones)
         _require(
             len(self.lr_factors) == len(self.milestones),
             "recipe.lr_factors",
@@ -429,6 +436,11 @@ class Config:
                 f"attack.mode=train needs bt=uniform, not bt={bt.name.name}: the groups of a "
                 "batch would each see their own BatchNorm statistics."
             )
+        if defense is DefenseName.trades and self.attack.start is Start.clean:
+            raise UserError(
+                "attack.start=clean does not go with defense=trades: at the clean image its KL "
+                "divergence has no gradient."
+            )
         for key in ("share_clean_forward", "forward_unperturbed"):
             if getattr(bt, key) and defense in (DefenseName.pgd, DefenseName.augmix):
                 raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
@@ -449,8 +461,13 @@ class Config:
             raise UserError(
                 f"rival={rival.name} does not go with defense={defense.name}: it needs {goes}."
             )
-        if own_loss and bt.warmup_epochs:
+        if bt.warmup_epochs:
             raise UserError(f"bt.warmup_epochs has no meaning with rival={rival.name}.")
+        if own_loss and bt.n_b != self.attack.steps:
+            raise UserError(f"bt.n_b has no meaning with rival={rival.name}; set attack.steps.")
+        mode = AttackMode.train if rival is RivalName.free else AttackMode.eval
+        if own_loss and self.attack.mode is not mode:
+            raise UserError(f"attack.mode must be {mode.name} with rival={rival.name}.")
 
     def _check_augmix(self) -> None:
         bt, attack = self.bt, self.attack

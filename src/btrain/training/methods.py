@@ -27,9 +27,10 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
     `warm_up` asks for the plain defense, whatever the allocator.
     """
     if config.rival.name is RivalName.free:
-        return _free(config)
+        assert config.rival.replays is not None
+        return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
     if config.rival.name is RivalName.mma:
-        return _mma(config)
+        return partial(_mma, method=_mma_method(config))
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
@@ -37,59 +38,60 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
     else:
         update = partial(train_step, method=_attack_method(config, device, allocator))
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        memory["robust_fraction"], stats = update(
-            model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
-        )
-        return stats
-
-    return step
+    return partial(_follow, update=update)
 
 
-def _free(config: Config) -> Step:
-    replays, epsilon = config.rival.replays, config.attack.epsilon
-    assert replays is not None
-
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        x, labels, _ = batch
-        delta = memory["delta"][: len(x)]
-        memory["delta"][: len(x)], stats = free_step(
-            model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
-        )
-        return stats
-
-    return step
+def _follow(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    update: Callable[..., tuple[Tensor, StepStats]],
+) -> StepStats:
+    """A step of Algorithm 2 or AugMix, which remembers F_R."""
+    memory["robust_fraction"], stats = update(
+        model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
+    )
+    return stats
 
 
-def _mma(config: Config) -> Step:
-    method = _mma_method(config)
+def _free(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    replays: int,
+    epsilon: float,
+) -> StepStats:
+    """A step of Free, which remembers the perturbation."""
+    del generator
+    x, labels, _ = batch
+    delta = memory["delta"][: len(x)]
+    memory["delta"][: len(x)], stats = free_step(
+        model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
+    )
+    return stats
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        x, labels, indices = batch
-        memory["margin"][indices], stats = mma_step(
-            model, optimizer, x, labels, memory["margin"][indices], generator, method=method
-        )
-        return stats
 
-    return step
+def _mma(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    method: MMAMethod,
+) -> StepStats:
+    """A step of MMA, which remembers every example's margin."""
+    x, labels, indices = batch
+    memory["margin"][indices], stats = mma_step(
+        model, optimizer, x, labels, memory["margin"][indices], generator, method=method
+    )
+    return stats
 
 
 def make_memory(config: Config, data: Data, device: torch.device) -> Memory:

@@ -226,7 +226,7 @@ def _speedup(config: Config, means: dict[str, Any]) -> float | None:
     """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
     a class; None for the rivals that it does not describe.
     """
-    if config.rival.name in (RivalName.free, RivalName.mma):
+    if config.rival.name in (RivalName.gradalign, RivalName.free, RivalName.mma):
         return None
     steps = means["attack_steps_mean"]
     return theoretical_speedup(
