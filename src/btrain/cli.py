@@ -21,6 +21,8 @@ usage: btrain <command> …
 commands:
   train [option=value …]    train a robust network, evaluate it, leave a run folder
   report RUN [RUN …]        finished runs side by side; the first is the baseline
+  eval checkpoint=RUN|FILE  attack a trained network, check whether the numbers can be believed
+  eval compare A B          a paired test of two evaluations
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -143,4 +145,23 @@ def _report(args: list[str]) -> None:
     print(compare(args))
 
 
-COMMANDS = {"train": _train, "report": _report}
+def _eval(args: list[str]) -> None:
+    """Evaluates a checkpoint, or compares two evaluations."""
+    from btrain import eval_config
+
+    if {"-h", "--help"} & set(args):
+        print(eval_config.HELP, end="")
+        return
+    if args[:1] == ["compare"]:
+        folder_a, folder_b, attack = eval_config.parse_compare(args[1:])
+        from btrain.evaluation.compare import compare_folders
+
+        print(compare_folders(folder_a, folder_b, attack).sentence())
+        return
+    settings = eval_config.parse(args)
+    from btrain.evaluation.run import evaluate_checkpoint
+
+    evaluate_checkpoint(settings)
+
+
+COMMANDS = {"train": _train, "report": _report, "eval": _eval}
