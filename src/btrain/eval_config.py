@@ -199,8 +199,16 @@ _SETTINGS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "out": ("out", _path),
 }
 
-_CONFIG_KEYS = tuple(
-    key
-    for group, kind in (("dataset", DatasetConfig), ("model", ModelConfig))
-    for key in (group, *(f"{group}.{f.name}" for f in dataclasses.fields(kind) if f.name != "name"))
+# Arguments that go to the configuration: what decides test images and network.
+_CONFIG_KEYS = (
+    "dataset",
+    "dataset.root",
+    "dataset.download",
+    "dataset.image_size",
+    "dataset.test_examples",
+    "model",
+    "model.width",
+    "model.depth",
+    "model.mean",
+    "model.std",
 )

@@ -39,7 +39,7 @@ CUSTOM = PgdSettings(20)
 AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
-"""The attacks of `attack=all`, in rising cost; each begins with what the one before left."""
+"""The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
 ATTACKS = ("clean", *PRESETS, *AUTOATTACKS, "corruptions", "custom", "all")
 
 

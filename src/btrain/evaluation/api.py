@@ -11,7 +11,7 @@ from btrain.errors import UserError
 from btrain.eval_schema import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
-from btrain.evaluation.examples import as_evaluated, checked
+from btrain.evaluation.examples import Examples, as_evaluated, checked
 from btrain.evaluation.result import Result
 
 
@@ -59,7 +59,7 @@ def robust_accuracy(
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
     with as_evaluated(model, device, precision):
-        examples = replace(examples, classes=_classes(model, images=examples.batch(_FIRST)[0]))
+        examples = replace(examples, classes=_classes(model, examples))
         subject = Subject(
             model=model,
             examples=examples,
@@ -79,10 +79,13 @@ def robust_accuracy(
         return attacks.clean(subject)
 
 
-_FIRST = torch.tensor([0])
-
-
-def _classes(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:
+    """As many as the model has logits."""
+    images, _ = examples.batch(torch.tensor([0]))
     with torch.no_grad():
-        logits = model(images)
-    return tuple(str(k) for k in range(logits.shape[-1]))
+        classes = model(images).shape[-1]
+    if int(examples.labels.max()) >= classes:
+        raise UserError(
+            f"labels go up to {int(examples.labels.max())}, but the model has {classes} classes."
+        )
+    return tuple(str(k) for k in range(classes))

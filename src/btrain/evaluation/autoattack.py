@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.evaluation.examples import Examples
+from btrain.evaluation.examples import Examples, own_random_state
 from btrain.evaluation.partial import Partial
 from btrain.evaluation.worst_case import worst_case
 
@@ -85,7 +85,7 @@ def autoattack_stands(
             wrong: Tensor = model(x_adv).argmax(dim=1) != labels
         return wrong
 
-    with torch.random.fork_rng(devices=_cuda(examples.device)):
+    with own_random_state(examples.device):
         stands = worst_case(
             fooled,
             stands,
@@ -155,9 +155,3 @@ def _quiet(notes: list[str]) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.propagate = propagate
         sys.settrace(trace)
-
-
-def _cuda(device: torch.device) -> list[int]:
-    if device.type != "cuda":
-        return []
-    return [torch.cuda.current_device() if device.index is None else device.index]

@@ -18,8 +18,8 @@ from btrain.evaluation.examples import Examples, predictions
 
 SEVERITIES = 5
 
-Reader = Callable[[Path, str, int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
-"""(folder, corruption, severity 1 to 5) -> images (n, C, H, W) and labels (n,)"""
+Reader = Callable[[Path, str, int], tuple[Tensor, Tensor]]
+"""(folder, corruption, severity 1 to 5) -> images (n, C, H, W) uint8 and labels (n,) int64"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def under_corruptions(
         images, labels = read(root, names[i], severity)
         chosen = _matching(labels, examples, root)
         corrupted = Examples(
-            torch.from_numpy(np.ascontiguousarray(images[chosen])),
+            images[chosen],
             examples.labels,
             examples.classes,
             examples.device,
@@ -100,15 +100,12 @@ def mean_settings(corrupted: Corrupted) -> dict[str, Any]:
     }
 
 
-def _matching(
-    labels: npt.NDArray[np.int64], examples: Examples, root: Path
-) -> npt.NDArray[np.int64]:
+def _matching(labels: Tensor, examples: Examples, root: Path) -> Tensor:
     """Where the test examples are in the files: all, or the subset of `dataset.test_examples`."""
-    wanted = examples.labels.cpu().numpy()
-    everywhere = np.arange(len(labels))
-    subset = np.sort(class_balanced_order(labels)[: len(wanted)])
-    for chosen in (everywhere, subset):
-        if np.array_equal(labels[chosen], wanted):
+    wanted = examples.labels.cpu()
+    order = torch.from_numpy(class_balanced_order(labels.numpy()))
+    for chosen in (torch.arange(len(labels)), order[: len(wanted)].sort().values):
+        if torch.equal(labels[chosen], wanted):
             return chosen
     raise UserError(
         f"{root} holds {len(labels)} images whose labels are not those of the {len(wanted)} test "

@@ -101,6 +101,13 @@ def as_evaluated(model: nn.Module, device: torch.device, kind: str = "float32") 
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """torch's global generators are afterwards what they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def batches(indices: Tensor, batch_size: int) -> Iterator[Tensor]:
     """So many at a time. (n,) -> (m,) …"""
     for begin in range(0, len(indices), batch_size):
@@ -134,7 +141,7 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Ten
 def _check(logits: object, m: int, classes: int) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != m:
         raise UserError("The model must return logits (m, K), a row for each image.")
-    if logits.shape[1] < classes:
+    if logits.shape[1] != classes:
         raise UserError(f"The model has {logits.shape[1]} classes, the data set {classes}.")
     if not torch.isfinite(logits).all():
         raise UserError("The model returns logits that are not finite on clean images.")

@@ -129,7 +129,8 @@ def read_result(folder: Path, attack: str) -> Result:
     for place in (folder / "eval", folder):
         if (result := Result.read(place, attack)) is not None:
             return result
-    there = sorted(p.stem for place in (folder / "eval", folder) for p in place.glob("*.npz"))
+    files = [path for place in (folder / "eval", folder) for path in place.glob("*.json")]
+    there = sorted({path.stem for path in files if path.with_suffix(".npz").is_file()})
     have = f" (there are: {', '.join(there)})" if there else ""
     raise UserError(
         f"{folder} holds no finished evaluation {attack}{have}; "

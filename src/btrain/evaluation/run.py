@@ -62,11 +62,14 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
 
 
 def _names(settings: EvalSettings) -> tuple[str, ...]:
-    """The attacks to be run, but for the clean accuracy, which always is."""
-    if settings.attacks != ("all",):
-        return tuple(name for name in settings.attacks if name != "clean")
-    corrupted = () if settings.corruptions_root is None else ("corruptions",)
-    return (*corrupted, *CHAIN)
+    """The attacks to be run, but for the clean accuracy, which always is.
+
+    Corruptions come first: they are cheap, and their files may be missing.
+    """
+    if settings.attacks == ("all",):
+        return CHAIN if settings.corruptions_root is None else ("corruptions", *CHAIN)
+    names = [name for name in settings.attacks if name != "clean"]
+    return tuple(sorted(names, key=lambda name: name != "corruptions"))
 
 
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
@@ -83,13 +86,14 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         folder=target.folder,
         show_progress=True,
     )
-    results = [attacks.clean(subject)]
+    results = []
     start = Start(subject.correct)
     for name in _names(settings):
         result = _attack(settings, subject, name, start)
         results.append(result)
         if settings.attacks == ("all",) and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
+    results.insert(0, attacks.clean(subject))
     sanity = _sanity(subject) if settings.sanity else None
     page = None
     if settings.report:
@@ -110,11 +114,19 @@ def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -
 
 def _corruptions(settings: EvalSettings, subject: Subject) -> Result:
     from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+    from btrain.corruptions.manifest import MANIFEST
     from btrain.corruptions.read import read
 
     assert settings.corruptions_root is not None
-    extra = EXTRA_CORRUPTIONS if settings.extra_corruptions else ()
-    return attacks.corruptions(subject, Path(settings.corruptions_root), CORRUPTIONS, extra, read)
+    root = Path(settings.corruptions_root)
+    return attacks.corruptions(
+        subject,
+        root,
+        CORRUPTIONS,
+        EXTRA_CORRUPTIONS if settings.extra_corruptions else (),
+        read=read,
+        regenerated=(root / MANIFEST).is_file(),
+    )
 
 
 def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from btrain import precision
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import library
-from btrain.evaluation.examples import Examples, batches
+from btrain.evaluation.examples import Examples, batches, own_random_state
 from btrain.evaluation.restarts import Pgd, pgd_stands
 
 EXAMPLES = 500
@@ -182,8 +182,7 @@ def _black_box(
         model, norm="Linf", eps=epsilon, n_queries=QUERIES, seed=seed, device=examples.device
     )
     stands = correct.clone()
-    devices = [examples.device] if examples.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with own_random_state(examples.device), torch.no_grad():
         for indices in batches(correct.nonzero().flatten(), batch_size):
             x, labels = examples.batch(indices)
             x_adv = attack.perturb(x, labels)
