@@ -11,7 +11,7 @@ from btrain.errors import UserError
 from btrain.eval_schema import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
-from btrain.evaluation.examples import Examples, as_evaluated, checked
+from btrain.evaluation.examples import Examples, as_evaluated, checked, clean_logits
 from btrain.evaluation.result import Result
 
 
@@ -81,9 +81,7 @@ def robust_accuracy(
 
 def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:
     """As many as the model has logits."""
-    images, _ = examples.batch(torch.tensor([0]))
-    with torch.no_grad():
-        classes = model(images).shape[-1]
+    classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
     if int(examples.labels.max()) >= classes:
         raise UserError(
             f"labels go up to {int(examples.labels.max())}, but the model has {classes} classes."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.evaluation.examples import Examples, own_random_state
+from btrain.evaluation.examples import Examples, clean_logits, own_random_state
 from btrain.evaluation.partial import Partial
 from btrain.evaluation.worst_case import worst_case
 
@@ -70,9 +70,7 @@ def autoattack_stands(
     Raises:
         UserError: no library is installed.
     """
-    x, _ = examples.batch(torch.tensor([0]))
-    with torch.no_grad():
-        classes = model(x).shape[1]
+    classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
     notes: list[str] = []
     ensemble = _Ensemble(model, version, epsilon, seed, classes, examples.device)
 

@@ -118,33 +118,41 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Ten
     """The classes that a model, as it is, gives to clean images, on the CPU. -> (n,)
 
     Raises:
-        UserError: it does not take these images, or does not return one finite logit a class.
+        UserError: it does not take these images, or not one finite logit for each class.
     """
     found = []
     for indices in batches(torch.arange(len(examples)), batch_size):
-        x, _ = examples.batch(indices)
-        try:
-            with torch.no_grad():
-                logits = model(x)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
+        logits = clean_logits(model, examples, indices)
+        if logits.shape[1] != len(examples.classes):
             raise UserError(
-                f"The model cannot take images of {_shape(x)}: {reason.rstrip('.')}."
-            ) from error
-        _check(logits, len(x), len(examples.classes))
+                f"The model has {logits.shape[1]} classes, the data set {len(examples.classes)}."
+            )
         found.append(logits.argmax(dim=1).cpu())
     return torch.cat(found)
 
 
-def _check(logits: object, m: int, classes: int) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != m:
+def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tensor:
+    """What a model, as it is, returns for some clean images. (m,) -> (m, K)
+
+    Raises:
+        UserError: it does not take these images, or does not return finite logits.
+    """
+    x, _ = examples.batch(indices)
+    try:
+        with torch.no_grad():
+            logits: object = model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"The model cannot take images of {_shape(x)}: {reason.rstrip('.')}."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         raise UserError("The model must return logits (m, K), a row for each image.")
-    if logits.shape[1] != classes:
-        raise UserError(f"The model has {logits.shape[1]} classes, the data set {classes}.")
     if not torch.isfinite(logits).all():
         raise UserError("The model returns logits that are not finite on clean images.")
+    return logits
 
 
 def _shape(x: Tensor) -> str:

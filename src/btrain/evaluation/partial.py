@@ -27,7 +27,7 @@ class Partial:
         A file of another setting or a damaged one counts as none.
         """
         try:
-            with np.load(self._path, allow_pickle=False) as saved:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 if str(saved["identity"]) != self._identity:
                     return None
                 stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])

@@ -110,7 +110,10 @@ class Result:
         if content is None:
             return None
         try:
-            with np.load(folder / f"{attack}.npz", allow_pickle=False) as arrays:
+            with (
+                (folder / f"{attack}.npz").open("rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
                 correct, labels = arrays["correct"], arrays["labels"]
             classes = tuple(content["classes"])
             seconds, own = content["seconds"], ("attack", "accuracy", "ci95", "n", "per_class")
