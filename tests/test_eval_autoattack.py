@@ -68,30 +68,50 @@ def test_our_pgd_and_the_librarys_agree_within_one_of_500(
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
 
-@pytest.mark.parametrize("name", ["robust_net", "plain_net"])
+@pytest.mark.parametrize(("name", "epsilon"), [("robust_net", EPSILON), ("plain_net", 0.04)])
 def test_stronger_attacks_leave_less(
-    name: str, digits: Data, request: pytest.FixtureRequest
+    name: str, epsilon: float, digits: Data, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(name)
-    examples = digits_examples(digits, 60)
-    images, labels = examples.images, examples.labels
-    found = [
+    images, labels = digits.test.images[:20], digits.test.labels[:20]
+    clean, pgd20, pgd100x10, strongest = (
         torch.from_numpy(
-            robust_accuracy(model, images, labels, epsilon=EPSILON, attack=attack).correct
+            robust_accuracy(model, images, labels, epsilon=epsilon, attack=attack).correct
         )
         for attack in ("clean", "pgd20", "pgd100x10", "autoattack")
-    ]
-    clean, pgd20, pgd100x10, strongest = found
+    )
     assert not (pgd20 & ~clean).any()
     assert not (pgd100x10 & ~pgd20).any()  # the same start and steps, but more of them
     assert strongest.sum() <= pgd100x10.sum()
     assert not (strongest & ~clean).any()
-    assert clean.sum() > 0
-    chained, _ = standing(model, examples, pgd100x10)
-    assert not (chained & ~pgd100x10).any()
+    assert 0 < strongest.sum() < clean.sum()
 
 
-class Interrupted(Exception):
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's ensemble with a few steps of each attack."""
+    make = autoattack._Ensemble.__init__
+
+    def shortened(self: autoattack._Ensemble, *arguments: Any) -> None:
+        make(self, *arguments)
+        self._library.apgd_targeted.n_iter = self._library.fab.n_iter = 10
+        self._library.square.n_queries = 100
+
+    monkeypatch.setattr(autoattack._Ensemble, "__init__", shortened)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_chained_attack_begins_with_what_the_weaker_one_left(
+    robust_net: nn.Module, digits: Data
+) -> None:
+    examples, pgd = digits_examples(digits, 40), Pgd(EPSILON, EPSILON / 10, 20)
+    left = pgd_stands(robust_net, examples, torch.ones(40).bool(), pgd, batch_size=40)
+    chained, _ = standing(robust_net, examples, left)
+    assert not (chained & ~left).any()
+    assert chained.any()
+
+
+class InterruptedAttackError(Exception):
     pass
 
 
@@ -103,7 +123,7 @@ def interrupting(model: nn.Module, calls: int) -> Callable[[], None]:
         nonlocal count
         count += 1
         if count == calls:
-            raise Interrupted
+            raise InterruptedAttackError
 
     return model.register_forward_pre_hook(hook).remove
 
@@ -122,6 +142,7 @@ def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
         handle.remove()
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_an_interrupted_autoattack_goes_on_where_it_was(
     robust_net: nn.Module, digits: Data, tmp_path: Path, share: float
@@ -132,7 +153,7 @@ def test_an_interrupted_autoattack_goes_on_where_it_was(
     )
     partial = Partial(tmp_path / "autoattack.partial.npz", {"epsilon": EPSILON})
     remove = interrupting(robust_net, int(share * passes))
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedAttackError):
         standing(robust_net, examples, batch_size=5, partial=partial)
     remove()
     (resumed, _), rest = forward_passes(
@@ -156,7 +177,7 @@ def test_an_interrupted_pgd_goes_on_where_it_was(
     whole, passes = forward_passes(robust_net, run)
     partial = Partial(tmp_path / "pgd.partial.npz", {"seed": 0})
     remove = interrupting(robust_net, passes // 2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedAttackError):
         run(partial)
     remove()
     other = Partial(tmp_path / "pgd.partial.npz", {"seed": 1})
