@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from btrain import models
+from btrain.cli import main
 from btrain.data import Data, load
 from eval_nets import trained_on
 
@@ -55,3 +57,26 @@ def plain_net(digits: Data) -> nn.Module:
     network = models.build("small_cnn", width=8, depth=None, classes=10, shape=(1, 8, 8))
     trained_on(digits, network)
     return network
+
+
+_TRAIN = [
+    "train", "dataset=digits", "model=small_cnn", "model.width=4", "train.epochs=3",
+    "recipe.lr=0.1", "bt=uniform", "device=cpu", "eval.steps=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs, A and B."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("A", 0), ("B", 1)):
+        assert main([*_TRAIN, f"seed={seed}", f"run.dir={folder / name}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs_here(trained_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with copies of the runs."""
+    shutil.copytree(trained_runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
