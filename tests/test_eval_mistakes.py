@@ -76,7 +76,7 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=nowhere"], ["checkpoint=nowhere", "does not exist"], nothing),
     (["checkpoint=empty"], ["empty", "last.pt"], empty),
     (["checkpoint=A"], ["last.pt", "not a readable checkpoint"], truncated),
-    (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint"], malicious),
+    (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint", "model="], malicious),
     (["checkpoint=A"], ["0.15", "0.3", "epsilon="], evaluated_elsewhere),
     (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
     (["compare", "A"], ["two folders"], nothing),

@@ -182,6 +182,7 @@ def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, 
 def _attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
     own = {
         "clean_accuracy": 100 * float(subject.correct.float().mean()),
+        "clean_mistakes": "count as fooled",
         "epsilon": subject.epsilon,
         "seed": subject.seed,
         "started_from": start.left_by,

@@ -64,9 +64,7 @@ def find(settings: EvalSettings) -> Target:
         original = config = _foreign(settings)
         model, trained = None, None
     else:
-        from btrain.exchange.from_run import load_run
-
-        original, model = load_run(checkpoint)
+        original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
     data = load_data(config, device)
     if model is None or any(key.startswith("model") for key in settings.config):
@@ -107,6 +105,17 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
     run = path.parent.parent
     inside = path.parent.name == "checkpoints" and (run / "config.yaml").is_file()
     return path, run if inside else None
+
+
+def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
+    from btrain.exchange.from_run import load_run
+
+    try:
+        return load_run(checkpoint)
+    except UserError as error:
+        if run is not None:
+            raise
+        raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
 
 
 def _foreign(settings: EvalSettings) -> Config:
