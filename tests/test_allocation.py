@@ -15,6 +15,7 @@ from btrain.allocation import (
     bullettrain,
     classify,
     gaussian,
+    predicted,
     randomised,
     signed_prediction_variance,
     step_sizes,
@@ -124,6 +125,16 @@ def test_true_classes_follow_eqs_1_to_3() -> None:
     adv = torch.stack([right, wrong, right, wrong])
     classes = true_classes(clean, adv, torch.zeros(4, dtype=torch.int64))
     assert classes.tolist() == [ROBUST, BOUNDARY, OUTLIER, OUTLIER]
+
+
+def test_random_deals_out_the_shares_it_is_given() -> None:
+    score, generator = torch.linspace(-1, 1, 200), torch.Generator().manual_seed(0)
+    shares = (0.3, 0.5, 0.2)
+    chosen = predicted("random", score, torch.tensor(0.5), BUDGET, generator, shares)
+    counts = torch.bincount(chosen.classes, minlength=3).tolist()
+    assert (counts[OUTLIER], counts[ROBUST], counts[BOUNDARY]) == (40, 100, 60)
+    assert torch.equal(chosen.steps, BUDGET[chosen.classes])
+    assert not torch.equal(chosen.classes, chosen.classes.sort().values)
 
 
 def test_random_keeps_the_budgets_and_moves_them() -> None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btrain.attacks import active_counts, evaluation_mode, pgd
-from btrain.defenses import kl_inner_loss
+from btrain.attacks import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
+from btrain.data import Data
+from btrain.defenses import ce_inner_loss, kl_inner_loss
 
 Batch = tuple[Tensor, Tensor]
 
@@ -90,6 +91,62 @@ def test_every_example_gets_its_own_steps_and_step_size(preact: nn.Module, batch
                 noise=noise[alone],
             )
         torch.testing.assert_close(x_adv[alone], expected, rtol=0, atol=1e-12)
+
+
+def exit_one(
+    model: nn.Module, x: Tensor, label: Tensor, noise: Tensor, *, most: int, patience: int | None
+) -> tuple[Tensor, int]:
+    """One example, attacked until `patience` steps after it is misclassified."""
+    x_adv, taken, left = x + noise if most else x, 0, most
+    while left > 0:
+        x_adv = x_adv.detach().requires_grad_()
+        logits = model(x_adv)
+        if patience is not None and logits.argmax() != label:
+            left = min(left, patience)
+            if left == 0:
+                break
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, label), [x_adv])
+        x_adv = torch.min(torch.max(x_adv + 0.03 * gradient.sign(), x - 0.3), x + 0.3).clamp(0, 1)
+        taken, left = taken + 1, left - 1
+    return x_adv.detach(), taken
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3, 99])
+def test_early_exit_stops_some_time_after_misclassification(
+    digits: Data, small_cnn: nn.Module, patience: int
+) -> None:
+    images, labels = digits.train.images[:40].double() / 255, digits.train.labels[:40]
+    model, (x, _) = double(small_cnn, (images, labels))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(30):  # so that most are right at first, and some fall
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    steps = torch.tensor([9] * 24 + [3] * 8 + [0] * 8)
+    exits = steps == 9
+    noise = 0.001 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    noise = (x + noise).clamp(0, 1) - x
+    _, active = by_steps(steps)
+    x_adv, taken, forwarded = early_exit_pgd(
+        model, x, labels, model(x), steps=steps, active=active, exits=exits, patience=patience,
+        step_size=torch.full((40,), 0.03, dtype=x.dtype), inner_loss=ce_inner_loss, epsilon=0.3,
+        noise=noise,
+    )  # fmt: skip
+    for i, most in enumerate(steps.tolist()):
+        one = slice(i, i + 1)
+        expected, n = exit_one(
+            model, x[one], labels[one], noise[one], most=most,
+            patience=patience if exits[i] else None,
+        )  # fmt: skip
+        assert int(taken[i]) == n
+        torch.testing.assert_close(x_adv[one], expected, rtol=0, atol=1e-9)
+    assert taken.sum() <= forwarded <= sum(active)
+    if patience == 99:
+        assert torch.equal(taken, steps)
+        assert forwarded == sum(active)
+    else:
+        assert (taken[exits] < 9).any()
+        assert forwarded < sum(active)
 
 
 def test_zero_step_examples_come_back_untouched(small_cnn: nn.Module, batch: Batch) -> None:

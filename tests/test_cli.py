@@ -32,11 +32,13 @@ METRICS = {
     "epoch", "loss", "lr", "f_b", "f_r", "f_o", "robust_fraction", "attack_steps_mean",
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
     "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
-    "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch",
+    "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch", "units_per_example",
+    "flops",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",
-    "epochs", "seed", "device", "torch_version", "git_commit", "parameters",
+    "attack_steps_mean", "units_per_example", "flops", "epochs", "seed", "device", "torch_version",
+    "git_commit", "parameters",
 }  # fmt: skip
 
 
@@ -133,7 +135,11 @@ sys.exit(main(sys.argv[1:]))
         (
             ["train", "--help"],
             0,
-            ["bt: bullettrain, gaussian, oracle, random, uniform", "--multirun", "gamma: 0.8"],
+            [
+                "bt: bullettrain, early_exit, gaussian, oracle, random, uniform",
+                "--multirun",
+                "gamma: 0.8",
+            ],
         ),
         (["train", "bt.gama=0.5"], 1, ["There is no setting bt.gama"]),
         (["train", "bt.gamma=2"], 1, ["bt.gamma must be in (0, 1], not 2.0."]),

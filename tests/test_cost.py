@@ -6,22 +6,24 @@ One unit is a forward pass of one example: an attack step takes two, a training 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from btrain import models
 from btrain.config import compose
-from btrain.data import Data
+from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
-from btrain.training.setup import make_step
+from btrain.schema import DefenseName, RivalName
+from btrain.training.methods import make_memory, make_step
+from btrain.training.statistics import StepStats
 from btrain.training.step import ALLOCATORS
 
+CPU = torch.device("cpu")
 STEPS = 4
 ORACLE_STEPS = 3
 M = 96
@@ -53,6 +55,45 @@ def expected_units(defense: str, allocator: str, steps: int, n: int) -> int:
     return scores + oracle + 2 * steps + training
 
 
+@dataclass
+class Counted:
+    """One training step: its statistics, torch's count in units, and what each forward pass saw."""
+
+    stats: StepStats
+    units: float
+    passes: list[int]
+
+
+def one_step(digits: Data, *overrides: str) -> Counted:
+    """A step on digits of which the network gets four in five right, with F_R = 0.4."""
+    config = compose(
+        ["dataset=digits", "model=preact_resnet18", f"train.batch_size={M}",
+         f"bt.oracle_steps={ORACLE_STEPS}", "bt.mean_steps=1.5", *overrides]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
+    # The mode in which the classes are decided.
+    model.train(config.defense.name is DefenseName.augmix or config.rival.name is RivalName.mma)
+    x = digits.train.images[:M].float() / 255
+    with torch.no_grad():
+        predicted = model(x).argmax(dim=1)
+    labels = torch.where(torch.arange(M) % 5 == 0, (predicted + 1) % 10, predicted)
+    with Flops() as unit, torch.no_grad():
+        model(x)
+
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    step, memory = make_step(config, CPU), make_memory(config, digits, CPU)
+    memory["robust_fraction"].fill_(0.4)
+    batch, generator = Batch(x, labels, torch.arange(M)), torch.Generator().manual_seed(0)
+    model.train()
+    with Flops() as flops:
+        stats = step(model, optimizer, batch, memory, generator)
+    handle.remove()
+    return Counted(stats, flops.total / (unit.total / M), passes)
+
+
 @pytest.mark.parametrize(
     ("defense", "allocator"),
     [
@@ -60,45 +101,41 @@ def expected_units(defense: str, allocator: str, steps: int, n: int) -> int:
         *itertools.product(["augmix"], ["bullettrain", "uniform", "random"]),
     ],
 )
-def test_counted_flops_are_the_analytical_units(
-    tmp_path: Path, digits: Data, defense: str, allocator: str
-) -> None:
+def test_counted_flops_are_the_analytical_units(digits: Data, defense: str, allocator: str) -> None:
     budgets = [] if defense == "augmix" else ["bt.n_r=1", f"attack.steps={STEPS}"]
-    config = compose(
-        ["dataset=digits", "model=preact_resnet18", f"defense={defense}", f"bt={allocator}",
-         f"bt.oracle_steps={ORACLE_STEPS}", "bt.mean_steps=1.5", *budgets]
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
-    model.train(defense == "augmix")  # the mode in which the classes are decided
-    x = digits.train.images[:M].float() / 255
-    with torch.no_grad():
-        predicted = model(x).argmax(dim=1)
-    labels = torch.where(torch.arange(M) % 5 == 0, (predicted + 1) % 10, predicted)
-
-    sizes: list[int] = []
-    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    stats, flops = counted(config, model, x, labels)
-    handle.remove()
-    with Flops() as unit, torch.no_grad():
-        model(x)
-    attacked = int(stats.steps) - (ORACLE_STEPS * M if allocator == "oracle" else 0)
-    if defense == "augmix":
-        attacked, n = 0, attacked // 2
-    else:
-        n = sizes[-1]
-    expected = expected_units(defense, allocator, attacked, n)
-    assert flops / (unit.total / M) == pytest.approx(expected, rel=0.05)
+    counted = one_step(digits, f"defense={defense}", f"bt={allocator}", *budgets)
+    assert counted.units == pytest.approx(float(counted.stats.units), rel=0.05)
+    attacked = int(counted.stats.steps) - (ORACLE_STEPS * M if allocator == "oracle" else 0)
+    n = attacked // 2 if defense == "augmix" else counted.passes[-1]
+    if allocator == "early_exit":  # the attack's passes: one an image and step, stopped ones too
+        attacked = sum(counted.passes[1 : -1 if defense == "pgd" else -2])
+        assert attacked >= counted.stats.steps
+    assert counted.stats.units == expected_units(defense, allocator, attacked, n)
     if allocator == "bullettrain":
         assert 0 < n < M or defense == "pgd"
 
 
-def counted(config: Any, model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Any, int]:
-    """The statistics of one training step and its floating-point operations."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    step = make_step(config, torch.device("cpu"))
-    model.train()
-    with Flops() as flops:
-        generator = torch.Generator().manual_seed(0)
-        _, stats = step(model, optimizer, x, labels, torch.tensor(0.4), generator)
-    return stats, flops.total
+@pytest.mark.parametrize(
+    ("overrides", "units"),
+    [
+        (["rival=fast"], 2 + 3 + 3),  # one clean pass is both the target and the loss'
+        (["defense=mart", "rival=fast", "bt.n_b=3"], 6 + 3 + 3),
+        (["rival=yopo"], 1 + 4 + 3 + 3),
+        (["defense=pgd", "rival=gradalign"], 2 + 3 + 8),
+        (["defense=pgd", "rival=free"], 8 * 3),
+        # All is correct here (p_y > 1/2 of nobody at the start): two training passes alone.
+        (["defense=pgd", "rival=mma"], 3 + 3),
+        (["defense=augmix", "bt=uniform", "defense.jsd=false"], 3),
+        (["defense=pgd", "bt=uniform", "attack.steps=10"], 20 + 3),
+        (["bt=uniform"], 27),
+        (["defense=mart", "bt=uniform"], 26),
+        (["defense=augmix", "bt=uniform"], 9),
+    ],
+    ids=str,
+)
+def test_the_cost_of_a_plain_defense_and_of_a_rival(
+    digits: Data, overrides: list[str], units: int
+) -> None:
+    counted = one_step(digits, *overrides)
+    assert counted.stats.units == units * M
+    assert counted.units == pytest.approx(units * M, rel=0.05)

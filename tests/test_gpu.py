@@ -12,10 +12,10 @@ from torch import nn
 
 from btrain import models
 from btrain.config import compose
-from btrain.data import Data, load
+from btrain.data import Batch, Data, load
 from btrain.evaluation import robust_accuracy
 from btrain.training import train
-from btrain.training.setup import make_step
+from btrain.training.methods import make_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,11 +42,12 @@ def test_a_step_copies_to_the_host_once() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     split = load("digits", Path("unused"), device=device).train
     x, labels = split.images[:128].float() / 255, split.labels[:128]
-    robust_fraction = torch.tensor(0.3, device=device)
+    batch = Batch(x, labels, torch.arange(128, device=device))
+    memory = {"robust_fraction": torch.tensor(0.3, device=device)}
     generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        train_step(model, optimizer, x, labels, robust_fraction, generator)
+        train_step(model, optimizer, batch, memory, generator)
 
     step()  # warms up
     with warnings.catch_warnings(record=True) as caught:

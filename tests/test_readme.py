@@ -16,9 +16,10 @@ from btrain.eval_config import parse, parse_compare
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.split("#")[0].split("btrain train ", 1)[1].strip()
+    (task, line.split("#")[0].removeprefix(command).strip())
+    for task, command in (("train", "btrain train "), ("corrupt", "btrain data corrupt "))
     for line in README.splitlines()
-    if line.startswith("btrain train ") and "--help" not in line
+    if line.startswith(command) and "--help" not in line
 ]
 EVALUATIONS = [
     line.split("#")[0].split("btrain eval ", 1)[1].strip()
@@ -60,10 +61,10 @@ def test_evaluations_parse(command: str) -> None:
         parse(words)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_compose(command: str) -> None:
+@pytest.mark.parametrize(("task", "command"), COMMANDS)
+def test_commands_compose(task: str, command: str) -> None:
     overrides = [word for word in shlex.split(command) if word != "--multirun"]
-    compose([re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides])
+    compose([re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides], task)
 
 
 def test_there_are_commands() -> None:

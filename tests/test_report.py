@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from btrain.errors import UserError
 from btrain.report import compare
 
+SAME = ["84.92", "56.61", "0.28", "0.54", "0.18", "3.9", "2.5", "2.25×"]
 
-def finished(folder: Path, seconds: float, device: str = "cpu") -> Path:
-    folder.mkdir()
+
+def finished(folder: Path, seconds: float, device: str = "cpu", **changes: float | None) -> Path:
+    folder.mkdir(parents=True)
     summary = {
         "clean_acc": 84.916,
         "robust_acc": 56.61,
@@ -20,10 +23,12 @@ def finished(folder: Path, seconds: float, device: str = "cpu") -> Path:
         "f_r": 0.54,
         "f_o": 0.18,
         "theoretical_speedup": 2.254,
+        "attack_steps_mean": 3.88,
+        "flops": 2.5e12,
         "train_seconds": seconds,
         "device": device,
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
     return folder
 
 
@@ -35,8 +40,8 @@ def test_the_first_run_is_the_baseline(tmp_path: Path) -> None:
     assert head[0] == "run"
     assert set("".join(ruler)) == {"-"}
     assert rows == [
-        ["plain", "84.92", "56.61", "0.28", "0.54", "0.18", "2.25×", "90.0", "1.00×"],
-        ["ours", "84.92", "56.61", "0.28", "0.54", "0.18", "2.25×", "40.0", "2.25×"],
+        ["plain", *SAME, "90.0", "1.00×"],
+        ["ours", *SAME, "40.0", "2.25×"],
     ]
     assert len({len(line) for line in table.splitlines()}) == 1
 
@@ -45,6 +50,35 @@ def test_times_of_different_devices_are_not_divided(tmp_path: Path) -> None:
     table = compare([finished(tmp_path / "a", 90.0), finished(tmp_path / "b", 4.0, "NVIDIA H200")])
     assert "other device" in table.splitlines()[-1]
     assert "22.50" not in table
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None:
+    for seed, (accuracy, seconds) in enumerate([(50.0, 60.0), (52.0, 70.0), (57.0, 50.0)]):
+        finished(tmp_path / f"plain-seed{seed}", seconds, robust_acc=accuracy)
+        finished(tmp_path / f"ours-seed{seed}", seconds / 2, theoretical_speedup=None)
+    names = [f"{method}-seed{seed}" for method in ("plain", "ours") for seed in range(3)]
+    head, _, plain, ours = cells(compare([tmp_path / name for name in names], merge_seeds=True))
+    row = dict(zip(head, plain, strict=True))
+    assert (row["run"], row["seeds"]) == ("plain", "3")
+    # 53 is the mean; the squared deviations 9, 1, 16 add up to 26, divided by 2.
+    assert row["PGD %"] == "53.00 ± 3.61"
+    assert row["training s"] == "60.0 ± 10.0"
+    row = dict(zip(head, ours, strict=True))
+    assert row["measured speedup"] == "2.00×"
+    assert row["speedup (eq. 7)"] == "–"
+
+
+def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
+    paths = [finished(tmp_path / name, 10.0) for name in ("b", "a", "c")]
+    for age, path in enumerate(paths):
+        os.utime(path / "summary.json", (age, age))
+    (tmp_path / "unfinished").mkdir()
+    assert [row[0] for row in cells(compare([tmp_path]))[2:]] == ["b", "a", "c"]
+    assert compare([tmp_path]) == compare(paths)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])

@@ -1,7 +1,10 @@
-"""Rivals that are settings of our attack, against the rivals written out."""
+"""Rivals against the rivals written out."""
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,8 +15,13 @@ from torch import Tensor, nn
 from btrain import models
 from btrain.attacks import pgd
 from btrain.config import compose
-from btrain.data import Data
+from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
+from btrain.training.methods import make_memory, make_step
+from btrain.training.rivals.gradalign import misalignment
+from btrain.training.rivals.mma import MMAMethod, shortest_attack, soft_logit_margin
+
+CPU = torch.device("cpu")
 
 
 def yopo(
@@ -70,3 +78,184 @@ def test_yopo_is_pgd_with_its_inner_steps_in_one(digits: Data, architecture: str
         noise=noise,
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_misalignment_is_one_minus_the_cosine_of_the_input_gradients(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    model, x, labels = preact.double().eval(), batch[0].double(), batch[1]
+    noise = 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+
+    def gradient(images: Tensor) -> Tensor:
+        images = images.clone().requires_grad_()
+        total = -F.log_softmax(model(images), dim=1)[torch.arange(len(x)), labels].sum()
+        return torch.autograd.grad(total, [images], create_graph=True)[0].flatten(1)
+
+    a, b = gradient(x).detach(), gradient(x + noise)
+    expected = 1 - ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
+    ours = misalignment(model, x, labels, noise)
+    torch.testing.assert_close(ours, expected)
+    assert 0 < ours < 2
+    weights = list(model.parameters())
+    theirs = torch.autograd.grad(expected, weights, allow_unused=True)
+    mine = torch.autograd.grad(ours, weights, allow_unused=True)
+    for a_weight, b_weight in zip(mine, theirs, strict=True):
+        assert (a_weight is None) == (b_weight is None)
+        if a_weight is not None:
+            torch.testing.assert_close(a_weight, b_weight)
+
+
+def test_examples_without_a_gradient_do_not_count(batch: tuple[Tensor, Tensor]) -> None:
+    x, labels = batch
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    dead = torch.arange(len(x)) % 2 == 0
+
+    class Masked(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.where(dead[:, None], 0.0, 1.0) * model(images)
+
+    # A linear network's gradients hardly turn; with half the examples dead the mean is the same.
+    alive = misalignment(model, x[~dead], labels[~dead], 0.1 * torch.ones_like(x[~dead]))
+    ours = misalignment(Masked(), x, labels, 0.1 * torch.ones_like(x))
+    torch.testing.assert_close(ours, alive)
+    assert torch.isfinite(torch.autograd.grad(ours, list(model.parameters()))[0]).all()
+    flat = nn.Sequential(nn.Flatten(), ZeroLogits())
+    assert misalignment(flat, x, labels, torch.zeros_like(x)) == 0
+
+
+class ZeroLogits(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[:, :10] * 0
+
+
+def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data) -> None:
+    config = compose(
+        ["dataset=digits", "defense=pgd", "rival=free", "rival.replays=3", "train.batch_size=16"]
+    )
+    x, labels = digits.train.images[:40].float() / 255, digits.train.labels[:40]
+    theirs, epsilon = copy.deepcopy(preact).train(), config.attack.epsilon
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    delta = torch.zeros(16, 1, 8, 8)
+    for part in (slice(0, 16), slice(16, 32), slice(32, 40)):  # the last batch is a short one
+        images, m = x[part], len(x[part])
+        for _ in range(3):
+            perturbation = delta[:m].clone().requires_grad_()
+            loss = F.cross_entropy(theirs(images + perturbation), labels[part])
+            gradients = torch.autograd.grad(loss, [perturbation, *theirs.parameters()])
+            for weight, gradient in zip(theirs.parameters(), gradients[1:], strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            moved = delta[:m] + epsilon * gradients[0].sign()
+            moved = torch.max(torch.min(moved, torch.tensor(epsilon)), torch.tensor(-epsilon))
+            delta[:m] = torch.max(torch.min(moved, 1 - images), -images)
+
+    ours, memory = preact.train(), make_memory(config, digits, CPU)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
+    step = make_step(config, CPU)
+    for part in (slice(0, 16), slice(16, 32), slice(32, 40)):
+        batch = Batch(x[part], labels[part], torch.arange(40)[part])
+        step(ours, optimizer, batch, memory, torch.Generator())
+    torch.testing.assert_close(memory["delta"][:16], delta)
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+MMA = MMAMethod(max_margin=0.3, first_margin=0.05, steps=10, bisections=30, clean_weight=1 / 3)
+
+
+def linear_model(classes: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
+
+
+def test_the_margin_found_is_that_of_a_linear_classifier() -> None:
+    """|f_1 − f_0| / ‖w_1 − w_0‖₁ in L∞; bisection reaches it from too small and too large radii."""
+    model = linear_model()
+    x = 0.4 + 0.2 * torch.rand(50, 1, 8, 8, dtype=torch.float64)
+    logits = model(x).detach()
+    labels = logits.argmax(dim=1)
+    weight = model[1].weight.detach()  # type: ignore[union-attr, index, operator]
+    exact = (logits[:, 1] - logits[:, 0]).abs() / (weight[1] - weight[0]).abs().sum()
+    assert exact.max() < MMA.max_margin
+    radius = exact * torch.linspace(0.3, 3, 50, dtype=torch.float64)
+    x_adv, margin = shortest_attack(
+        model, x, labels, radius, torch.Generator().manual_seed(0), method=MMA
+    )
+    torch.testing.assert_close(margin, exact, rtol=1e-6, atol=1e-8)
+    assert (x_adv - x).abs().flatten(1).amax(dim=1) == pytest.approx(margin, abs=1e-9)
+
+
+def test_a_margin_beyond_the_search_ends_there() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-6)  # type: ignore[operator]
+        model[1].bias.copy_(torch.tensor([9.0, 0.0]))  # type: ignore[operator]
+    x = torch.full((3, 1, 8, 8), 0.5, dtype=torch.float64)
+    radius = torch.full((3,), 0.05, dtype=torch.float64)
+    _, margin = shortest_attack(
+        model, x, torch.zeros(3, dtype=torch.int64), radius, torch.Generator(), method=MMA
+    )
+    assert margin == pytest.approx(1.05 * 0.3, abs=1e-6)
+
+
+def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) -> None:
+    config = compose(
+        ["dataset=digits", "defense=pgd", "rival=mma", "rival.max_margin=0.02",
+         "rival.first_margin=0.001", "rival.bisections=30"]
+    )  # fmt: skip
+    x, labels = digits.train.images[:60].double() / 255, digits.train.labels[:60]
+    x = 0.2 + 0.6 * x  # away from the box
+    model = linear_model(10)
+    fit(model, x, labels)
+    before = copy.deepcopy(model)
+    memory = make_memory(config, digits, CPU)
+    memory["margin"] = memory["margin"].double()
+    chosen = torch.randperm(200)[:60]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = make_step(config, CPU)(
+        model, optimizer, Batch(x, labels, chosen), memory, torch.Generator().manual_seed(0)
+    )
+    logits = before(x)
+    slm = torch.stack([
+        torch.logsumexp(torch.cat([row[:y], row[y + 1 :]]), 0) - row[y]
+        for row, y in zip(logits, labels.tolist(), strict=True)
+    ])  # fmt: skip
+    correct, margin = slm < 0, memory["margin"][chosen]
+    assert 5 < correct.sum() < 55
+    assert (margin[~correct] == 0).all()
+    assert (margin[correct] > 0).all()
+    assert memory["margin"].count_nonzero() == correct.sum()
+    assert stats.outlier == (~correct).sum()
+    assert stats.boundary == (correct & (margin < 0.02)).sum() > 0
+    assert stats.robust == (correct & (margin >= 0.02)).sum() > 0
+    assert stats.steps == 10 * correct.sum()
+
+    first = torch.full((int(correct.sum()),), 0.001, dtype=x.dtype)
+    method = replace(MMA, max_margin=0.02, first_margin=0.001)
+    x_adv, _ = shortest_attack(
+        before, x[correct], labels[correct], first, torch.Generator().manual_seed(0), method=method
+    )
+    near = F.cross_entropy(before(x_adv), labels[correct], reduction="none")
+    near = (near * (margin[correct] < 0.02)).sum()
+    wrong = F.cross_entropy(before(x[~correct]), labels[~correct], reduction="sum")
+    loss = F.cross_entropy(logits, labels) / 3 + 2 / 3 * (near + wrong) / len(x)
+    assert float(stats.loss) / len(x) == pytest.approx(loss.item())
+    gradients = torch.autograd.grad(loss, list(before.parameters()))
+    for ours, old, gradient in zip(model.parameters(), before.parameters(), gradients, strict=True):
+        torch.testing.assert_close(ours, old - gradient)
+
+
+def fit(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Half trained: some examples are right, some wrong."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+
+def test_soft_logit_margin_in_extreme_logits() -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0], [1.0, 1.0, 1.0]])
+    labels = torch.tensor([0, 0, 0])
+    expected = [math.log(2) - 200, 200.0, math.log(2)]
+    assert soft_logit_margin(logits, labels).tolist() == pytest.approx(expected)

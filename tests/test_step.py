@@ -21,6 +21,7 @@ from btrain.training.step import (
     Method,
     allocate,
     forward_prefix,
+    rows_to_forward,
     start_noise,
     train_step,
 )
@@ -38,7 +39,9 @@ def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int 
         budget=torch.tensor([n_o, n_r, n_b]),
         n_b=n_b,
         step_size_b=STEP_SIZE,
+        patience=1,
         mean_steps=1.5,
+        fractions=None,
         oracle_steps=4,
         oracle_step_size=STEP_SIZE,
         attack_in_train_mode=False,
@@ -49,6 +52,7 @@ def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int 
         momentum=0.9,
         share_clean_forward=False,
         forward_unperturbed=False,
+        grad_align_weight=0.0,
     )
 
 
@@ -202,7 +206,7 @@ def test_a_group_of_one_survives_batch_norm(
     clean_logits = preact(batch[0])
     with pytest.raises(ValueError, match="more than 1 value"):
         preact(batch[0][:1])
-    logits = forward_prefix(preact, batch[0], 1, clean_logits)
+    logits = forward_prefix(preact, batch[0], rows_to_forward(1, len(batch[0])), clean_logits)
     assert logits.shape == clean_logits.shape
     assert torch.equal(logits[2:], clean_logits[2:])
     assert forward_prefix(preact, batch[0], 0, clean_logits) is clean_logits
@@ -241,6 +245,7 @@ def augmix_method(allocator: str, **changes: object) -> AugMixMethod:
         allocator=allocator,
         metric=METRICS["svar"],
         budget=torch.tensor([0, 0, 1]),
+        fractions=None,
         jsd=True,
         jsd_weight=12.0,
         gamma=0.8,
@@ -379,7 +384,7 @@ def test_statistics_of_a_hand_made_batch() -> None:
     classes = torch.tensor([BOUNDARY, BOUNDARY, BOUNDARY, ROBUST, ROBUST, OUTLIER])
     allocation = Allocation(classes, torch.tensor([5, 5, 5, 2, 2, 0]))
     score = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, -0.6])
-    stats = step_stats(allocation, torch.tensor(1.5), z, score, z, adv, labels)
+    stats = step_stats(allocation, torch.tensor(1.5), z, score, z, adv, labels, units=60.0)
     means = averages(torch.stack([value.double() for value in stats]))
     assert means == pytest.approx(
         {
@@ -388,6 +393,7 @@ def test_statistics_of_a_hand_made_batch() -> None:
             "f_r": 2 / 6,
             "f_o": 1 / 6,
             "attack_steps_mean": 19 / 6,
+            "units_per_example": 10.0,
             "clean_acc_train": 100 * 5 / 6,
             "robust_acc_train": 100 * 2 / 6,
             "boundary_precision": 2 / 3,  # two of three fell
@@ -407,7 +413,7 @@ def test_nothing_is_claimed_where_nothing_is_known() -> None:
     classes = torch.tensor([BOUNDARY, BOUNDARY, ROBUST, ROBUST])
     allocation = Allocation(classes, torch.tensor([5, 5, 0, 0]))  # N_R = 0
     unread = torch.empty(4, 0)
-    stats = step_stats(allocation, torch.tensor(1.0), unread, None, unread, adv, labels)
+    stats = step_stats(allocation, torch.tensor(1.0), unread, None, unread, adv, labels, units=1.0)
     means = averages(torch.stack([value.double() for value in stats]))
     assert means["boundary_precision"] == 0.5
     for name in ("boundary_recall", "robust_precision", "robust_recall", "clean_acc_train",

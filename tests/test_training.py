@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from btrain.data import Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.run_folder import RunFolder
-from btrain.schema import Config
+from btrain.schema import Config, DefenseName, RivalName
 from btrain.training import train
 from btrain.training.loop import train_epoch
+from btrain.training.methods import make_step
 from btrain.training.run import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
-from btrain.training.setup import find_device, make_plan, make_state, make_step
+from btrain.training.setup import find_device, make_plan, make_state
+from btrain.training.state import TrainState
 from btrain.training.step import ALLOCATORS
 
 CPU = torch.device("cpu")
@@ -163,7 +166,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:
     # The decay of the second epoch is a "decay" by 10^30.
-    blow_up = ["recipe.epochs=2", "recipe.milestones=[1]", "recipe.lr_decay=1e30", "train.epochs=2"]
+    blow_up = [
+        "recipe.epochs=2",
+        "recipe.milestones=[1]",
+        "recipe.lr_factors=[1e30]",
+        "train.epochs=2",
+    ]
     with pytest.raises(UserError, match=r"epoch 2, step [12]\b.*recipe\.lr"):
         train(tiny(tmp_path, *blow_up))
     assert [line["epoch"] for line in metrics(tmp_path)] == [1]
@@ -186,7 +194,7 @@ def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None
     # The learning rate jumps at the very last step, whose loss was taken before.
     config = tiny(
         tmp_path, "train.epochs=2", "recipe.epochs=10", "recipe.milestones=[9]",
-        "recipe.lr_decay=1e30",
+        "recipe.lr_factors=[1e30]",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"ruined after epoch 2, step 5\b.*recipe\.lr"):
         train(config)
@@ -200,7 +208,7 @@ def test_a_collapse_is_logged_and_ends_the_run_if_asked(tmp_path: Path, stops: b
     # A learning rate 100 times larger in the last epoch but one ruins what was learnt.
     config = tiny(
         tmp_path, "train.epochs=14", "recipe.epochs=14", "recipe.milestones=[12]",
-        "recipe.lr_decay=100", "attack.epsilon=0.05", "recipe.lr=0.1",
+        "recipe.lr_factors=[100]", "attack.epsilon=0.05", "recipe.lr=0.1",
         f"recipe.early_stop_on_collapse={stops}",
     )  # fmt: skip
     summary = train(config)
@@ -230,7 +238,7 @@ def test_a_damaged_run_folder_is_named_and_left_alone(
     if content == "state":
         (tmp_path / "summary.json").unlink()
         progress = {"epoch": 0, "train_seconds": 0.0, "collapsed": False}
-        torch.save({"format": 1, "state": progress}, tmp_path / file)
+        torch.save({"format": 2, "state": progress}, tmp_path / file)
     else:
         (tmp_path / file).write_text(content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -292,37 +300,71 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
     assert train(tiny(tmp_path, *config, "train.epochs=1"))["epochs"] == 1
 
 
+RIVALS = ["rival=fast", "rival=yopo", "rival=gradalign"]  # of every adversarial defense
+CONTRACT = [
+    *itertools.product(DEFENSES, [f"bt={name}" for name in ALLOCATORS] + RIVALS),
+    *itertools.product(["pgd"], ["rival=free", "rival=mma"]),
+    *itertools.product(["augmix"], ["bt=bullettrain", "bt=uniform", "bt=random"]),
+]
+
+
 @pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
-@pytest.mark.parametrize(
-    ("defense", "bt"),
-    [
-        *itertools.product(DEFENSES, ALLOCATORS),
-        *itertools.product(["augmix"], ["bullettrain", "uniform", "random"]),
-    ],
-)
-def test_every_defense_trains_every_model_with_every_allocator(
-    tmp_path: Path, name: str, defense: str, bt: str, digits: Data
+@pytest.mark.parametrize(("defense", "choice"), CONTRACT)
+def test_every_combination_keeps_the_contract(
+    tmp_path: Path, name: str, defense: str, choice: str, digits: Data
 ) -> None:
-    """Two steps, the last of a short batch: finite, repeatable, F_B + F_R + F_O = 1."""
+    """Two steps, one of a short batch: finite, in the ball and the box, and resumed exactly."""
     size = ["model.depth=10"] if name.startswith("wrn") else []
+    fewer = ["attack.steps=2", *([] if defense == "augmix" else ["bt.n_r=1", "bt.oracle_steps=2"])]
     config = tiny(
-        tmp_path, f"model={name}", "model.width=2", *size, f"bt={bt}", f"defense={defense}",
-        "train.batch_size=40", "attack.steps=2", "bt.oracle_steps=2",
-        *([] if defense == "augmix" else ["bt.n_r=1"]),
+        tmp_path, f"model={name}", "model.width=2", *size, f"defense={defense}", *fewer,
+        "train.batch_size=40", choice,
     )  # fmt: skip
     few = Split(digits.train.images[:63], digits.train.labels[:63])
-    ends = []
-    for _ in range(2):
-        state = make_state(config, digits, CPU)
-        means = train_epoch(
-            state, few, make_step(config, CPU), make_plan(config),
-            tick=lambda: None, show=lambda means: None,
-        )  # fmt: skip
+    step, plan = make_step(config, CPU), make_plan(config)
+
+    def epoch(state: TrainState, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        means = train_epoch(state, few, step, plan, tick=tick, show=lambda means: None)
         assert means is not None
-        assert means["f_b"] + means["f_r"] + means["f_o"] == pytest.approx(1)
-        assert all(torch.isfinite(value).all() for value in state.model.state_dict().values())
-        ends.append(state.model.state_dict())
-    assert same(*ends)
+        return untimed([means])[0]
+
+    whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
+    seen: list[torch.Tensor] = []
+    handle = whole.model.register_forward_pre_hook(
+        lambda model, args: seen.append(args[0].detach().clone()) if model.training else None
+    )
+    means = epoch(whole)
+    handle.remove()
+    assert means["f_b"] + means["f_r"] + means["f_o"] == pytest.approx(1)
+    assert all(torch.isfinite(value).all() for value in whole.model.state_dict().values())
+    check_images(seen, few, config)
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        epoch(cut, stop)
+    checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
+    resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
+    assert resumed.batch == 1
+    assert epoch(resumed) == means
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+    assert same(resumed.memory, whole.memory)
+
+
+def check_images(seen: list[torch.Tensor], split: Split, config: Config) -> None:
+    """What the network was trained on lies in the box, and but for AugMix in the ε-ball."""
+    images = split.images.float() / 255
+    radius = config.attack.epsilon * (1.5 * 1.05 if config.rival.name is RivalName.mma else 1)
+    for x in seen:
+        # GradAlign's noise and what Free brings from the batch before leave the box.
+        leaves = config.rival.name in (RivalName.gradalign, RivalName.free)
+        slack = config.attack.epsilon if leaves else 0.0
+        assert x.min() >= -slack - 1e-6
+        assert x.max() <= 1 + slack + 1e-6
+        if config.defense.name is not DefenseName.augmix:
+            nearest = torch.cdist(x.flatten(1), images.flatten(1), p=float("inf")).amin(dim=1)
+            assert nearest.max() <= radius + 1e-5
 
 
 def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> None:
@@ -344,7 +386,12 @@ def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> No
 def test_trades_learning_rate_falls_after_74_of_76_epochs(epoch: int, factor: float) -> None:
     steps = 391
     for step in ((epoch - 1) * steps, epoch * steps - 1):
-        assert step_decay([74 / 76], 0.1)(step / (76 * steps)) == pytest.approx(factor)
+        assert step_decay([74 / 76], [0.1])(step / (76 * steps)) == pytest.approx(factor)
+
+
+def test_each_milestone_has_its_factor() -> None:
+    schedule = step_decay([0.4, 0.6, 0.8], [0.3, 0.1, 0.03])
+    assert [schedule(progress) for progress in (0, 0.4, 0.7, 0.8, 1)] == [1, 0.3, 0.1, 0.03, 0.03]
 
 
 def test_cyclic_and_cosine_schedules() -> None:

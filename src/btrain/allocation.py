@@ -155,10 +155,21 @@ def bullettrain(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Alloc
 def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation:
     """The same budgets on randomly chosen examples: the control that the choice matters.
 
-    F_R adapts to it, so the mean number of steps of a run is near BulletTrain's, not equal to it.
+    With BulletTrain's rule F_R adapts to it, so the mean number of steps of a run is near
+    BulletTrain's, not equal to it.
     """
     m, device = len(allocation.classes), allocation.classes.device
     return allocation.ordered(torch.randperm(m, generator=generator, device=device))
+
+
+def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor:
+    """Classes in the given shares F_B, F_R, F_O, rounded, of any examples. (m,) -> (m,) int64"""
+    m = len(score)
+    boundary = round(fractions[0] * m)
+    stay = round((fractions[0] + fractions[1]) * m)
+    classes = torch.full((m,), OUTLIER, device=score.device)
+    classes[:stay], classes[:boundary] = ROBUST, BOUNDARY
+    return classes
 
 
 def predicted(
@@ -167,10 +178,18 @@ def predicted(
     robust_fraction: Tensor,
     budget: Tensor,
     generator: torch.Generator,
+    fractions: tuple[float, float, float] | None = None,
 ) -> Allocation:
-    """Classes from a score: `bullettrain`, or `random`, which deals its budgets out anew."""
-    allocation = bullettrain(score, robust_fraction, budget)
-    return randomised(allocation, generator) if allocator == "random" else allocation
+    """Classes from a score: BulletTrain's, which `random` deals out anew.
+
+    With `fractions` (F_B, F_R, F_O) `random` deals out those, whatever the score.
+    """
+    if allocator != "random":
+        return bullettrain(score, robust_fraction, budget)
+    classes = (
+        classify(score, robust_fraction) if fractions is None else at_fractions(fractions, score)
+    )
+    return randomised(by_class(classes, budget), generator)
 
 
 def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:

@@ -88,17 +88,18 @@ def prefix_pgd(
     active: Sequence[int],
     step_size: Tensor,
     inner_loss: InnerLoss,
-    epsilon: float,
+    epsilon: float | Tensor,
     noise: Tensor | None,
 ) -> Tensor:
     """`pgd` on a batch in descending order of steps: step j moves the first `active[j]` examples.
 
-    `active` is what `active_counts` returns, on the host, so that nothing is copied here.
+    `active` is what `active_counts` returns, on the host, so that nothing is copied here. The
+    radius may be each example's own, (m,).
     """
     x_adv = x.detach().clone()
-    lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
+    lower, upper = box(x, epsilon)
     target = clean_logits.detach()
-    step_size = step_size.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    step_size = per_image(step_size, x)
     if noise is not None and active:
         x_adv[: active[0]] += noise[: active[0]]
 
@@ -110,6 +111,73 @@ def prefix_pgd(
         moved = images.detach() + step_size[:n] * gradient.sign()
         x_adv[:n] = torch.clamp(moved, lower[:n], upper[:n])
     return x_adv
+
+
+def early_exit_pgd(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    clean_logits: Tensor,
+    *,
+    steps: Tensor,
+    active: Sequence[int],
+    exits: Tensor,
+    patience: int,
+    step_size: Tensor,
+    inner_loss: InnerLoss,
+    epsilon: float,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor, int]:
+    """`prefix_pgd` in which some examples stop `patience` steps after they are misclassified.
+
+    A stopped example is masked, which needs no copy to the host; it leaves the batch after steps
+    1, 2, 4, 8, …, and whenever `active` falls, with one copy each.
+
+    Args:
+        steps: the most that each example takes, descending, (m,) int64; `active` counts them.
+        exits: which examples may stop earlier, (m,) bool.
+        patience: 0 stops an example where it is.
+
+    Returns:
+        Adversarial examples like x, the steps taken (m,) int64, and how many images went through
+        the network.
+    """
+    x_adv = x.detach().clone()
+    lower, upper = box(x, epsilon)
+    target, step_size = clean_logits.detach(), per_image(step_size, x)
+    left, taken, forwarded = steps.clone(), torch.zeros_like(steps), 0
+    rows = torch.arange(active[0] if active else 0, device=x.device)
+    x_adv[: len(rows)] += noise[: len(rows)]
+    for done, n in enumerate(active):
+        if done and (done & (done - 1) == 0 or n < active[done - 1]):
+            rows = rows[left[rows] > 0]
+        if len(rows) == 0:
+            break
+        forwarded += len(rows)
+        images = x_adv[rows].requires_grad_()
+        with torch.enable_grad():
+            logits = model(images)
+            loss = inner_loss(logits, target[rows], labels[rows]).sum()
+        (gradient,) = torch.autograd.grad(loss, [images])
+        fallen = exits[rows] & (logits.argmax(dim=1) != labels[rows])
+        budget = torch.where(fallen, left[rows].clamp(max=patience), left[rows])
+        moves = (budget > 0).long()
+        moved = images.detach() + per_image(moves, x) * step_size[rows] * gradient.sign()
+        x_adv[rows] = torch.clamp(moved, lower[rows], upper[rows])
+        left[rows] = budget - moves
+        taken[rows] += moves
+    return x_adv, taken, forwarded
+
+
+def box(x: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds like x: the ε-ball within [0, 1]; ε is a number or (m,)."""
+    radius = per_image(epsilon, x) if isinstance(epsilon, Tensor) else epsilon
+    return (x - radius).clamp_(0, 1), (x + radius).clamp_(0, 1)
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """One value an example, shaped to meet the images x: (m,) -> (m, 1, 1, 1)."""
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 @contextmanager

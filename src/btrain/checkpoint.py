@@ -11,7 +11,7 @@ import torch
 
 from btrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

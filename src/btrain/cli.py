@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from btrain import __version__
@@ -19,10 +19,12 @@ USAGE = """\
 usage: btrain <command> …
 
 commands:
-  train [option=value …]    train a robust network, evaluate it, leave a run folder
-  report RUN [RUN …]        finished runs side by side; the first is the baseline
-  eval checkpoint=RUN|FILE  attack a trained network, check whether the numbers can be believed
-  eval compare A B          a paired test of two evaluations
+  train [option=value …]           train a robust network, evaluate it, leave a run folder
+  eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
+  eval compare A B                 a paired test of two evaluations
+  data corrupt [option=value …]    make the corrupted test set of a data set
+  report RUN [RUN …]               finished runs side by side; the first is the baseline
+  export checkpoint=RUN …          a trained network as a file for other projects
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
         print(
-            "btrain: interrupted; the same command goes on from the last checkpoint.",
+            "btrain: interrupted; the same command goes on from what is done.",
             file=sys.stderr,
         )
         return 130
@@ -64,12 +66,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: list[str]) -> None:
-    """Composes the configuration with Hydra and runs `btrain.training.train` on it, once a job."""
+    """Runs `btrain.training.train`, once a job."""
+
+    def run(config: Any) -> None:
+        from btrain.training import train
+
+        train(config)
+
+    _run_with_hydra("train", args, run)
+
+
+def _data(args: list[str]) -> None:
+    """Runs `btrain.corruptions.generate.corrupt_dataset`, once a job."""
+    if args and args[0] in ("-h", "--help"):
+        print("usage: btrain data corrupt [option=value …]; see btrain data corrupt --help.")
+        return
+    if not args or args[0] != "corrupt":
+        raise UserError("data needs to know what to do: btrain data corrupt [option=value …].")
+
+    def run(config: Any) -> None:
+        from btrain.corruptions.generate import corrupt_dataset
+
+        corrupt_dataset(config)
+
+    _run_with_hydra("corrupt", args[1:], run)
+
+
+def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> None:
+    """Composes the task's configuration with Hydra and runs it, once a job."""
     from btrain import config as configs
 
     args = [_quoted(argument) for argument in args]
     if {"-h", "--help"} & set(args):
-        print(configs.help_text([argument for argument in args if "=" in argument]))
+        print(configs.help_text([argument for argument in args if "=" in argument], task))
         return
 
     import hydra
@@ -88,10 +117,7 @@ def _train(args: list[str]) -> None:
         composed = True
         hydra_config = HydraConfig.get()
         try:
-            config = configs.from_hydra(cfg, hydra_config.overrides.task)
-            from btrain.training import train
-
-            train(config)
+            run(configs.from_hydra(cfg, hydra_config.overrides.task))
         except UserError as error:
             if full_error:
                 raise
@@ -101,15 +127,15 @@ def _train(args: list[str]) -> None:
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
-    run = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name="train")(job)
+    main = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name=task)(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
-    sys.argv = ["btrain train", *args]
+    sys.argv = [f"btrain {configs.TASKS[task].command}", *args]
     try:
-        run()
+        main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if full_error or composed:
             raise
-        raise configs.explain(error, args) from None
+        raise configs.explain(error, args, task) from None
     except UserError:
         if full_error:
             raise
@@ -121,10 +147,13 @@ def _train(args: list[str]) -> None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+_PATHS = ("dataset.root", "run.dir", "corrupt.out", "corrupt.frost")
+
+
 def _quoted(argument: str) -> str:
     """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
     key, _, value = argument.partition("=")
-    if key not in ("dataset.root", "run.dir") or not value or value[0] in "'\"" or value == "null":
+    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
         return argument
     path = os.path.expanduser(value)  # noqa: PTH111
     # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
@@ -136,13 +165,19 @@ def _report(args: list[str]) -> None:
     """Prints finished runs side by side."""
     from btrain.report import compare
 
-    usage = "usage: btrain report RUN [RUN …]\n\nRUN is a run folder; the first is the baseline."
+    usage = (
+        "usage: btrain report [--merge-seeds] RUN [RUN …]\n\n"
+        "RUN is a run folder, or a folder of run folders; the first run is the baseline.\n"
+        "--merge-seeds makes one row of the runs that differ in their seed: mean ± deviation."
+    )
+    merge_seeds = "--merge-seeds" in args
+    args = [argument for argument in args if argument != "--merge-seeds"]
     if not args:
         raise UserError("report needs at least one run folder; see btrain report --help.")
     if args[0] in ("-h", "--help"):
         print(usage)
         return
-    print(compare(args))
+    print(compare(args, merge_seeds=merge_seeds))
 
 
 def _eval(args: list[str]) -> None:
@@ -164,4 +199,17 @@ def _eval(args: list[str]) -> None:
     evaluate_checkpoint(settings)
 
 
-COMMANDS = {"train": _train, "report": _report, "eval": _eval}
+def _export(args: list[str]) -> None:
+    """Writes a trained network in another project's format."""
+    from btrain.exchange.command import run
+
+    run(args)
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "data": _data,
+    "report": _report,
+    "export": _export,
+}

@@ -5,14 +5,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a primary configuration file is for: its schema, its command, and the command's help."""
+
+    schema: type[Any]
+    command: str
+    summary: str
+
+
+TASKS = {
+    "train": Task(Config, "train", "train a robust network, evaluate it, leave a run folder"),
+    "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
+}
+"""By the file's name."""
 
 
 def config_dir() -> str:
@@ -28,8 +47,10 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
+    OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)
 
 
 def _scale(length: float, factor: float, divisor: float) -> float:
@@ -42,17 +63,26 @@ def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
     return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
 
 
-def compose(overrides: Sequence[str] = (), task: str = "train") -> Config:
-    """The configuration that `btrain <task> <overrides>` would run.
+def _per_replay(epochs: int, replays: int) -> int:
+    """The epochs in which every example is trained on as often as in `epochs` without replays."""
+    return math.ceil(epochs / replays)
+
+
+def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
+    """The configuration that a task's command would run with the overrides; of its schema's class.
 
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    return from_hydra(_composed(overrides, task), overrides)
+    return from_hydra(composed(overrides, task), overrides)
 
 
-def _composed(overrides: Sequence[str], task: str) -> Any:
-    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked."""
+def composed(overrides: Sequence[str], task: str) -> Any:
+    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+
+    Raises:
+        UserError: an unknown key or option, a wrong type.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -63,28 +93,31 @@ def _composed(overrides: Sequence[str], task: str) -> Any:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
             return hydra_compose(task, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise explain(error, overrides) from error
+        raise explain(error, overrides, task) from error
 
 
-def help_text(overrides: Sequence[str]) -> str:
-    """What `btrain train --help` shows: the options of each group and the settings they come to.
+def help_text(overrides: Sequence[str], task: str = "train") -> str:
+    """What a command's --help shows: the options of each group and the settings they come to.
 
     Raises:
         UserError: an override is wrong.
     """
     from omegaconf import OmegaConf
 
-    settings = OmegaConf.to_yaml(_composed(overrides, "train"))
-    groups = sorted(folder for folder in Path(config_dir()).iterdir() if folder.is_dir())
-    options = "\n".join(
-        f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
-        for group in groups
-    )
-    return _HELP.format(options=options, settings=settings)
+    settings = OmegaConf.to_yaml(composed(overrides, task))
+    defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
+    groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
+    options = "\n".join(f"{group}: {', '.join(_options(group))}" for group in groups)
+    command, summary = TASKS[task].command, TASKS[task].summary
+    return _HELP.format(command=command, summary=summary, options=options, settings=settings)
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
 
 
 _HELP = """\
-btrain train [option=value …]    train a robust network, evaluate it, leave a run folder
+btrain {command} [option=value …]    {summary}
 
 == Options (group=option) ==
 {options}
@@ -96,8 +129,8 @@ where they come from; --config-dir DIR adds a folder of your own options.
 """
 
 
-def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
-    """Turns a composed configuration into checked dataclasses and names the run folder.
+def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
+    """Turns a composed configuration into its task's checked dataclasses; names the run folder.
 
     Args:
         cfg: what Hydra composed; a top-level `hydra` node is ignored.
@@ -123,21 +156,20 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Config:
         ) from error
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
-    assert isinstance(config, Config)
-    _reject_added_keys(config, "")
-    if config.run.dir is None:
+    _reject_added_keys(config, "", type(config))
+    if isinstance(config, Config) and config.run.dir is None:
         config.run.dir = str(Path("runs") / run_name(config, overrides))
     return config
 
 
-def _reject_added_keys(node: Any, prefix: str) -> None:
+def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
     """`+foo=1` passes OmegaConf's schema as an extra attribute; here it fails as unknown."""
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(_unknown_key(prefix + name))
+            raise UserError(_unknown_key(prefix + name, schema))
         if dataclasses.is_dataclass(value):
-            _reject_added_keys(value, f"{prefix}{name}.")
+            _reject_added_keys(value, f"{prefix}{name}.", schema)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -202,7 +234,7 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     return name
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> UserError:
+def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> UserError:
     """One sentence for what Hydra or OmegaConf raised while they composed a configuration."""
     if override := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
         return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
@@ -210,11 +242,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> UserError:
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
     cause = error.__cause__ or error
     unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
-        r"Could not override '(.*?)'\.\s*$", str(cause).split("\n")[0] + "\n"
+        r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
+        str(cause).split("\n")[0] + "\n",
     )
     key = re.search(r"full_key: (\S+)", str(cause))
     if unknown:
-        return UserError(_unknown_key(key.group(1) if key else unknown.group(1)))
+        name = key.group(1) if key else unknown.group(1)
+        return UserError(_unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
@@ -231,20 +265,17 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _unknown_key(key: str) -> str:
-    return f"There is no setting {key}.{_did_you_mean(key, _all_keys(Config, ''))}"
+def _unknown_key(key: str, schema: type) -> str:
+    close = difflib.get_close_matches(key, _all_keys(schema, ""), n=1)
+    (command,) = (task.command for task in TASKS.values() if task.schema is schema)
+    hint = f"Did you mean {close[0]}?" if close else f"`btrain {command} --help` lists them."
+    return f"There is no setting {key}. {hint}"
 
 
 def _unknown_option(group: str, option: str) -> str:
     if not group:
         return f"There is no configuration file {option}.yaml."
-    files = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
-    return f"{group}={option} is no option; there are: {', '.join(files)}."
-
-
-def _did_you_mean(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean {close[0]}?" if close else " `btrain train --help` lists them."
+    return f"{group}={option} is no option; there are: {', '.join(_options(group))}."
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:

@@ -111,7 +111,9 @@ def compose(overrides: Mapping[str, str]) -> Config:
     """
     from btrain import config as configs
 
-    return configs.compose([f"{key}={_quoted(key, value)}" for key, value in overrides.items()])
+    quoted = [f"{key}={_quoted(key, value)}" for key, value in overrides.items()]
+    config: Config = configs.compose(quoted)
+    return config
 
 
 def _merged(kind: type, node: Any, group: str, overrides: Mapping[str, str]) -> Any:

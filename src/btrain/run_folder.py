@@ -25,6 +25,8 @@ SUMMARY_KEYS = {
     "f_r",
     "f_o",
     "theoretical_speedup",
+    "attack_steps_mean",
+    "flops",
     "train_seconds",
     "device",
 }
@@ -94,6 +96,16 @@ class RunFolder:
             _write(self._config, to_yaml(config))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` says, neither completed nor checked.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        if not self._config.is_file():
+            raise UserError(f"{self.path} is no run folder: it holds no config.yaml.")
+        return read_yaml(self._config)
 
     def summary(self) -> dict[str, Any] | None:
         """What `write_summary` wrote, or None.

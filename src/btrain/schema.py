@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,17 @@ class AllocatorName(Enum):
     uniform = "uniform"
     oracle = "oracle"
     gaussian = "gaussian"
+    early_exit = "early_exit"
     random = "random"
+
+
+class RivalName(Enum):
+    none = "none"
+    fast = "fast"
+    yopo = "yopo"
+    gradalign = "gradalign"
+    free = "free"
+    mma = "mma"
 
 
 class Metric(Enum):
@@ -190,11 +200,7 @@ class DefenseConfig:
     jsd_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("beta", "jsd", "jsd_weight"):
-            given, wanted = getattr(self, key) is not None, key in _DEFENSE_SETTINGS[self.name]
-            if given != wanted:
-                what = "needs a value" if wanted else "is no setting"
-                raise UserError(f"defense.{key} {what} with defense={self.name.name}.")
+        _check_settings("defense", self, _DEFENSE_SETTINGS[self.name])
         _at_least(0, "defense.beta", self.beta)
         _at_least(0, "defense.jsd_weight", self.jsd_weight)
 
@@ -208,6 +214,47 @@ _DEFENSE_SETTINGS = {
 
 
 @dataclass
+class RivalConfig:
+    name: RivalName = RivalName.none
+    grad_align_weight: float | None = None
+    replays: int | None = None
+    max_margin: float | None = None
+    first_margin: float | None = None
+    bisections: int | None = None
+    clean_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_settings("rival", self, _RIVAL_SETTINGS.get(self.name, set()))
+        _at_least(0, "rival.grad_align_weight", self.grad_align_weight)
+        _at_least(1, "rival.replays", self.replays)
+        _at_least(1, "rival.bisections", self.bisections)
+        if self.name is RivalName.mma:
+            assert self.first_margin is not None
+            assert self.max_margin is not None
+            assert self.clean_weight is not None
+            _positive("rival.first_margin", self.first_margin)
+            _at_least(self.first_margin, "rival.max_margin", self.max_margin)
+            _require(
+                0 <= self.clean_weight <= 1, "rival.clean_weight", "in [0, 1]", self.clean_weight
+            )
+
+
+_RIVAL_SETTINGS = {
+    RivalName.gradalign: {"grad_align_weight"},
+    RivalName.free: {"replays"},
+    RivalName.mma: {"max_margin", "first_margin", "bisections", "clean_weight"},
+}
+
+
+def _check_settings(group: str, node: Any, wanted: set[str]) -> None:
+    """Each setting but the name is given where the option has it, and only there."""
+    for key in (item.name for item in fields(node) if item.name != "name"):
+        if (getattr(node, key) is not None) != (key in wanted):
+            what = "needs a value" if key in wanted else "is no setting"
+            raise UserError(f"{group}.{key} {what} with {group}={node.name.name}.")
+
+
+@dataclass
 class BTConfig:
     name: AllocatorName = MISSING
     n_b: int = MISSING
@@ -218,7 +265,9 @@ class BTConfig:
     step_size_b: float = MISSING
     metric: Metric = MISSING
     warmup_epochs: int = MISSING
+    patience: int = MISSING
     mean_steps: float = MISSING
+    fractions: list[float] | None = None
     oracle_steps: int = MISSING
     oracle_step_size: float = MISSING
     forward_unperturbed: bool = MISSING
@@ -232,15 +281,33 @@ class BTConfig:
         _require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
         _positive("bt.step_size_b", self.step_size_b)
         _at_least(0, "bt.warmup_epochs", self.warmup_epochs)
+        _at_least(0, "bt.patience", self.patience)
         _at_least(0, "bt.mean_steps", self.mean_steps)
+        self._check_fractions()
         _at_least(1, "bt.oracle_steps", self.oracle_steps)
         _positive("bt.oracle_step_size", self.oracle_step_size)
+
+    def _check_fractions(self) -> None:
+        if self.fractions is None:
+            return
+        if self.name is not AllocatorName.random:
+            raise UserError(f"bt.fractions is no setting with bt={self.name.name}.")
+        shares = len(self.fractions) == 3 and min(self.fractions) >= 0
+        _require(
+            shares and abs(sum(self.fractions) - 1) < 0.005,
+            "bt.fractions",
+            "F_B, F_R and F_O, which add up to 1",
+            self.fractions,
+        )
 
     def check_order(self) -> None:
         """N_O ≤ N_R ≤ N_B, but for the allocators that ignore them or study them."""
         if self.name not in (AllocatorName.uniform, AllocatorName.oracle):
             _require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
             _require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+
+
+_ATTACKING = (AllocatorName.oracle, AllocatorName.gaussian, AllocatorName.early_exit)
 
 
 @dataclass
@@ -255,7 +322,7 @@ class RecipeConfig:
     weight_decay: float = MISSING
     schedule: ScheduleName = ScheduleName.step
     milestones: list[float] = field(default_factory=list)
-    lr_decay: float = 0.1
+    lr_factors: list[float] = field(default_factory=list)
     peak: float = 0.4
     crop_padding: int = MISSING
     flip: bool = MISSING
@@ -268,7 +335,14 @@ class RecipeConfig:
         _at_least(0, "recipe.weight_decay", self.weight_decay)
         for milestone in self.milestones:
             _at_least(0, "recipe.milestones", milestone)
-        _positive("recipe.lr_decay", self.lr_decay)
+        _require(
+            len(self.lr_factors) == len(self.milestones),
+            "recipe.lr_factors",
+            f"as many as recipe.milestones ({len(self.milestones)})",
+            len(self.lr_factors),
+        )
+        for factor in self.lr_factors:
+            _positive("recipe.lr_factors", factor)
         _require(0 < self.peak < 1, "recipe.peak", "in (0, 1)", self.peak)
         rolls = self.momentum > 0 and self.optimizer is OptimizerName.sgd
         _require(
@@ -327,6 +401,7 @@ class Config:
     attack: AttackConfig = MISSING
     defense: DefenseConfig = MISSING
     bt: BTConfig = MISSING
+    rival: RivalConfig = MISSING
     recipe: RecipeConfig = MISSING
     logger: LoggerConfig = MISSING
     train: TrainConfig = MISSING
@@ -340,6 +415,7 @@ class Config:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        self._check_rival()
         defense, bt = self.defense.name, self.bt
         if (defense is DefenseName.augmix) != (self.attack.augmix is not None):
             raise UserError(
@@ -358,6 +434,24 @@ class Config:
                 raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
         bt.check_order()
 
+    def _check_rival(self) -> None:
+        rival, defense, bt = self.rival.name, self.defense.name, self.bt
+        if rival is RivalName.none:
+            return
+        if bt.name is not AllocatorName.uniform:
+            raise UserError(
+                f"rival={rival.name} does not go with bt={bt.name.name}: a rival treats all "
+                "examples alike (bt=uniform)."
+            )
+        own_loss = rival in (RivalName.free, RivalName.mma)
+        if defense is DefenseName.augmix or (own_loss and defense is not DefenseName.pgd):
+            goes = "defense=pgd" if own_loss else "an adversarial defense"
+            raise UserError(
+                f"rival={rival.name} does not go with defense={defense.name}: it needs {goes}."
+            )
+        if own_loss and bt.warmup_epochs:
+            raise UserError(f"bt.warmup_epochs has no meaning with rival={rival.name}.")
+
     def _check_augmix(self) -> None:
         bt, attack = self.bt, self.attack
         if attack.mode is AttackMode.train or attack.steps != 2:
@@ -365,7 +459,7 @@ class Config:
                 "defense=augmix makes two views and no attack: attack.mode must be eval and "
                 f"attack.steps 2, not {attack.mode.name} and {attack.steps}."
             )
-        if bt.name in (AllocatorName.oracle, AllocatorName.gaussian):
+        if bt.name in _ATTACKING:
             raise UserError(
                 f"bt={bt.name.name} does not go with defense=augmix: it needs an attack."
             )

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from btrain.data.splits import Split
+
+
+class Batch(NamedTuple):
+    """What a training step gets.
+
+    Attributes:
+        x: images (m, C, H, W) float32 in [0, 1].
+        labels: (m,) int64.
+        indices: where the examples stand in the training set, (m,) int64.
+    """
+
+    x: Tensor
+    labels: Tensor
+    indices: Tensor
 
 
 def batch_slices(examples: int, batch_size: int) -> list[slice]:
@@ -31,8 +46,8 @@ def batches(
     flip: bool,
     generator: torch.Generator,
     first: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images (m, C, H, W) float32 in [0, 1] and labels (m,), batch after batch.
+) -> Iterator[Batch]:
+    """Yields batch after batch of an epoch.
 
     Args:
         split: what to draw from.
@@ -44,12 +59,13 @@ def batches(
         first: the batch to begin with; earlier ones draw nothing.
     """
     for part in batch_slices(len(order), batch_size)[first:]:
-        images = split.images[order[part]]
+        indices = order[part]
+        images = split.images[indices]
         if crop_padding:
             images = random_crop(images, crop_padding, generator)
         if flip:
             images = random_flip(images, generator)
-        yield to_unit(images), split.labels[order[part]]
+        yield Batch(to_unit(images), split.labels[indices], indices)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain import models
 from btrain.config import to_dict
 from btrain.data import Data
 from btrain.errors import UserError
@@ -18,7 +17,7 @@ from btrain.eval_config import apply, compose
 from btrain.eval_schema import EvalSettings
 from btrain.evaluation.files import sha256
 from btrain.schema import Config
-from btrain.training.setup import find_device, load_data
+from btrain.training.setup import find_device, load_data, make_model
 
 
 @dataclass(frozen=True)
@@ -128,15 +127,7 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
     from btrain.exchange.read import load_weights
 
     with torch.random.fork_rng(devices=[]):
-        model = models.build(
-            config.model.architecture.value,
-            width=config.model.width,
-            depth=config.model.depth,
-            classes=len(data.classes),
-            shape=data.shape,
-            mean=config.model.mean,
-            std=config.model.std,
-        )
+        model = make_model(config.model, len(data.classes), data.shape)
     load_weights(model, checkpoint)
     return model
 

@@ -1,1 +1,4 @@
-"""Weights in and out."""
+"""Weights in and out: other projects' files (`read`), our runs (`from_run`), exports (`write`).
+
+Nothing is imported here, so that `btrain export --help` answers without torch.
+"""

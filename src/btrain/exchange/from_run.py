@@ -1,17 +1,23 @@
-"""Stand-in until the exchange is merged: a run folder's or checkpoint's network."""
+"""From what a run left behind back to its configuration and its network."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain import config as configs
-from btrain import models
 from btrain.errors import UserError
-from btrain.schema import Config, DatasetName
+from btrain.exchange.read import fit, is_state_dict, read_plain
+from btrain.run_folder import RunFolder
+from btrain.schema import Config, DatasetConfig, DatasetName
+from btrain.training.setup import make_model
+
+Which = Literal["last", "best"]
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
@@ -21,31 +27,123 @@ _SHAPES = {
 }
 
 
-def load_run(path: Path, which: Literal["last", "best"] = "last") -> tuple[Config, nn.Module]:
-    from omegaconf import OmegaConf
+def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
+    """The configuration of a run and its network with the weights, on the CPU, in eval mode.
 
+    A folder's configuration is its `config.yaml`; a checkpoint file brings its own, so it may lie
+    anywhere. The number of classes is that of the checkpoint's classifier, the shape of the images
+    that of the data set. No data are read, and torch's global random state stays as it was.
+
+    Args:
+        path: a run folder, or a checkpoint that a run wrote.
+        which: of a folder, `checkpoints/last.pt` or `best.pt`.
+
+    Raises:
+        UserError: there is no such run or checkpoint, it is damaged, its configuration does not
+            fit this version of btrain, or its weights do not fit its configuration.
+    """
+    saved: Mapping[str, Any]
     if path.is_dir():
-        path = path / "checkpoints" / f"{which}.pt"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint.") from error
-    if not isinstance(content, dict) or "config" not in content:
-        raise UserError(f"{path} is not a checkpoint of a run of btrain's.")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), content["config"])
-    config = configs.from_hydra(merged, ())
-    weights = content["state"]["model"]
-    size = config.dataset.image_size or 0
-    model = models.build(
-        config.model.architecture.value,
-        width=config.model.width,
-        depth=config.model.depth,
-        classes=len(next(reversed(weights.values()))),
-        shape=_SHAPES.get(config.dataset.name, (3, size, size)),
-        mean=config.model.mean,
-        std=config.model.std,
-    )
-    model.load_state_dict(weights)
+        folder = RunFolder(path)
+        saved, origin = folder.settings(), path / "config.yaml"
+        path = folder.best if which == "best" else folder.last
+        if which == "best" and not path.is_file():
+            raise UserError(f"{path} does not exist: the run held no examples out to choose by.")
+        _, weights = _checkpoint(path)
+    elif which != "last":
+        raise UserError(f"which={which} goes with a run folder; {path} is one checkpoint.")
+    else:
+        saved, weights = _checkpoint(path)
+        origin = path
+    config = read_config(saved, origin)
+    classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config.model, classes, image_shape(config.dataset))
+    fit(model, weights, path)
     return config, model.eval()
+
+
+def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
+    """(C, H, W) of a data set's images, without reading them.
+
+    Raises:
+        UserError: `dataset.image_size` is not given and the data set has no size of its own.
+    """
+    if dataset.name in _SHAPES:
+        return _SHAPES[dataset.name]
+    if dataset.image_size is None:
+        raise UserError(f"dataset.image_size must be given for dataset={dataset.name.name}.")
+    return 3, dataset.image_size, dataset.image_size
+
+
+def _checkpoint(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """The configuration and the weights in a checkpoint of a run.
+
+    Raises:
+        UserError: it is none of ours.
+    """
+    match read_plain(path):
+        case {"config": dict() as config, "state": {"model": dict() as weights}}:
+            if is_state_dict(weights) and list(weights.values())[-1].dim() == 1:
+                return config, weights
+    raise UserError(
+        f"{path} is no checkpoint of a btrain run: it holds no settings to build the network by."
+    )
+
+
+def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
+    """Plain containers, as `config.to_dict` made them, back in the schema with all its checks.
+
+    Settings that this version has gained since get what a run of the same options would have today.
+
+    Args:
+        saved: read from a file; nothing in it is executed or looked up.
+        origin: that file, for the error.
+
+    Raises:
+        UserError: a setting is unknown, of another type or out of range, or refers to something
+            else (`${…}`), or one is missing that the options do not give.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if reference := _reference(saved):
+        raise UserError(f"{origin} refers to {reference}; a run's settings are plain values.")
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(saved)))
+        missing = sorted(OmegaConf.missing_keys(settings))
+        if missing:
+            settings = OmegaConf.merge(_defaults(saved), OmegaConf.create(dict(saved)))
+        config: Config = configs.from_hydra(settings, ())
+        return config
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {configs.explain(error, ())}") from error
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+# Each setting group with the key that names its option.
+_GROUPS = ("dataset", "model", "attack", "bt", "defense", "rival", "recipe", "logger")
+
+
+def _defaults(saved: Mapping[str, Any]) -> Any:
+    """What the options of a saved configuration come to today, not resolved: a default that follows
+    another setting will follow the saved one.
+    """
+    groups = {group: saved.get(group) or {} for group in _GROUPS}
+    options = {group: str(settings.get("name")) for group, settings in groups.items()}
+    plain = {group: option for group, option in options.items() if re.fullmatch(r"[\w-]+", option)}
+    return configs.composed(
+        [f"{group}={option}" for group, option in plain.items() if option != "None"], "train"
+    )
+
+
+def _reference(node: object) -> str | None:
+    """The first text with an interpolation in it, which OmegaConf would look up or compute."""
+    if isinstance(node, str):
+        return node if "${" in node else None
+    if isinstance(node, Mapping):
+        node = [*node.keys(), *node.values()]
+    if isinstance(node, list | tuple):
+        return next((found for item in node if (found := _reference(item)) is not None), None)
+    return None

@@ -1,25 +1,223 @@
-"""Stand-in until the exchange is merged: weights of a plain state dict."""
+"""Weights from a file of ours or of another project; nothing in the file is ever executed."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.exchange import names
+from btrain.models import Normalise
+
+# Where a state dict lies in a checkpoint: ours is ["state"]["model"].
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state")
+_SHOWN = 3
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a file into one of btrain's networks, whatever device that is on.
+
+    A normalisation in the file (`mu` and `sigma`, or our own) becomes the model's where that has
+    none. Where the file has none the model keeps its own: that is how to read weights whose images
+    were normalised outside of the network.
+
+    Raises:
+        UserError: the file cannot be read, is of another architecture, shape or number of classes,
+            or normalises otherwise than the model. The model is as it was.
+    """
+    weights = read_weights(path)
+    before = model.normalise
+    model.normalise = _agreed_normalisation(model, weights, path)
+    constants = {f"normalise.{key}": value for key, value in model.normalise.state_dict().items()}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint.") from error
-    weights = content.get("state_dict", content)
+        fit(model, {**weights, **constants}, path)
+    except UserError:
+        model.normalise = before
+        raise
+
+
+def _agreed_normalisation(
+    model: nn.Module, weights: Mapping[str, Tensor], origin: Path
+) -> nn.Module:
+    """The model's own normalisation if the file has none or the same, else the file's."""
+    own, mean, std = model.normalise, weights.get(names.MEAN), weights.get(names.STD)
+    assert isinstance(own, nn.Module)
+    if isinstance(own, Normalise):
+        for ours, theirs in ((own.mean, mean), (own.std, std)):
+            if theirs is not None and not _same_constants(ours.cpu(), theirs):
+                raise UserError(
+                    f"{origin} normalises with {_values(theirs)} where the model (model.mean, "
+                    f"model.std) has {_values(ours)}."
+                )
+        return own
+    if mean is None or std is None:
+        return own
+    first = model.get_parameter("conv1.weight")
+    if not {mean.numel(), std.numel()} <= {1, first.shape[1]}:
+        raise UserError(
+            f"{origin} normalises {mean.numel()} channels, the model has {first.shape[1]}."
+        )
+    return Normalise(mean.flatten().tolist(), std.flatten().tolist()).to(first.device)
+
+
+def _same_constants(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for rounding; one value stands for all channels."""
+    sizes = {ours.numel(), theirs.numel()}
+    return len(sizes - {1}) <= 1 and bool((ours - theirs).abs().max() < 1e-5)
+
+
+def _values(constants: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in constants.flatten().tolist())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, on the CPU, by the names of btrain's networks.
+
+    Understands a state dict, bare or wrapped (`state_dict`, `model_state_dict`, `model`, `net`, and
+    our own checkpoints), and `*.safetensors`; see `names.ours` for what is renamed or left out.
+
+    Raises:
+        UserError: the file is missing, cannot be read without executing it, or holds no weights.
+    """
+    saved = _state_dict(read_plain(path))
+    if saved is None:
+        raise UserError(
+            f"{path} holds no weights: there is no state dict, neither bare nor under "
+            f"{', '.join(_WRAPPERS[:-2])} or {_WRAPPERS[-2]}."
+        )
+    weights: dict[str, Tensor] = {}
+    for key, value in saved.items():
+        name = names.ours(key)
+        if name in weights:
+            raise UserError(f"{path} holds {name} twice, once of them as {key}.")
+        if name is not None:
+            constant = name in (names.MEAN, names.STD)
+            weights[name] = value.reshape(-1, 1, 1) if constant else value
+    return weights
+
+
+def read_plain(path: Path) -> Any:
+    """Tensors and plain containers, as `torch.save` or safetensors wrote them.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it asks for code.
+    """
+    if not path.is_file():
+        what = "is a folder, not a checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are refused all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises many kinds
+        raise UserError(f"{path} is not a readable checkpoint{_reason(error)}.") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f'{path} needs the package safetensors: pip install "btrain[export]".'
+        ) from error
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # its own kind, and OSError
+        raise UserError(f"{path} is not a readable checkpoint{_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f" ({error.strerror})"
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted:
+        return (
+            f": it asks for {wanted.group(1)}, and only tensors and plain values are loaded, "
+            "never code"
+        )
+    return ""
+
+
+def _state_dict(content: object, depth: int = 2) -> Mapping[str, Tensor] | None:
+    """The state dict in a checkpoint, at most so many wrappers deep."""
+    if is_state_dict(content):
+        return content
+    if not isinstance(content, Mapping):
+        return None
+    inner = (content.get(name) for name in _WRAPPERS if depth)
+    found = (_state_dict(value, depth - 1) for value in inner)
+    return next((state for state in found if state is not None), None)
+
+
+def is_state_dict(content: object) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether it maps names to tensors, at least one."""
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
+
+
+def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Loads weights by our names; only BatchNorm's batch counters may be missing.
+
+    Args:
+        model: the network; its classifier is what it registers last.
+        weights: by its names.
+        origin: the file that the weights come from, for the error.
+
+    Raises:
+        UserError: names, shapes or types differ. The model is as it was.
+    """
     own = model.state_dict()
-    if own.keys() != weights.keys():
-        different = sorted(own.keys() ^ weights.keys())[:3]
-        raise UserError(f"{path} is of another architecture: {', '.join(different)}.")
-    if any(own[key].shape != weights[key].shape for key in own):
-        raise UserError(f"{path} does not fit the model.")
-    model.load_state_dict(weights)
+    counters = {key: own[key] for key in own if key.endswith(".num_batches_tracked")}
+    weights = {**counters, **weights}
+    missing = [key for key in own if key not in weights]
+    unknown = [key for key in weights if key not in own]
+    if missing or unknown:
+        differences = [f"it lacks {_listed(missing)}"] if missing else []
+        differences += [f"the model has no {_listed(unknown)}"] if unknown else []
+        raise UserError(
+            f"{origin} is of another architecture than the model: {' and '.join(differences)}."
+        )
+    _check_shapes(own, weights, origin)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # sparse or quantised tensors
+        raise UserError(f"{origin} holds weights that cannot be copied into the model.") from error
+
+
+def _listed(keys: list[str]) -> str:
+    rest = len(keys) - _SHOWN
+    return ", ".join(keys[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_shapes(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: Path) -> None:
+    wrong = [key for key in own if own[key].shape != theirs[key].shape]
+    weight, bias = list(own)[-2:]  # of the classifier, (K, features) and (K,)
+    if wrong == [weight, bias] and theirs[weight].shape[1:] == own[weight].shape[1:]:
+        classes, k = len(theirs[weight]), len(own[weight])
+        raise UserError(f"{origin} has {classes} classes, the model {k}.")
+    if wrong:
+        key = wrong[0]
+        more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{origin} does not fit the model: {key} is {_shape(theirs[key])} there and "
+            f"{_shape(own[key])} in the model{more}."
+        )
+    for key in own:
+        if own[key].is_floating_point() != theirs[key].is_floating_point():
+            kind = str(theirs[key].dtype).removeprefix("torch.")
+            raise UserError(f"{origin} does not fit the model: {key} is of type {kind} there.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a single number"

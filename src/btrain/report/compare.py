@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
 from btrain.run_folder import RunFolder
 
-_COLUMNS = (
-    "run",
-    "clean %",
-    "PGD %",
-    "F_B",
-    "F_R",
-    "F_O",
-    "speedup (eq. 7)",
-    "training s",
-    "measured speedup",
-)
+Runs = Sequence[dict[str, Any]]
+"""The summaries of one row: of one run, or of runs that differ in their seed."""
+
+_Cell = Callable[[Runs, Runs], str]
 
 
-def compare(runs: Sequence[str | Path]) -> str:
-    """A Markdown table of run folders; measured speedups are over the first one's training time.
+def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
+    """A Markdown table of runs; measured speedups are over the first row's training time.
 
-    A time from another device than the first one's gives no speedup.
+    A time from another device than the first row's gives no speedup.
+
+    Args:
+        runs: run folders, or folders of them, which stand for their runs in the order of time.
+        merge_seeds: one row for the runs whose names differ in `-seed<n>` only: mean ± standard
+            deviation.
 
     Raises:
         UserError: a folder holds no finished run.
     """
-    folders = [RunFolder(Path(run)) for run in runs]
-    summaries = [_finished(folder) for folder in folders]
-    rows = [
-        _row(folder.path.name, summary, summaries[0])
-        for folder, summary in zip(folders, summaries, strict=True)
-    ]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for folder in (folder for run in runs for folder in _run_folders(Path(run))):
+        path = folder.path.resolve()
+        name = re.sub(r"-seed\d+$", "", path.name) if merge_seeds else str(path)
+        rows.setdefault(name, []).append(_finished(folder))
+    baseline = next(iter(rows.values()))
+    columns = _COLUMNS if merge_seeds else [column for column in _COLUMNS if column[0] != "seeds"]
+    return _table(
+        ["run", *(head for head, _ in columns)],
+        [
+            [Path(name).name, *(cell(summaries, baseline) for _, cell in columns)]
+            for name, summaries in rows.items()
+        ],
+    )
 
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join([first, *others])} |"
 
-    ruler = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return "\n".join([line(_COLUMNS), ruler, *map(line, rows)])
+def _run_folders(path: Path) -> list[RunFolder]:
+    """The folder itself, or where it is none of a run the finished ones in it, oldest first."""
+    inside = [] if (path / "config.yaml").is_file() else list(path.glob("*/summary.json"))
+    if not inside:
+        return [RunFolder(path)]
+    inside.sort(key=lambda file: (file.stat().st_mtime, file))
+    return [RunFolder(file.parent) for file in inside]
 
 
 def _finished(folder: RunFolder) -> dict[str, Any]:
@@ -53,17 +62,54 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def _row(name: str, summary: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    same_device = summary["device"] == baseline["device"]
-    measured = baseline["train_seconds"] / summary["train_seconds"]
-    return [
-        name,
-        f"{summary['clean_acc']:.2f}",
-        f"{summary['robust_acc']:.2f}",
-        f"{summary['f_b']:.2f}",
-        f"{summary['f_r']:.2f}",
-        f"{summary['f_o']:.2f}",
-        f"{summary['theoretical_speedup']:.2f}×",
-        f"{summary['train_seconds']:.1f}",
-        f"{measured:.2f}×" if same_device else "other device",
-    ]
+def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
+    """Mean ± standard deviation, the latter where there are several runs; – where it is unknown."""
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        del baseline
+        values = [run[key] for run in runs]
+        if None in values:
+            return "–"
+        return _spread([value / divisor for value in values], form) + unit
+
+    return cell
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean = f"{statistics.fmean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
+
+
+def _measured(runs: Runs, baseline: Runs) -> str:
+    if {run["device"] for run in (*runs, *baseline)} != {baseline[0]["device"]}:
+        return "other device"
+    ours, theirs = (
+        statistics.fmean(run["train_seconds"] for run in rows) for rows in (runs, baseline)
+    )
+    return f"{theirs / ours:.2f}×"
+
+
+_COLUMNS: list[tuple[str, _Cell]] = [
+    ("seeds", lambda runs, baseline: str(len(runs))),
+    ("clean %", _mean("clean_acc", ".2f")),
+    ("PGD %", _mean("robust_acc", ".2f")),
+    ("F_B", _mean("f_b", ".2f")),
+    ("F_R", _mean("f_r", ".2f")),
+    ("F_O", _mean("f_o", ".2f")),
+    ("mean steps", _mean("attack_steps_mean", ".1f")),
+    ("TFLOP", _mean("flops", ".3g", divisor=1e12)),
+    ("speedup (eq. 7)", _mean("theoretical_speedup", ".2f", "×")),
+    ("training s", _mean("train_seconds", ".1f")),
+    ("measured speedup", _measured),
+]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    ruler = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([line(head), ruler, *map(line, rows)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from btrain.attacks import evaluation_mode
 from btrain.data import Split, batches
-from btrain.data.augmentation import batch_slices, to_unit
+from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
@@ -19,11 +19,14 @@ from btrain.training.statistics import StepStats, averages
 
 Averages = dict[str, float | None]
 
+Memory = dict[str, Tensor]
+"""What a method remembers between batches, F_R and more, by name; a step changes it in place."""
+
 Step = Callable[
-    [nn.Module, torch.optim.Optimizer, Tensor, Tensor, Tensor, torch.Generator],
-    tuple[Tensor, StepStats],
+    [nn.Module, torch.optim.Optimizer, Batch, Memory, torch.Generator],
+    StepStats,
 ]
-"""One batch: (model, optimizer, x, labels, F_R, generator) -> (F_R, statistics)."""
+"""One batch: (model, optimizer, batch, memory, generator) -> statistics."""
 
 _HEARTBEAT_SECONDS = 1.0
 _CHECKED = 64  # training images
@@ -118,7 +121,7 @@ def train_epoch(
     began, before = _clock(device), state.train_seconds
     heartbeat = Heartbeat(show, torch.zeros((), dtype=torch.int64, device=device))
     state.model.train()
-    for x, labels in batches(
+    for batch in batches(
         split,
         order,
         plan.batch_size,
@@ -136,14 +139,7 @@ def train_epoch(
         lr = plan.lr * plan.schedule(done)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        state.robust_fraction, stats = step(
-            state.model,
-            state.optimizer,
-            x,
-            labels,
-            state.robust_fraction,
-            state.generator,
-        )
+        stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
         state.add(stats)
         heartbeat.step(state, stats.loss)
         tick()
@@ -154,7 +150,7 @@ def train_epoch(
         return None
     return heartbeat.look(state) | {
         "lr": state.optimizer.param_groups[0]["lr"],
-        "robust_fraction": float(state.robust_fraction),
+        "robust_fraction": float(state.memory["robust_fraction"]),
         "train_seconds": state.epoch_seconds,
     }
 

@@ -19,16 +19,19 @@ from btrain.data import Data, Split
 from btrain.data.augmentation import batch_slices
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName
+from btrain.schema import Config, DefenseName, RivalName
 from btrain.tracking import Tracker, open_tracker
+from btrain.training.cost import forward_flops
 from btrain.training.loop import Averages, check_weights, epoch_order, train_epoch
-from btrain.training.setup import find_device, load_data, make_plan, make_state, make_step
+from btrain.training.methods import make_step
+from btrain.training.setup import find_device, load_data, make_plan, make_state
 from btrain.training.state import TrainState
-from btrain.training.statistics import averages
+from btrain.training.statistics import StepStats, averages
 
 log = logging.getLogger("btrain")
 
 _COLLAPSE = 20.0  # points
+_UNITS = StepStats._fields.index("units")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -73,16 +76,17 @@ def _train_epochs(
     config: Config, state: TrainState, data: Data, folder: RunFolder, tracker: Tracker
 ) -> None:
     """All epochs that are left, each with its log line and checkpoint."""
-    device, plan = state.robust_fraction.device, make_plan(config)
+    device, plan = state.device, make_plan(config)
     step, warm_up = make_step(config, device), make_step(config, device, warm_up=True)
     batches = len(batch_slices(len(data.train), plan.batch_size))
+    unit = forward_flops(state.model, data.shape, device)
     done = state.epoch * batches + state.batch
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
 
         def show(means: Averages) -> None:
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, F_B/F_R/F_O {_fractions(means)}, "
-                f"speedup {_speedup(config, means):.2f}",
+                f"speedup {_number(_speedup(config, means))}",
                 refresh=False,
             )
 
@@ -95,6 +99,7 @@ def _train_epochs(
             check_weights(state, data.train)
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
             metrics["theoretical_speedup"] = _speedup(config, means)
+            metrics["flops"] = float(state.epoch_sums[_UNITS]) * unit
             if state.batch == batches:
                 state.end_epoch()
                 metrics |= _watch(config, state, data, folder)
@@ -169,8 +174,8 @@ def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
 def _summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
     """Evaluates the last and, where there is one, the best model on the test set."""
     last = _evaluate(config, state.model, data.test)
-    means = averages(state.total_sums + state.epoch_sums)
-    device = state.robust_fraction.device
+    sums, device = state.total_sums + state.epoch_sums, state.device
+    means = averages(sums)
     summary = {
         "clean_acc": last.clean,
         "robust_acc": last.robust,
@@ -178,6 +183,9 @@ def _summarise(config: Config, state: TrainState, data: Data, folder: RunFolder)
         "f_r": means["f_r"],
         "f_o": means["f_o"],
         "theoretical_speedup": _speedup(config, means),
+        "attack_steps_mean": means["attack_steps_mean"],
+        "units_per_example": means["units_per_example"],
+        "flops": float(sums[_UNITS]) * forward_flops(state.model, data.shape, device),
         "train_seconds": state.train_seconds,
         "epochs": state.epoch,
         "seed": config.seed,
@@ -214,10 +222,12 @@ def git_commit() -> str | None:
         return None
 
 
-def _speedup(config: Config, means: dict[str, Any]) -> float:
+def _speedup(config: Config, means: dict[str, Any]) -> float | None:
     """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
-    a class.
+    a class; None for the rivals that it does not describe.
     """
+    if config.rival.name in (RivalName.free, RivalName.mma):
+        return None
     steps = means["attack_steps_mean"]
     return theoretical_speedup(
         fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
@@ -233,7 +243,7 @@ def _describe(data: Data, state: TrainState) -> str:
     where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
     return (
         f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
-        f"{len(data.classes)} classes; {where} on {state.robust_fraction.device}"
+        f"{len(data.classes)} classes; {where} on {state.device}"
     )
 
 
@@ -245,20 +255,21 @@ def _epoch_line(metrics: dict[str, Any]) -> str:
     )
     return (
         f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
-        f"{_percent(metrics['clean_acc_train'])} robust {_percent(metrics['robust_acc_train'])}"
+        f"{_number(metrics['clean_acc_train'])} robust {_number(metrics['robust_acc_train'])}"
         f"{held_out}, "
-        f"F_B/F_R/F_O {_fractions(metrics)}, speedup {metrics['theoretical_speedup']:.2f} (eq. 7), "
+        f"F_B/F_R/F_O {_fractions(metrics)}, "
+        f"speedup {_number(metrics['theoretical_speedup'])} (eq. 7), "
         f"{metrics['train_seconds']:.1f} s"
     )
 
 
-def _percent(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
 def _headline(summary: dict[str, Any]) -> str:
     return (
         f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
-        f"{_fractions(summary)}, speedup {summary['theoretical_speedup']:.2f} (eq. 7), "
+        f"{_fractions(summary)}, speedup {_number(summary['theoretical_speedup'])} (eq. 7), "
         f"{summary['train_seconds']:.1f} s of training"
     )

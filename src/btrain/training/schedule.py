@@ -11,9 +11,10 @@ Schedule = Callable[[float], float]
 _COSINE_END = 1e-5
 
 
-def step_decay(milestones: Sequence[float], decay: float) -> Schedule:
-    """Falls by `decay` at each milestone, a share of the run."""
-    return lambda progress: decay ** sum(progress >= milestone for milestone in milestones)
+def step_decay(milestones: Sequence[float], factors: Sequence[float]) -> Schedule:
+    """1, and from each milestone on, a share of the run, the factor that belongs to it."""
+    levels = [1.0, *factors]
+    return lambda progress: levels[sum(progress >= milestone for milestone in milestones)]
 
 
 def cyclic(peak: float) -> Schedule:

@@ -19,7 +19,8 @@ class TrainState:
     Attributes:
         model, optimizer: with their weights and momenta.
         generator: of augmentation and attack noise, on the training device.
-        robust_fraction: F_R, a 0-d tensor on the device.
+        memory: what the method remembers between batches, tensors on the device; of every method
+            `robust_fraction` (F_R, 0-d).
         epoch: epochs completed.
         batch: batches done in the epoch that is under way.
         epoch_sums: `StepStats` summed over that epoch, float64 on the device.
@@ -33,7 +34,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
-    robust_fraction: Tensor
+    memory: dict[str, Tensor]
     epoch_sums: Tensor
     total_sums: Tensor
     epoch: int = 0
@@ -47,18 +48,27 @@ class TrainState:
 
     @staticmethod
     def fresh(
-        model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, device: torch.device
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        memory: dict[str, Tensor],
+        seed: int,
+        device: torch.device,
     ) -> TrainState:
-        """The state of a run that has not begun; F_R is 0 (Algorithm 2, line 8)."""
+        """The state of a run that has not begun."""
         sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
         return TrainState(
             model=model,
             optimizer=optimizer,
             generator=torch.Generator(device).manual_seed(seed),
-            robust_fraction=torch.zeros((), device=device),
+            memory=memory,
             epoch_sums=sums,
             total_sums=sums.clone(),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run trains."""
+        return self.generator.device
 
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""
@@ -79,7 +89,8 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "device": self.generator.device.type,
+            "device": self.device.type,
+            "memory": self.memory,
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
@@ -89,7 +100,7 @@ class TrainState:
         Raises:
             UserError: the state is of another kind of device, or not one of a run like this.
         """
-        here = self.generator.device.type
+        here = self.device.type
         if saved.get("device", here) != here:
             raise UserError(
                 f"The run was begun with device={saved['device']} and cannot go on with "
@@ -104,13 +115,15 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
+        for name, tensor in self.memory.items():
+            tensor.copy_(saved["memory"][name])
         for name in _TENSORS:
             getattr(self, name).copy_(saved[name])
         for name in _NUMBERS:
             setattr(self, name, saved[name])
 
 
-_TENSORS = ("robust_fraction", "epoch_sums", "total_sums")
+_TENSORS = ("epoch_sums", "total_sums")
 _NUMBERS = (
     "epoch",
     "batch",

@@ -16,7 +16,8 @@ class StepStats(NamedTuple):
 
     An outcome is known where the example was attacked and its clean prediction was right: it fell
     or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
-    The scores (SVar, or another metric) are summed by what really happened.
+    The scores (SVar, or another metric) are summed by what really happened. A unit of cost is one
+    forward pass of one example: an attack step takes two, a training pass three.
     """
 
     examples: Tensor
@@ -25,6 +26,7 @@ class StepStats(NamedTuple):
     robust: Tensor
     outlier: Tensor
     steps: Tensor
+    units: Tensor
     clean_correct: Tensor
     robust_correct: Tensor
     boundary_fell: Tensor
@@ -46,6 +48,8 @@ def step_stats(
     clean_logits: Tensor,
     adv_logits: Tensor,
     labels: Tensor,
+    *,
+    units: float,
 ) -> StepStats:
     """The statistics of one batch, all tensors in one order.
 
@@ -57,6 +61,7 @@ def step_stats(
         clean_logits: (m, K), or (m, 0) where none were computed.
         adv_logits: (m, K).
         labels: (m,).
+        units: what the batch has cost.
     """
     classes, steps, overhead = allocation
     examples = torch.ones_like(labels).sum()
@@ -73,6 +78,7 @@ def step_stats(
         robust=robust.sum(),
         outlier=outlier.sum(),
         steps=steps.sum() + overhead * examples,
+        units=torch.full_like(loss, units),
         clean_correct=(clean_logits.argmax(dim=1) == labels).sum() if has_clean else unknown,
         robust_correct=stands.sum(),
         boundary_fell=(boundary & fell).sum(),
@@ -108,6 +114,7 @@ def averages(sums: Tensor) -> dict[str, float | None]:
         "f_r": _ratio(total.robust, n),
         "f_o": _ratio(total.outlier, n),
         "attack_steps_mean": _ratio(total.steps, n),
+        "units_per_example": _ratio(total.units, n),
         "clean_acc_train": _ratio(100 * total.clean_correct, n),
         "robust_acc_train": _ratio(100 * total.robust_correct, n),
         "boundary_precision": _ratio(

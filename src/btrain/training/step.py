@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.allocation import (
+    BOUNDARY,
     Allocation,
     by_class,
     gaussian,
@@ -19,8 +20,9 @@ from btrain.allocation import (
     uniform,
     update_robust_fraction,
 )
-from btrain.attacks import by_steps, evaluation_mode, prefix_pgd
+from btrain.attacks import by_steps, early_exit_pgd, evaluation_mode, prefix_pgd
 from btrain.defenses import Defense
+from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
 
 
@@ -31,8 +33,11 @@ class Method:
     Attributes:
         budget: N_O, N_R, N_B, (3,) int64 on the device.
         n_b: N_B again, on the host.
+        patience: of the allocator `early_exit`.
         mean_steps: of the allocator `gaussian`.
+        fractions: F_B, F_R, F_O of the allocator `random`; None for those of BulletTrain's rule.
         oracle_steps, oracle_step_size: of the attack that tells the allocator `oracle` the truth.
+        grad_align_weight: λ of GradAlign's regulariser; 0 for none.
     """
 
     defense: Defense
@@ -41,7 +46,9 @@ class Method:
     budget: Tensor
     n_b: int
     step_size_b: float
+    patience: int
     mean_steps: float
+    fractions: tuple[float, float, float] | None
     oracle_steps: int
     oracle_step_size: float
     epsilon: float
@@ -52,6 +59,7 @@ class Method:
     momentum: float
     share_clean_forward: bool
     forward_unperturbed: bool
+    grad_align_weight: float
 
 
 def train_step(
@@ -69,7 +77,9 @@ def train_step(
     From line 13 on the batch is in the order of descending step count; the sort copies the m step
     counts to the host, the only copy of a step.
     """
+    m = len(x)
     clean_logits, z = clean_forward(model, x, method)  # line 11
+    shared = clean_logits is not None
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
     order, active = by_steps(allocation.steps)
@@ -78,21 +88,30 @@ def train_step(
     sizes = step_sizes(
         allocation.steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
     )
-    x_adv = attack(model, x, labels, z, sizes, active, noise, method)  # line 13
-
+    x_adv, allocation, attacked = perturb(  # line 13
+        model, x, labels, z, sizes, allocation, active, noise, method
+    )
     if method.defense.outer_reads_clean:  # line 14
         clean_logits = model(x) if clean_logits is None else clean_logits[order]
-        perturbed = len(x) if method.forward_unperturbed else sum(active[:1])
-        adv_logits = forward_prefix(model, x_adv, perturbed, clean_logits)
+        rows = rows_to_forward(m if method.forward_unperturbed else sum(active[:1]), m)
+        adv_logits = forward_prefix(model, x_adv, rows, clean_logits)
+        trained = m + rows
     else:
-        clean_logits, adv_logits = z, model(x_adv)
+        clean_logits, adv_logits, trained = z, model(x_adv), m
     robust_fraction = update_robust_fraction(  # line 15
         robust_fraction, adv_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+    units = 2 * attacked + 3 * trained
+    units += m if z.shape[1] and not shared else 0
+    units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
+    if method.grad_align_weight:
+        around = torch.empty_like(x).uniform_(-method.epsilon, method.epsilon, generator=generator)
+        loss = loss + method.grad_align_weight * misalignment(model, x, labels, around)
+        units += 8 * m  # two gradients of the images, one of them differentiated again
     descend(optimizer, loss)
     score = method.metric(z, labels) if z.shape[1] else None
-    stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels)
+    stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels, units=units)
     return robust_fraction, stats
 
 
@@ -148,10 +167,50 @@ def allocate(
     score = method.metric(z, labels)
     if method.allocator == "gaussian":
         return gaussian(score, robust_fraction, n_b=method.n_b, mean_steps=method.mean_steps)
-    return predicted(method.allocator, score, robust_fraction, method.budget, generator)
+    return predicted(
+        method.allocator, score, robust_fraction, method.budget, generator, method.fractions
+    )
 
 
-ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "random")
+ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
+
+
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    z: Tensor,
+    sizes: Tensor,
+    allocation: Allocation,
+    active: Sequence[int],
+    noise: Tensor,
+    method: Method,
+) -> tuple[Tensor, Allocation, int]:
+    """The attack on the allocated batch, in descending order of steps.
+
+    Returns:
+        Adversarial examples like x, the allocation with the steps really taken, and how many images
+        the attack sent through the network.
+    """
+    if method.allocator != "early_exit":
+        x_adv = attack(model, x, labels, z, sizes, active, noise, method)
+        return x_adv, allocation, sum(active)
+    with evaluation_mode(model):
+        x_adv, taken, attacked = early_exit_pgd(
+            model,
+            x,
+            labels,
+            z,
+            steps=allocation.steps,
+            active=active,
+            exits=allocation.classes == BOUNDARY,
+            patience=method.patience,
+            step_size=sizes,
+            inner_loss=method.defense.inner_loss,
+            epsilon=method.epsilon,
+            noise=noise,
+        )
+    return x_adv, allocation._replace(steps=taken), attacked
 
 
 def attack(
@@ -190,12 +249,14 @@ def start_noise(x: Tensor, method: Method, generator: torch.Generator) -> Tensor
     return noise.normal_(0, method.start_std, generator=generator)
 
 
-def forward_prefix(model: nn.Module, x_adv: Tensor, perturbed: int, clean_logits: Tensor) -> Tensor:
-    """Logits (m, K) of the first `perturbed` examples; the others keep their clean logits.
+def rows_to_forward(perturbed: int, m: int) -> int:
+    """How many examples share the adversarial forward pass when so many are perturbed.
 
-    A single example takes an unperturbed one along, for BatchNorm cannot normalise it alone.
+    A single one takes an unperturbed one along, for BatchNorm cannot normalise it alone.
     """
-    if perturbed == 0:
-        return clean_logits
-    rows = min(max(perturbed, 2), len(x_adv))
-    return torch.cat([model(x_adv[:rows]), clean_logits[rows:]])
+    return min(max(perturbed, 2), m) if perturbed else 0
+
+
+def forward_prefix(model: nn.Module, x_adv: Tensor, rows: int, clean_logits: Tensor) -> Tensor:
+    """Logits (m, K) of the first `rows` examples; the others keep their clean logits."""
+    return torch.cat([model(x_adv[:rows]), clean_logits[rows:]]) if rows else clean_logits

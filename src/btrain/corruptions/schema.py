@@ -1,0 +1,59 @@
+"""The settings of `btrain data corrupt`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, check_name
+from btrain.errors import UserError
+from btrain.schema import MISSING, DatasetConfig, DatasetName
+
+_SETS = {"standard": CORRUPTIONS, "all": CORRUPTIONS + EXTRA_CORRUPTIONS}
+
+
+@dataclass
+class CorruptionSettings:
+    out: str | None = None
+    corruptions: Any = MISSING  # standard, all, a name, or a list of names
+    seed: int = MISSING
+    processes: int | None = None
+    frost: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"corrupt.seed must be in [0, 2^63), not {self.seed}.")
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"corrupt.processes must be at least 1, not {self.processes}.")
+        if not self.names:
+            raise UserError("corrupt.corruptions names none.")
+        for name in self.names:
+            check_name(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The corruptions that are asked for, in the user's order."""
+        if isinstance(self.corruptions, list):
+            return tuple(dict.fromkeys(map(str, self.corruptions)))
+        return _SETS.get(self.corruptions, (str(self.corruptions),))
+
+
+@dataclass
+class CorruptConfig:
+    """Everything that decides a corrupted test set."""
+
+    dataset: DatasetConfig = MISSING
+    corrupt: CorruptionSettings = MISSING
+
+    @property
+    def source(self) -> str:
+        """The name of the data set; an image folder goes by its own."""
+        if self.dataset.name is DatasetName.imagefolder:
+            return Path(self.dataset.root).resolve().name
+        return self.dataset.name.name
+
+    @property
+    def out(self) -> Path:
+        """The folder of the corrupted test set."""
+        return Path(self.corrupt.out or f"data/{self.source}-C-regenerated")

@@ -1,0 +1,124 @@
+"""A network as a file that other projects read, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from btrain.errors import UserError
+from btrain.exchange import names
+from btrain.models.wide_resnet import WideResNet
+
+ROBUSTBENCH_SHAPE = (3, 32, 32)
+"""Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
+
+
+def write(
+    model: nn.Module,
+    path: Path,
+    *,
+    format: str,
+    shape: tuple[int, int, int],
+    sub_block1: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a network in a format of `command.FORMATS`.
+
+    Args:
+        model: one of btrain's networks, on the CPU, in eval mode.
+        path: the file to write.
+        format: `state_dict` and `safetensors` hold our key names, `robustbench` its; `onnx` is the
+            whole network, from `images` (batch, C, H, W) in [0, 1] to `logits` (batch, K).
+        shape: (C, H, W) of the images.
+        sub_block1: of format robustbench, see `names.robustbench`.
+        overwrite: whether a file that is there already may be replaced.
+
+    Raises:
+        UserError: the network does not go into that format, a package is missing, the file is there
+            already or cannot be written.
+    """
+    write_to = _writer(model, format, shape, sub_block1)
+    if path.is_dir() or (path.exists() and not overwrite):
+        hint = "" if path.is_dir() else "; overwrite=true replaces it"
+        raise UserError(f"out={path} is there already{hint}.")
+    if not path.parent.is_dir():
+        raise UserError(f"out={path}: there is no folder {path.parent}.")
+    try:
+        with _replacing(path) as temporary:
+            write_to(temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} could not be written ({reason}).") from error
+
+
+def _writer(
+    model: nn.Module, format: str, shape: tuple[int, int, int], sub_block1: bool
+) -> Callable[[Path], None]:
+    """What writes the file, once it is known that it can."""
+    if format == "onnx":
+        _require("onnx", "onnx", "onnxscript")
+        return partial(_write_onnx, model, shape)
+    if format == "safetensors":
+        _require("safetensors", "safetensors")
+        return partial(_write_safetensors, model)
+    weights = dict(model.state_dict())
+    if format == "robustbench":
+        if not isinstance(model, WideResNet):
+            raise UserError("format=robustbench is for WideResNets; this network is none.")
+        if shape != ROBUSTBENCH_SHAPE:
+            theirs, ours = ("×".join(map(str, sizes)) for sizes in (ROBUSTBENCH_SHAPE, shape))
+            raise UserError(f"RobustBench's WideResNet takes {theirs} images, not {ours}.")
+        weights = names.robustbench(weights, sub_block1=sub_block1)
+    return partial(torch.save, weights)
+
+
+def _require(format: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f'format={format} needs {" and ".join(missing)}: pip install "btrain[export]".'
+        )
+
+
+def _write_safetensors(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save
+
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    path.write_bytes(save(weights, metadata={"format": "pt"}))
+
+
+def _write_onnx(model: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
+    example = torch.zeros(2, *shape)  # one image would be taken for a constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` at the end, and goes on an error."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

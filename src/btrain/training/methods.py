@@ -1,0 +1,183 @@
+"""From a configuration to what is done with a batch, and what is remembered for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from btrain.allocation import METRICS
+from btrain.augmix import augmix
+from btrain.data import Batch, Data
+from btrain.defenses import DEFENSES
+from btrain.schema import AttackMode, BTConfig, Config, DefenseName, RivalName
+from btrain.training.augmix_step import AugMixMethod, augmix_step
+from btrain.training.loop import Memory, Step
+from btrain.training.rivals.free import free_step
+from btrain.training.rivals.mma import MMAMethod, mma_step
+from btrain.training.statistics import StepStats
+from btrain.training.step import Method, train_step
+
+
+def make_step(config: Config, device: torch.device, *, warm_up: bool = False) -> Step:
+    """What is done with a batch: Algorithm 2's open choices, from the configuration.
+
+    `warm_up` asks for the plain defense, whatever the allocator.
+    """
+    if config.rival.name is RivalName.free:
+        return _free(config)
+    if config.rival.name is RivalName.mma:
+        return _mma(config)
+    allocator = "uniform" if warm_up else config.bt.name.value
+    update: Callable[..., tuple[Tensor, StepStats]]
+    if config.defense.name is DefenseName.augmix:
+        update = partial(augmix_step, method=_augmix_method(config, device, allocator))
+    else:
+        update = partial(train_step, method=_attack_method(config, device, allocator))
+
+    def step(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        memory["robust_fraction"], stats = update(
+            model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
+        )
+        return stats
+
+    return step
+
+
+def _free(config: Config) -> Step:
+    replays, epsilon = config.rival.replays, config.attack.epsilon
+    assert replays is not None
+
+    def step(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        x, labels, _ = batch
+        delta = memory["delta"][: len(x)]
+        memory["delta"][: len(x)], stats = free_step(
+            model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
+        )
+        return stats
+
+    return step
+
+
+def _mma(config: Config) -> Step:
+    method = _mma_method(config)
+
+    def step(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        x, labels, indices = batch
+        memory["margin"][indices], stats = mma_step(
+            model, optimizer, x, labels, memory["margin"][indices], generator, method=method
+        )
+        return stats
+
+    return step
+
+
+def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
+    """What the run's method remembers, before its first batch: F_R is 0 (Algorithm 2, line 8)."""
+    memory = {"robust_fraction": torch.zeros((), device=device)}
+    if config.rival.name is RivalName.free:
+        most = config.train.batch_size + 1  # a last batch of one example joins its neighbour
+        memory["delta"] = torch.zeros(most, *data.shape, device=device)
+    if config.rival.name is RivalName.mma:
+        memory["margin"] = torch.zeros(len(data.train), device=device)
+    return memory
+
+
+def _attack_method(config: Config, device: torch.device, allocator: str) -> Method:
+    """The choices of the adversarial defenses."""
+    bt, attack = config.bt, config.attack
+    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
+    return Method(
+        defense=DEFENSES[config.defense.name.value](**settings),
+        allocator=allocator,
+        metric=METRICS[bt.metric.value],
+        budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
+        n_b=bt.n_b,
+        step_size_b=bt.step_size_b,
+        patience=bt.patience,
+        mean_steps=bt.mean_steps,
+        fractions=_fractions(bt),
+        oracle_steps=bt.oracle_steps,
+        oracle_step_size=bt.oracle_step_size,
+        epsilon=attack.epsilon,
+        start=attack.start.value,
+        start_std=attack.start_std,
+        attack_in_train_mode=attack.mode is AttackMode.train,
+        gamma=bt.gamma,
+        momentum=bt.momentum,
+        share_clean_forward=bt.share_clean_forward,
+        forward_unperturbed=bt.forward_unperturbed,
+        grad_align_weight=config.rival.grad_align_weight or 0.0,
+    )
+
+
+def _fractions(bt: BTConfig) -> tuple[float, float, float] | None:
+    if bt.fractions is None:
+        return None
+    boundary, robust, outlier = bt.fractions
+    return boundary, robust, outlier
+
+
+def _mma_method(config: Config) -> MMAMethod:
+    """The choices of MMA."""
+    rival = config.rival
+    assert rival.max_margin is not None
+    assert rival.first_margin is not None
+    assert rival.bisections is not None
+    assert rival.clean_weight is not None
+    return MMAMethod(
+        max_margin=rival.max_margin,
+        first_margin=rival.first_margin,
+        steps=config.attack.steps,
+        bisections=rival.bisections,
+        clean_weight=rival.clean_weight,
+    )
+
+
+def _augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+    bt, defense, views = config.bt, config.defense, config.attack.augmix
+    assert views is not None
+    assert defense.jsd is not None
+    assert defense.jsd_weight is not None
+
+    def make_views(images: Tensor, generator: torch.Generator) -> Tensor:
+        return augmix(
+            images,
+            generator=generator,
+            severity=views.severity,
+            width=views.width,
+            depth=views.depth,
+            all_ops=views.all_ops,
+        )
+
+    return AugMixMethod(
+        make_views=make_views,
+        allocator=allocator,
+        metric=METRICS[bt.metric.value],
+        budget=torch.tensor([0, 0, 1], device=device),
+        fractions=_fractions(bt),
+        jsd=defense.jsd,
+        jsd_weight=defense.jsd_weight,
+        gamma=bt.gamma,
+        momentum=bt.momentum,
+    )

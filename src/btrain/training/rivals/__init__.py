@@ -1,0 +1,1 @@
+"""Efficient-training rivals whose training step is another than Algorithm 2's."""
