@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from btrain import models
 from btrain.config import compose
-from btrain.data import Batch, load
+from btrain.data import Batch, Data, load
+from btrain.evaluation import robust_accuracy
 from btrain.training import train
 from btrain.training.methods import make_step
 
@@ -55,3 +58,19 @@ def test_a_step_copies_to_the_host_once() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("attack", ["pgd20", "pgd100x10", "autoattack"])
+def test_an_evaluation_on_the_gpu_finds_what_the_cpu_finds(
+    robust_net: nn.Module, digits: Data, attack: str
+) -> None:
+    images, labels = digits.test.images[:60], digits.test.labels[:60]
+    network = copy.deepcopy(robust_net)
+    cpu, gpu = (
+        robust_accuracy(
+            network.to(device), images.to(device), labels.to(device), epsilon=0.1, attack=attack
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.settings["device"] == "cuda:0"
+    assert (cpu.correct != gpu.correct).sum() <= 2

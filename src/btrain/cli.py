@@ -20,6 +20,8 @@ usage: btrain <command> …
 
 commands:
   train [option=value …]           train a robust network, evaluate it, leave a run folder
+  eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
+  eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
   report RUN [RUN …]               finished runs side by side; the first is the baseline
   export checkpoint=RUN …          a trained network as a file for other projects
@@ -180,6 +182,25 @@ def _report(args: list[str]) -> None:
     print(compare(args, merge_seeds=merge_seeds))
 
 
+def _eval(args: list[str]) -> None:
+    """Evaluates a checkpoint, or compares two evaluations."""
+    from btrain import eval_config
+
+    if {"-h", "--help"} & set(args):
+        print(eval_config.HELP, end="")
+        return
+    if args[:1] == ["compare"]:
+        folder_a, folder_b, attack = eval_config.parse_compare(args[1:])
+        from btrain.evaluation.compare import compare_folders
+
+        print(compare_folders(folder_a, folder_b, attack).sentence())
+        return
+    settings = eval_config.parse(args)
+    from btrain.evaluation.run import evaluate_checkpoint
+
+    evaluate_checkpoint(settings)
+
+
 def _export(args: list[str]) -> None:
     """Writes a trained network in another project's format."""
     from btrain.exchange.command import run
@@ -187,4 +208,10 @@ def _export(args: list[str]) -> None:
     run(args)
 
 
-COMMANDS = {"train": _train, "data": _data, "report": _report, "export": _export}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "data": _data,
+    "report": _report,
+    "export": _export,
+}

@@ -1,0 +1,51 @@
+"""What an interrupted attack has found, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from btrain.evaluation.files import write_arrays
+
+
+class Partial:
+    """A file `<attack>.partial.npz` that belongs to one setting; others neither see nor keep it."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path = path
+        self._identity = json.dumps(identity, sort_keys=True)
+
+    def load(self, examples: int) -> tuple[Tensor, Tensor, int] | None:
+        """Which stand (n,), which are pending in a round (n,), and the round; None: start over.
+
+        A file of another setting or a damaged one counts as none.
+        """
+        try:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+                if str(saved["identity"]) != self._identity:
+                    return None
+                stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])
+                number = int(saved["round"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+        return (stands, pending, number) if len(stands) == len(pending) == examples else None
+
+    def save(self, stands: Tensor, pending: Tensor, number: int) -> None:
+        """Replaces what was kept."""
+        write_arrays(
+            self._path,
+            identity=np.array(self._identity),
+            stands=stands.numpy(),
+            pending=pending.numpy(),
+            round=np.array(number),
+        )
+
+    def remove(self) -> None:
+        """Once the attack is through."""
+        self._path.unlink(missing_ok=True)
