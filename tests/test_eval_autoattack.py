@@ -183,9 +183,11 @@ def test_an_interrupted_pgd_goes_on_where_it_was(
     other = Partial(tmp_path / "pgd.partial.npz", {"seed": 1})
     assert other.load(60) is None  # somebody else's
     assert partial.load(59) is None
+    assert partial.seconds_before == 0
     resumed, rest = forward_passes(robust_net, lambda: run(partial))
     assert torch.equal(resumed, whole)
     assert rest < 0.6 * passes
+    assert partial.seconds_before > 0
     (tmp_path / "pgd.partial.npz").write_bytes(b"PK\x03\x04 broken")
     assert partial.load(60) is None
 

@@ -226,7 +226,7 @@ def _finished(
         correct=correct.numpy().astype(bool),
         labels=subject.examples.labels.cpu().numpy().astype(np.int64),
         classes=subject.examples.classes,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started + (partial.seconds_before if partial else 0.0),
         settings=facts | changed,
     )
     if subject.folder is not None:

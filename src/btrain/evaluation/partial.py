@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class Partial:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
         self._identity = json.dumps(identity, sort_keys=True)
+        self._since = time.perf_counter()
+        self.seconds_before = 0.0  # that the interrupted evaluations took
 
     def load(self, examples: int) -> tuple[Tensor, Tensor, int] | None:
         """Which stand (n,), which are pending in a round (n,), and the round; None: start over.
@@ -31,10 +34,13 @@ class Partial:
                 if str(saved["identity"]) != self._identity:
                     return None
                 stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])
-                number = int(saved["round"])
+                number, seconds = int(saved["round"]), float(saved["seconds"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
-        return (stands, pending, number) if len(stands) == len(pending) == examples else None
+        if not len(stands) == len(pending) == examples:
+            return None
+        self.seconds_before = seconds
+        return stands, pending, number
 
     def save(self, stands: Tensor, pending: Tensor, number: int) -> None:
         """Replaces what was kept."""
@@ -44,6 +50,7 @@ class Partial:
             stands=stands.numpy(),
             pending=pending.numpy(),
             round=np.array(number),
+            seconds=np.array(self.seconds_before + time.perf_counter() - self._since),
         )
 
     def remove(self) -> None:
