@@ -94,34 +94,35 @@ def check_sanity(
         correct: which of them are classified correctly when clean, (n,) bool on the CPU.
     """
 
-    def accuracy(radius: float, steps: int) -> float:
+    def left(radius: float, steps: int, loss: str = "ce", of: Tensor = correct) -> Tensor:
         if radius == 0 or steps == 0:
-            return percent(correct)
+            return of
         step_size = min(2.5 * radius / steps, 2 * radius)
-        attack = Pgd(radius, step_size, steps, last_iterate=True, seed=seed)
-        stands = pgd_stands(
+        attack = Pgd(radius, step_size, steps, loss=loss, last_iterate=True, seed=seed)
+        return pgd_stands(
             model,
             examples,
-            correct,
+            of,
             attack,
             batch_size=batch_size,
             show_progress=show_progress,
             name=f"sanity, ε {radius:.4g}, {steps} steps",
         )
-        return percent(stands)
 
     def percent(stands: Tensor) -> float:
         return 100 * int(stands.sum()) / len(examples)
 
     radii = list(dict.fromkeys(min(factor * epsilon, UNBOUNDED) for factor in RADII))
-    by_radius = [(radius, accuracy(radius, 20)) for radius in radii]
-    by_steps = [(float(steps), accuracy(epsilon, steps)) for steps in STEPS]
-    white_box = by_steps[-1][1]
+    by_radius = [(radius, percent(left(radius, 20))) for radius in radii]
+    after = [left(epsilon, steps) for steps in STEPS]
+    by_steps = [(float(n), percent(stands)) for n, stands in zip(STEPS, after, strict=True)]
+    # Square climbs the margin, so PGD does, too, on what the cross-entropy leaves.
+    white_box = percent(left(epsilon, STEPS[-1], "cw", of=after[-1]))
     tolerance = max(TOLERANCE, 200 / len(examples))
     checks = (
         _falls("accuracy falls with ε", "ε", by_radius, tolerance),
         _falls("accuracy falls with steps", "steps", by_steps, tolerance),
-        _wins(accuracy(UNBOUNDED, 50)),
+        _wins(percent(left(UNBOUNDED, 50))),
         _one_step(by_steps, tolerance),
         _black_box(model, examples, correct, epsilon, seed, batch_size, white_box, tolerance),
         _gradients(model, examples, batch_size),
@@ -188,7 +189,7 @@ def _black_box(
             x_adv = attack.perturb(x, labels)
             stands[indices] = (model(x_adv).argmax(dim=1) == labels).cpu()
     black_box = 100 * int(stands.sum()) / len(examples)
-    detail = f"{black_box:.1f} % under Square's {QUERIES} queries, {white_box:.1f} % under PGD-50"
+    detail = f"{black_box:.1f} % under Square's {QUERIES} queries, {white_box:.1f} % under PGD-50's two losses"
     numbers = {"square": black_box, "pgd": white_box}
     return Check(name, white_box <= black_box + tolerance, detail, numbers)
 
