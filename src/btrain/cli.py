@@ -7,7 +7,6 @@ at once.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,13 +151,12 @@ _PATHS = ("dataset.root", "run.dir", "corrupt.out", "corrupt.frost")
 
 def _quoted(argument: str) -> str:
     """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    from btrain import config as configs
+
     key, _, value = argument.partition("=")
     if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
         return argument
-    path = os.path.expanduser(value)  # noqa: PTH111
-    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
-    text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)
-    return f"{key}='{text}'"
+    return f"{key}={configs.quoted(os.path.expanduser(value))}"  # noqa: PTH111
 
 
 def _report(args: list[str]) -> None:

@@ -96,6 +96,13 @@ def composed(overrides: Sequence[str], task: str) -> Any:
         raise explain(error, overrides, task) from error
 
 
+def quoted(text: str) -> str:
+    """Any text as a value on Hydra's command line."""
+    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
+
+
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
     """What a command's --help shows: the options of each group and the settings they come to.
 

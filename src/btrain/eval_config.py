@@ -136,10 +136,9 @@ def _merged(kind: type, node: Any, group: str, overrides: Mapping[str, str]) -> 
 
 
 def _quoted(key: str, value: str) -> str:
-    if key != "dataset.root" or value[0] in "'\"":
-        return value
-    text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), value)
-    return f"'{text}'"
+    from btrain import config as configs
+
+    return value if key != "dataset.root" or value[0] in "'\"" else configs.quoted(value)
 
 
 def _did_you_mean(key: str) -> str:

@@ -189,7 +189,10 @@ def _black_box(
             x_adv = attack.perturb(x, labels)
             stands[indices] = (model(x_adv).argmax(dim=1) == labels).cpu()
     black_box = 100 * int(stands.sum()) / len(examples)
-    detail = f"{black_box:.1f} % under Square's {QUERIES} queries, {white_box:.1f} % under PGD-50's two losses"
+    detail = (
+        f"{black_box:.1f} % under Square's {QUERIES} queries, "
+        f"{white_box:.1f} % under PGD-50 on cross-entropy and margin"
+    )
     numbers = {"square": black_box, "pgd": white_box}
     return Check(name, white_box <= black_box + tolerance, detail, numbers)
 
