@@ -107,8 +107,9 @@ def _train(
             stop.at_once(),
         ):
             summary = summarise(config, state, data, folder)
+        summary["data_sha256"] = provenance["data_sha256"]
         lock.check()
-        folder.write_summary(summary | {"data_sha256": provenance["data_sha256"]})
+        folder.write_summary(summary)
         tracker.summarise(summary)
         log.info("%s: %s", folder.path, headline(summary))
     return summary
