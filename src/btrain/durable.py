@@ -10,7 +10,7 @@ from pathlib import Path
 from btrain.errors import UserError
 
 # What a file system says that cannot sync a folder; its renames are as durable as it makes them.
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 def write_file(path: Path, content: bytes | memoryview, *, previous: Path | None = None) -> None:

@@ -167,11 +167,12 @@ def _read(path: Path) -> dict[str, object]:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    known = isinstance(holder, dict) and {"host", "pid", "started"} <= holder.keys()
+    return holder if known else {}
 
 
 def _holder(path: Path) -> str:
     holder = _read(path)
-    if not {"host", "pid", "started"} <= holder.keys():
+    if not holder:
         return "by another process"
     return f"by process {holder['pid']} on {holder['host']}, which began at {holder['started']}"
