@@ -8,6 +8,7 @@ seconds of an epoch, wall-clock and of the CPU.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ def main(folder: Path, epochs: int) -> None:
     tenth = epochs // 10
     for begin in range(0, epochs, tenth):
         part = after[begin : begin + tenth]
-        wall, cpu = ([b[i] - a[i] for a, b in zip(part, part[1:], strict=False)] for i in (2, 3))
+        wall, cpu = ([b[i] - a[i] for a, b in itertools.pairwise(part)] for i in (2, 3))
         print(json.dumps({
             "epochs": begin + tenth,
             "memory_mib": round(part[-1][0], 1),
