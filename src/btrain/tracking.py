@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,9 +57,9 @@ def open_tracker(
     try:
         yield Tracker(guarded.log, guarded.summarise)
     except BaseException as error:
-        guarded.call(partial(opened.__exit__, type(error), error, error.__traceback__))
+        guarded.attempt(partial(opened.__exit__, type(error), error, error.__traceback__))
         raise
-    guarded.call(partial(opened.__exit__, None, None, None))
+    guarded.attempt(partial(opened.__exit__, None, None, None))
 
 
 def _nowhere() -> Tracker:
@@ -73,23 +73,30 @@ class _Guarded:
         self._tracker, self._name, self._failed = tracker, name, False
 
     def log(self, metrics: dict[str, Any], epoch: int) -> None:
-        self.call(lambda: self._tracker.log(metrics, epoch))
+        self._call(lambda: self._tracker.log(metrics, epoch))
 
     def summarise(self, summary: dict[str, Any]) -> None:
-        self.call(lambda: self._tracker.summarise(summary))
+        self._call(lambda: self._tracker.summarise(summary))
 
-    def call(self, what: Callable[[], object]) -> None:
-        if self._failed:
-            return
+    def _call(self, what: Callable[[], object]) -> None:
+        if not self._failed:
+            self.attempt(what)
+
+    def attempt(self, what: Callable[[], object]) -> None:
+        """To close a tracker, also one that has failed; of the first failure alone there is word."""
         try:
             what()
         except Exception as error:
-            self._failed = True
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._failed:
             log.warning(
                 "logger=%s failed (%s) and gets nothing more; metrics.jsonl goes on.",
                 self._name,
                 str(error).strip().split("\n")[0] or type(error).__name__,
             )
+        self._failed = True
 
 
 @contextmanager
@@ -109,12 +116,17 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
         raise UserError(
             f"logger=wandb could not start ({reason}); logger.mode=offline needs no network."
         ) from error
+    status = 1
     try:
         yield Tracker(lambda metrics, epoch: run.log(metrics, step=epoch), run.summary.update)
-    except BaseException:
-        run.finish(exit_code=1)  # `with run` would print a traceback
-        raise
-    run.finish()
+        status = 0
+    finally:
+        try:
+            run.finish(exit_code=status)  # `with run` would print a traceback
+        except Exception:
+            with suppress(Exception):  # left to itself, it prints one when the process ends
+                wandb.teardown(exit_code=1)
+            raise
 
 
 @contextmanager
