@@ -83,7 +83,7 @@ class _Guarded:
             self.attempt(what)
 
     def attempt(self, what: Callable[[], object]) -> None:
-        """To close a tracker, also one that has failed; of the first failure alone there is word."""
+        """To close a tracker, even one that has failed; only the first failure is reported."""
         try:
             what()
         except Exception as error:
