@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck clean
+.PHONY: help setup demo test test-kill test-soak lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,12 @@ demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real d
 
 test: lint typecheck  ## lint, type check and run all tests
 	python -m pytest
+
+test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour)
+	python -m pytest -m slow tests/test_kill.py -s
+
+test-soak: setup  ## 2,000 tiny epochs: memory, open files and step time stay flat (some minutes)
+	python -m pytest -m slow tests/test_soak.py -s
 
 lint: setup  ## check style and formatting
 	ruff check .

@@ -33,12 +33,12 @@ METRICS = {
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
     "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
     "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch", "units_per_example",
-    "flops",
+    "flops", "warnings",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",
     "attack_steps_mean", "units_per_example", "flops", "epochs", "seed", "device", "torch_version",
-    "git_commit", "parameters",
+    "git_commit", "git_dirty", "data_sha256", "parameters",
 }  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def test_hydras_variable_shows_where_a_mistake_was_noticed(monkeypatch: pytest.M
 def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None:
     assert set(contents(finished)) == {
         "config.yaml", "metrics.jsonl", "summary.json", "train.log", "checkpoints",
-        "checkpoints/last.pt",
+        "checkpoints/last.pt", "provenance.json",
     }  # fmt: skip
     assert {path.name for path in finished.parent.iterdir()} == {"run"}
 
@@ -302,7 +302,7 @@ def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None
 
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["dataset"]["train_examples"] == 200
-    assert config["train"] == {"epochs": 1, "batch_size": 128, "max_seconds": None}
+    assert (config["train"]["epochs"], config["train"]["batch_size"]) == (1, 128)
     assert config["bt"]["n_b"] == 10
 
     log = (finished / "train.log").read_text()

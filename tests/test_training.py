@@ -21,7 +21,7 @@ from btrain.schema import Config, DefenseName, RivalName
 from btrain.training import train
 from btrain.training.loop import train_epoch
 from btrain.training.methods import make_step
-from btrain.training.run import git_commit
+from btrain.training.provenance import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.setup import find_device, make_plan, make_state
 from btrain.training.state import TrainState

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from btrain import __version__
-from btrain.errors import UserError
+from btrain.errors import Interrupted, UserError
 
 USAGE = """\
 usage: btrain <command> …
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as end:  # how Hydra's help and a job with a mistake end
         return end.code if isinstance(end.code, int) else 1
+    except Interrupted as stop:
+        print(f"btrain: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print(
             "btrain: interrupted; the same command goes on from what is done.",

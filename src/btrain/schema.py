@@ -99,6 +99,17 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Resume(Enum):
+    never = "never"
+    auto = "auto"
+    must = "must"
+
+
 def _require(condition: bool, key: str, rule: str, value: object) -> None:
     if not condition:
         raise UserError(f"{key} must be {rule}, not {value}.")
@@ -370,10 +381,14 @@ class TrainConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
     max_seconds: float | None = None
+    checkpoint_every: int = 1
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "train.epochs", self.epochs)
         _at_least(2, "train.batch_size", self.batch_size)
+        _at_least(1, "train.checkpoint_every", self.checkpoint_every)
         if self.max_seconds is not None:
             _positive("train.max_seconds", self.max_seconds)
 
@@ -397,6 +412,7 @@ class EvalConfig:
 @dataclass
 class RunConfig:
     dir: str | None = None
+    resume: Resume = Resume.auto
 
 
 @dataclass

@@ -12,7 +12,7 @@ from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
-from btrain.schema import AttackMode, BTConfig, Config, DefenseName, RivalName
+from btrain.schema import AttackMode, BTConfig, Config, DefenseName, OnNonfinite, RivalName
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -97,6 +97,8 @@ def _mma(
 def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     """What the run's method remembers, before its first batch: F_R is 0 (Algorithm 2, line 8)."""
     memory = {"robust_fraction": torch.zeros((), device=device)}
+    if config.train.on_nonfinite is OnNonfinite.skip:
+        memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
     if config.rival.name is RivalName.free:
         most = config.train.batch_size + 1  # a last batch of one example joins its neighbour
         memory["delta"] = torch.zeros(most, *data.shape, device=device)

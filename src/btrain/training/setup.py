@@ -13,6 +13,7 @@ from btrain.errors import UserError
 from btrain.schema import (
     Config,
     ModelConfig,
+    OnNonfinite,
     OptimizerName,
     RecipeConfig,
     ScheduleName,
@@ -59,7 +60,8 @@ def load_data(config: Config, device: torch.device) -> Data:
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
-    optimizer = _make_optimizer(config.recipe, model)
+    skips = config.train.on_nonfinite is OnNonfinite.skip
+    optimizer = _make_optimizer(config.recipe, model, steps_on_device=skips)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device)
 
@@ -77,9 +79,16 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
     )
 
 
-def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _make_optimizer(
+    recipe: RecipeConfig, model: nn.Module, *, steps_on_device: bool
+) -> torch.optim.Optimizer:
     if recipe.optimizer is OptimizerName.adam:
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(
+            model.parameters(),
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            capturable=steps_on_device and next(model.parameters()).is_cuda,
+        )
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -106,4 +115,5 @@ def make_plan(config: Config) -> Plan:
         crop_padding=recipe.crop_padding,
         flip=recipe.flip,
         max_seconds=config.train.max_seconds,
+        skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
     )

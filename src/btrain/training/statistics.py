@@ -17,7 +17,8 @@ class StepStats(NamedTuple):
     An outcome is known where the example was attacked and its clean prediction was right: it fell
     or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
     The scores (SVar, or another metric) are summed by what really happened. A unit of cost is one
-    forward pass of one example: an attack step takes two, a training pass three.
+    forward pass of one example: an attack step takes two, a training pass three. `bad_logits`
+    counts the examples whose logits are not finite.
     """
 
     examples: Tensor
@@ -37,6 +38,10 @@ class StepStats(NamedTuple):
     score_wrong: Tensor
     score_fell: Tensor
     score_stood: Tensor
+    bad_logits: Tensor
+
+
+UNITS = StepStats._fields.index("units")
 
 
 @torch.no_grad()
@@ -90,6 +95,7 @@ def step_stats(
         score_wrong=unknown if score is None else (score * wrong).sum(),
         score_fell=unknown if score is None else (score * fell).sum(),
         score_stood=unknown if score is None else (score * stood).sum(),
+        bad_logits=(~torch.isfinite(torch.cat([clean_logits, adv_logits], dim=1))).any(dim=1).sum(),
     )
 
 
