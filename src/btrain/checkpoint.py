@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from btrain.errors import UserError
+from btrain.untrusted import tensors
 
 FORMAT = 2
 
@@ -42,9 +43,12 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is not a checkpoint of btrain's.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = tensors.load(path)
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path} is not a readable checkpoint; delete it to start over.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of btrain.")
-    return content
+    match content:
+        case {"format": version, "state": dict()} if version == FORMAT and isinstance(
+            content, dict
+        ):
+            return content
+    raise UserError(f"{path} is not a checkpoint of this version of btrain.")

@@ -16,6 +16,10 @@ from typing import Any
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
+from btrain.untrusted import RefusedError, read_text
+
+_LARGEST_YAML = 128 << 10  # bytes; a run's has 3,000
+_DEEPEST_YAML = 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def composed(overrides: Sequence[str], task: str) -> Any:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
             return hydra_compose(task, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         raise explain(error, overrides, task) from error
 
 
@@ -196,10 +200,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read as YAML.
     """
-    from omegaconf import OmegaConf
-
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = _parse_yaml(read_text(path, _LARGEST_YAML))
     except Exception as error:
         raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
     if not isinstance(content, dict):
@@ -207,11 +209,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def _parse_yaml(text: str) -> Any:
+    """Plain values and nothing else: no reference within the text, which can make it explode, no
+    tag, no deep nesting.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise RefusedError("it holds an anchor, an alias or a tag")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_YAML:
+            raise RefusedError(f"it is nested deeper than {_DEEPEST_YAML} levels")
+    return yaml.safe_load(text)
+
+
 # Settings that name the run already, or that do not change its result.
 _NOT_IN_NAME = re.compile(
     r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download)\b"
 )
-_LONGEST_NAME = 150
+_LONGEST_NAME = 150  # bytes; file systems take 255
 
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
@@ -229,8 +248,10 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
     name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
     name = re.sub(r"[^\w.-]+", "_", name)
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    encoded = name.encode()
+    if len(encoded) > _LONGEST_NAME:
+        start = encoded[: _LONGEST_NAME - 9].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha256(encoded).hexdigest()[:8]}"
     return name
 
 

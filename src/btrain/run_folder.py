@@ -14,6 +14,9 @@ from typing import Any
 from btrain.config import read_yaml, to_dict, to_yaml
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
+from btrain.untrusted import read_text
+
+_LARGEST_SUMMARY = 1 << 20  # bytes
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
 _MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download")
@@ -114,10 +117,10 @@ class RunFolder:
             UserError: the file is damaged.
         """
         try:
-            content = json.loads(self._summary.read_text(encoding="utf-8"))
+            content = json.loads(read_text(self._summary, _LARGEST_SUMMARY))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or not content.keys() >= SUMMARY_KEYS:
             raise UserError(f"{self._summary} is damaged; delete the folder to start over.")
