@@ -40,15 +40,28 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU without executing anything in it.
 
     Raises:
-        UserError: the file is not a checkpoint of btrain's.
+        UserError: the file is not a checkpoint of btrain's, or it is damaged.
     """
     try:
         content = tensors.load(path)
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path} is not a readable checkpoint; delete it to start over.") from error
     match content:
-        case {"format": version, "state": dict()} if version == FORMAT and isinstance(
-            content, dict
-        ):
-            return content
+        case {"format": version, "state": dict() as state} if version == FORMAT:
+            if "optimizer" in state and not _counts_are_numbers(state):
+                raise UserError(f"{path} is damaged: it does not say how far its run came.")
+            return dict(content)
     raise UserError(f"{path} is not a checkpoint of this version of btrain.")
+
+
+# How far a run came, in its state; the second kind is None where nothing was measured.
+_COUNTS = ("epoch", "batch", "epoch_seconds", "train_seconds", "collapsed")
+_MEASURED = ("best_epoch", "best_val_acc", "watched_acc")
+
+
+def _counts_are_numbers(state: dict[str, Any]) -> bool:
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and 0 <= value < 2**53
+
+    measured = [state[key] for key in _MEASURED if state.get(key) is not None]
+    return all(map(is_number, measured)) and all(is_number(state.get(key)) for key in _COUNTS)

@@ -174,7 +174,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
     weights = check_fit(model, weights, origin)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:  # sparse or quantised tensors
+    except RuntimeError as error:  # a type that torch does not convert
         raise UserError(f"{origin} holds weights that cannot be copied into the model.") from error
 
 

@@ -57,9 +57,14 @@ def load(path: Path) -> Any:
 
 def _check(file: IO[bytes]) -> None:
     storages: dict[str, _Storage] = {}
-    zipped = file.read(4) == b"PK\x03\x04"
+    start = file.read(4)
     file.seek(0)
-    content = (_check_zip if zipped else _check_legacy)(file, storages)
+    if start == b"PK\x03\x04":
+        content = _check_zip(file, storages)
+    elif start[:2] == b"\x80\x02":  # a pickle of protocol 2
+        content = _check_legacy(file, storages)
+    else:
+        raise RefusedError("torch.save did not write it")
     check_tree(content, most=_MOST_VALUES)
 
 
@@ -69,6 +74,8 @@ def _check_zip(file: IO[bytes], storages: dict[str, _Storage]) -> object:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         _check_members(members, file)
+        if damaged := archive.testzip():  # torch itself reads flipped bits without a word
+            raise RefusedError(f"{damaged} in it is damaged")
         root = members[0].filename.partition("/")[0]
         pickled = io.BytesIO(archive.read(f"{root}/data.pkl"))
         content = _read(pickled, storages)
