@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path} is not a readable checkpoint; delete it to start over.") from error
     match content:
-        case {"format": version, "state": dict() as state} if version == FORMAT:
+        case {"format": int() as version, "state": dict() as state} if version == FORMAT:
             if "optimizer" in state and not _counts_are_numbers(state):
                 raise UserError(f"{path} is damaged: it does not say how far its run came.")
             return dict(content)

@@ -16,10 +16,9 @@ from typing import Any
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
-from btrain.untrusted import RefusedError, read_text
+from btrain.untrusted import read_text
 
 _LARGEST_YAML = 128 << 10  # bytes; a run's has 3,000
-_DEEPEST_YAML = 20
 
 
 @dataclass(frozen=True)
@@ -200,30 +199,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read as YAML.
     """
+    from btrain.untrusted import plain_yaml
+
     try:
-        content = _parse_yaml(read_text(path, _LARGEST_YAML))
+        content = plain_yaml.parse(read_text(path, _LARGEST_YAML))
     except Exception as error:
         raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a readable configuration: it holds no mapping.")
     return {str(key): value for key, value in content.items()}
-
-
-def _parse_yaml(text: str) -> Any:
-    """Plain values and nothing else: no reference within the text, which can make it explode, no
-    tag, no deep nesting.
-    """
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise RefusedError("it holds an anchor, an alias or a tag")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST_YAML:
-            raise RefusedError(f"it is nested deeper than {_DEEPEST_YAML} levels")
-    return yaml.safe_load(text)
 
 
 # Settings that name the run already, or that do not change its result.

@@ -82,7 +82,7 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) 
     if member.isdir():
         target.mkdir(parents=True, exist_ok=True)
         return
-    if not member.isreg() or member.issparse():
+    if not member.isreg() or member.issparse() or target == folder:
         raise RefusedError(f"{member.name} in it is no plain file")
     content = tar.extractfile(member)
     assert content is not None  # it is a plain file

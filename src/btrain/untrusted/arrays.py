@@ -82,7 +82,10 @@ def _header(file: IO[bytes], kinds: str) -> tuple[tuple[int, ...], bool, np.dtyp
     }
     if version not in readers:
         raise RefusedError(f"it is of version {version} of numpy's format")
-    shape, fortran, dtype = readers[version](file, max_header_size=_LONGEST_HEADER)
+    try:
+        shape, fortran, dtype = readers[version](file, max_header_size=_LONGEST_HEADER)
+    except (MemoryError, RecursionError):  # of Python's parser, on thousands of brackets
+        raise RefusedError("its header is damaged") from None
     if dtype.kind not in kinds or dtype.names or dtype.shape:
         raise RefusedError(f"it holds {dtype}, no plain numbers")
     sides_are_whole = all(type(side) is int and 0 <= side < 2**63 for side in shape)

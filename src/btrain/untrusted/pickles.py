@@ -10,7 +10,7 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from btrain.untrusted import RefusedError
 
@@ -87,7 +87,9 @@ def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> None:
     """
     operation: pickletools.OpcodeInfo
     argument: Any
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (operation, argument, _) in enumerate(
+        pickletools.genops(cast(IO[bytes], _Clipped(file)))
+    ):
         if count == _MOST_OPERATIONS:
             raise RefusedError(f"it has more than {_MOST_OPERATIONS:,} operations")
         if operation.name == "GLOBAL":
@@ -97,6 +99,19 @@ def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> None:
             raise RefusedError(f"it uses pickle's {operation.name}")
         if operation.name in ("BINPUT", "LONG_BINPUT") and argument > count:
             raise RefusedError("its memo is damaged")
+
+
+class _Clipped:
+    """A file that is asked for no more than it has: it makes room before it looks."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        here = file.tell()
+        self._file, self._size = file, file.seek(0, io.SEEK_END)
+        file.seek(here)
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._size - self.tell()))
 
 
 def _known(names: Names, module: str, name: str) -> Any:
