@@ -686,9 +686,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def drawn(split: Split, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    """The images and labels of every batch."""
     defaults: dict[str, Any] = {"crop_padding": 0, "flip": False, "generator": seeded()}
     order = torch.randperm(len(split), generator=seeded(5))
-    return list(batches(split, order, 5, **(defaults | kwargs)))
+    return [batch[:2] for batch in batches(split, order, 5, **(defaults | kwargs))]
 
 
 @pytest.mark.parametrize("padding", [1, 2])
@@ -778,7 +779,7 @@ def test_skipped_batches_draw_nothing(split: Split) -> None:
     whole = batches(split, order, 5, crop_padding=2, flip=True, generator=generator)
     next(whole), next(whole)
     state = generator.get_state()
-    rest = [x for x, _ in whole]
+    rest = [x for x, *_ in whole]
     again = drawn(split, crop_padding=2, flip=True, generator=seeded().set_state(state), first=2)
     assert all(torch.equal(a, b) for a, (b, _) in zip(rest, again, strict=True))
 

@@ -212,7 +212,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "sparse": (
         lambda: changed(fc__weight=lambda w: w.to_sparse()),
-        "holds weights that cannot be copied into the model.",
+        "is not a readable checkpoint: it asks for torch._utils._rebuild_sparse_tensor, and only ",
     ),
     "channels": (
         lambda: {**wide_resnet().state_dict(), "mu": torch.zeros(4), "sigma": torch.ones(4)},

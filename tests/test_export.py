@@ -182,7 +182,11 @@ def test_what_is_no_run_is_refused(copied: Path, tmp_path: Path) -> None:
         (tmp_path / "empty", "last", "is no run folder: it holds no config.yaml."),
         (tmp_path / "nowhere", "last", "does not exist."),
         (tmp_path / "theirs.pt", "last", "is no checkpoint of a btrain run: "),
-        (copied / "config.yaml", "last", "is not a readable checkpoint."),
+        (
+            copied / "config.yaml",
+            "last",
+            "is not a readable checkpoint: torch.save did not write it.",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             load_run(path, which)  # type: ignore[arg-type]

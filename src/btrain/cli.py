@@ -134,7 +134,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     sys.argv = [f"btrain {configs.TASKS[task].command}", *args]
     try:
         main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         if full_error or composed:
             raise
         raise configs.explain(error, args, task) from None

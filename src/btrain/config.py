@@ -16,6 +16,9 @@ from typing import Any
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
+from btrain.untrusted import read_text
+
+_LARGEST_YAML = 128 << 10  # bytes; a run's has 3,000
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def composed(overrides: Sequence[str], task: str) -> Any:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
             return hydra_compose(task, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         raise explain(error, overrides, task) from error
 
 
@@ -203,10 +206,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read as YAML.
     """
-    from omegaconf import OmegaConf
+    from btrain.untrusted import plain_yaml
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = plain_yaml.parse(read_text(path, _LARGEST_YAML))
     except Exception as error:
         raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
     if not isinstance(content, dict):
@@ -218,7 +221,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 _NOT_IN_NAME = re.compile(
     r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every)\b"
 )
-_LONGEST_NAME = 150
+_LONGEST_NAME = 150  # bytes; file systems take 255
 
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
@@ -236,8 +239,10 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
     name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
     name = re.sub(r"[^\w.-]+", "_", name)
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    encoded = name.encode()
+    if len(encoded) > _LONGEST_NAME:
+        start = encoded[: _LONGEST_NAME - 9].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha256(encoded).hexdigest()[:8]}"
     return name
 
 

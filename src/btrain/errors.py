@@ -2,12 +2,20 @@
 
 import signal
 
+_LONGEST = 2000  # characters
+
 
 class UserError(Exception):
     """A fault of the input: one sentence that names the key or file and what would be right.
 
-    The command line prints it without a traceback and exits with status 1.
+    The command line prints it without a traceback and exits with status 1. Names and values from
+    files may be part of it, so it is cut when it is very long, and what would move the cursor or
+    break the line is spelt out.
     """
+
+    def __init__(self, message: str) -> None:
+        cut = message if len(message) <= _LONGEST else message[:_LONGEST] + "…"
+        super().__init__("".join(c if c.isprintable() else _spelt_out(c) for c in cut))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,3 +29,8 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(
             f"stopped by {signal.Signals(number).name}; the same command goes on from here."
         )
+
+
+def _spelt_out(character: str) -> str:
+    """An escape like `\\n`; a lone surrogate, half of what was no UTF-8, as well."""
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")

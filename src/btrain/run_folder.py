@@ -17,6 +17,9 @@ from btrain.durable import append_line, write_file
 from btrain.errors import Interrupted, UserError
 from btrain.run_lock import RunLock, locked
 from btrain.schema import Config, DatasetName, Resume
+from btrain.untrusted import read_text
+
+_LARGEST_SUMMARY = 1 << 20  # bytes
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
 _MAY_DIFFER = (
@@ -159,10 +162,10 @@ class RunFolder:
             UserError: the file is damaged.
         """
         try:
-            content = json.loads(self._summary.read_text(encoding="utf-8"))
+            content = json.loads(read_text(self._summary, _LARGEST_SUMMARY))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or not content.keys() >= SUMMARY_KEYS:
             raise UserError(f"{self._summary} is damaged; delete the folder to start over.")

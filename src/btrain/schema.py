@@ -115,13 +115,24 @@ def _require(condition: bool, key: str, rule: str, value: object) -> None:
         raise UserError(f"{key} must be {rule}, not {value}.")
 
 
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _no_null(key: str, path: str | None) -> None:
+    _require("\0" not in (path or ""), key, "a path, without a null character", repr(path))
+
+
 def _positive(key: str, value: float) -> None:
-    _require(value > 0 and math.isfinite(value), key, "finite and greater than 0", value)
+    _require(value > 0 and _finite(value), key, "finite and greater than 0", value)
 
 
 def _at_least(least: float, key: str, value: float | None) -> None:
     if value is not None:
-        _require(value >= least and math.isfinite(value), key, f"at least {least}", value)
+        _require(value >= least and _finite(value), key, f"at least {least}", value)
 
 
 @dataclass
@@ -142,6 +153,7 @@ class DatasetConfig:
         _at_least(1, "dataset.test_examples", self.test_examples)
         _at_least(0, "dataset.val_examples", self.val_examples)
         _at_least(1, "dataset.image_size", self.image_size)
+        _no_null("dataset.root", self.root)
         resizes = self.name is DatasetName.imagefolder
         _require(
             resizes or self.image_size is None, "dataset.image_size", "null here", self.image_size
@@ -164,7 +176,7 @@ class ModelConfig:
         _require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
                  self.std)  # fmt: skip
         for mean in self.mean or []:
-            _require(math.isfinite(mean), "model.mean", "finite", mean)
+            _require(_finite(mean), "model.mean", "finite", mean)
         for std in self.std or []:
             _positive("model.std", std)
 
@@ -413,6 +425,9 @@ class EvalConfig:
 class RunConfig:
     dir: str | None = None
     resume: Resume = Resume.auto
+
+    def __post_init__(self) -> None:
+        _no_null("run.dir", self.dir)
 
 
 @dataclass

@@ -11,8 +11,7 @@ from PIL import Image, ImageDraw
 from btrain.corruptions.arrays import Floats, Images
 from btrain.corruptions.plasma import plasma
 from btrain.errors import UserError
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+from btrain.untrusted.images import SUFFIXES, open_image
 
 # The original shrinks its photographs, some 600 pixels wide, to a fifth for images of 32 pixels.
 _SHRINKING = 0.2 / 32
@@ -40,14 +39,14 @@ def photographs(folder: Path, height: int, width: int) -> tuple[Images, ...]:
         raise UserError(f"There is no folder {folder} with photographs of frost.")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"{folder} holds no .png, .jpg or .jpeg file of frost.")
+        raise UserError(f"{folder} holds no photograph ({', '.join(sorted(SUFFIXES))}).")
     return tuple(_photograph(file, height, width) for file in files)
 
 
 def _photograph(file: Path, height: int, width: int) -> Images:
     scale = _SHRINKING * max(height, width)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             size = round(image.width * scale), round(image.height * scale)
             if size[0] < width or size[1] < height:
                 raise ValueError(

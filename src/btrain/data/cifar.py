@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from btrain.data.source import Images, Source, in_memory
 from btrain.errors import UserError
+from btrain.untrusted import RefusedError
+from btrain.untrusted.arrays import ARRAY_NAMES, PickledArray
+from btrain.untrusted.pickles import DATA_OPERATIONS, read_pickle
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ CIFAR10 = Layout(
     10,
 )
 CIFAR100 = Layout("cifar-100-python", ("train",), ("test",), "fine_labels", 100)
+
+_PIXELS = 3 * 32 * 32
+_LARGEST = 256 << 20  # bytes of a file; CIFAR-100's training file has 148 MiB
 
 
 def missing_file(layout: Layout, root: Path) -> Path | None:
@@ -63,17 +68,20 @@ def read(layout: Layout, root: Path) -> tuple[Source, Source]:
 
 def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]:
     try:
-        content = _DataUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels = np.asarray(content[b"data"])
-        labels = np.asarray(content[labels_key.encode()], dtype=np.int64)
+        if path.stat().st_size > _LARGEST:
+            raise RefusedError(f"it is larger than {_LARGEST:,} bytes")
+        with path.open("rb") as file:
+            content = read_pickle(file, ARRAY_NAMES, operations=DATA_OPERATIONS, encoding="bytes")
+        pixels = _array(content[b"data"])
+        labels = _labels(content[labels_key.encode()])
         if pixels.dtype != np.uint8:
             raise ValueError(f"pixels of type {pixels.dtype}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"labels from {labels.min()} to {labels.max()}, not 0 to {classes - 1}"
             )
-        if len(pixels) != len(labels):
-            raise ValueError(f"{len(pixels)} images for {len(labels)} labels")
+        if pixels.shape != (len(labels), _PIXELS):
+            raise ValueError(f"pixels {pixels.shape} for {len(labels)} labels")
         return pixels.reshape(-1, 3, 32, 32), labels
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(
@@ -81,20 +89,19 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]
         ) from error
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers: a strange file cannot run code."""
+def _array(value: Any) -> npt.NDArray[Any]:
+    if not isinstance(value, PickledArray) or value.array is None:
+        raise RefusedError("no array of pixels")
+    return value.array
 
-    _ADMITTED = frozenset(
-        {
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        }
-    )
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+def _labels(value: Any) -> npt.NDArray[np.int64]:
+    """A list of numbers, as in the official files, or an array of them. (n,)"""
+    if isinstance(value, PickledArray):
+        labels = _array(value)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise RefusedError("labels that are no whole numbers")
+        return labels.astype(np.int64)
+    if not isinstance(value, list) or not all(type(label) is int for label in value):
+        raise RefusedError("labels that are no whole numbers")
+    return np.array(value, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.untrusted.archive import unpack_gzip, unpack_tar
+
+_LARGEST = 256 << 20  # bytes, unpacked; CIFAR has 178 MiB
 
 _kept_alive: list[Any] = []
 
@@ -24,23 +28,42 @@ def download(dataset: str, root: Path) -> None:
     try:
         datasets = import_torchvision().datasets
         logging.getLogger("btrain").info("Downloading %s to %s.", dataset, root)
-        source, folder = {
-            "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-            "cifar100": (datasets.CIFAR100, "cifar-100-python"),
-            "mnist": (datasets.MNIST, "MNIST"),
-        }[dataset]
         beside = next(path for path in (root, *root.absolute().parents) if path.is_dir())
         with TemporaryDirectory(prefix=".download-", dir=beside) as unfinished:
-            source(unfinished, download=True)
-            shutil.copytree(
-                Path(unfinished) / folder,
-                root / folder,
-                copy_function=shutil.move,
-                dirs_exist_ok=True,
-            )
+            archives, content = Path(unfinished) / "archives", Path(unfinished) / "content"
+            content.mkdir()
+            if dataset == "mnist":
+                _mnist(datasets, archives, content)
+            else:
+                source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+                _cifar(datasets, source, archives, content)
+            shutil.copytree(content, root, copy_function=shutil.move, dirs_exist_ok=True)
     except Exception as error:  # network, disk, checksum, a broken torchvision: one answer to all
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{dataset} could not be downloaded to {root} ({reason}).") from error
+
+
+def _cifar(datasets: Any, source: Any, archives: Path, content: Path) -> None:
+    """Downloads one of the two and unpacks it; torchvision's own way would unpickle it as well."""
+    datasets.utils.download_url(source.url, archives, source.filename, source.tgz_md5)
+    unpack_tar(archives / source.filename, content, most=_LARGEST)
+
+
+def _mnist(datasets: Any, archives: Path, content: Path) -> None:
+    raw = content / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, checksum in datasets.MNIST.resources:
+        _from_a_mirror(datasets, name, archives, checksum)
+        unpack_gzip(archives / name, raw / name.removesuffix(".gz"), most=_LARGEST)
+
+
+def _from_a_mirror(datasets: Any, name: str, archives: Path, checksum: str) -> None:
+    *others, last = datasets.MNIST.mirrors
+    for mirror in others:
+        with contextlib.suppress(OSError, RuntimeError):  # no network; a wrong checksum
+            datasets.utils.download_url(f"{mirror}{name}", archives, name, checksum)
+            return
+    datasets.utils.download_url(f"{last}{name}", archives, name, checksum)
 
 
 def import_torchvision() -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,8 +13,11 @@ import numpy.typing as npt
 
 from btrain.data.source import Images, Source
 from btrain.errors import UserError
+from btrain.untrusted.images import SUFFIXES, open_image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+log = logging.getLogger("btrain")
+
+_MOST_FILES = 5_000_000
 
 
 def read(root: Path, image_size: int) -> tuple[Source, Source]:
@@ -41,14 +45,31 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
             f"There is no folder {folder}; an image folder holds train/<class>/*.png|jpg and "
             "test/<class>/*.png|jpg."
         )
+    try:
+        entries = {
+            part: sorted(part.iterdir()) for part in sorted(folder.iterdir()) if part.is_dir()
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
     files = {}
-    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        files[class_folder.name] = sorted(
-            file for file in class_folder.iterdir() if file.suffix.lower() in SUFFIXES
-        )
+    for class_folder, inside in entries.items():
+        files[class_folder.name] = [file for file in inside if file.suffix.lower() in SUFFIXES]
         if not files[class_folder.name]:
-            raise UserError(f"The class folder {class_folder} holds no .png, .jpg or .jpeg file.")
+            raise UserError(
+                f"The class folder {class_folder} holds no image ({', '.join(sorted(SUFFIXES))})."
+            )
+    if sum(map(len, files.values())) > _MOST_FILES:
+        raise UserError(f"{folder} holds more than {_MOST_FILES:,} images.")
+    _name_the_rest([file for inside in entries.values() for file in inside])
     return files
+
+
+def _name_the_rest(files: list[Path]) -> None:
+    """Says what is left out, but for hidden files such as `.DS_Store`."""
+    rest = [f for f in files if f.suffix.lower() not in SUFFIXES and not f.name.startswith(".")]
+    if rest:
+        count = "1 file is" if len(rest) == 1 else f"{len(rest)} files are"
+        log.warning("%s left out, no image by the name: %r.", count, str(rest[0]))
 
 
 def _source(files_by_class: dict[str, list[Path]], image_size: int) -> Source:
@@ -72,7 +93,7 @@ def _decode(file: Path, image_size: int) -> Images:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
             rgb = image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -46,14 +47,19 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     Raises:
         UserError: the header does not announce bytes, or not as many as the file holds.
     """
-    content = path.read_bytes()
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, _UBYTE, dimensions]):
-        raise UserError(f"{path} is not an IDX file of bytes in {dimensions} dimensions.")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    expected = int(np.prod(shape, dtype=object))
-    if len(content) - header != expected:
-        raise UserError(
-            f"{path} is damaged: {len(content) - header} bytes of data, not {expected}."
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    length = 4 + 4 * dimensions
+    with path.open("rb") as file:
+        header = file.read(length)
+        if len(header) < length or header[:4] != bytes([0, 0, _UBYTE, dimensions]):
+            raise UserError(f"{path} is not an IDX file of bytes in {dimensions} dimensions.")
+        shape = struct.unpack(f">{dimensions}I", header[4:])
+        available = path.stat().st_size - length
+        expected = math.prod(shape)
+        if available != expected:
+            raise UserError(f"{path} is damaged: {available} bytes of data, not {expected}.")
+        if expected == 0:
+            raise UserError(f"{path} holds no data.")
+        content = file.read()
+    if len(content) != expected:
+        raise UserError(f"{path} changed while it was read.")
+    return np.frombuffer(content, np.uint8).reshape(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 
 from btrain import config as configs
 from btrain.errors import UserError
-from btrain.exchange.read import fit, is_state_dict, read_plain
+from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.run_folder import RunFolder
 from btrain.schema import Config, DatasetConfig, DatasetName
 from btrain.training.setup import make_model
+from btrain.untrusted import RefusedError
+from btrain.untrusted.tree import check_tree
 
 Which = Literal["last", "best"]
+
+_MOST_SETTINGS = 10_000
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
@@ -57,10 +62,30 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
         origin = path
     config = read_config(saved, origin)
     classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
-    with torch.random.fork_rng(devices=[]):
-        model = make_model(config.model, classes, image_shape(config.dataset))
+    model = _build(config, classes, weights, path)
     fit(model, weights, path)
     return config, model.eval()
+
+
+def _build(config: Config, classes: int, weights: Mapping[str, Tensor], origin: Path) -> nn.Module:
+    """The network of a configuration, once it is known that the weights are as many and as large.
+
+    A configuration from elsewhere may ask for a network that no memory holds.
+    """
+    shape = image_shape(config.dataset)
+    if (config.model.depth or 0) > len(weights):
+        raise UserError(f"{origin} holds fewer weights than model.depth={config.model.depth} has.")
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            outline = make_model(config.model, classes, shape)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # beyond 64 bits
+        raise UserError(
+            f"{origin}: there is no network of model.width={config.model.width} "
+            f"for {'×'.join(map(str, shape))} images."
+        ) from error
+    check_fit(outline, weights, origin)
+    with torch.random.fork_rng(devices=[]):
+        return make_model(config.model, classes, shape)
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
@@ -107,8 +132,7 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if reference := _reference(saved):
-        raise UserError(f"{origin} refers to {reference}; a run's settings are plain values.")
+    _check_plain(saved, origin)
     try:
         settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(saved)))
         missing = sorted(OmegaConf.missing_keys(settings))
@@ -130,20 +154,44 @@ def _defaults(saved: Mapping[str, Any]) -> Any:
     """What the options of a saved configuration come to today, not resolved: a default that follows
     another setting will follow the saved one.
     """
-    groups = {group: saved.get(group) or {} for group in _GROUPS}
-    options = {group: str(settings.get("name")) for group, settings in groups.items()}
-    plain = {group: option for group, option in options.items() if re.fullmatch(r"[\w-]+", option)}
+    groups = {group: saved.get(group) for group in _GROUPS}
+    options = {
+        group: settings.get("name")
+        for group, settings in groups.items()
+        if isinstance(settings, Mapping)
+    }
     return configs.composed(
-        [f"{group}={option}" for group, option in plain.items() if option != "None"], "train"
+        [
+            f"{group}={option}"
+            for group, option in options.items()
+            if isinstance(option, str) and re.fullmatch(r"[\w-]+", option)
+        ],
+        "train",
     )
 
 
-def _reference(node: object) -> str | None:
-    """The first text with an interpolation in it, which OmegaConf would look up or compute."""
-    if isinstance(node, str):
-        return node if "${" in node else None
-    if isinstance(node, Mapping):
-        node = [*node.keys(), *node.values()]
-    if isinstance(node, list | tuple):
-        return next((found for item in node if (found := _reference(item)) is not None), None)
-    return None
+def _check_plain(saved: Mapping[str, Any], origin: Path) -> None:
+    """Raises UserError for more than numbers, texts and lists of a moderate size.
+
+    A text with an interpolation in it is none: OmegaConf would look it up or compute it.
+    """
+    try:
+        check_tree(saved, most=_MOST_SETTINGS)
+    except RefusedError as error:
+        raise UserError(f"{origin} is no configuration of a run: {error}.") from error
+    waiting: list[object] = [saved]
+    while waiting:
+        match waiting.pop():
+            case Mapping() as node:
+                waiting += [*node.keys(), *node.values()]
+            case list() | tuple() as node:
+                waiting += node
+            case str() as text if "${" in text:
+                raise UserError(f"{origin} refers to {text}; a run's settings are plain values.")
+            case bool() | float() | str() | None:
+                pass
+            case int() as number if -(2**63) <= number < 2**63:
+                pass
+            case other:
+                shown = reprlib.repr(other)
+                raise UserError(f"{origin} holds {shown}, which is no setting of a run.")

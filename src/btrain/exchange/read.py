@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
 from btrain.exchange import names
 from btrain.models import Normalise
+from btrain.untrusted import RefusedError, tensors
 
 # Where a state dict lies in a checkpoint: ours is ["state"]["model"].
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state")
@@ -48,6 +46,14 @@ def _agreed_normalisation(
     """The model's own normalisation if the file has none or the same, else the file's."""
     own, mean, std = model.normalise, weights.get(names.MEAN), weights.get(names.STD)
     assert isinstance(own, nn.Module)
+    channels = model.get_parameter("conv1.weight").shape[1]
+    for constants in (mean, std):
+        if constants is not None and constants.numel() not in (1, channels):
+            raise UserError(
+                f"{origin} normalises {constants.numel()} channels, the model has {channels}."
+            )
+        if constants is not None and not constants.is_floating_point():
+            raise UserError(f"{origin} normalises with constants of type {_type(constants)}.")
     if isinstance(own, Normalise):
         for ours, theirs in ((own.mean, mean), (own.std, std)):
             if theirs is not None and not _same_constants(ours.cpu(), theirs):
@@ -58,12 +64,8 @@ def _agreed_normalisation(
         return own
     if mean is None or std is None:
         return own
-    first = model.get_parameter("conv1.weight")
-    if not {mean.numel(), std.numel()} <= {1, first.shape[1]}:
-        raise UserError(
-            f"{origin} normalises {mean.numel()} channels, the model has {first.shape[1]}."
-        )
-    return Normalise(mean.flatten().tolist(), std.flatten().tolist()).to(first.device)
+    constants_there = (constants.flatten().tolist() for constants in (mean, std))
+    return Normalise(*constants_there).to(model.get_parameter("conv1.weight").device)
 
 
 def _same_constants(ours: Tensor, theirs: Tensor) -> bool:
@@ -114,9 +116,7 @@ def read_plain(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles, which are refused all the same
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return tensors.load(path)
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{path} is not a readable checkpoint{_reason(error)}.") from error
 
@@ -137,13 +137,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f" ({error.strerror})"
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
-        return (
-            f": it asks for {wanted.group(1)}, and only tensors and plain values are loaded, "
-            "never code"
-        )
-    return ""
+    return f": {error}" if isinstance(error, RefusedError) else ""
 
 
 def _state_dict(content: object, depth: int = 2) -> Mapping[str, Tensor] | None:
@@ -177,6 +171,19 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
     Raises:
         UserError: names, shapes or types differ. The model is as it was.
     """
+    weights = check_fit(model, weights, origin)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a type that torch does not convert
+        raise UserError(f"{origin} holds weights that cannot be copied into the model.") from error
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
+    """The weights, completed by BatchNorm's batch counters, if they are the model's.
+
+    Raises:
+        UserError: names, shapes or types differ.
+    """
     own = model.state_dict()
     counters = {key: own[key] for key in own if key.endswith(".num_batches_tracked")}
     weights = {**counters, **weights}
@@ -189,10 +196,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
             f"{origin} is of another architecture than the model: {' and '.join(differences)}."
         )
     _check_shapes(own, weights, origin)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # sparse or quantised tensors
-        raise UserError(f"{origin} holds weights that cannot be copied into the model.") from error
+    return weights
 
 
 def _listed(keys: list[str]) -> str:
@@ -215,8 +219,12 @@ def _check_shapes(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origi
         )
     for key in own:
         if own[key].is_floating_point() != theirs[key].is_floating_point():
-            kind = str(theirs[key].dtype).removeprefix("torch.")
+            kind = _type(theirs[key])
             raise UserError(f"{origin} does not fit the model: {key} is of type {kind} there.")
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.run_folder import RunFolder
+from btrain.report.json_fields import Fields
+from btrain.run_folder import SUMMARY_KEYS, RunFolder
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
@@ -62,6 +63,12 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     summary = folder.summary()
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
+    fields = Fields(folder.path / "summary.json", summary)
+    for key in SUMMARY_KEYS - {"device"}:
+        fields.optional_number(key)
+    fields.number("train_seconds")
+    if not isinstance(summary["device"], str):
+        raise fields.wrong("device", "a name")
     return summary
 
 
@@ -88,7 +95,7 @@ def _measured(runs: Runs, baseline: Runs) -> str:
     ours, theirs = (
         statistics.fmean(run["train_seconds"] for run in rows) for rows in (runs, baseline)
     )
-    return f"{theirs / ours:.2f}×"
+    return f"{theirs / ours:.2f}×" if ours else "–"
 
 
 _COLUMNS: list[tuple[str, _Cell]] = [

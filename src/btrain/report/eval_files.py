@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from btrain.errors import UserError
 from btrain.report.json_fields import Fields, is_number
+from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", "pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The usual attacks, in rising cost."""
 SEVERITIES = 5
+_LARGEST_SAMPLES = 256 << 20  # bytes, decompressed
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,7 @@ def _curve(fields: Fields, key: str) -> list[tuple[float, float]]:
 
 def _samples(path: Path) -> Samples:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in Samples.__annotations__}
+        arrays = read_npz(path, Samples.__annotations__.keys(), most=_LARGEST_SAMPLES)
         clean, labels = arrays["clean"], arrays["labels"]
         names = [str(name) for name in arrays["class_names"]]
         k = len(clean)

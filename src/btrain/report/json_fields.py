@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.untrusted import RefusedError, read_text
+
+_LARGEST = 16 << 20  # bytes
 
 
 class Fields:
@@ -22,9 +25,11 @@ class Fields:
     @classmethod
     def of(cls, path: Path) -> Fields:
         try:
-            return cls(path, json.loads(path.read_text(encoding="utf-8")))
+            return cls(path, json.loads(read_text(path, _LARGEST)))
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        except RefusedError as error:
+            raise UserError(f"{path} is damaged: {error}.") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: it is not JSON.") from error
 

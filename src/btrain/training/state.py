@@ -108,19 +108,40 @@ class TrainState:
             )
         try:
             self._load(saved)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # torch's loaders believe what they get
             raise UserError("The checkpoint does not hold the state of a run like this.") from error
 
     def _load(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self._load_optimizer(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
         for name, tensor in self.memory.items():
-            tensor.copy_(saved["memory"][name])
+            _copy(saved["memory"][name], tensor)
         for name in _TENSORS:
-            getattr(self, name).copy_(saved[name])
+            _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
             setattr(self, name, saved[name])
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError for settings or momenta that are not those of this optimizer."""
+        before = [_kinds(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved)
+        if [_kinds(group) for group in self.optimizer.param_groups] != before:
+            raise ValueError("other settings")
+        for parameter, momenta in self.optimizer.state.items():
+            for value in momenta.values():
+                if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                    raise ValueError("momenta of another shape")
+
+
+def _kinds(group: dict[str, Any]) -> dict[str, type]:
+    return {key: type(value) for key, value in group.items() if key != "params"}
+
+
+def _copy(saved: Tensor, tensor: Tensor) -> None:
+    if saved.shape != tensor.shape:  # which copy_ would stretch
+        raise ValueError("a tensor of another shape")
+    tensor.copy_(saved)
 
 
 _TENSORS = ("epoch_sums", "total_sums")

@@ -1,0 +1,44 @@
+"""Image files, looked at before they are decoded: a file of a few bytes can claim any size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from btrain.untrusted import RefusedError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+MOST_PIXELS = 64 << 20
+
+# Pillow knows many more, some of which it hands to other programs (EPS to Ghostscript); and it goes
+# by the content, whatever the file is called.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+
+_LARGE = 4 << 20  # pixels; of images beyond, one is decoded at a time, whatever the threads
+_large_image = threading.Lock()
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image whose size is known to be moderate, not yet decoded.
+
+    Raises:
+        RefusedError: it is no plain file (but a pipe or a device), or has more than 64 Mi pixels.
+        Exception: it is damaged; Pillow raises many kinds.
+    """
+    from PIL import Image
+
+    if not path.is_file():
+        raise RefusedError("it is no plain file")
+    with Image.open(path, formats=_FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MOST_PIXELS:
+            raise RefusedError(f"{image.width}×{image.height} pixels are more than {MOST_PIXELS:,}")
+        with _large_image if pixels > _LARGE else nullcontext():
+            yield image

@@ -1,0 +1,115 @@
+"""What a reader must not do, watched from inside its process."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import resource
+import signal
+import sys
+import sysconfig
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+SECONDS = 30
+"""For one input."""
+MEMORY = 1 << 30
+"""Bytes beyond what the process has when it begins."""
+
+_HARMFUL = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill",
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
+    "os.chmod", "os.chown", "os.putenv", "os.unsetenv", "subprocess.Popen", "pty.spawn", "shutil.",
+    "socket.", "urllib.", "http.", "ftplib.", "smtplib.", "webbrowser.", "ctypes.", "pickle.",
+    "code.", "function.__new__", "object.__setattr__", "sys.settrace", "sys.setprofile",
+)  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_TRUSTED = tuple(
+    str(Path(path).resolve())
+    for path in (
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        Path(__file__).parents[2] / "src",
+    )
+)
+
+# They evaluate annotations and make classes from strings, none of them a file's.
+_MAKING_CLASSES = (typing.__file__, collections.__file__, dataclasses.__file__)
+
+
+class Violation(BaseException):
+    """Something harmful; no reader's `except Exception` swallows it."""
+
+
+_watching = False
+_writable = ""
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watching or event == "sys._getframe":
+        return
+    if event == "open":
+        path, _, flags = arguments
+        if isinstance(flags, int) and flags & _WRITING and not _may_write(path):
+            raise Violation(f"{path} is opened for writing")
+    elif event in ("exec", "object.__setattr__") and (
+        sys._getframe(1).f_code.co_filename in _MAKING_CLASSES
+    ):
+        return
+    elif event == "exec":
+        code: CodeType = arguments[0]
+        file = code.co_filename
+        if not file.startswith((*_TRUSTED, "<frozen ")):
+            raise Violation(f"{file} is executed")
+    elif event == "os.mkdir" and _may_write(arguments[0]):
+        pass
+    elif event.startswith(_HARMFUL):
+        raise Violation(f"{event} {arguments!r:.200}")
+
+
+def _may_write(path: object) -> bool:
+    return bool(_writable) and os.path.realpath(str(path)).startswith(_writable)
+
+
+def install() -> None:
+    """Sets the hook, which no process can take off again, and the limit of memory."""
+    sys.addaudithook(_hook)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.signal(signal.SIGALRM, _too_long)
+
+
+def _too_long(number: int, frame: FrameType | None) -> None:
+    raise Violation(f"more than {SECONDS} seconds")
+
+
+@contextmanager
+def watched(writable: Path | None) -> Iterator[None]:
+    """Raises Violation where what is inside runs code, takes too long, or writes a file elsewhere
+    than in a folder.
+    """
+    global _watching, _writable
+    _writable = f"{writable.resolve()}/" if writable else ""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def wanted_too_much(error: BaseException | None) -> bool:
+    """Whether an error goes back to memory that could not be had."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError) or "not enough memory" in text:
+            return True
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
+    return False
