@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
-from btrain.defenses import DEFENSES
-from btrain.schema import AttackMode, BTConfig, Config, DefenseName, RivalName
+from btrain.defenses import DEFENSES, Defense
+from btrain.schema import AttackMode, BTConfig, Config, DefenseConfig, DefenseName, RivalName
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -106,9 +106,8 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
 def _attack_method(config: Config, device: torch.device, allocator: str) -> Method:
     """The choices of the adversarial defenses."""
     bt, attack = config.bt, config.attack
-    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
     return Method(
-        defense=DEFENSES[config.defense.name.value](**settings),
+        defense=make_defense(config.defense),
         allocator=allocator,
         metric=METRICS[bt.metric.value],
         budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
@@ -129,6 +128,12 @@ def _attack_method(config: Config, device: torch.device, allocator: str) -> Meth
         forward_unperturbed=bt.forward_unperturbed,
         grad_align_weight=config.rival.grad_align_weight or 0.0,
     )
+
+
+def make_defense(defense: DefenseConfig) -> Defense:
+    """The losses of an adversarial defense."""
+    settings = {} if defense.beta is None else {"beta": defense.beta}
+    return DEFENSES[defense.name.value](**settings)
 
 
 def _fractions(bt: BTConfig) -> tuple[float, float, float] | None:

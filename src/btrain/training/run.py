@@ -13,15 +13,14 @@ from torch import nn
 from tqdm import tqdm
 
 from btrain import checkpoint
-from btrain.allocation import theoretical_speedup
 from btrain.config import to_dict
 from btrain.data import Data, Split
 from btrain.data.augmentation import batch_slices
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName, RivalName
+from btrain.schema import Config, DefenseName
 from btrain.tracking import Tracker, open_tracker
-from btrain.training.cost import forward_flops
+from btrain.training.cost import forward_flops, speedups
 from btrain.training.loop import Averages, check_weights, epoch_order, train_epoch
 from btrain.training.methods import make_step
 from btrain.training.setup import find_device, load_data, make_plan, make_state
@@ -86,7 +85,7 @@ def _train_epochs(
         def show(means: Averages) -> None:
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, F_B/F_R/F_O {_fractions(means)}, "
-                f"speedup {_number(_speedup(config, means))}",
+                f"speedup {_number(speedups(config, means)['theoretical_speedup'])}",
                 refresh=False,
             )
 
@@ -98,7 +97,7 @@ def _train_epochs(
                 break
             check_weights(state, data.train)
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
-            metrics["theoretical_speedup"] = _speedup(config, means)
+            metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[_UNITS]) * unit
             if state.batch == batches:
                 state.end_epoch()
@@ -182,7 +181,7 @@ def _summarise(config: Config, state: TrainState, data: Data, folder: RunFolder)
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        "theoretical_speedup": _speedup(config, means),
+        **speedups(config, means),
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
         "flops": float(sums[_UNITS]) * forward_flops(state.model, data.shape, device),
@@ -220,18 +219,6 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _speedup(config: Config, means: dict[str, Any]) -> float | None:
-    """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
-    a class; None for the rivals that it does not describe.
-    """
-    if config.rival.name in (RivalName.free, RivalName.mma):
-        return None
-    steps = means["attack_steps_mean"]
-    return theoretical_speedup(
-        fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
-    )
 
 
 def _fractions(means: dict[str, Any]) -> str:
