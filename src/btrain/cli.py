@@ -22,6 +22,7 @@ commands:
   train [option=value …]    train a robust network, evaluate it, leave a run folder
   report RUN [RUN …]        finished runs side by side; the first is the baseline
   export checkpoint=RUN …   a trained network as a file for other projects
+  bench [option=value …]    how long a training step takes, beside what arithmetic allows
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -157,4 +158,11 @@ def _export(args: list[str]) -> None:
     run(args)
 
 
-COMMANDS = {"train": _train, "report": _report, "export": _export}
+def _bench(args: list[str]) -> None:
+    """Measures training steps."""
+    from btrain.bench.command import run
+
+    run(args)
+
+
+COMMANDS = {"train": _train, "report": _report, "export": _export, "bench": _bench}

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from btrain.bench.schema import BenchRun
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
 
@@ -29,6 +30,7 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)
@@ -243,7 +245,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    return f"There is no setting {key}.{_did_you_mean(key, _all_keys(Config, ''))}"
+    keys = _all_keys(BenchRun if key.startswith("bench") else Config, "")
+    return f"There is no setting {key}.{_did_you_mean(key, keys)}"
 
 
 def _unknown_option(group: str, option: str) -> str:

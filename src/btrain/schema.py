@@ -87,6 +87,11 @@ class ScheduleName(Enum):
     cosine = "cosine"
 
 
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class LoggerName(Enum):
     jsonl = "jsonl"
     wandb = "wandb"
@@ -363,6 +368,8 @@ class TrainConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
     max_seconds: float | None = None
+    precision: Precision = Precision.float32
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "train.epochs", self.epochs)

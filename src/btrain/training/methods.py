@@ -12,7 +12,16 @@ from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES, Defense
-from btrain.schema import AttackMode, BTConfig, Config, DefenseConfig, DefenseName, RivalName
+from btrain.precision import InBFloat16
+from btrain.schema import (
+    AttackMode,
+    BTConfig,
+    Config,
+    DefenseConfig,
+    DefenseName,
+    Precision,
+    RivalName,
+)
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -26,6 +35,27 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
 
     `warm_up` asks for the plain defense, whatever the allocator.
     """
+    return in_precision(_make_step(config, device, warm_up=warm_up), config.train.precision)
+
+
+def in_precision(step: Step, precision: Precision) -> Step:
+    """The same step with the network's passes in this precision."""
+    if precision is Precision.float32:
+        return step
+
+    def short(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        return step(InBFloat16(model), optimizer, batch, memory, generator)
+
+    return short
+
+
+def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
     if config.rival.name is RivalName.free:
         return _free(config)
     if config.rival.name is RivalName.mma:
@@ -33,9 +63,9 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=_augmix_method(config, device, allocator))
+        update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
-        update = partial(train_step, method=_attack_method(config, device, allocator))
+        update = partial(train_step, method=attack_method(config, device, allocator))
 
     def step(
         model: nn.Module,
@@ -103,7 +133,7 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     return memory
 
 
-def _attack_method(config: Config, device: torch.device, allocator: str) -> Method:
+def attack_method(config: Config, device: torch.device, allocator: str) -> Method:
     """The choices of the adversarial defenses."""
     bt, attack = config.bt, config.attack
     return Method(
@@ -159,7 +189,8 @@ def _mma_method(config: Config) -> MMAMethod:
     )
 
 
-def _augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+    """The choices of AugMix."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
     assert views is not None
     assert defense.jsd is not None

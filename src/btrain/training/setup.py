@@ -10,6 +10,7 @@ from torch import nn
 from btrain import models
 from btrain.data import Data, load
 from btrain.errors import UserError
+from btrain.precision import to_channels_last
 from btrain.schema import (
     Config,
     ModelConfig,
@@ -59,7 +60,9 @@ def load_data(config: Config, device: torch.device) -> Data:
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
-    optimizer = _make_optimizer(config.recipe, model)
+    if config.train.channels_last:
+        model = to_channels_last(model)
+    optimizer = make_optimizer(config.recipe, model)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device)
 
@@ -77,7 +80,8 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
     )
 
 
-def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer of all weights."""
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
