@@ -18,6 +18,8 @@ Measured in turns in one process: TRADES as published (official), the plain defe
 BulletTrain, and as a control BulletTrain by masks, which must be no faster than lean.
 Settings without bench. are those of btrain train, the same for all.
 
+btrain bench gpu    a fixed set for one CUDA device; writes results/gpu/<device>-<date>.json and .md
+
 == Settings (key=value) ==
 """
 
@@ -31,6 +33,12 @@ def run(args: Sequence[str]) -> None:
     if {"-h", "--help"} & set(args):
         path = Path(configs.config_dir()) / "bench.yaml"
         print(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
+        return
+    if list(args) == ["gpu"]:
+        from btrain.bench.gpu import run_gpu
+
+        path = run_gpu(_tell)
+        print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
         return
     bench, settings = parse(args)
     from btrain.bench.output import table
