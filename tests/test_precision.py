@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks import early_exit_pgd, prefix_pgd
 from btrain.config import compose
 from btrain.data import Batch, Data
+from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
 from btrain.precision import InBFloat16, to_channels_last
 from btrain.training import train
-from btrain.training.methods import make_memory, make_step
+from btrain.training.methods import make_memory, make_step, probe_factor
 from btrain.training.setup import make_state
 from btrain.training.statistics import StepStats
 
@@ -121,3 +123,81 @@ def test_a_run_in_bf16_keeps_weights_and_evaluation_in_float32(tmp_path: Path) -
     )
     with pytest.raises(UserError, match=r"train\.precision=bf16, not float32"):
         train(compose([*small, "train.channels_last=true", f"run.dir={tmp_path / 'fast'}"]))
+
+
+# The first gradient of a KL divergence in bf16
+
+
+def first_signs(model: nn.Module, x: Tensor, at: Tensor) -> Tensor:
+    """The signs of the KL divergence's gradient at `at`, the target from x."""
+    images = at.clone().requires_grad_()
+    with torch.no_grad():
+        target = model(x)
+    loss = kl_inner_loss(model(images), target, torch.arange(len(x))).sum()
+    return torch.autograd.grad(loss, [images])[0].sign()
+
+
+def test_probing_further_off_gives_bf16_the_direction_of_float32(tiles: Tensor) -> None:
+    model = network().eval()
+    noise = 0.001 * torch.randn(tiles.shape, generator=torch.Generator().manual_seed(0))
+    config = compose(["train.precision=bf16"])
+    factor = probe_factor(config)
+    assert factor is not None
+    assert factor * config.attack.start_std == pytest.approx(0.3 * config.attack.epsilon)
+    exact = first_signs(model, tiles, tiles + noise)
+    near = first_signs(InBFloat16(model), tiles, tiles + noise)
+    far = first_signs(InBFloat16(model), tiles, tiles + factor * noise)
+    same = [float((signs == exact).float().mean()) for signs in (near, far)]
+    assert same[0] < 0.65  # hardly better than chance
+    assert same[1] > same[0] + 0.15
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.precision=bf16", "defense=mart"],
+        ["train.precision=bf16", "defense=pgd"],
+        ["train.precision=bf16", "attack.start=uniform"],
+        ["train.precision=bf16", "attack.start=clean"],
+        ["train.precision=bf16", "attack.start_std=0"],
+        ["train.precision=bf16", "attack.start_std=0.02"],
+    ],
+    ids=str,
+)
+def test_only_a_kl_divergence_in_bf16_next_to_the_image_is_probed(overrides: list[str]) -> None:
+    assert probe_factor(compose(overrides)) is None
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_a_probe_turns_the_first_step_and_moves_nothing(early_exit: bool) -> None:
+    x = torch.full((2, 1, 1, 1), 0.5)
+    noise, probe = torch.full_like(x, 0.01), torch.tensor([0.3, -0.3]).view(2, 1, 1, 1)
+    seen: list[float] = []
+
+    class Hill(nn.Module):
+        """Two logits with a ridge at 0.5, which the first ascends."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images[0].item())
+            height = -(images.flatten(1) - 0.5).abs()
+            return torch.cat([height, -height], dim=1)
+
+    def inner_loss(logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    labels, sizes = torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1)
+    if early_exit:
+        moved, taken, _ = early_exit_pgd(
+            Hill(), x, labels, x.new_empty(2, 0), steps=torch.ones(2, dtype=torch.int64),
+            active=[2], exits=torch.ones(2, dtype=torch.bool), patience=0, step_size=sizes,
+            inner_loss=inner_loss, epsilon=0.2, noise=noise, probe=probe,
+        )  # fmt: skip
+        assert taken.tolist() == [1, 1]  # both are wrong at the probe, which does not count
+    else:
+        moved = prefix_pgd(
+            Hill(), x, labels, x.new_empty(2, 0), active=[2], step_size=sizes,
+            inner_loss=inner_loss, epsilon=0.2, noise=noise, probe=probe,
+        )  # fmt: skip
+    assert seen == [pytest.approx(0.8)]
+    assert moved.flatten().tolist() == pytest.approx([0.51 - 0.1, 0.51 + 0.1])

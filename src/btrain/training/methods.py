@@ -21,6 +21,7 @@ from btrain.schema import (
     DefenseName,
     Precision,
     RivalName,
+    Start,
 )
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
@@ -151,6 +152,7 @@ def attack_method(config: Config, device: torch.device, allocator: str) -> Metho
         epsilon=attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,
+        probe=probe_factor(config),
         attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
@@ -158,6 +160,27 @@ def attack_method(config: Config, device: torch.device, allocator: str) -> Metho
         forward_unperturbed=bt.forward_unperturbed,
         grad_align_weight=config.rival.grad_align_weight or 0.0,
     )
+
+
+_PROBE = 0.3  # ε
+
+
+def probe_factor(config: Config) -> float | None:
+    """How much further than the start the first gradient is taken in bf16, for a KL divergence.
+
+    Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
+    than bf16 resolves, and the gradient is one of rounding errors. It is linear in the noise, whose
+    length therefore does not matter: 0.3·ε gives float32's attack strength at no cost.
+    """
+    attack = config.attack
+    if (
+        config.train.precision is Precision.float32
+        or not make_defense(config.defense).inner_reads_clean
+        or attack.start is not Start.normal
+        or not 0 < attack.start_std < _PROBE * attack.epsilon
+    ):
+        return None
+    return _PROBE * attack.epsilon / attack.start_std
 
 
 def make_defense(defense: DefenseConfig) -> Defense:

@@ -38,6 +38,8 @@ class Method:
         fractions: F_B, F_R, F_O of the allocator `random`; None for those of BulletTrain's rule.
         oracle_steps, oracle_step_size: of the attack that tells the allocator `oracle` the truth.
         grad_align_weight: λ of GradAlign's regulariser; 0 for none.
+        probe: what the start's noise is multiplied by where the first gradient is taken; None for
+            a gradient at the start itself. See `methods.probe_factor`.
     """
 
     defense: Defense
@@ -60,6 +62,7 @@ class Method:
     share_clean_forward: bool
     forward_unperturbed: bool
     grad_align_weight: float
+    probe: float | None = None
 
 
 def train_step(
@@ -209,6 +212,7 @@ def perturb(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
+            probe=None if method.probe is None else method.probe * noise,
         )
     return x_adv, allocation._replace(steps=taken), attacked
 
@@ -235,6 +239,7 @@ def attack(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
+            probe=None if method.probe is None else method.probe * noise,
         )
 
 
