@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from btrain import models
 from btrain.attacks import early_exit_pgd, prefix_pgd
@@ -15,7 +17,8 @@ from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
-from btrain.precision import InBFloat16, to_channels_last
+from btrain.precision import to_channels_last
+from btrain.shadow import InBFloat16, attacked
 from btrain.training import train
 from btrain.training.methods import make_memory, make_step, probe_factor
 from btrain.training.setup import make_state
@@ -105,6 +108,53 @@ def test_the_network_computes_in_bf16_and_answers_in_float32(tiles: Tensor) -> N
     model(tiles)
     assert seen == [torch.bfloat16, torch.float32]
     assert [*map(id, short.parameters())] == [*map(id, model.parameters())]
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_the_shadow_is_the_network_of_the_last_refresh(
+    architecture: str, tiles: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = models.build(architecture, width=2, depth=10, classes=10, shape=(3, 32, 32),
+                         mean=[0.4], std=[0.2])  # fmt: skip
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.normal_(layer.bias)
+    model(tiles)  # statistics
+    # In float32, so that nothing but the folding differs.
+    monkeypatch.setattr("btrain.shadow._SHORT", ())
+    short = InBFloat16(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(tiles), torch.arange(24) % 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = short.shadow.network(tiles)
+        short.refresh()
+        model.eval()
+        torch.testing.assert_close(short.shadow.network(tiles), model(tiles), rtol=1e-4, atol=1e-4)
+        model.train()
+        assert not torch.allclose(before, short.shadow.network(tiles), rtol=1e-3, atol=1e-3)
+
+
+def test_the_attack_has_no_gradients_of_weights_and_no_casts_of_them(tiles: Tensor) -> None:
+    short = InBFloat16(network())
+    casts: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+                casts.append(out.numel())
+            return out
+
+    with attacked(short) as shadow, Casts():
+        shadow(tiles)
+    assert casts == [tiles.numel()]
+    assert not any(parameter.requires_grad for parameter in shadow.parameters())
+    assert short.training
+    assert not any(module.training for module in shadow.network.modules())
 
 
 def test_a_run_in_bf16_keeps_weights_and_evaluation_in_float32(tmp_path: Path) -> None:

@@ -30,24 +30,6 @@ def exactly_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
-class InBFloat16(nn.Module):
-    """A network whose passes run in bf16 and whose logits are float32 again.
-
-    It shares the network's weights, which stay float32, and its mode at the start. What is done
-    with the logits (losses, SVar) is outside of autocast.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.training = network.training
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            logits: Tensor = self.network(images)
-        return full(logits)
-
-
 def to_channels_last(model: nn.Module) -> nn.Module:
     """The model itself, its weights laid out so that convolutions compute channel by channel last.
 

@@ -16,8 +16,9 @@ from btrain.bench.masked import masked_step
 from btrain.bench.official import official_step
 from btrain.bench.schema import Contender
 from btrain.data import Batch
-from btrain.precision import InBFloat16, to_channels_last
+from btrain.precision import to_channels_last
 from btrain.schema import Config, DefenseName, Precision
+from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod
 from btrain.training.loop import Memory, Step
 from btrain.training.methods import attack_method, augmix_method, in_precision, make_step
@@ -74,6 +75,8 @@ class Lane:
         self.optimizer = make_optimizer(self.config.recipe, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+        short = self.config.train.precision is Precision.bf16
+        self._short = InBFloat16(self.model) if short else None
         self.method = _method(self.config, self.device, "bullettrain")
         self.step = _step(self.config, self.contender, self.device)
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -81,8 +84,7 @@ class Lane:
     @property
     def inside(self) -> nn.Module:
         """The network as the step sees it."""
-        short = self.config.train.precision is Precision.bf16
-        return InBFloat16(self.model) if short else self.model
+        return self.model if self._short is None else self._short.refresh()
 
     def prepare(self, repetition: int) -> Batch:
         """The batch of a repetition, and F_R and the classes in `memory`; not to be timed."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from btrain.allocation import BOUNDARY, by_class, step_sizes, update_robust_fraction
-from btrain.attacks import box, evaluation_mode, per_image
+from btrain.attacks import box, per_image
 from btrain.data import Batch
 from btrain.defenses import augmix_loss
+from btrain.shadow import attacked
 from btrain.training.augmix_step import AugMixMethod
 from btrain.training.loop import Memory, Step
 from btrain.training.statistics import StepStats, step_stats
@@ -71,11 +72,11 @@ def _masked_pgd(
     )
     lower, upper = box(x, method.epsilon)
     x_adv = x + noise * per_image(steps > 0, x)
-    with evaluation_mode(model):
+    with attacked(model) as network:
         for step in range(method.n_b):
             images = x_adv.detach().requires_grad_()
             with torch.enable_grad():
-                loss = method.defense.inner_loss(model(images), z, labels).sum()
+                loss = method.defense.inner_loss(network(images), z, labels).sum()
             (gradient,) = torch.autograd.grad(loss, [images])
             length = per_image(sizes * (steps > step), x)
             x_adv = torch.clamp(images.detach() + length * gradient.sign(), lower, upper)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from btrain.allocation import uniform
-from btrain.attacks import box, evaluation_mode
+from btrain.attacks import box
 from btrain.data import Batch
 from btrain.defenses import kl_inner_loss
+from btrain.shadow import attacked
 from btrain.training.loop import Memory
 from btrain.training.statistics import StepStats, step_stats
 from btrain.training.step import Method, descend, start_noise
@@ -35,13 +36,13 @@ def official_step(
     m = len(x)
     lower, upper = box(x, method.epsilon)
     x_adv = x + start_noise(x, method, generator)
-    with evaluation_mode(model):
+    with attacked(model) as network:
         for _ in range(method.n_b):
             x_adv = x_adv.detach().requires_grad_()
             with torch.enable_grad():
                 divergence = F.kl_div(
-                    F.log_softmax(model(x_adv), dim=1),
-                    F.softmax(model(x), dim=1),
+                    F.log_softmax(network(x_adv), dim=1),
+                    F.softmax(network(x), dim=1),
                     reduction="sum",
                 )
             (gradient,) = torch.autograd.grad(divergence, [x_adv])

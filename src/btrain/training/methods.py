@@ -12,7 +12,6 @@ from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES, Defense
-from btrain.precision import InBFloat16
 from btrain.schema import (
     AttackMode,
     BTConfig,
@@ -23,6 +22,7 @@ from btrain.schema import (
     RivalName,
     Start,
 )
+from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -43,6 +43,7 @@ def in_precision(step: Step, precision: Precision) -> Step:
     """The same step with the network's passes in this precision."""
     if precision is Precision.float32:
         return step
+    inside: InBFloat16 | None = None
 
     def short(
         model: nn.Module,
@@ -51,7 +52,10 @@ def in_precision(step: Step, precision: Precision) -> Step:
         memory: Memory,
         generator: torch.Generator,
     ) -> StepStats:
-        return step(InBFloat16(model), optimizer, batch, memory, generator)
+        nonlocal inside
+        if inside is None or inside.network is not model:
+            inside = InBFloat16(model)
+        return step(inside.refresh(), optimizer, batch, memory, generator)
 
     return short
 
