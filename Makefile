@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kill test-soak lint format typecheck clean
+.PHONY: help setup demo bench bench-gpu test test-kill test-soak lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ setup: $(VENV)/.installed-dev  ## install btrain and its development tools into 
 
 demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real digits, compare them
 	scripts/demo.sh
+
+bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
+	OMP_NUM_THREADS=1 btrain bench $(BENCH)
+
+bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight minutes
+	btrain bench gpu
 
 test: lint typecheck  ## lint, type check and run all tests
 	python -m pytest

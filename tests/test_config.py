@@ -28,6 +28,7 @@ from btrain.config import (
     to_dict,
     to_yaml,
 )
+from btrain.config import composed as composed_by_hydra
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.schema import (
@@ -98,7 +99,7 @@ def changed(composed: DictConfig, settings: dict[str, Any]) -> Config:
 def test_every_yaml_file_composes(file: Path) -> None:
     group = file.parent.as_posix()
     if group == ".":
-        compose((), task=file.name)
+        composed_by_hydra((), task=file.name)
         return
     option = f"{group}={file.name}"
     config = compose([option, *NEEDS.get(option, [])])

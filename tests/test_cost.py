@@ -20,6 +20,7 @@ from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
 from btrain.schema import DefenseName, RivalName
+from btrain.training.cost import lean_units, official_units, speedups
 from btrain.training.methods import make_memory, make_step
 from btrain.training.statistics import StepStats
 from btrain.training.step import ALLOCATORS
@@ -165,3 +166,47 @@ def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
     assert 20 < correct < M
     assert stats.units == 6 * M + (2 * 3 + 1 + 10) * correct
     assert flops.total / (unit.total / M) == pytest.approx(float(stats.units), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["bt.share_clean_forward=true"],
+        ["attack.mode=train"],
+        ["attack.steps=3"],
+        ["defense=mart"],
+        ["defense=pgd"],
+        ["defense=augmix"],
+        ["defense=augmix", "defense.jsd=false"],
+    ],
+    ids=str,
+)
+def test_the_plain_defense_is_no_faster_than_itself(digits: Data, overrides: list[str]) -> None:
+    counted = one_step(digits, "bt=uniform", *overrides)
+    config = compose(["dataset=digits", "bt=uniform", *overrides])
+    assert lean_units(config) == float(counted.stats.units) / M
+    means = {"attack_steps_mean": 1.0, "units_per_example": lean_units(config)}
+    assert speedups(config, means)["speedup_flops"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "official"),
+    [([], 39), (["attack.steps=5"], 24), (["defense=mart"], None), (["defense=pgd"], None)],
+    ids=str,
+)
+def test_only_trades_has_a_published_structure_of_its_own(
+    overrides: list[str], official: int | None
+) -> None:
+    config = compose(overrides)
+    assert official_units(config) == official
+    means = {"attack_steps_mean": 3.88, "units_per_example": 13.0}
+    expected = None if official is None else official / 13
+    assert speedups(config, means)["speedup_official"] == expected
+
+
+@pytest.mark.parametrize("rival", ["free", "mma"])
+def test_a_rival_of_another_kind_has_no_speedup(rival: str) -> None:
+    config = compose(["defense=pgd", f"rival={rival}"])
+    means = {"attack_steps_mean": 8.0, "units_per_example": 24.0}
+    assert set(speedups(config, means).values()) == {None}

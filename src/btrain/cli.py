@@ -24,6 +24,7 @@ commands:
   data corrupt [option=value …]    make the corrupted test set of a data set
   report RUN [RUN …]               finished runs side by side; the first is the baseline
   export checkpoint=RUN …          a trained network as a file for other projects
+  bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -209,10 +210,18 @@ def _export(args: list[str]) -> None:
     run(args)
 
 
+def _bench(args: list[str]) -> None:
+    """Measures training steps."""
+    from btrain.bench.command import run
+
+    run(args)
+
+
 COMMANDS = {
     "train": _train,
     "eval": _eval,
     "data": _data,
     "report": _report,
     "export": _export,
+    "bench": _bench,
 }

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from btrain.bench.schema import BenchRun
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
@@ -51,6 +52,7 @@ def register() -> None:
 
     ConfigStore.instance().store(name="schema", node=Config)
     ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
+    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)

@@ -87,6 +87,11 @@ class ScheduleName(Enum):
     cosine = "cosine"
 
 
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class LoggerName(Enum):
     jsonl = "jsonl"
     wandb = "wandb"
@@ -396,6 +401,8 @@ class TrainConfig:
     checkpoint_every: int = 1
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     deterministic: bool = False
+    precision: Precision = Precision.float32
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "train.epochs", self.epochs)

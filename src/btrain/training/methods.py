@@ -11,8 +11,19 @@ from torch import Tensor, nn
 from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
-from btrain.defenses import DEFENSES
-from btrain.schema import AttackMode, BTConfig, Config, DefenseName, OnNonfinite, RivalName
+from btrain.defenses import DEFENSES, Defense
+from btrain.schema import (
+    AttackMode,
+    BTConfig,
+    Config,
+    DefenseConfig,
+    DefenseName,
+    OnNonfinite,
+    Precision,
+    RivalName,
+    Start,
+)
+from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -26,6 +37,31 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
 
     `warm_up` asks for the plain defense, whatever the allocator.
     """
+    return in_precision(_make_step(config, device, warm_up=warm_up), config.train.precision)
+
+
+def in_precision(step: Step, precision: Precision) -> Step:
+    """The same step with the network's passes in this precision."""
+    if precision is Precision.float32:
+        return step
+    inside: InBFloat16 | None = None
+
+    def short(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        nonlocal inside
+        if inside is None or inside.network is not model:
+            inside = InBFloat16(model)
+        return step(inside.refresh(), optimizer, batch, memory, generator)
+
+    return short
+
+
+def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
     if config.rival.name is RivalName.free:
         assert config.rival.replays is not None
         return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
@@ -34,9 +70,9 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=_augmix_method(config, device, allocator))
+        update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
-        update = partial(train_step, method=_attack_method(config, device, allocator))
+        update = partial(train_step, method=attack_method(config, device, allocator))
 
     return partial(_follow, update=update)
 
@@ -107,12 +143,11 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     return memory
 
 
-def _attack_method(config: Config, device: torch.device, allocator: str) -> Method:
+def attack_method(config: Config, device: torch.device, allocator: str) -> Method:
     """The choices of the adversarial defenses."""
     bt, attack = config.bt, config.attack
-    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
     return Method(
-        defense=DEFENSES[config.defense.name.value](**settings),
+        defense=make_defense(config.defense),
         allocator=allocator,
         metric=METRICS[bt.metric.value],
         budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
@@ -126,6 +161,7 @@ def _attack_method(config: Config, device: torch.device, allocator: str) -> Meth
         epsilon=attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,
+        probe=probe_factor(config),
         attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
@@ -133,6 +169,33 @@ def _attack_method(config: Config, device: torch.device, allocator: str) -> Meth
         forward_unperturbed=bt.forward_unperturbed,
         grad_align_weight=config.rival.grad_align_weight or 0.0,
     )
+
+
+_PROBE = 0.3  # ε
+
+
+def probe_factor(config: Config) -> float | None:
+    """How much further than the start the first gradient is taken in bf16, for a KL divergence.
+
+    Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
+    than bf16 resolves, and the gradient is one of rounding errors. It is linear in the noise, whose
+    length therefore does not matter: 0.3·ε gives float32's attack strength at no cost.
+    """
+    attack = config.attack
+    if (
+        config.train.precision is Precision.float32
+        or not make_defense(config.defense).inner_reads_clean
+        or attack.start is not Start.normal
+        or not 0 < attack.start_std < _PROBE * attack.epsilon
+    ):
+        return None
+    return _PROBE * attack.epsilon / attack.start_std
+
+
+def make_defense(defense: DefenseConfig) -> Defense:
+    """The losses of an adversarial defense."""
+    settings = {} if defense.beta is None else {"beta": defense.beta}
+    return DEFENSES[defense.name.value](**settings)
 
 
 def _fractions(bt: BTConfig) -> tuple[float, float, float] | None:
@@ -158,7 +221,8 @@ def _mma_method(config: Config) -> MMAMethod:
     )
 
 
-def _augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+    """The choices of AugMix."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
     assert views is not None
     assert defense.jsd is not None

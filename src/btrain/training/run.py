@@ -18,7 +18,7 @@ from btrain.run_folder import RunFolder
 from btrain.run_lock import RunLock
 from btrain.schema import Config
 from btrain.tracking import Tracker, open_tracker
-from btrain.training.cost import forward_flops
+from btrain.training.cost import forward_flops, speedups
 from btrain.training.determinism import deterministic
 from btrain.training.guards import make_input_guard
 from btrain.training.lines import describe, epoch_line, fractions, headline, number
@@ -28,7 +28,7 @@ from btrain.training.methods import make_step
 from btrain.training.nonfinite import NotFiniteError
 from btrain.training.provenance import extended
 from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
-from btrain.training.scores import after_epoch, speedup, summarise
+from btrain.training.scores import after_epoch, summarise
 from btrain.training.setup import find_device, load_data, make_plan, make_state
 from btrain.training.signals import StopRequest, stop_on_signals
 from btrain.training.state import TrainState
@@ -142,7 +142,7 @@ def _train_epochs(
         def show(means: Averages) -> None:
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, F_B/F_R/F_O {fractions(means)}, "
-                f"speedup {number(speedup(config, means))}",
+                f"speedup {number(speedups(config, means)['theoretical_speedup'])}",
                 refresh=False,
             )
 
@@ -164,7 +164,7 @@ def _train_epochs(
             if means is None:
                 break
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
-            metrics["theoretical_speedup"] = speedup(config, means)
+            metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
             if complete := state.batch == batches:

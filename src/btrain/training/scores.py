@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from btrain import checkpoint
-from btrain.allocation import theoretical_speedup
 from btrain.config import to_dict
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName, RivalName
-from btrain.training.cost import forward_flops
+from btrain.schema import Config, DefenseName
+from btrain.training.cost import forward_flops, speedups
 from btrain.training.guards import epoch_warnings, fell, is_above
 from btrain.training.loop import epoch_order
 from btrain.training.provenance import device_name, git_commit, git_dirty
@@ -105,7 +104,7 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        "theoretical_speedup": speedup(config, means),
+        **speedups(config, means),
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
         "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),
@@ -129,15 +128,3 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
             "best_robust_acc": best.robust,
         }
     return summary
-
-
-def speedup(config: Config, means: dict[str, Any]) -> float | None:
-    """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
-    a class; None for the rivals that it does not describe.
-    """
-    if config.rival.name in (RivalName.gradalign, RivalName.free, RivalName.mma):
-        return None
-    steps = means["attack_steps_mean"]
-    return theoretical_speedup(
-        fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
-    )

@@ -10,6 +10,7 @@ from torch import nn
 from btrain import models
 from btrain.data import Data, load
 from btrain.errors import UserError
+from btrain.precision import to_channels_last
 from btrain.schema import (
     Config,
     ModelConfig,
@@ -60,8 +61,10 @@ def load_data(config: Config, device: torch.device) -> Data:
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
+    if config.train.channels_last:
+        model = to_channels_last(model)
     skips = config.train.on_nonfinite is OnNonfinite.skip
-    optimizer = _make_optimizer(config.recipe, model, steps_on_device=skips)
+    optimizer = make_optimizer(config.recipe, model, steps_on_device=skips)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device)
 
@@ -79,9 +82,10 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
     )
 
 
-def _make_optimizer(
-    recipe: RecipeConfig, model: nn.Module, *, steps_on_device: bool
+def make_optimizer(
+    recipe: RecipeConfig, model: nn.Module, *, steps_on_device: bool = False
 ) -> torch.optim.Optimizer:
+    """The recipe's optimizer of all weights; `steps_on_device` lets it be undone there."""
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(
             model.parameters(),
