@@ -34,6 +34,7 @@ class Task:
 TASKS = {
     "train": Task(Config, "train", "train a robust network, evaluate it, leave a run folder"),
     "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
+    "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
 }
 """By the file's name."""
 

@@ -77,7 +77,7 @@ def compose(overrides: Sequence[str] = ()) -> BenchConfig:
     try:
         found = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise configs.explain(error, overrides) from error
+        raise configs.explain(error, overrides, "bench") from error
     assert isinstance(found, BenchRun)
     return found.bench
 
