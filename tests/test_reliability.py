@@ -71,9 +71,9 @@ def signal_after(patch: pytest.MonkeyPatch, batches: int, number: int) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
-    ("batches", "number"), [(1, signal.SIGTERM), (6, signal.SIGINT), (10, signal.SIGTERM)]
+    ("batches", "number", "every"),
+    [(1, signal.SIGTERM, 3), (6, signal.SIGINT, 1), (7, signal.SIGINT, 3), (10, signal.SIGTERM, 1)],
 )
 def test_a_signal_ends_the_run_at_the_next_batch_and_nothing_is_lost(
     tmp_path: Path,
