@@ -50,7 +50,8 @@ def _look_cuda(work: Callable[[], None], device: torch.device) -> Look:
         torch.cuda.synchronize(device)
     names = [event.name for event in profiler.events()]
     copies = sum(name.startswith("Memcpy DtoH") for name in names)
-    return Look(peak, copies, sum(name.startswith("cudaLaunchKernel") for name in names))
+    launches = sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names)
+    return Look(peak, copies, launches)
 
 
 class _HostReads(TorchFunctionMode):
