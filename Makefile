@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck clean
+.PHONY: help setup demo test test-fuzz lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real d
 
 test: lint typecheck  ## lint, type check and run all tests
 	python -m pytest
+
+test-fuzz: setup  ## read 20,000 damaged and hostile files with every reader (an hour)
+	cd tests && python -m fuzz --inputs 20000
 
 lint: setup  ## check style and formatting
 	ruff check .
