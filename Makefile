@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-gpu test test-kill test-soak lint format typecheck clean
+.PHONY: help setup demo bench bench-gpu test test-kill test-soak test-fuzz lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resum
 
 test-soak: setup  ## 2,000 tiny epochs: memory, open files and step time stay flat (some minutes)
 	python -m pytest -m slow tests/test_soak.py -s
+
+test-fuzz: setup  ## read 20,000 damaged and hostile files with every reader (an hour)
+	cd tests && python -m fuzz --inputs 20000
 
 lint: setup  ## check style and formatting
 	ruff check .

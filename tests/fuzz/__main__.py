@@ -1,4 +1,4 @@
-"""Runs the readers on damaged files, each reader in processes of its own."""
+"""Runs the readers on damaged files, in processes of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -31,12 +32,17 @@ READERS = {
 }
 _KEPT = 20  # failures a reader
 _WARM_UP = 40
-_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # many small files
 _LONGEST = 2001  # characters of an error
+_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # many small files
+
+Result = dict[str, Any]
 
 
 class Reader(Protocol):
-    """Sound files in a folder, ways to damage them, and what btrain does with such files."""
+    """Sound files in a folder, ways to damage them, and what btrain does with such files.
+
+    One that has an attribute `writes` writes into the folder itself.
+    """
 
     def __init__(self, folder: Path) -> None: ...
 
@@ -55,86 +61,112 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    names = options.reader or [*READERS]
     if options.inside:
-        _inside(options.reader[0], options.first, options.inputs, options.inside)
+        _inside(names, options.first, options.inputs, options.inside)
         return 0
     results = {}
-    for name in options.reader or READERS:
-        results[name] = run(name, first=options.first, inputs=options.inputs)
+    for name in names:
+        results[name] = _all_inputs(name, options.first, options.inputs)
         print(_line(name, results[name]), flush=True)
         for failure in results[name]["failures"]:
-            number, _, reason = failure.partition(": ")
-            print(f"  {number}: {reason.strip()[-300:]}", flush=True)
+            print(f"  {failure}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     return int(any(result["failures"] for result in results.values()))
 
 
-def _line(name: str, result: dict[str, Any]) -> str:
+def _line(name: str, result: Result) -> str:
+    seconds, number = result["slowest"]
     return (
-        f"{name}: {result['inputs']:,} inputs, {result['accepted']:,} read, "
+        f"{name}: {result['accepted'] + result['refused']:,} inputs, {result['accepted']:,} read, "
         f"{result['refused']:,} refused, {len(result['failures'])} failures; slowest "
-        f"{result['slowest'][0]:.2f} s (input {result['slowest'][1]}), memory "
-        f"+ {result['memory'] >> 20} MiB, {result['seconds']:.0f} s"
+        f"{seconds:.2f} s (input {number}), memory + {result['memory'] >> 20} MiB, "
+        f"{result['seconds']:.0f} s"
     )
 
 
-def run(name: str, *, first: int, inputs: int) -> dict[str, Any]:
-    """Reads inputs first to first + inputs - 1; a process that dies is a failure of its input."""
-    total: Counter[str] = Counter()
-    failures: list[str] = []
-    slowest, memory = [0.0, first], 0
-    start, end, began = first, first + inputs, time.monotonic()
-    while start < end:
-        with tempfile.TemporaryDirectory(dir=_FOLDER) as folder:
-            report = Path(folder) / "report.json"
-            done = subprocess.run(
-                [sys.executable, "-m", "fuzz", "--reader", name, "--first", str(start),
-                 "--inputs", str(end - start), "--inside", str(report)],
-                cwd=Path(__file__).parents[1], capture_output=True, text=True,
-            )  # fmt: skip
-            result = json.loads(report.read_text()) if report.exists() else {}
-        if "next" not in result or "died" in result:
-            number = result.get("next", start)
-            said = done.stderr.strip()[-2000:]
-            result = {"failures": [], **result, "next": number + 1}
-            result["failures"].append(f"input {number}: ended with {done.returncode} {said}")
-        total.update({key: result.get(key, 0) for key in ("accepted", "refused")})
-        failures += result["failures"]
-        slowest = max(slowest, result.get("slowest", slowest))
-        memory = max(memory, result.get("memory", 0))
-        start = result["next"]
-        if len(failures) >= _KEPT:
-            break
-    return {
-        "inputs": start - first, **total, "failures": failures, "slowest": slowest,
-        "memory": memory, "seconds": time.monotonic() - began,
-    }  # fmt: skip
+def _all_inputs(name: str, first: int, inputs: int) -> Result:
+    """Reads so many inputs with a reader; where its process dies, a new one goes on behind."""
+    total: Result = {"accepted": 0, "refused": 0, "failures": [], "slowest": [0, 0], "memory": 0}
+    began, end = time.monotonic(), first + inputs
+    while first < end and len(total["failures"]) < _KEPT:
+        result = run([name], first, end - first)[name]
+        for key in ("accepted", "refused", "failures"):
+            total[key] += result[key]
+        for key in ("slowest", "memory"):
+            total[key] = max(total[key], result[key])
+        first = result["next"]
+    return total | {"seconds": time.monotonic() - began}
 
 
-def _inside(name: str, first: int, inputs: int, report: Path) -> None:
+def run(names: Sequence[str], first: int, inputs: int) -> dict[str, Result]:
+    """Inputs `first` and on for each of the readers, in one new process.
+
+    A process that dies is a failure of the input it had; then the rest is missing.
+    """
+    with tempfile.TemporaryDirectory(dir=_FOLDER) as folder:
+        report = Path(folder) / "report.json"
+        readers = [word for name in names for word in ("--reader", name)]
+        numbers = ["--first", str(first), "--inputs", str(inputs)]
+        done = subprocess.run(
+            [sys.executable, "-m", "fuzz", *readers, *numbers, "--inside", str(report)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        if not report.exists():
+            raise RuntimeError(f"The process did not begin: {done.stderr}")
+        results: dict[str, Result] = json.loads(report.read_text())
+    for result in results.values():
+        if result.pop("died", False):
+            said = f"ended with {done.returncode} {done.stderr.strip()[-2000:]}"
+            result["failures"].append(f"input {result['next']}: {said}")
+            result["next"] += 1
+    return results
+
+
+def _inside(names: Sequence[str], first: int, inputs: int, report: Path) -> None:
     """The process that reads."""
-    from importlib import import_module
-
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    readers = {name: _reader(name, report.parent / name) for name in names}
+    guard.install()
+    results: dict[str, Result] = {}
+    for name, reader in readers.items():
+        _read_inputs(
+            name, reader, report.parent / name, range(first, first + inputs), results, report
+        )
+
+
+def _reader(name: str, folder: Path) -> Reader:
+    """A reader that has read a few inputs: its modules are imported, its buffers made."""
     module, _, kind = READERS[name].partition(".")
-    folder = report.parent / "inputs"
     folder.mkdir()
     reader: Reader = getattr(import_module(f"fuzz.{module}"), kind)(folder)
-    canary = folder / "canary"
-    for number in range(_WARM_UP):  # modules are imported, buffers made
+    for number in range(_WARM_UP):
         reader.write(Random(f"{name} warm-up {number}"))
         with contextlib.suppress(Exception):
             reader.read()
-    guard.install()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result: dict[str, Any] = {"accepted": 0, "refused": 0, "failures": [], "slowest": (0.0, first)}
-    for number in range(first, first + inputs):
+    return reader
+
+
+def _read_inputs(
+    name: str,
+    reader: Reader,
+    folder: Path,
+    numbers: range,
+    results: dict[str, Result],
+    report: Path,
+) -> None:
+    result = results[name] = {"accepted": 0, "refused": 0, "failures": [], "slowest": (0.0, 0)}
+    canary, before = folder / "canary", _peak()
+    for number in numbers:
         reader.write(Random(f"{name} {number}"))
-        report.write_text(json.dumps(result | {"next": number, "died": True}))
+        result |= {"next": number, "memory": _peak() - before, "died": True}
+        report.write_text(json.dumps(results))
         began = time.monotonic()
         failure = _failure(reader, result, folder if hasattr(reader, "writes") else None)
         result["slowest"] = max(result["slowest"], (time.monotonic() - began, number))
@@ -143,14 +175,18 @@ def _inside(name: str, first: int, inputs: int, report: Path) -> None:
             canary.unlink()
         if failure:
             result["failures"].append(f"input {number}: {failure}")
+        result |= {"next": number + 1, "memory": _peak() - before, "died": False}
         if len(result["failures"]) >= _KEPT:
             break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result |= {"memory": 1024 * (peak - before), "next": number + 1}
-    report.write_text(json.dumps(result))
+    report.write_text(json.dumps(results))
 
 
-def _failure(reader: Reader, result: dict[str, Any], writable: Path | None) -> str:
+def _peak() -> int:
+    """The most memory that this process ever had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _failure(reader: Reader, result: Result, writable: Path | None) -> str:
     """Reads an input and says what should not have happened, if anything."""
     from btrain.errors import UserError
 

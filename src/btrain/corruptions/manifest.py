@@ -18,6 +18,7 @@ import scipy
 from btrain import __version__
 from btrain.corruptions.arrays import Images
 from btrain.errors import UserError
+from btrain.untrusted import read_text
 
 MANIFEST = "REGENERATED.json"
 CHUNK = 100
@@ -28,6 +29,7 @@ _NOTE = (
     "files, which were drawn without a seed; do not compare numbers from the two."
 )
 _PARTIAL = ".partial"
+_LARGEST = 1 << 20  # bytes of the record
 
 
 def describe(
@@ -75,9 +77,9 @@ def check_owner(out: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"corrupt.out={out} holds other files; please name a new folder.")
         return
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = json.loads(read_text(file, _LARGEST))
         differing = [key for key in manifest if theirs.get(key) != manifest[key]]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged; delete the folder to start over.") from error
     if differing:
         key = differing[0]

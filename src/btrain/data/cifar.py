@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from btrain.data.source import Images, Source, in_memory
 from btrain.errors import UserError
-from btrain.untrusted import RefusedError
+from btrain.untrusted import RefusedError, open_plain
 from btrain.untrusted.arrays import ARRAY_NAMES, PickledArray
 from btrain.untrusted.pickles import DATA_OPERATIONS, read_pickle
 
@@ -70,7 +70,7 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]
     try:
         if path.stat().st_size > _LARGEST:
             raise RefusedError(f"it is larger than {_LARGEST:,} bytes")
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = read_pickle(file, ARRAY_NAMES, operations=DATA_OPERATIONS, encoding="bytes")
         pixels = _array(content[b"data"])
         labels = _labels(content[labels_key.encode()])

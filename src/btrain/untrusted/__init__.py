@@ -8,31 +8,34 @@ bytes; each reader turns all of it into a `UserError` that names the file.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 
 class RefusedError(ValueError):
     """What is wrong with a file: a phrase that can stand after its name."""
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A file of at most so many bytes.
+def open_plain(path: Path) -> IO[bytes]:
+    """A file, but no pipe and no device, on which a reader could wait for ever.
 
     Raises:
-        RefusedError: it is larger.
-        OSError: it cannot be read.
+        RefusedError: it is something else.
+        OSError: it cannot be opened.
     """
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise RefusedError(f"it is larger than {most:,} bytes")
-    return content
+    if path.exists() and not path.is_file():
+        raise RefusedError("it is no plain file")
+    return path.open("rb")
 
 
 def read_text(path: Path, most: int) -> str:
     """A UTF-8 file of at most so many bytes.
 
     Raises:
-        RefusedError: it is larger.
+        RefusedError: it is larger, or no plain file.
         UnicodeDecodeError, OSError: it cannot be read.
     """
-    return read_bytes(path, most).decode("utf-8")
+    with open_plain(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise RefusedError(f"it is larger than {most:,} bytes")
+    return content.decode("utf-8")

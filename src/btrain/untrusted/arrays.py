@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from btrain.untrusted import RefusedError
+from btrain.untrusted import RefusedError, open_plain
 from btrain.untrusted.archive import check_directory
 from btrain.untrusted.pickles import Call, Names, encode_latin1
 
@@ -31,7 +31,7 @@ def open_npy(path: Path) -> Array:
         RefusedError: it holds something else than numbers, or fewer bytes than its header says.
         Exception: it is damaged; numpy raises many kinds.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         shape, fortran, dtype = _header(file, _KINDS)
         start = file.tell()
     if math.prod(shape) == 0:
@@ -53,7 +53,7 @@ def read_npz(path: Path, keys: Collection[str], *, most: int) -> dict[str, Array
         RefusedError: they are larger, or hold something else than numbers and texts.
         Exception: one is missing, or the file is damaged.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         check_directory(file, most_members=_MOST_MEMBERS)
         with zipfile.ZipFile(file) as archive:
             members = {key: archive.getinfo(f"{key}.npy") for key in keys}

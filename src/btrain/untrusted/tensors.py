@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from btrain.untrusted import RefusedError
+from btrain.untrusted import RefusedError, open_plain
 from btrain.untrusted.archive import check_directory
 from btrain.untrusted.pickles import (
     TENSOR_OPERATIONS,
@@ -32,7 +32,7 @@ from btrain.untrusted.pickles import (
 )
 from btrain.untrusted.tree import check_tree
 
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 300_000
 _MOST_MEMBERS = 100_000
 _MOST_DIMENSIONS = 16
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of the format before torch 1.6
@@ -47,7 +47,7 @@ def load(path: Path) -> Any:
         RefusedError: it asks for code, or its sizes contradict each other.
         Exception: it is damaged; torch raises many kinds.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         _check(file)
         file.seek(0)
         with warnings.catch_warnings():
