@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from btrain.cli import main
 from btrain.data import Data, load
 from eval_nets import trained_on
 from evaluation_page import write_evaluation
+
+
+# The networks are tiny: more threads only wait for each other. Child processes inherit the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
