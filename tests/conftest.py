@@ -16,8 +16,7 @@ from btrain.data import Data, load
 from eval_nets import trained_on
 from evaluation_page import write_evaluation
 
-
-# The networks are tiny: more threads only wait for each other. Child processes inherit the variable.
+# The networks are tiny: more threads only wait for each other. Child processes inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
