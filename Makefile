@@ -36,7 +36,7 @@ bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight
 test: lint typecheck  ## lint, type check and run all tests
 	python -m pytest
 
-test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour)
+test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
 	python -m pytest -m slow tests/test_kill.py -s
 
 test-soak: setup  ## 2,000 tiny epochs: memory, open files and step time stay flat (some minutes)
