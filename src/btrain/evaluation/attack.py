@@ -181,14 +181,18 @@ def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, 
 
 def _attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
     own = {
-        "clean_accuracy": 100 * float(subject.correct.float().mean()),
+        "clean_accuracy": 100 * int(subject.correct.sum()) / len(subject.correct),
         "clean_mistakes": "count as fooled",
         "epsilon": subject.epsilon,
         "seed": subject.seed,
         "started_from": start.left_by,
         "started_with": int(start.stands.sum()),
     }
-    return _facts(subject, own, *libraries)
+    facts = _facts(subject, own, *libraries)
+    if start.left_by is not None:
+        note = "Each attack only on what the one before left standing."
+        facts["note"] = " ".join(text for text in (facts.get("note"), note) if text)
+    return facts
 
 
 def _kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:

@@ -71,7 +71,10 @@ def compare_folders(a: Path, b: Path, attack: str) -> Comparison:
 
 def _facts(first: Result, second: Result) -> list[tuple[str, object, object]]:
     """What must be the same, in the order in which it is worth telling."""
-    keys = ("dataset", "epsilon", "steps", "restarts", "loss", "precision")
+    keys = (
+        *("dataset", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
+        *("precision", "started_from"),
+    )
     pairs = [(key, first.settings.get(key), second.settings.get(key)) for key in keys]
     return [("n", len(first.labels), len(second.labels)), *pairs]
 

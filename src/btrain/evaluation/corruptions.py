@@ -69,6 +69,8 @@ def under_corruptions(
     """
     from tqdm import tqdm
 
+    for name in names:  # what is missing or damaged is rather known now than after hours
+        read(root, name, 1)
     correct = np.zeros((len(names), SEVERITIES, len(examples)), dtype=bool)
     cells = [(i, severity) for i in range(len(names)) for severity in range(1, SEVERITIES + 1)]
     for i, severity in tqdm(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """What `write_json` wrote; None where there is nothing, or nothing readable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -62,3 +63,6 @@ def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,12 +114,27 @@ class Result:
                 np.load(file, allow_pickle=False) as arrays,
             ):
                 correct, labels = arrays["correct"], arrays["labels"]
-            classes = tuple(content["classes"])
-            seconds, own = content["seconds"], ("attack", "accuracy", "ci95", "n", "per_class")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            classes, seconds = tuple(content["classes"]), float(content["seconds"])
+        except Exception:  # a damaged archive raises many kinds
             return None
+        if not _fit(correct, labels, classes):
+            return None
+        own = ("attack", "accuracy", "ci95", "n", "per_class")
         settings = {key: content[key] for key in content if key not in (*own, "seconds")}
         return Result(content["attack"], correct, labels, classes, seconds, settings)
+
+
+def _fit(correct: npt.NDArray[Any], labels: npt.NDArray[Any], classes: tuple[object, ...]) -> bool:
+    """Whether the arrays of a file are of the shapes and kinds that `write` gives them."""
+    return (
+        correct.dtype == bool
+        and correct.ndim in (1, 3)
+        and labels.dtype == np.int64
+        and labels.ndim == 1
+        and correct.shape[-1] == len(labels) > 0
+        and all(isinstance(name, str) for name in classes)
+        and 0 <= labels.min() <= labels.max() < len(classes)
+    )
 
 
 def read_result(folder: Path, attack: str) -> Result:

@@ -15,7 +15,7 @@ from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library
 from btrain.evaluation.examples import Examples, as_evaluated, predictions
-from btrain.evaluation.files import write_arrays, write_json
+from btrain.evaluation.files import read_json, write_arrays, write_json
 from btrain.evaluation.restarts import Pgd, pgd_images
 from btrain.evaluation.result import Result
 from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
@@ -73,7 +73,8 @@ def _names(settings: EvalSettings) -> tuple[str, ...]:
 
 
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
-    model = target.model
+    model, facts = target.model, _facts(settings, target, examples)
+    _refuse_mixture(target.folder, facts)
     subject = Subject(
         model=model,
         examples=examples,
@@ -82,7 +83,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         step_size=target.step_size,
         seed=target.seed,
         batch_size=settings.batch_size,
-        facts=_facts(settings, target, examples),
+        facts=facts,
         folder=target.folder,
         show_progress=True,
     )
@@ -102,6 +103,18 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
 
         page = write_page(target.folder)
     return Evaluation(target.folder, tuple(results), sanity, page)
+
+
+def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
+    """A folder holds the results of one network on one test set, and so does its page."""
+    for path in sorted(folder.glob("*.json")):
+        there = read_json(path) or {}
+        for key, what in (("checkpoint_sha256", "weights"), ("data_sha256", "test images")):
+            if there.get(key, facts[key]) != facts[key]:
+                raise UserError(
+                    f"{folder} holds results of other {what} ({path.name}); "
+                    "please give out=… or delete it."
+                )
 
 
 def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -> Result:

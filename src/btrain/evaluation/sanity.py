@@ -27,7 +27,7 @@ RADII = tuple(i / 2 for i in range(9))  # in units of ε
 UNBOUNDED = 1.0  # every image can become every other
 QUERIES = 500
 
-TOLERANCE = 1.0  # points, or two examples if that is more
+TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
 FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
 FLAT = 1.0  # percent of the examples
 
