@@ -306,7 +306,10 @@ def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None
 
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["dataset"]["train_examples"] == 200
-    assert config["train"] == {"epochs": 1, "batch_size": 128, "max_seconds": None}
+    assert config["train"] == {
+        "epochs": 1, "batch_size": 128, "max_seconds": None, "precision": "float32",
+        "channels_last": False,
+    }  # fmt: skip
     assert config["bt"]["n_b"] == 10
 
     log = (finished / "train.log").read_text()
