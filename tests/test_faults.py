@@ -109,28 +109,28 @@ def test_each_fault_while_saving_leaves_the_checkpoint_before(
 ) -> None:
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     disk = Disk(monkeypatch, tmp_path)
-    checkpoint.save(last, {"n": 0}, previous=previous)
-    checkpoint.save(last, {"n": 1}, previous=previous)
+    checkpoint.save(last, {"state": {"n": 0}}, previous=previous)
+    checkpoint.save(last, {"state": {"n": 1}}, previous=previous)
     calls, n = disk.calls // 2 + 1, 1
     for call in range(1, calls + 1):
         disk.fail(call, error)
         with pytest.raises(UserError, match="could not be written"):
-            checkpoint.save(last, {"n": n + 1}, previous=previous)
+            checkpoint.save(last, {"state": {"n": n + 1}}, previous=previous)
         disk.fail(0, 0)
-        newest = checkpoint.load(last if last.is_file() else previous)["n"]
+        newest = checkpoint.load(last if last.is_file() else previous)["state"]["n"]
         assert newest in (n, n + 1)
-        checkpoint.save(last, {"n": n + 2}, previous=previous)
-        assert checkpoint.load(last)["n"] == n + 2
+        checkpoint.save(last, {"state": {"n": n + 2}}, previous=previous)
+        assert checkpoint.load(last)["state"]["n"] == n + 2
         n += 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "last.pt", {"n": 1})
+    checkpoint.save(tmp_path / "last.pt", {"state": {"n": 1}})
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"last\.pt could not be written \(No space left"):
-        checkpoint.save(tmp_path / "last.pt", {"n": 2, "x": torch.zeros(100000)})
-    assert checkpoint.load(tmp_path / "last.pt")["n"] == 1
+        checkpoint.save(tmp_path / "last.pt", {"state": {"n": 2, "x": torch.zeros(100000)}})
+    assert checkpoint.load(tmp_path / "last.pt")["state"]["n"] == 1
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"metrics\.jsonl could not be written \(No space left"):
         append_line(tmp_path / "metrics.jsonl", "{}")
@@ -139,15 +139,15 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [0, 100, 5000])
 def test_a_limit_of_the_system_on_file_sizes(tmp_path: Path, limit: int) -> None:
     resource = pytest.importorskip("resource")
-    checkpoint.save(tmp_path / "last.pt", {"n": 1})
+    checkpoint.save(tmp_path / "last.pt", {"state": {"n": 1}})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(UserError, match=r"last\.pt could not be written \(File too large\)"):
-            checkpoint.save(tmp_path / "last.pt", {"n": 2, "x": torch.zeros(100000)})
+            checkpoint.save(tmp_path / "last.pt", {"state": {"n": 2, "x": torch.zeros(100000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint.load(tmp_path / "last.pt")["n"] == 1
+    assert checkpoint.load(tmp_path / "last.pt")["state"]["n"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
