@@ -6,7 +6,7 @@ import pytest
 
 from fuzz.__main__ import READERS, run
 
-INPUTS = 200
+INPUTS = 300
 MEMORY = 256 << 20
 """Bytes beyond what a process has that has read a few files already."""
 

@@ -8,11 +8,15 @@ from btrain.untrusted import RefusedError
 
 _DEEPEST = 32
 
+_Measures = dict[int, tuple[int, int]]
+"""Of each container, by its id: how many values it holds, and how many levels of them."""
+
 
 def check_tree(content: object, *, most: int) -> None:
     """Makes sure that walking through mappings, lists, tuples and sets comes to an end soon.
 
-    A container that occurs twice counts twice, as it would when it is copied or printed.
+    A container that occurs twice counts twice, as it would when it is copied or printed; here it is
+    gone through once.
 
     Args:
         content: what was read from a file; it may contain itself.
@@ -21,18 +25,25 @@ def check_tree(content: object, *, most: int) -> None:
     Raises:
         RefusedError: there are more values, or more than 32 levels of them.
     """
-    left = most
-    waiting: list[tuple[object, int]] = [(content, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        inside: Collection[object] = ()
-        if isinstance(node, Mapping):
-            inside = [*node.keys(), *node.values()]
-        elif isinstance(node, list | tuple | set | frozenset):
-            inside = node
-        left -= len(inside)
-        if left < 0:
-            raise RefusedError(f"it holds more than {most:,} values")
-        if inside and depth == _DEEPEST:
-            raise RefusedError(f"it is nested deeper than {_DEEPEST} levels")
-        waiting += [(child, depth + 1) for child in inside]
+    values, levels = _measure(content, {}, 0)
+    if values > most:
+        raise RefusedError(f"it holds more than {most:,} values")
+    if levels > _DEEPEST:
+        raise RefusedError(f"it is nested deeper than {_DEEPEST} levels")
+
+
+def _measure(node: object, known: _Measures, depth: int) -> tuple[int, int]:
+    inside: Collection[object] = ()
+    if isinstance(node, Mapping):
+        inside = [*node.keys(), *node.values()]
+    elif isinstance(node, list | tuple | set | frozenset):
+        inside = node
+    if not inside:
+        return 0, 0
+    if depth > _DEEPEST:
+        raise RefusedError(f"it is nested deeper than {_DEEPEST} levels")
+    if id(node) not in known:
+        parts = [_measure(child, known, depth + 1) for child in inside]
+        values = len(parts) + sum(values for values, _ in parts)
+        known[id(node)] = values, 1 + max(levels for _, levels in parts)
+    return known[id(node)]

@@ -1,0 +1,330 @@
+"""Checkpoints and weights that lie about themselves: refused, whatever torch would make of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tracemalloc
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from btrain import checkpoint, models
+from btrain.config import compose, to_dict
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.exchange.from_run import load_run
+from btrain.exchange.read import load_weights, read_plain, read_weights
+from btrain.training.setup import make_state
+from btrain.training.state import TrainState
+
+CONFIG = compose(["dataset=digits", "model=small_cnn", "model.width=2", "device=cpu"])
+LITTLE = 32 << 20
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < LITTLE
+    finally:
+        tracemalloc.stop()
+
+
+def saved(content: object, *, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def rewritten(
+    content: bytes,
+    change: Callable[[str, bytes], bytes],
+    compression: int = zipfile.ZIP_STORED,
+) -> bytes:
+    """A zip file with other members, all sums right."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(buffer, "w", compression) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, change(name.partition("/")[2], old.read(name)))
+    return buffer.getvalue()
+
+
+def with_pickle(pickled: bytes) -> bytes:
+    """A whole zip file around a pickle of one's own."""
+    return rewritten(saved({}), lambda name, old: pickled if name == "data.pkl" else old)
+
+
+def shortened(name: str, old: bytes) -> bytes:
+    return old[:4] if name == "data/0" else old
+
+
+def legacy_with_long_storage() -> bytes:
+    content = saved({"a": torch.zeros(77)}, zipped=False)
+    assert content.count(b"K\x4d") == 2  # its length: of the storage, of the tensor
+    return content.replace(b"K\x4d", b"J\x00\x00\x00\x70")
+
+
+def shared(levels: int) -> Any:
+    node: Any = 0
+    for _ in range(levels):
+        node = [node] * 10
+    return node
+
+
+WEIGHTS = {"a": torch.zeros(1000)}
+HOLDS_ITSELF = b"\x80\x02]q\x00h\x00a."
+
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a storage longer than its bytes": (
+        lambda: rewritten(saved(WEIGHTS), shortened),
+        "its storage 0 has another size than the file says",
+    ),
+    "one of the old format": (legacy_with_long_storage, "it is cut off"),
+    "compressed": (
+        lambda: rewritten(saved(WEIGHTS), lambda _, old: old, zipfile.ZIP_DEFLATED),
+        "it is compressed, as torch never does",
+    ),
+    "strides of 0": (
+        lambda: saved({"a": torch.zeros(1).expand(10**6, 10**6)}),
+        "a tensor of 1000000×1000000 in it has only 1 values",
+    ),
+    "a list in itself": (lambda: with_pickle(HOLDS_ITSELF), "it is nested deeper than 32 levels"),
+    "shared lists": (lambda: saved({"a": shared(9)}), "it holds more than 300,000 values"),
+    "a large memo": (
+        lambda: with_pickle(b"\x80\x02Nr\xff\xff\xff\x7f."),
+        "its memo is damaged",
+    ),
+    "a large storage by name": (
+        lambda: with_pickle(b"\x80\x02ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85R."),
+        "it asks for torch.storage.UntypedStorage, and only tensors and plain values are loaded",
+    ),
+    "attributes of a class": (
+        lambda: with_pickle(b"\x80\x02ccollections\nCounter\nN}X\x04\0\0\0evilK\x01s\x86b."),
+        "it changes what it was given",
+    ),
+    "a flipped bit": (
+        lambda: saved(WEIGHTS).replace(bytes(1000), bytes(999) + b"\1", 1),
+        "data/0 in it is damaged",
+    ),
+    "a second directory": (lambda: saved(WEIGHTS) + saved({}), "the directory of the zip file"),
+}
+
+
+@pytest.mark.parametrize("read", [read_weights, load_run], ids=["weights", "run"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_file_that_lies_is_refused_with_little_memory(
+    tmp_path: Path, hostile: str, read: Callable[[Path], object]
+) -> None:
+    make, reason = HOSTILE[hostile]
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(make())
+    with little_memory(), pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path} is not a readable checkpoint: ")
+    assert reason in str(caught.value)
+    with little_memory(), pytest.raises(UserError, match="is not a readable checkpoint; delete"):
+        checkpoint.load(path)
+    assert not hasattr(Counter, "evil")
+
+
+def test_what_others_save_is_read(tmp_path: Path) -> None:
+    content = {
+        "state_dict": torch.nn.Linear(2, 3).state_dict(),
+        "half": torch.ones(2, dtype=torch.float16),
+        "part": torch.arange(10)[2:8:2],
+        "parameter": torch.nn.Parameter(torch.ones(1)),
+        "counter": Counter([1]),
+        "bytes": b"\xff\0",
+        "set": {1, 2},
+        "size": torch.Size([1, 2]),
+        "plain": [None, True, 1.5, -(2**40), "ü", (1, (2, 3))],
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(3),
+    }
+    for zipped in (True, False):
+        path = tmp_path / f"{zipped}.pt"
+        path.write_bytes(saved(content, zipped=zipped))
+        assert [*read_weights(path)] == ["weight", "bias"]
+        whole = read_plain(path)
+        assert whole.keys() == content.keys()
+        for key, value in content.items():
+            same = torch.equal(whole[key], value) if isinstance(value, Tensor) else True
+            assert same, key
+        assert whole["bytes"] == b"\xff\0"
+        assert whole["plain"] == content["plain"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        checkpoint.load(tmp_path / "pipe.pt")
+
+
+# Settings and weights that do not belong together
+
+
+def run_checkpoint(**model: Any) -> dict[str, Any]:
+    network = models.build("small_cnn", width=2, depth=None, classes=10, shape=(1, 8, 8))
+    config = to_dict(CONFIG)
+    config["model"] |= model
+    return {"format": checkpoint.FORMAT, "state": {"model": network.state_dict()}, "config": config}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"width": 10**7}, "does not fit the model"),
+        ({"width": 2**62}, "there is no network of model.width"),
+        ({"architecture": "wide_resnet", "depth": 6 * 10**9 + 4}, "fewer weights than model.depth"),
+    ],
+)
+def test_settings_for_an_enormous_network_make_none(
+    tmp_path: Path, model: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "run.pt"
+    torch.save(run_checkpoint(), path)
+    load_run(path)
+    torch.save(run_checkpoint(**model), path)
+    with little_memory(), pytest.raises(UserError, match=words):
+        load_run(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (shared(5), "more than 10,000 values"),
+        (10**400, "is no setting of a run"),
+        (torch.zeros(2), "is no setting of a run"),
+        ("${oc.env:HOME}", "refers to"),
+        ({"_target_": "os.system"}, "dataset.root"),
+        ("a\0b", "dataset.root"),
+    ],
+    ids=["shared", "integer", "tensor", "reference", "target", "null"],
+)
+def test_settings_are_plain_values(tmp_path: Path, setting: Any, words: str) -> None:
+    content = run_checkpoint()
+    content["config"]["dataset"]["root"] = setting
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(UserError, match=words) as caught:
+        load_run(tmp_path / "run.pt")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        (torch.zeros(10**6), "normalises 1000000 channels, the model has 1"),
+        (torch.tensor([True]), "normalises with constants of type bool"),
+        (torch.zeros(1, dtype=torch.complex64), "of type complex64"),
+    ],
+)
+@pytest.mark.parametrize("mean", [None, [0.5]])
+def test_constants_are_one_number_a_channel(
+    tmp_path: Path, constants: Tensor, words: str, mean: list[float] | None
+) -> None:
+    model = models.build(
+        "small_cnn", width=2, depth=None, classes=10, shape=(1, 8, 8), mean=mean, std=mean
+    )
+    weights = {**run_checkpoint()["state"]["model"], "mu": constants, "sigma": constants}
+    torch.save(weights, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=words):
+        load_weights(model, tmp_path / "theirs.pt")
+
+
+# The state of a run
+
+
+@pytest.fixture
+def state(digits: Data) -> TrainState:
+    state = make_state(CONFIG, digits, torch.device("cpu"))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    return state
+
+
+def reloaded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    checkpoint.save(path, {"state": content, "config": {}})
+    return checkpoint.load(path)["state"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("value", [None, "1", -1, float("nan"), torch.zeros(2), 2**60])
+@pytest.mark.parametrize("key", ["epoch", "train_seconds", "collapsed", "best_epoch"])
+def test_how_far_a_run_came_is_a_number(
+    tmp_path: Path, state: TrainState, key: str, value: object
+) -> None:
+    path = tmp_path / "last.pt"
+    sound = state.state_dict()
+    state.load_state_dict(reloaded(path, sound))
+    if (key, value) == ("best_epoch", None):
+        return
+    with pytest.raises(UserError, match="it does not say how far its run came"):
+        reloaded(path, sound | {key: value})
+
+
+def momenta_of_another_shape(content: dict[str, Any]) -> None:
+    content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+
+
+def a_rate_of_text(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"][0]["lr"] = "fast"
+
+
+def a_missing_setting(content: dict[str, Any]) -> None:
+    del content["optimizer"]["param_groups"][0]["weight_decay"]
+
+
+def a_stretched_memory(content: dict[str, Any]) -> None:
+    content["memory"]["robust_fraction"] = torch.zeros(1, 1)
+
+
+def stretched_sums(content: dict[str, Any]) -> None:
+    content["total_sums"] = torch.zeros(1)
+
+
+def no_weights(content: dict[str, Any]) -> None:
+    content["model"] = 3
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        momenta_of_another_shape,
+        a_rate_of_text,
+        a_missing_setting,
+        a_stretched_memory,
+        stretched_sums,
+        no_weights,
+    ],
+)
+def test_a_state_of_another_run_is_refused(
+    tmp_path: Path, state: TrainState, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    content = pickle.loads(pickle.dumps(state.state_dict()))
+    state.load_state_dict(reloaded(tmp_path / "last.pt", content))
+    spoil(content)
+    with pytest.raises(UserError, match="does not hold the state of a run like this"):
+        state.load_state_dict(reloaded(tmp_path / "last.pt", content))
+
+
+def test_a_format_that_is_no_number_is_another_format(tmp_path: Path) -> None:
+    torch.save({"format": torch.zeros(3), "state": {}}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.load(tmp_path / "last.pt")
+    torch.save({"format": checkpoint.FORMAT}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.load(tmp_path / "last.pt")
