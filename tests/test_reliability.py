@@ -451,7 +451,7 @@ def test_the_offending_batch_is_saved_and_named(tmp_path: Path, digits: Data) ->
     grow = [*BLOW_UP, "recipe.lr_factors=[1e30]", "recipe.crop_padding=1"]
     with pytest.raises(UserError, match=r"in the logits in epoch 2, step 2\b.*recipe\.lr"):
         train(tiny(tmp_path, *grow, "dataset.train_examples=null"))
-    saved = checkpoint.load(RunFolder(tmp_path).nonfinite)
+    saved = checkpoint.load(RunFolder(tmp_path).nonfinite)["state"]
     assert (saved["epoch"], saved["step"], saved["tensor"]) == (2, 2, "the logits")
     assert torch.equal(digits.train.labels[saved["indices"]], saved["labels"])
     assert saved["x"].shape == (64, 1, 8, 8)

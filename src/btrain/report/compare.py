@@ -64,7 +64,7 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
     fields = Fields(folder.path / "summary.json", summary)
-    for key in SUMMARY_KEYS - {"device"}:
+    for key in (SUMMARY_KEYS - {"device"}) | {"attack_steps_mean", "flops"}:
         fields.optional_number(key)
     fields.number("train_seconds")
     if not isinstance(summary["device"], str):

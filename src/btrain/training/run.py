@@ -191,7 +191,7 @@ def _offending_batch_kept(folder: RunFolder) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         with suppress(UserError):  # the first sentence is the one that matters
-            checkpoint.save(folder.nonfinite, error.batch)
+            checkpoint.save(folder.nonfinite, {"state": error.batch})
         raise
 
 
