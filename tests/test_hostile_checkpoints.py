@@ -140,6 +140,22 @@ def test_a_file_that_lies_is_refused_with_little_memory(
     assert not hasattr(Counter, "evil")
 
 
+@pytest.mark.parametrize(
+    "state",
+    [b"]K\x01a", b"}X\x08\0\0\0itemsizeK\x01s", b"N}X\x08\0\0\0itemsizeK\x01s\x86"],
+    ids=["list", "dictionary", "slots"],
+)
+@pytest.mark.parametrize("name", [b"torch\nFloatStorage", b"torch._utils\n_rebuild_tensor_v2"])
+def test_a_file_cannot_change_how_the_next_is_read(
+    tmp_path: Path, name: bytes, state: bytes
+) -> None:
+    (tmp_path / "sound.pt").write_bytes(saved(WEIGHTS))
+    (tmp_path / "hostile.pt").write_bytes(with_pickle(b"\x80\x02c" + name + b"\n" + state + b"b."))
+    with pytest.raises(UserError):
+        read_weights(tmp_path / "hostile.pt")
+    assert torch.equal(read_weights(tmp_path / "sound.pt")["a"], WEIGHTS["a"])
+
+
 def test_what_others_save_is_read(tmp_path: Path) -> None:
     content = {
         "state_dict": torch.nn.Linear(2, 3).state_dict(),

@@ -133,12 +133,15 @@ def _inside(names: Sequence[str], first: int, inputs: int, report: Path) -> None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     readers = {name: _reader(name, report.parent / name) for name in names}
+    at_first = {name: _sound(name, reader) for name, reader in readers.items()}
     guard.install()
     results: dict[str, Result] = {}
     for name, reader in readers.items():
-        _read_inputs(
-            name, reader, report.parent / name, range(first, first + inputs), results, report
-        )
+        folder = report.parent / name
+        _read_inputs(name, reader, folder, range(first, first + inputs), results, report)
+        if _sound(name, reader) != at_first[name]:
+            results[name]["failures"].append("The inputs changed the reader itself.")
+    report.write_text(json.dumps(results))
 
 
 def _reader(name: str, folder: Path) -> Reader:
@@ -146,11 +149,19 @@ def _reader(name: str, folder: Path) -> Reader:
     module, _, kind = READERS[name].partition(".")
     folder.mkdir()
     reader: Reader = getattr(import_module(f"fuzz.{module}"), kind)(folder)
+    _sound(name, reader)
+    return reader
+
+
+def _sound(name: str, reader: Reader) -> list[int]:
+    """Which of a few inputs the reader takes."""
+    taken = []
     for number in range(_WARM_UP):
         reader.write(Random(f"{name} warm-up {number}"))
         with contextlib.suppress(Exception):
             reader.read()
-    return reader
+            taken.append(number)
+    return taken
 
 
 def _read_inputs(
@@ -178,7 +189,6 @@ def _read_inputs(
         result |= {"next": number + 1, "memory": _peak() - before, "died": False}
         if len(result["failures"]) >= _KEPT:
             break
-    report.write_text(json.dumps(results))
 
 
 def _peak() -> int:

@@ -14,9 +14,8 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -131,15 +130,16 @@ def _read(file: IO[bytes], storages: dict[str, _Storage]) -> Any:
     return read_pickle(file, _NAMES, operations=TENSOR_OPERATIONS, persistent_load=storage)
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
+# Tuples, because a pickle can set the attributes of anything else, of a frozen dataclass too.
+
+
+class _StorageType(NamedTuple):
     """Stands in for torch.FloatStorage and the like."""
 
     itemsize: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
+class _Storage(NamedTuple):
     """So many numbers of so many bytes, somewhere in the file."""
 
     itemsize: int
