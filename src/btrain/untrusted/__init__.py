@@ -28,14 +28,19 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A UTF-8 file of at most so many bytes.
+    """A UTF-8 file of at most so many bytes; raises what `read_bytes` does, and UnicodeError."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file of at most so many bytes.
 
     Raises:
         RefusedError: it is larger, or no plain file.
-        UnicodeDecodeError, OSError: it cannot be read.
+        OSError: it cannot be read.
     """
     with open_plain(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise RefusedError(f"it is larger than {most:,} bytes")
-    return content.decode("utf-8")
+    return content
