@@ -7,6 +7,7 @@ bytes; each reader turns all of it into a `UserError` that names the file.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +41,8 @@ def read_bytes(path: Path, most: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_plain(path) as file:
-        content = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, most) + 1)  # which makes room before it looks
     if len(content) > most:
         raise RefusedError(f"it is larger than {most:,} bytes")
     return content
