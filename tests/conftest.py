@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,20 @@ import torch
 from torch import nn
 
 from btrain import models
+from btrain.cli import main
 from btrain.data import Data, load
+from eval_nets import trained_on
 from evaluation_page import write_evaluation
+
+# The networks are tiny: more threads only wait for each other. Child processes inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +75,44 @@ def _evaluated(tmp_path_factory: pytest.TempPathFactory, digits: Data) -> Path:
 def evaluation(_evaluated: Path, tmp_path: Path) -> Path:
     """A folder with every file of an evaluation, to draw or to damage."""
     return shutil.copytree(_evaluated, tmp_path / "eval")
+
+
+@pytest.fixture(scope="session")
+def robust_net(digits: Data) -> nn.Module:
+    """A four-layer network, adversarially trained on digits for a while."""
+    torch.manual_seed(0)
+    network = models.build("small_cnn", width=8, depth=None, classes=10, shape=(1, 8, 8))
+    trained_on(digits, network, epsilon=0.1)
+    return network
+
+
+@pytest.fixture(scope="session")
+def plain_net(digits: Data) -> nn.Module:
+    """The same, trained on clean digits."""
+    torch.manual_seed(0)
+    network = models.build("small_cnn", width=8, depth=None, classes=10, shape=(1, 8, 8))
+    trained_on(digits, network)
+    return network
+
+
+_TRAIN = [
+    "train", "dataset=digits", "model=small_cnn", "model.width=4", "train.epochs=3",
+    "recipe.lr=0.1", "bt=uniform", "device=cpu", "eval.steps=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs, A and B."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("A", 0), ("B", 1)):
+        assert main([*_TRAIN, f"seed={seed}", f"run.dir={folder / name}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs_here(trained_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with copies of the runs."""
+    shutil.copytree(trained_runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

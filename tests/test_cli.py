@@ -33,12 +33,12 @@ METRICS = {
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
     "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
     "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch", "units_per_example",
-    "flops",
+    "flops", "warnings", "speedup_flops", "speedup_official",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",
     "attack_steps_mean", "units_per_example", "flops", "epochs", "seed", "device", "torch_version",
-    "git_commit", "parameters",
+    "git_commit", "git_dirty", "data_sha256", "parameters", "speedup_flops", "speedup_official",
 }  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def test_hydras_variable_shows_where_a_mistake_was_noticed(monkeypatch: pytest.M
 def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None:
     assert set(contents(finished)) == {
         "config.yaml", "metrics.jsonl", "summary.json", "train.log", "checkpoints",
-        "checkpoints/last.pt",
+        "checkpoints/last.pt", "provenance.json",
     }  # fmt: skip
     assert {path.name for path in finished.parent.iterdir()} == {"run"}
 
@@ -289,12 +289,16 @@ def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None
     assert epoch["attack_steps_mean"] == pytest.approx(10 * epoch["f_b"] + 2 * epoch["f_r"])
     # Eq. 7: ten steps and the update, over what was spent and the update.
     assert epoch["theoretical_speedup"] == pytest.approx(11 / (epoch["attack_steps_mean"] + 1))
+    # TRADES-10 costs 27 units, in its published structure 39.
+    assert epoch["speedup_flops"] == pytest.approx(27 / epoch["units_per_example"])
+    assert epoch["speedup_official"] == pytest.approx(39 / epoch["units_per_example"])
     assert epoch["train_seconds"] > 0
 
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) >= SUMMARY
     assert (summary["epochs"], summary["seed"], summary["device"]) == (1, 0, "cpu")
-    for key in ("f_b", "f_r", "f_o", "theoretical_speedup"):  # of one epoch: the epoch's
+    of_one_epoch = ("f_b", "f_r", "f_o", "theoretical_speedup", "speedup_flops", "speedup_official")
+    for key in of_one_epoch:
         assert summary[key] == pytest.approx(epoch[key])
     assert 0 <= summary["robust_acc"] <= summary["clean_acc"] <= 100
     # Convolutions 1→16 and 16→32 of 4×4, then 2·2·32 → 100 → 10, each with a bias.
@@ -302,7 +306,7 @@ def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None
 
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["dataset"]["train_examples"] == 200
-    assert config["train"] == {"epochs": 1, "batch_size": 128, "max_seconds": None}
+    assert (config["train"]["epochs"], config["train"]["batch_size"]) == (1, 128)
     assert config["bt"]["n_b"] == 10
 
     log = (finished / "train.log").read_text()

@@ -28,6 +28,7 @@ from btrain.config import (
     to_dict,
     to_yaml,
 )
+from btrain.config import composed as composed_by_hydra
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.schema import (
@@ -46,6 +47,7 @@ FILES = [path.relative_to(CONFIGS).with_suffix("") for path in sorted(CONFIGS.rg
 NEEDS = {
     "dataset=imagefolder": ["dataset.root=photos"],
     "attack=augmix": ["defense=augmix"],
+    "rival=gradalign": ["defense=pgd"],
     "rival=free": ["defense=pgd"],
     "rival=mma": ["defense=pgd"],
 }  # what an option cannot do without
@@ -97,7 +99,7 @@ def changed(composed: DictConfig, settings: dict[str, Any]) -> Config:
 def test_every_yaml_file_composes(file: Path) -> None:
     group = file.parent.as_posix()
     if group == ".":
-        compose((), task=file.name)
+        composed_by_hydra((), task=file.name)
         return
     option = f"{group}={file.name}"
     config = compose([option, *NEEDS.get(option, [])])
@@ -219,7 +221,7 @@ NAN, INF = float("nan"), float("inf")
         ("recipe.lr", [-0.1, 0, NAN, INF]),
         ("recipe.momentum", [-0.1, 1, NAN]),
         ("recipe.weight_decay", [-0.1, NAN, INF]),
-        ("recipe.milestones", [[-1], [74, NAN]]),
+        ("recipe.milestones", [[-1], [74, NAN], [74, 10]]),
         ("recipe.lr_factors", [[0], [NAN], [-1], [], [0.1, 0.01]]),  # of one milestone
         ("recipe.crop_padding", [-1]),
         ("train.epochs", [-1, 0]),
@@ -411,6 +413,15 @@ BAD_COMBINATIONS = [
     (["rival=free", "defense=mart"], ["rival=free", "defense=mart"]),
     (["rival=free", "defense=pgd", "bt.warmup_epochs=1"], ["rival=free", "bt.warmup_epochs"]),
     (["rival=yopo", "bt=bullettrain"], ["rival=yopo", "bt=bullettrain"]),
+    (["rival=gradalign"], ["attack.start=clean", "defense=trades"]),
+    (["defense=pgd", "rival=free", "attack.mode=eval"], ["attack.mode", "rival=free"]),
+    (["defense=pgd", "rival=mma", "attack.mode=train"], ["attack.mode", "rival=mma"]),
+    (["defense=pgd", "rival=mma", "bt.n_b=3"], ["bt.n_b", "rival=mma"]),
+    (["rival=fast", "bt.warmup_epochs=1"], ["rival=fast", "bt.warmup_epochs"]),
+    (
+        ["defense=pgd", "rival=mma", "rival.max_margin=0.001"],
+        ["rival.max_margin", "rival.first_margin"],
+    ),
     (["rival.replays=4"], ["rival.replays", "rival=none"]),
     (["rival=fast", "rival.bisections=4"], ["rival.bisections", "rival=fast"]),
     (["bt.fractions=[0.2,0.6,0.2]"], ["bt.fractions", "bt=bullettrain"]),
@@ -443,6 +454,13 @@ def test_fast_is_one_step_of_a_quarter_more_than_epsilon_from_a_uniform_start() 
     assert config.bt.step_size_b == pytest.approx(1.25 * 0.031)
     assert (config.attack.start.name, config.attack.mode.name) == ("uniform", "train")
     assert compose(["rival=fast", "bt.n_b=5"]).bt.step_size_b == pytest.approx(1.25 * 0.031 / 5)
+
+
+def test_free_divides_the_epochs_by_its_replays() -> None:
+    free = ["defense=pgd", "rival=free", "dataset=mnist", "model=small_cnn"]
+    assert compose(free).train.epochs == 2  # ten by eight, rounded up
+    assert compose([*free, "rival.replays=5"]).train.epochs == 2
+    assert compose([*free, "rival.replays=3", "train.epochs=9"]).train.epochs == 9
 
 
 def test_defenses_come_with_their_published_settings() -> None:
@@ -509,7 +527,7 @@ VARIANTS = [
     ["dataset=digits"],
     ["dataset.train_examples=100"],
     ["attack.epsilon=0.1"],
-    ["attack.start=clean"],
+    ["defense=pgd", "attack.start=clean"],
     ["recipe=trades_mnist"],
     ["recipe.milestones=[1,2]", "recipe.lr_factors=[1,2]"],
     ["recipe.milestones=[12]"],
@@ -580,6 +598,16 @@ def test_an_image_folder_goes_by_its_own_name() -> None:
     assert name_of(["dataset=imagefolder", "dataset.root=photos/pets"]).startswith("pets-wrn_34_10")
 
 
+NOT_IN_NAME = (
+    "run.",
+    "logger.",
+    "dataset.root",
+    "dataset.download",
+    "train.max_seconds",
+    "train.checkpoint_every",
+)
+
+
 def test_long_names_stay_short_and_apart(composed: DictConfig) -> None:
     config = changed(composed, {})
     overrides = [f"{leaf}=12345" for leaf in LEAVES if leaf not in ("seed", "device")]
@@ -591,7 +619,7 @@ def test_long_names_stay_short_and_apart(composed: DictConfig) -> None:
     others = {
         run_name(config, [*overrides[:i], overrides[i] + "6", *overrides[i + 1 :]])
         for i, override in enumerate(overrides)
-        if not override.startswith(("run.", "logger.", "dataset.root", "dataset.download"))
+        if not override.startswith(NOT_IN_NAME)
     }
     assert len(others) >= 40
     assert long not in others

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -19,6 +20,7 @@ from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
 from btrain.schema import DefenseName, RivalName
+from btrain.training.cost import lean_units, official_units, speedups
 from btrain.training.methods import make_memory, make_step
 from btrain.training.statistics import StepStats
 from btrain.training.step import ALLOCATORS
@@ -120,10 +122,14 @@ def test_counted_flops_are_the_analytical_units(digits: Data, defense: str, allo
     [
         (["rival=fast"], 2 + 3 + 3),  # one clean pass is both the target and the loss'
         (["defense=mart", "rival=fast", "bt.n_b=3"], 6 + 3 + 3),
+        (["defense=pgd", "rival=fast"], 2 + 3),
         (["rival=yopo"], 1 + 4 + 3 + 3),
+        (["defense=mart", "rival=yopo"], 4 + 3 + 3),
+        (["defense=pgd", "rival=yopo"], 4 + 3),
         (["defense=pgd", "rival=gradalign"], 2 + 3 + 8),
+        (["defense=mart", "rival=gradalign"], 2 + 3 + 3 + 8),
         (["defense=pgd", "rival=free"], 8 * 3),
-        # All is correct here (p_y > 1/2 of nobody at the start): two training passes alone.
+        # Of nobody is p_y > 1/2 at the start: two training passes alone.
         (["defense=pgd", "rival=mma"], 3 + 3),
         (["defense=augmix", "bt=uniform", "defense.jsd=false"], 3),
         (["defense=pgd", "bt=uniform", "attack.steps=10"], 20 + 3),
@@ -139,3 +145,68 @@ def test_the_cost_of_a_plain_defense_and_of_a_rival(
     counted = one_step(digits, *overrides)
     assert counted.stats.units == units * M
     assert counted.units == pytest.approx(units * M, rel=0.05)
+
+
+def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
+    """A correct example takes N attack steps, one pass at its radius and one a bisection."""
+    x, labels = digits.train.images[:M].float() / 255, digits.train.labels[:M]
+    optimizer = torch.optim.Adam(preact.parameters(), lr=0.01)
+    preact.train()
+    for _ in range(8):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(preact(x), labels).backward()
+        optimizer.step()
+    config = compose(["dataset=digits", "defense=pgd", "rival=mma", "attack.steps=3"])
+    memory, batch = make_memory(config, digits, CPU), Batch(x, labels, torch.arange(M))
+    with Flops() as unit, torch.no_grad():
+        preact(x)
+    with Flops() as flops:
+        stats = make_step(config, CPU)(preact, optimizer, batch, memory, torch.Generator())
+    correct = int(M - stats.outlier)
+    assert 20 < correct < M
+    assert stats.units == 6 * M + (2 * 3 + 1 + 10) * correct
+    assert flops.total / (unit.total / M) == pytest.approx(float(stats.units), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["bt.share_clean_forward=true"],
+        ["attack.mode=train"],
+        ["attack.steps=3"],
+        ["defense=mart"],
+        ["defense=pgd"],
+        ["defense=augmix"],
+        ["defense=augmix", "defense.jsd=false"],
+    ],
+    ids=str,
+)
+def test_the_plain_defense_is_no_faster_than_itself(digits: Data, overrides: list[str]) -> None:
+    counted = one_step(digits, "bt=uniform", *overrides)
+    config = compose(["dataset=digits", "bt=uniform", *overrides])
+    assert lean_units(config) == float(counted.stats.units) / M
+    means = {"attack_steps_mean": 1.0, "units_per_example": lean_units(config)}
+    assert speedups(config, means)["speedup_flops"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "official"),
+    [([], 39), (["attack.steps=5"], 24), (["defense=mart"], None), (["defense=pgd"], None)],
+    ids=str,
+)
+def test_only_trades_has_a_published_structure_of_its_own(
+    overrides: list[str], official: int | None
+) -> None:
+    config = compose(overrides)
+    assert official_units(config) == official
+    means = {"attack_steps_mean": 3.88, "units_per_example": 13.0}
+    expected = None if official is None else official / 13
+    assert speedups(config, means)["speedup_official"] == expected
+
+
+@pytest.mark.parametrize("rival", ["free", "mma"])
+def test_a_rival_of_another_kind_has_no_speedup(rival: str) -> None:
+    config = compose(["defense=pgd", f"rival={rival}"])
+    means = {"attack_steps_mean": 8.0, "units_per_example": 24.0}
+    assert set(speedups(config, means).values()) == {None}

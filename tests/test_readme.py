@@ -12,6 +12,7 @@ from torch import nn
 
 from btrain.config import compose
 from btrain.data import Data
+from btrain.eval_config import parse, parse_compare
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -20,10 +21,15 @@ COMMANDS = [
     for line in README.splitlines()
     if line.startswith(command) and "--help" not in line
 ]
+EVALUATIONS = [
+    line.split("#")[0].split("btrain eval ", 1)[1].strip()
+    for line in README.splitlines()
+    if line.startswith("btrain eval ")
+]
 
 
 def test_the_library_example_trains(digits: Data) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     images, labels = digits.train.images.float() / 255, digits.train.labels
@@ -37,6 +43,24 @@ def test_the_library_example_trains(digits: Data) -> None:
     assert 0.3 < float(names["robust_fraction"]) <= 0.8  # type: ignore[arg-type]
 
 
+def test_any_module_is_evaluated(digits: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    images, labels = digits.test.images.float() / 255, digits.test.labels
+    exec(code, {"model": model, "images": images, "labels": labels})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_evaluations_parse(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "compare":
+        parse_compare(words[1:])
+    else:
+        parse(words)
+
+
 @pytest.mark.parametrize(("task", "command"), COMMANDS)
 def test_commands_compose(task: str, command: str) -> None:
     overrides = [word for word in shlex.split(command) if word != "--multirun"]
@@ -45,3 +69,4 @@ def test_commands_compose(task: str, command: str) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 5
+    assert len(EVALUATIONS) >= 5

@@ -58,8 +58,8 @@ def cells(table: str) -> list[list[str]]:
 
 def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None:
     for seed, (accuracy, seconds) in enumerate([(50.0, 60.0), (52.0, 70.0), (57.0, 50.0)]):
-        finished(tmp_path / f"plain-seed{seed}", seconds, robust_acc=accuracy)
-        finished(tmp_path / f"ours-seed{seed}", seconds / 2, theoretical_speedup=None)
+        finished(tmp_path / f"plain-seed{seed}", seconds, robust_acc=accuracy, seed=seed)
+        finished(tmp_path / f"ours-seed{seed}", seconds / 2, theoretical_speedup=None, seed=seed)
     names = [f"{method}-seed{seed}" for method in ("plain", "ours") for seed in range(3)]
     head, _, plain, ours = cells(compare([tmp_path / name for name in names], merge_seeds=True))
     row = dict(zip(head, plain, strict=True))
@@ -70,6 +70,25 @@ def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None
     row = dict(zip(head, ours, strict=True))
     assert row["measured speedup"] == "2.00×"
     assert row["speedup (eq. 7)"] == "–"
+
+
+def test_runs_of_other_folders_and_of_one_seed_are_not_merged(tmp_path: Path) -> None:
+    for folder in ("fast", "free"):
+        finished(tmp_path / folder / "trades-seed0", 10.0, seed=0)
+    table = cells(compare([tmp_path / "fast", tmp_path / "free"], merge_seeds=True))
+    assert [row[1] for row in table[2:]] == ["1", "1"]
+    again = finished(tmp_path / "fast" / "trades-seed1", 10.0, seed=0)
+    with pytest.raises(UserError, match=str(again)):
+        compare([tmp_path / "fast"], merge_seeds=True)
+
+
+def test_what_an_older_run_does_not_tell_is_left_open(tmp_path: Path) -> None:
+    path = finished(tmp_path / "old", 10.0)
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["flops"]
+    (path / "summary.json").write_text(json.dumps(summary))
+    head, _, row = cells(compare([path]))
+    assert row[head.index("TFLOP")] == "–"
 
 
 def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.training.methods import make_memory, make_step
 from btrain.training.rivals.gradalign import misalignment
-from btrain.training.rivals.mma import MMAMethod, shortest_attack, soft_logit_margin
+from btrain.training.rivals.mma import MMAMethod, mma_step, shortest_attack, soft_logit_margin
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,46 @@ def test_examples_without_a_gradient_do_not_count(batch: tuple[Tensor, Tensor]) 
     assert torch.isfinite(torch.autograd.grad(ours, list(model.parameters()))[0]).all()
     flat = nn.Sequential(nn.Flatten(), ZeroLogits())
     assert misalignment(flat, x, labels, torch.zeros_like(x)) == 0
+
+
+def test_a_confident_example_s_tiny_gradient_counts_in_full() -> None:
+    """A linear network's gradient has one direction everywhere, however small it is."""
+    x = 0.4 + 0.2 * torch.rand(6, 1, 8, 8)
+    for bias in (0.0, 25.0, 60.0):  # 60: a gradient of 1e-26, whose squares underflow
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        with torch.no_grad():
+            model[1].bias.copy_(torch.tensor([bias, 0.0]))
+        labels = torch.zeros(6, dtype=torch.int64)
+        turned = misalignment(model, x, labels, 0.1 * torch.randn_like(x))
+        assert turned.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_gradalign_adds_its_penalty_to_the_loss(
+    preact: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, labels = batch
+    common = ["dataset=digits", "defense=pgd", "rival=gradalign", "model=preact_resnet18"]
+
+    def update(weight: float) -> list[Tensor]:
+        model = copy.deepcopy(preact).train()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        config = compose([*common, f"rival.grad_align_weight={weight}"])
+        memory = {"robust_fraction": torch.zeros(())}
+        step, generator = make_step(config, CPU), torch.Generator().manual_seed(0)
+        step(model, optimizer, Batch(x, labels, torch.arange(len(x))), memory, generator)
+        return [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+
+    epsilon = compose(common).attack.epsilon
+    generator = torch.Generator().manual_seed(0)  # the start has drawn nothing from it
+    noise = torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
+    model = copy.deepcopy(preact).train()
+    penalty = torch.autograd.grad(
+        misalignment(model, x, labels, noise), list(model.parameters()), allow_unused=True
+    )
+    for with_it, without, part in zip(update(0.5), update(0.0), penalty, strict=True):
+        expected = without if part is None else without + 0.5 * part
+        torch.testing.assert_close(with_it, expected, rtol=1e-3, atol=1e-5)
 
 
 class ZeroLogits(nn.Module):
@@ -252,6 +292,22 @@ def fit(model: nn.Module, x: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), labels).backward()
         optimizer.step()
+
+
+def test_mma_attacks_in_eval_mode(preact: nn.Module, digits: Data) -> None:
+    """BatchNorm's statistics move in the two training passes and in none of the search."""
+    x, labels = digits.train.images[:40].float() / 255, digits.train.labels[:40]
+    fit(preact.train(), x, labels)
+    before = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
+    margin, method = torch.zeros(40), replace(MMA, bisections=4)
+    margin, stats = mma_step(
+        preact, torch.optim.SGD(preact.parameters(), lr=0.1), x, labels, margin,
+        torch.Generator().manual_seed(0), method=method,
+    )  # fmt: skip
+    after = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
+    assert margin.count_nonzero() > 5
+    assert after == {count + 2 for count in before}
+    assert torch.isnan(stats.robust_correct)
 
 
 def test_soft_logit_margin_in_extreme_logits() -> None:

@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from btrain.allocation import BOUNDARY, METRICS, OUTLIER, ROBUST, Allocation
-from btrain.attacks import pgd
+from btrain.allocation import (
+    BOUNDARY,
+    METRICS,
+    OUTLIER,
+    ROBUST,
+    Allocation,
+    bullettrain,
+    step_sizes,
+)
+from btrain.attacks import by_steps, early_exit_pgd, pgd
 from btrain.augmix import augmix
 from btrain.data import Data
 from btrain.defenses import DEFENSES, kl_inner_loss
@@ -374,6 +382,30 @@ def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -
     assert min((expected == label).sum() for label in (OUTLIER, ROBUST, BOUNDARY)) > 5
     assert torch.equal(allocation.classes, expected)
     assert allocation.overhead == 4
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_boundary_examples_exit_early(small_cnn: nn.Module, digits: Data, patience: int) -> None:
+    """The step's steps are those of the attack with this patience, of boundary examples alone."""
+    x, labels = digits.train.images[:60].float() / 255, digits.train.labels[:60]
+    optimizer = torch.optim.Adam(small_cnn.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(small_cnn(x), labels).backward()
+        optimizer.step()
+    chosen = replace(method("early_exit", 7, 3), patience=patience, epsilon=0.3)
+    _, stats = step(copy.deepcopy(small_cnn), (x, labels), chosen)
+    z = small_cnn(x).detach()
+    allocation = bullettrain(METRICS["svar"](z, labels), torch.tensor(0.3), chosen.budget)
+    order, active = by_steps(allocation.steps)
+    sizes = step_sizes(allocation.steps, n_b=7, epsilon=0.3, step_size_b=STEP_SIZE)
+    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
+    _, taken, _ = early_exit_pgd(
+        small_cnn, x[order], labels[order], z[order], steps=allocation.steps[order], active=active,
+        exits=(allocation.classes == BOUNDARY)[order], patience=patience, step_size=sizes[order],
+        inner_loss=kl_inner_loss, epsilon=0.3, noise=noise[order],
+    )  # fmt: skip
+    assert stats.steps == taken.sum() < allocation.steps.sum()
 
 
 def test_statistics_of_a_hand_made_batch() -> None:

@@ -90,11 +90,13 @@ def prefix_pgd(
     inner_loss: InnerLoss,
     epsilon: float | Tensor,
     noise: Tensor | None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     """`pgd` on a batch in descending order of steps: step j moves the first `active[j]` examples.
 
     `active` is what `active_counts` returns, on the host, so that nothing is copied here. The
-    radius may be each example's own, (m,).
+    radius may be each example's own, (m,). The first gradient is taken at x + `probe`, like x, if
+    one is given: a point so far off that its logits differ from x's by more than rounding.
     """
     x_adv = x.detach().clone()
     lower, upper = box(x, epsilon)
@@ -103,12 +105,13 @@ def prefix_pgd(
     if noise is not None and active:
         x_adv[: active[0]] += noise[: active[0]]
 
-    for n in active:
-        images = x_adv[:n].requires_grad_()
+    for step, n in enumerate(active):
+        images = x_adv[:n] if probe is None or step else x[:n] + probe[:n]
+        images.requires_grad_()
         with torch.enable_grad():
             loss = inner_loss(model(images), target[:n], labels[:n]).sum()
         (gradient,) = torch.autograd.grad(loss, [images])
-        moved = images.detach() + step_size[:n] * gradient.sign()
+        moved = x_adv[:n] + step_size[:n] * gradient.sign()
         x_adv[:n] = torch.clamp(moved, lower[:n], upper[:n])
     return x_adv
 
@@ -127,45 +130,56 @@ def early_exit_pgd(
     inner_loss: InnerLoss,
     epsilon: float,
     noise: Tensor,
+    probe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """`prefix_pgd` in which some examples stop `patience` steps after they are misclassified.
 
     A stopped example is masked, which needs no copy to the host; it leaves the batch after steps
-    1, 2, 4, 8, …, and whenever `active` falls, with one copy each.
+    2, 4, 8, …, and whenever `active` falls later than that, with one copy each.
 
     Args:
         steps: the most that each example takes, descending, (m,) int64; `active` counts them.
         exits: which examples may stop earlier, (m,) bool.
         patience: 0 stops an example where it is.
+        probe: as for `prefix_pgd`; what is misclassified there does not count as fallen.
 
     Returns:
         Adversarial examples like x, the steps taken (m,) int64, and how many images went through
         the network.
     """
-    x_adv = x.detach().clone()
+    n = active[0] if active else 0
+    rows = torch.arange(n, device=x.device)
     lower, upper = box(x, epsilon)
-    target, step_size = clean_logits.detach(), per_image(step_size, x)
-    left, taken, forwarded = steps.clone(), torch.zeros_like(steps), 0
-    rows = torch.arange(active[0] if active else 0, device=x.device)
-    x_adv[: len(rows)] += noise[: len(rows)]
+    batch = [lower, upper, per_image(step_size, x), clean_logits.detach(), labels, exits, steps]
+    lower, upper, size, target, labels, exits, left = (part[:n] for part in batch)
+    images, taken, forwarded = x[:n] + noise[:n], torch.zeros_like(steps), 0
+    x_adv = x.detach().clone()
     for done, n in enumerate(active):
-        if done and (done & (done - 1) == 0 or n < active[done - 1]):
-            rows = rows[left[rows] > 0]
+        if done > 1 and (done & (done - 1) == 0 or n < active[done - 1]):
+            stay = left > 0
+            x_adv[rows] = images
+            batch = [rows, images, lower, upper, size, target, labels, exits, left]
+            rows, images, lower, upper, size, target, labels, exits, left = (
+                part[stay] for part in batch
+            )
         if len(rows) == 0:
             break
         forwarded += len(rows)
-        images = x_adv[rows].requires_grad_()
+        at = images if probe is None or done else x[: len(rows)] + probe[: len(rows)]
+        at.requires_grad_()
         with torch.enable_grad():
-            logits = model(images)
-            loss = inner_loss(logits, target[rows], labels[rows]).sum()
-        (gradient,) = torch.autograd.grad(loss, [images])
-        fallen = exits[rows] & (logits.argmax(dim=1) != labels[rows])
-        budget = torch.where(fallen, left[rows].clamp(max=patience), left[rows])
-        moves = (budget > 0).long()
-        moved = images.detach() + per_image(moves, x) * step_size[rows] * gradient.sign()
-        x_adv[rows] = torch.clamp(moved, lower[rows], upper[rows])
-        left[rows] = budget - moves
+            logits = model(at)
+            loss = inner_loss(logits, target, labels).sum()
+        (gradient,) = torch.autograd.grad(loss, [at])
+        fallen = exits & (logits.argmax(dim=1) != labels)
+        if at is images:  # what falls further off says nothing of the example where it is
+            left = torch.where(fallen, left.clamp(max=patience), left)
+        moves = (left > 0).long()
+        moved = images.detach() + per_image(moves, x) * size * gradient.sign()
+        images = torch.clamp(moved, lower, upper)
+        left = left - moves
         taken[rows] += moves
+    x_adv[rows] = images
     return x_adv, taken, forwarded
 
 

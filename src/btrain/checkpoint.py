@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.untrusted import tensors
 
 FORMAT = 2
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint; a crash leaves the one before it.
+def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Writes a checkpoint; a crash leaves the one before it, at its place or at `previous`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} could not be written ({reason}).") from error
+    # By way of memory, for torch hides the reason when it cannot write to a file.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    write_file(path, buffer.getbuffer(), previous=previous)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -7,22 +7,24 @@ at once.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from btrain import __version__
-from btrain.errors import UserError
+from btrain.errors import Interrupted, UserError
 
 USAGE = """\
 usage: btrain <command> …
 
 commands:
   train [option=value …]           train a robust network, evaluate it, leave a run folder
+  eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
+  eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
   report RUN [RUN …]               finished runs side by side; the first is the baseline
   export checkpoint=RUN …          a trained network as a file for other projects
+  bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
 `btrain <command> --help` tells more, `btrain --version` the version.
 """
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as end:  # how Hydra's help and a job with a mistake end
         return end.code if isinstance(end.code, int) else 1
+    except Interrupted as stop:
+        print(f"btrain: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print(
             "btrain: interrupted; the same command goes on from what is done.",
@@ -150,13 +155,12 @@ _PATHS = ("dataset.root", "run.dir", "corrupt.out", "corrupt.frost")
 
 def _quoted(argument: str) -> str:
     """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    from btrain import config as configs
+
     key, _, value = argument.partition("=")
     if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
         return argument
-    path = os.path.expanduser(value)  # noqa: PTH111
-    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
-    text = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), path)
-    return f"{key}='{text}'"
+    return f"{key}={configs.quoted(os.path.expanduser(value))}"  # noqa: PTH111
 
 
 def _report(args: list[str]) -> None:
@@ -168,14 +172,35 @@ def _report(args: list[str]) -> None:
         "RUN is a run folder, or a folder of run folders; the first run is the baseline.\n"
         "--merge-seeds makes one row of the runs that differ in their seed: mean ± deviation."
     )
-    merge_seeds = "--merge-seeds" in args
-    args = [argument for argument in args if argument != "--merge-seeds"]
-    if not args:
-        raise UserError("report needs at least one run folder; see btrain report --help.")
-    if args[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(args):
         print(usage)
         return
+    merge_seeds = "--merge-seeds" in args
+    args = [argument for argument in args if argument != "--merge-seeds"]
+    if wrong := [argument for argument in args if argument.startswith("-")]:
+        raise UserError(f"report has no option {wrong[0]}; see btrain report --help.")
+    if not args:
+        raise UserError("report needs at least one run folder; see btrain report --help.")
     print(compare(args, merge_seeds=merge_seeds))
+
+
+def _eval(args: list[str]) -> None:
+    """Evaluates a checkpoint, or compares two evaluations."""
+    from btrain import eval_config
+
+    if {"-h", "--help"} & set(args):
+        print(eval_config.HELP, end="")
+        return
+    if args[:1] == ["compare"]:
+        folder_a, folder_b, attack = eval_config.parse_compare(args[1:])
+        from btrain.evaluation.compare import compare_folders
+
+        print(compare_folders(folder_a, folder_b, attack).sentence())
+        return
+    settings = eval_config.parse(args)
+    from btrain.evaluation.run import evaluate_checkpoint
+
+    evaluate_checkpoint(settings)
 
 
 def _export(args: list[str]) -> None:
@@ -185,4 +210,18 @@ def _export(args: list[str]) -> None:
     run(args)
 
 
-COMMANDS = {"train": _train, "data": _data, "report": _report, "export": _export}
+def _bench(args: list[str]) -> None:
+    """Measures training steps."""
+    from btrain.bench.command import run
+
+    run(args)
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "data": _data,
+    "report": _report,
+    "export": _export,
+    "bench": _bench,
+}

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from btrain.bench.schema import BenchRun
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
@@ -33,6 +34,7 @@ class Task:
 TASKS = {
     "train": Task(Config, "train", "train a robust network, evaluate it, leave a run folder"),
     "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
+    "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
 }
 """By the file's name."""
 
@@ -51,6 +53,7 @@ def register() -> None:
 
     ConfigStore.instance().store(name="schema", node=Config)
     ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
+    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)
@@ -97,6 +100,13 @@ def composed(overrides: Sequence[str], task: str) -> Any:
             return hydra_compose(task, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         raise explain(error, overrides, task) from error
+
+
+def quoted(text: str) -> str:
+    """Any text as a value on Hydra's command line."""
+    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
@@ -212,7 +222,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 # Settings that name the run already, or that do not change its result.
 _NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download)\b"
+    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every)\b"
 )
 _LONGEST_NAME = 150  # bytes; file systems take 255
 

@@ -1,4 +1,6 @@
-"""The one exception that stands for bad input."""
+"""What ends a command other than success: bad input, and a signal."""
+
+import signal
 
 _LONGEST = 2000  # characters
 
@@ -14,6 +16,19 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         cut = message if len(message) <= _LONGEST else message[:_LONGEST] + "…"
         super().__init__("".join(c if c.isprintable() else _spelt_out(c) for c in cut))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end, and it did, at a place from which it can go on.
+
+    A KeyboardInterrupt, so that it ends a whole sweep and not one job of it.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; the same command goes on from here."
+        )
 
 
 def _spelt_out(character: str) -> str:

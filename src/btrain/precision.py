@@ -1,10 +1,12 @@
-"""Where numbers must not be short."""
+"""Where numbers may be short, and where they must not be."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def full(logits: Tensor) -> Tensor:
@@ -26,3 +28,11 @@ def exactly_float32(device: torch.device) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model itself, its weights laid out so that convolutions compute channel by channel last.
+
+    The images may stay as they are: the first convolution turns them.
+    """
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from btrain.config import read_yaml, to_dict, to_yaml
-from btrain.errors import UserError
-from btrain.schema import Config, DatasetName
+from btrain.durable import append_line, write_file
+from btrain.errors import Interrupted, UserError
+from btrain.run_lock import RunLock, locked
+from btrain.schema import Config, DatasetName, Resume
 from btrain.untrusted import read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
-_MAY_DIFFER = ("run", "logger", "device", "train.max_seconds", "dataset.download")
+_MAY_DIFFER = (
+    "run",
+    "logger",
+    "device",
+    "train.max_seconds",
+    "train.checkpoint_every",
+    "dataset.download",
+)
+
+_LOCK = "run.lock"
 
 SUMMARY_KEYS = {
     "clean_acc",
@@ -28,8 +40,6 @@ SUMMARY_KEYS = {
     "f_r",
     "f_o",
     "theoretical_speedup",
-    "attack_steps_mean",
-    "flops",
     "train_seconds",
     "device",
 }
@@ -38,13 +48,18 @@ SUMMARY_KEYS = {
 
 class RunFolder:
     """The files of one run: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`,
-    `train.log`.
+    `train.log`, `provenance.json`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        self.damaged = path / "checkpoints" / "damaged.pt"
         self.best = path / "checkpoints" / "best.pt"
+        self.epoch_start = path / "checkpoints" / "epoch.pt"
+        self.nonfinite = path / "nonfinite.pt"
+        self.provenance = path / "provenance.json"
         self._config = path / "config.yaml"
         self._metrics = path / "metrics.jsonl"
         self._summary = path / "summary.json"
@@ -61,7 +76,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise UserError(f"run.dir={self.path} is a file; please name a folder.")
         if not self._config.is_file():
-            if any(self.path.iterdir()):
+            if not self._is_empty():
                 raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
             return
         may_differ: tuple[str, ...] = _MAY_DIFFER
@@ -76,29 +91,59 @@ class RunFolder:
                     f"{ours.get(key)}; please name another run.dir."
                 )
 
+    def _is_empty(self) -> bool:
+        """Nothing but what a run leaves that was killed before it began."""
+        left = {_LOCK, f"{self._config.name}.tmp", self.last.parent.name}
+        names = {path.name for path in self.path.iterdir()}
+        checkpoints = self.last.parent
+        return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+    def check_resume(self, resume: Resume) -> None:
+        """Makes sure that `run.resume` allows what is to be done here.
+
+        Raises:
+            UserError: there is a run and none is wanted, or the other way round.
+        """
+        if resume is Resume.never and self._config.is_file():
+            raise UserError(
+                f"run.resume=never: {self.path} holds a run already; please name another run.dir."
+            )
+        if resume is Resume.must and not (self.last.is_file() or self.previous.is_file()):
+            raise UserError(f"run.resume=must: {self.path} holds no checkpoint to go on from.")
+
     @contextmanager
-    def created(self, config: Config) -> Iterator[None]:
-        """The folder with its `config.yaml`; a new one that nothing was written to goes again.
+    def taken(self, config: Config) -> Iterator[RunLock]:
+        """The folder, for this process alone; a new one that nothing was written to goes again.
+
+        Raises:
+            UserError: the folder cannot be written, is in use, or is another run's by now.
+        """
+        fresh = not self._config.exists()
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+        with locked(self.path / _LOCK) as lock:
+            try:
+                self.check_owner(config)
+                yield lock
+            except UserError:
+                if fresh and not self._log.exists():
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
+
+    def begin(self, config: Config, provenance: dict[str, Any]) -> None:
+        """Writes what is known before training, and takes the mark of an earlier end away.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        fresh = not self._config.exists()
-        self._create(config)
         try:
-            yield
-        except UserError:
-            if fresh and not self._log.exists():
-                shutil.rmtree(self.path)
-            raise
-
-    def _create(self, config: Config) -> None:
-        try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
             self._summary.unlink(missing_ok=True)  # of a run that gets more time
-            _write(self._config, to_yaml(config))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+        _write(self._config, to_yaml(config))
+        _write(self.provenance, json.dumps(provenance, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` says, neither completed nor checked.
@@ -131,9 +176,12 @@ class RunFolder:
         _write(self._summary, json.dumps(summary, indent=2) + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Adds one line to `metrics.jsonl`.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        append_line(self._metrics, json.dumps(line))
 
     def keep_metrics(self, epochs: int) -> None:
         """Drops the lines that a resumed run will write again, and what a crash left of a line."""
@@ -153,7 +201,7 @@ class RunFolder:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         logger = logging.getLogger("btrain")
-        file = logging.FileHandler(self._log, encoding="utf-8")
+        file = _LogFile(self._log, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         terminal = logging.StreamHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -166,7 +214,7 @@ class RunFolder:
         try:
             with logging_redirect_tqdm([logger]):
                 yield
-        except UserError as error:
+        except (UserError, Interrupted) as error:
             file.handle(logging.makeLogRecord({"msg": str(error)}))  # the terminal gets it anyway
             raise
         finally:
@@ -188,10 +236,19 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces a file in one move."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, text.encode())
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk costs the log's lines and no more."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._failed:
+            self._failed = True
+            print(f"btrain: {self.baseFilename} could not be written.", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()

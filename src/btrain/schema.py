@@ -87,6 +87,11 @@ class ScheduleName(Enum):
     cosine = "cosine"
 
 
+class Precision(Enum):
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class LoggerName(Enum):
     jsonl = "jsonl"
     wandb = "wandb"
@@ -97,6 +102,17 @@ class WandbMode(Enum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Resume(Enum):
+    never = "never"
+    auto = "auto"
+    must = "must"
 
 
 def _require(condition: bool, key: str, rule: str, value: object) -> None:
@@ -245,7 +261,12 @@ class RivalConfig:
             assert self.max_margin is not None
             assert self.clean_weight is not None
             _positive("rival.first_margin", self.first_margin)
-            _at_least(self.first_margin, "rival.max_margin", self.max_margin)
+            _require(
+                self.max_margin >= self.first_margin and math.isfinite(self.max_margin),
+                "rival.max_margin",
+                f"finite and at least rival.first_margin = {self.first_margin:g}",
+                self.max_margin,
+            )
             _require(
                 0 <= self.clean_weight <= 1, "rival.clean_weight", "in [0, 1]", self.clean_weight
             )
@@ -347,6 +368,8 @@ class RecipeConfig:
         _at_least(0, "recipe.weight_decay", self.weight_decay)
         for milestone in self.milestones:
             _at_least(0, "recipe.milestones", milestone)
+        ascending = sorted(self.milestones) == self.milestones
+        _require(ascending, "recipe.milestones", "in ascending order", self.milestones)
         _require(
             len(self.lr_factors) == len(self.milestones),
             "recipe.lr_factors",
@@ -375,10 +398,16 @@ class TrainConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
     max_seconds: float | None = None
+    checkpoint_every: int = 1
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    deterministic: bool = False
+    precision: Precision = Precision.float32
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, "train.epochs", self.epochs)
         _at_least(2, "train.batch_size", self.batch_size)
+        _at_least(1, "train.checkpoint_every", self.checkpoint_every)
         if self.max_seconds is not None:
             _positive("train.max_seconds", self.max_seconds)
 
@@ -402,6 +431,7 @@ class EvalConfig:
 @dataclass
 class RunConfig:
     dir: str | None = None
+    resume: Resume = Resume.auto
 
     def __post_init__(self) -> None:
         _no_null("run.dir", self.dir)
@@ -444,6 +474,11 @@ class Config:
                 f"attack.mode=train needs bt=uniform, not bt={bt.name.name}: the groups of a "
                 "batch would each see their own BatchNorm statistics."
             )
+        if defense is DefenseName.trades and self.attack.start is Start.clean:
+            raise UserError(
+                "attack.start=clean does not go with defense=trades: at the clean image its KL "
+                "divergence has no gradient."
+            )
         for key in ("share_clean_forward", "forward_unperturbed"):
             if getattr(bt, key) and defense in (DefenseName.pgd, DefenseName.augmix):
                 raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
@@ -464,8 +499,13 @@ class Config:
             raise UserError(
                 f"rival={rival.name} does not go with defense={defense.name}: it needs {goes}."
             )
-        if own_loss and bt.warmup_epochs:
+        if bt.warmup_epochs:
             raise UserError(f"bt.warmup_epochs has no meaning with rival={rival.name}.")
+        if own_loss and bt.n_b != self.attack.steps:
+            raise UserError(f"bt.n_b has no meaning with rival={rival.name}; set attack.steps.")
+        mode = AttackMode.train if rival is RivalName.free else AttackMode.eval
+        if own_loss and self.attack.mode is not mode:
+            raise UserError(f"attack.mode must be {mode.name} with rival={rival.name}.")
 
     def _check_augmix(self) -> None:
         bt, attack = self.bt, self.attack

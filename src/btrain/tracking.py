@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
 from btrain.schema import LoggerConfig, LoggerName
+
+log = logging.getLogger("btrain")
 
 
 @dataclass(frozen=True)
@@ -23,24 +27,76 @@ class Tracker:
 
 @contextmanager
 def open_tracker(
-    logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]
+    logger: LoggerConfig, run_dir: Path, settings: dict[str, Any], *, resumed: bool = False
 ) -> Iterator[Tracker]:
     """The logger that the configuration names, closed at the end.
 
+    Once it has started, whatever it raises becomes one warning and ends it, not the run.
+
     Args:
         settings: the whole configuration as plain containers, shown beside the run.
+        resumed: whether the run has begun already; then a logger that cannot start ends nothing
+            either.
 
     Raises:
         UserError: the package is missing, or the service does not answer.
     """
-    if logger.name is LoggerName.wandb:
-        with _wandb(logger, run_dir, settings) as tracker:
-            yield tracker
-    elif logger.name is LoggerName.tensorboard:
-        with _tensorboard(run_dir) as tracker:
-            yield tracker
-    else:
-        yield Tracker(lambda metrics, epoch: None, lambda summary: None)
+    opened = {
+        LoggerName.wandb: lambda: _wandb(logger, run_dir, settings),
+        LoggerName.tensorboard: lambda: _tensorboard(run_dir),
+    }.get(logger.name, lambda: nullcontext(_nowhere()))()
+    try:
+        tracker = opened.__enter__()
+    except UserError as error:
+        if not resumed:
+            raise
+        log.warning("%s The run goes on without it.", error)
+        yield _nowhere()
+        return
+    guarded = _Guarded(tracker, logger.name.name)
+    try:
+        yield Tracker(guarded.log, guarded.summarise)
+    except BaseException as error:
+        guarded.attempt(partial(opened.__exit__, type(error), error, error.__traceback__))
+        raise
+    guarded.attempt(partial(opened.__exit__, None, None, None))
+
+
+def _nowhere() -> Tracker:
+    return Tracker(lambda metrics, epoch: None, lambda summary: None)
+
+
+class _Guarded:
+    """Calls a tracker until it fails."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name, self._failed = tracker, name, False
+
+    def log(self, metrics: dict[str, Any], epoch: int) -> None:
+        self._call(lambda: self._tracker.log(metrics, epoch))
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        self._call(lambda: self._tracker.summarise(summary))
+
+    def _call(self, what: Callable[[], object]) -> None:
+        if not self._failed:
+            self.attempt(what)
+
+    def attempt(self, what: Callable[[], object]) -> None:
+        """To close a tracker, even one that has failed; only the first failure is reported."""
+        try:
+            what()
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._failed:
+            log.warning(
+                "logger=%s failed (%s) and gets nothing more; metrics.jsonl goes on.",
+                self._name,
+                str(error).strip().split("\n")[0] or type(error).__name__,
+            )
+        self._failed = True
 
 
 @contextmanager
@@ -60,12 +116,17 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
         raise UserError(
             f"logger=wandb could not start ({reason}); logger.mode=offline needs no network."
         ) from error
+    status = 1
     try:
         yield Tracker(lambda metrics, epoch: run.log(metrics, step=epoch), run.summary.update)
-    except BaseException:
-        run.finish(exit_code=1)  # `with run` would print a traceback
-        raise
-    run.finish()
+        status = 0
+    finally:
+        try:
+            run.finish(exit_code=status)  # `with run` would print a traceback
+        except Exception:
+            with suppress(Exception):  # left to itself, it prints one when the process ends
+                wandb.teardown(exit_code=1)
+            raise
 
 
 @contextmanager

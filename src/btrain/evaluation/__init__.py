@@ -1,5 +1,7 @@
-"""How accurate a model is on clean and on attacked images."""
+"""How accurate a model is on clean, attacked and corrupted images."""
 
+from btrain.evaluation.api import robust_accuracy
 from btrain.evaluation.pgd import Accuracy, evaluate
+from btrain.evaluation.result import Result
 
-__all__ = ["Accuracy", "evaluate"]
+__all__ = ["Accuracy", "Result", "evaluate", "robust_accuracy"]

@@ -33,9 +33,12 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for folder in (folder for run in runs for folder in _run_folders(Path(run))):
-        path = folder.path.resolve()
-        name = re.sub(r"-seed\d+$", "", path.name) if merge_seeds else str(path)
-        rows.setdefault(name, []).append(_finished(folder))
+        path, summary = folder.path.resolve(), _finished(folder)
+        name = re.sub(r"-seed\d+$", "", str(path)) if merge_seeds else str(path)
+        row = rows.setdefault(name, [])
+        if summary.get("seed") in [other.get("seed") for other in row]:
+            raise UserError(f"{folder.path} has the seed of another run in its row.")
+        row.append(summary)
     baseline = next(iter(rows.values()))
     columns = _COLUMNS if merge_seeds else [column for column in _COLUMNS if column[0] != "seeds"]
     return _table(
@@ -61,7 +64,7 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
     fields = Fields(folder.path / "summary.json", summary)
-    for key in SUMMARY_KEYS - {"device"}:
+    for key in (SUMMARY_KEYS - {"device"}) | {"attack_steps_mean", "flops"}:
         fields.optional_number(key)
     fields.number("train_seconds")
     if not isinstance(summary["device"], str):
@@ -74,10 +77,9 @@ def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
 
     def cell(runs: Runs, baseline: Runs) -> str:
         del baseline
-        values = [run[key] for run in runs]
-        if None in values:
-            return "–"
-        return _spread([value / divisor for value in values], form) + unit
+        values = [run.get(key) for run in runs]
+        known = [value / divisor for value in values if value is not None]
+        return _spread(known, form) + unit if len(known) == len(values) else "–"
 
     return cell
 

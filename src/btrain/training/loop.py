@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,8 @@ from btrain.attacks import evaluation_mode
 from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
+from btrain.training.guards import InputGuard
+from btrain.training.nonfinite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
 from btrain.training.statistics import StepStats, averages
@@ -39,6 +42,8 @@ class Plan:
     Attributes:
         schedule: factor on lr for the share of the run that is done.
         max_seconds: of training, over all its sessions; None for no limit.
+        skip_nonfinite: whether a step with a number that is not finite is undone instead of ending
+            the run.
     """
 
     seed: int
@@ -49,23 +54,26 @@ class Plan:
     crop_padding: int
     flip: bool
     max_seconds: float | None
+    skip_nonfinite: bool = False
 
 
 @dataclass
 class Heartbeat:
-    """Looks at the running sums once a second, for the progress bar and for a NaN or infinite loss.
+    """Looks at the running sums once a second, for the progress bar and for NaN and infinity.
 
-    Every look is a copy from the device; in between, the first bad batch is remembered there.
+    Every look is a copy from the device; in between, the first bad step is remembered there, and
+    here the random state ahead of each step, from which its batch can be drawn again.
     """
 
     show: Callable[[Averages], None]
-    first_bad: Tensor
+    check: FiniteCheck
+    draw: Callable[[int, Tensor], Batch]
+    """(step, random state) -> the batch of that step"""
+    random_states: dict[int, Tensor] = field(default_factory=dict)
     last: float = field(default_factory=time.perf_counter)
 
-    def step(self, state: TrainState, loss: Tensor) -> None:
+    def step(self, state: TrainState) -> None:
         """Called after each batch."""
-        bad = (self.first_bad == 0) & ~torch.isfinite(loss)
-        self.first_bad = torch.where(bad, state.batch, self.first_bad)
         if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
             self.look(state)
 
@@ -73,17 +81,32 @@ class Heartbeat:
         """Returns the epoch's averages so far.
 
         Raises:
-            UserError: a loss was NaN or infinite.
+            NotFiniteError: logits, the loss or a gradient were not.
         """
+        if found := self.check.found():
+            self._stop(state, *found)
+        self.random_states.clear()
         means = averages(state.epoch_sums)
-        if step := int(self.first_bad):
-            raise UserError(
-                f"The loss is no finite number in epoch {state.epoch + 1}, step {step}; "
-                "a smaller recipe.lr may help."
-            )
-        self.show(means)
+        if means["loss"] is not None:
+            self.show(means)
         self.last = time.perf_counter()
         return means
+
+    def _stop(self, state: TrainState, step: int, what: str) -> None:
+        x, labels, indices = self.draw(step, self.random_states[step])
+        raise NotFiniteError(
+            f"There is a number that is not finite in {what} in epoch {state.epoch + 1}, step "
+            f"{step}; a smaller recipe.lr may help.",
+            {
+                "epoch": state.epoch + 1,
+                "step": step,
+                "tensor": what,
+                "x": x.cpu(),
+                "labels": labels.cpu(),
+                "indices": indices.cpu(),
+                "generator": self.random_states[step],
+            },
+        )
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
@@ -100,73 +123,120 @@ def train_epoch(
     *,
     tick: Callable[[], None],
     show: Callable[[Averages], None],
+    stopped: Callable[[], bool] = lambda: False,
+    guard: InputGuard | None = None,
 ) -> Averages | None:
-    """Trains from `state.batch` to the end of the epoch, or to the time limit.
+    """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
     Args:
         step: what is done with a batch.
         tick: called after each batch.
         show: called about once a second with the epoch's averages so far.
+        stopped: asked ahead of each batch.
+        guard: looks at the epoch's last batch.
 
     Returns:
         The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch;
-        None when the time was up before its first batch.
+        None when it was stopped or the time was up before its first batch.
 
     Raises:
-        UserError: the loss is NaN or infinite.
+        NotFiniteError: logits, the loss or a gradient are NaN or infinite, and such steps are not
+            skipped.
+        UserError: every step of the epoch was skipped.
     """
     device = split.images.device
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     order = epoch_order(len(split), plan.seed, state.epoch).to(device)
     began, before = _clock(device), state.train_seconds
-    heartbeat = Heartbeat(show, torch.zeros((), dtype=torch.int64, device=device))
+
+    def draw(first: int) -> Iterator[Batch]:
+        return batches(
+            split,
+            order,
+            plan.batch_size,
+            crop_padding=plan.crop_padding,
+            flip=plan.flip,
+            generator=state.generator,
+            first=first,
+        )
+
+    def draw_again(number: int, random_state: Tensor) -> Batch:
+        state.generator.set_state(random_state)
+        return next(draw(number - 1))
+
+    def over() -> bool:
+        limit, now = plan.max_seconds, time.perf_counter()
+        return stopped() or (limit is not None and before + now - began >= limit)
+
+    heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
     state.model.train()
-    for batch in batches(
-        split,
-        order,
-        plan.batch_size,
-        crop_padding=plan.crop_padding,
-        flip=plan.flip,
-        generator=state.generator,
-        first=state.batch,
-    ):
-        if (
-            plan.max_seconds is not None
-            and before + time.perf_counter() - began >= plan.max_seconds
-        ):
-            break
+    if state.batch == 0 and plan.skip_nonfinite:
+        state.memory["skipped"].zero_()
+    drawn = draw(state.batch)
+    while state.batch < steps_per_epoch and not over():
         done = (state.epoch * steps_per_epoch + state.batch) / (plan.epochs * steps_per_epoch)
         lr = plan.lr * plan.schedule(done)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
-        state.add(stats)
-        heartbeat.step(state, stats.loss)
+        heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+        batch = next(drawn)
+        last = state.batch + 1 == steps_per_epoch
+        with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
+            _take(step, state, batch, heartbeat.check, skip=plan.skip_nonfinite)
+        heartbeat.step(state)
         tick()
     elapsed = _clock(device) - began
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
     if state.batch == 0:
         return None
-    return heartbeat.look(state) | {
+    means = heartbeat.look(state) | {
         "lr": state.optimizer.param_groups[0]["lr"],
         "robust_fraction": float(state.memory["robust_fraction"]),
         "train_seconds": state.epoch_seconds,
     }
+    return means | (_skipped(state) if plan.skip_nonfinite else {})
+
+
+def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, skip: bool) -> None:
+    """One step, undone and counted if it is to be skipped."""
+    before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
+    stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
+    bad = check.see(state.batch + 1, stats)
+    if before is not None:
+        before.undo_where(bad)
+        check.forget()
+        state.memory["skipped"] += bad
+        stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
+    state.add(stats)
+
+
+def _skipped(state: TrainState) -> Averages:
+    skipped = int(state.memory["skipped"])
+    if skipped == state.batch:
+        raise UserError(
+            f"Every step of epoch {state.epoch + 1} was skipped for numbers that are not finite; "
+            "a smaller recipe.lr may help."
+        )
+    return {"skipped_steps": skipped}
 
 
 def check_weights(state: TrainState, split: Split) -> None:
-    """Looks at the weights through one forward pass: the last update's loss was taken before it.
+    """Looks at the weights: the last update's loss was taken before it.
 
     Raises:
-        UserError: the logits of some training images are not finite.
+        UserError: weights, BatchNorm statistics, or the logits of some training images are not
+            finite.
     """
     with evaluation_mode(state.model), torch.no_grad():
         logits = state.model(to_unit(split.images[:_CHECKED]))
-    if not torch.isfinite(logits).all():
+    tensors = {**state.model.state_dict(), "the logits": logits}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
+    if not finite.all():
+        name = list(tensors)[finite.tolist().index(False)]
         raise UserError(
-            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}; "
-            "a smaller recipe.lr may help."
+            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}, {name} is "
+            "not finite; a smaller recipe.lr may help."
         )
 
 

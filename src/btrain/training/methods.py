@@ -11,8 +11,19 @@ from torch import Tensor, nn
 from btrain.allocation import METRICS
 from btrain.augmix import augmix
 from btrain.data import Batch, Data
-from btrain.defenses import DEFENSES
-from btrain.schema import AttackMode, BTConfig, Config, DefenseName, RivalName
+from btrain.defenses import DEFENSES, Defense
+from btrain.schema import (
+    AttackMode,
+    BTConfig,
+    Config,
+    DefenseConfig,
+    DefenseName,
+    OnNonfinite,
+    Precision,
+    RivalName,
+    Start,
+)
+from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.rivals.free import free_step
@@ -26,75 +37,104 @@ def make_step(config: Config, device: torch.device, *, warm_up: bool = False) ->
 
     `warm_up` asks for the plain defense, whatever the allocator.
     """
+    return in_precision(_make_step(config, device, warm_up=warm_up), config.train.precision)
+
+
+def in_precision(step: Step, precision: Precision) -> Step:
+    """The same step with the network's passes in this precision."""
+    if precision is Precision.float32:
+        return step
+    inside: InBFloat16 | None = None
+
+    def short(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        nonlocal inside
+        if inside is None or inside.network is not model:
+            inside = InBFloat16(model)
+        return step(inside.refresh(), optimizer, batch, memory, generator)
+
+    return short
+
+
+def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
     if config.rival.name is RivalName.free:
-        return _free(config)
+        assert config.rival.replays is not None
+        return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
     if config.rival.name is RivalName.mma:
-        return _mma(config)
+        return partial(_mma, method=_mma_method(config))
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=_augmix_method(config, device, allocator))
+        update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
-        update = partial(train_step, method=_attack_method(config, device, allocator))
+        update = partial(train_step, method=attack_method(config, device, allocator))
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        memory["robust_fraction"], stats = update(
-            model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
-        )
-        return stats
-
-    return step
+    return partial(_follow, update=update)
 
 
-def _free(config: Config) -> Step:
-    replays, epsilon = config.rival.replays, config.attack.epsilon
-    assert replays is not None
-
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        x, labels, _ = batch
-        delta = memory["delta"][: len(x)]
-        memory["delta"][: len(x)], stats = free_step(
-            model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
-        )
-        return stats
-
-    return step
+def _follow(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    update: Callable[..., tuple[Tensor, StepStats]],
+) -> StepStats:
+    """A step of Algorithm 2 or AugMix, which remembers F_R."""
+    memory["robust_fraction"], stats = update(
+        model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
+    )
+    return stats
 
 
-def _mma(config: Config) -> Step:
-    method = _mma_method(config)
+def _free(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    replays: int,
+    epsilon: float,
+) -> StepStats:
+    """A step of Free, which remembers the perturbation."""
+    del generator
+    x, labels, _ = batch
+    delta = memory["delta"][: len(x)]
+    memory["delta"][: len(x)], stats = free_step(
+        model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
+    )
+    return stats
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        x, labels, indices = batch
-        memory["margin"][indices], stats = mma_step(
-            model, optimizer, x, labels, memory["margin"][indices], generator, method=method
-        )
-        return stats
 
-    return step
+def _mma(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    memory: Memory,
+    generator: torch.Generator,
+    *,
+    method: MMAMethod,
+) -> StepStats:
+    """A step of MMA, which remembers every example's margin."""
+    x, labels, indices = batch
+    memory["margin"][indices], stats = mma_step(
+        model, optimizer, x, labels, memory["margin"][indices], generator, method=method
+    )
+    return stats
 
 
 def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     """What the run's method remembers, before its first batch: F_R is 0 (Algorithm 2, line 8)."""
     memory = {"robust_fraction": torch.zeros((), device=device)}
+    if config.train.on_nonfinite is OnNonfinite.skip:
+        memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
     if config.rival.name is RivalName.free:
         most = config.train.batch_size + 1  # a last batch of one example joins its neighbour
         memory["delta"] = torch.zeros(most, *data.shape, device=device)
@@ -103,12 +143,11 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     return memory
 
 
-def _attack_method(config: Config, device: torch.device, allocator: str) -> Method:
+def attack_method(config: Config, device: torch.device, allocator: str) -> Method:
     """The choices of the adversarial defenses."""
     bt, attack = config.bt, config.attack
-    settings = {} if config.defense.beta is None else {"beta": config.defense.beta}
     return Method(
-        defense=DEFENSES[config.defense.name.value](**settings),
+        defense=make_defense(config.defense),
         allocator=allocator,
         metric=METRICS[bt.metric.value],
         budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
@@ -122,6 +161,7 @@ def _attack_method(config: Config, device: torch.device, allocator: str) -> Meth
         epsilon=attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,
+        probe=probe_factor(config),
         attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
@@ -129,6 +169,33 @@ def _attack_method(config: Config, device: torch.device, allocator: str) -> Meth
         forward_unperturbed=bt.forward_unperturbed,
         grad_align_weight=config.rival.grad_align_weight or 0.0,
     )
+
+
+_PROBE = 0.3  # ε
+
+
+def probe_factor(config: Config) -> float | None:
+    """How much further than the start the first gradient is taken in bf16, for a KL divergence.
+
+    Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
+    than bf16 resolves, and the gradient is one of rounding errors. It is linear in the noise, whose
+    length therefore does not matter: 0.3·ε gives float32's attack strength at no cost.
+    """
+    attack = config.attack
+    if (
+        config.train.precision is Precision.float32
+        or not make_defense(config.defense).inner_reads_clean
+        or attack.start is not Start.normal
+        or not 0 < attack.start_std < _PROBE * attack.epsilon
+    ):
+        return None
+    return _PROBE * attack.epsilon / attack.start_std
+
+
+def make_defense(defense: DefenseConfig) -> Defense:
+    """The losses of an adversarial defense."""
+    settings = {} if defense.beta is None else {"beta": defense.beta}
+    return DEFENSES[defense.name.value](**settings)
 
 
 def _fractions(bt: BTConfig) -> tuple[float, float, float] | None:
@@ -154,7 +221,8 @@ def _mma_method(config: Config) -> MMAMethod:
     )
 
 
-def _augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+    """The choices of AugMix."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
     assert views is not None
     assert defense.jsd is not None

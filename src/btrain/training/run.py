@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from btrain import checkpoint
-from btrain.allocation import theoretical_speedup
 from btrain.config import to_dict
-from btrain.data import Data, Split
+from btrain.data import Data
 from btrain.data.augmentation import batch_slices
-from btrain.evaluation import Accuracy, evaluate
+from btrain.errors import Interrupted, UserError
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName, RivalName
+from btrain.run_lock import RunLock
+from btrain.schema import Config
 from btrain.tracking import Tracker, open_tracker
-from btrain.training.cost import forward_flops
-from btrain.training.loop import Averages, check_weights, epoch_order, train_epoch
+from btrain.training.cost import forward_flops, speedups
+from btrain.training.determinism import deterministic
+from btrain.training.guards import make_input_guard
+from btrain.training.lines import describe, epoch_line, fractions, headline, number
+from btrain.training.loop import Averages, check_weights, train_epoch
+from btrain.training.memory import explained_memory
 from btrain.training.methods import make_step
+from btrain.training.nonfinite import NotFiniteError
+from btrain.training.provenance import extended
+from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
+from btrain.training.scores import after_epoch, summarise
 from btrain.training.setup import find_device, load_data, make_plan, make_state
+from btrain.training.signals import StopRequest, stop_on_signals
 from btrain.training.state import TrainState
-from btrain.training.statistics import StepStats, averages
+from btrain.training.statistics import UNITS
 
 log = logging.getLogger("btrain")
-
-_COLLAPSE = 20.0  # points
-_UNITS = StepStats._fields.index("units")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -41,74 +44,155 @@ def train(config: Config) -> dict[str, Any]:
     last checkpoint.
 
     Raises:
-        UserError: bad data, device or folder (then nothing was written), or a loss that is not
-            finite (then the last good checkpoint is kept).
+        UserError: bad data, device or folder (then nothing was written), or training had to stop
+            (then the last good checkpoint is kept).
+        Interrupted: a signal came; the checkpoint is of that moment.
     """
     folder = RunFolder(config.run_dir)
     folder.check_owner(config)
-    saved = checkpoint.load(folder.last) if folder.last.is_file() else None
-    summary = folder.summary()
-    if summary is not None and (saved is None or _is_over(config, saved["state"])):
-        print(f"{folder.path} is finished already: {_headline(summary)}")
+    folder.check_resume(config.run.resume)
+    if (summary := _finished(config, folder)) is not None:
         return summary
-
     device = find_device(config.device)
-    data = load_data(config, device)
-    state = make_state(config, data, device)
+    with deterministic(config.train.deterministic):
+        with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
+            data = load_data(config, device)
+            state = make_state(config, data, device)
+        with folder.taken(config) as lock:
+            if (summary := _finished(config, folder)) is not None:  # by another process meanwhile
+                return summary
+            return _train(config, state, data, folder, lock)
+
+
+def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a run that nothing is left to do for."""
+    summary = folder.summary()
+    if summary is None:
+        return None
+    saved, _ = load_newest(folder)
+    if saved is not None and not _is_over(config, saved["state"]):
+        return None
+    print(f"{folder.path} is finished already: {headline(summary)}")
+    return summary
+
+
+def _train(
+    config: Config, state: TrainState, data: Data, folder: RunFolder, lock: RunLock
+) -> dict[str, Any]:
+    """The run, in a folder of its own."""
+    saved, warning = load_newest(folder)
     if saved is not None:
         state.load_state_dict(saved["state"])
+    provenance = extended(folder.provenance, data, state.device, state.epoch)
+    folder.begin(config, provenance)
+    settings, resumed = to_dict(config), saved is not None
     with (
-        folder.created(config),
-        open_tracker(config.logger, folder.path, to_dict(config)) as tracker,
+        open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
         folder.log_file(),
+        stop_on_signals() as stop,
     ):
-        folder.keep_metrics(state.epoch)
-        log.info("%s: %s", folder.path, _describe(data, state))
-        _train_epochs(config, state, data, folder, tracker)
-        summary = _summarise(config, state, data, folder)
-        tracker.summarise(summary)
+        if warning is not None:
+            log.warning("%s", warning)
+            set_damaged_aside(folder)
+        adopt_best(state, folder)
+        partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
+        folder.keep_metrics(state.epoch + partial)
+        log.info("%s: %s", folder.path, describe(data, state))
+        size = f"train.batch_size={config.train.batch_size}"
+        with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
+            _train_epochs(config, state, data, folder, tracker, lock, stop)
+        size = f"eval.batch_size={config.eval.batch_size}"
+        with (
+            explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
+            stop.at_once(),
+        ):
+            summary = summarise(config, state, data, folder)
+        summary["data_sha256"] = provenance["data_sha256"]
+        lock.check()
         folder.write_summary(summary)
-        log.info("%s: %s", folder.path, _headline(summary))
+        tracker.summarise(summary)
+        log.info("%s: %s", folder.path, headline(summary))
     return summary
 
 
 def _train_epochs(
-    config: Config, state: TrainState, data: Data, folder: RunFolder, tracker: Tracker
+    config: Config,
+    state: TrainState,
+    data: Data,
+    folder: RunFolder,
+    tracker: Tracker,
+    lock: RunLock,
+    stop: StopRequest,
 ) -> None:
-    """All epochs that are left, each with its log line and checkpoint."""
+    """All epochs that are left, each with its log line, and the checkpoints."""
     device, plan = state.device, make_plan(config)
     step, warm_up = make_step(config, device), make_step(config, device, warm_up=True)
+    guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
     done = state.epoch * batches + state.batch
+
+    def save() -> None:
+        lock.check()
+        content = {"state": state.state_dict(), "config": to_dict(config)}
+        checkpoint.save(folder.last, content, previous=folder.previous)
+
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
 
         def show(means: Averages) -> None:
             bar.set_postfix_str(
-                f"loss {means['loss']:.3f}, F_B/F_R/F_O {_fractions(means)}, "
-                f"speedup {_number(_speedup(config, means))}",
+                f"loss {means['loss']:.3f}, F_B/F_R/F_O {fractions(means)}, "
+                f"speedup {number(speedups(config, means)['theoretical_speedup'])}",
                 refresh=False,
             )
 
         while not _is_over(config, vars(state)):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             now = warm_up if state.epoch < config.bt.warmup_epochs else step
-            means = train_epoch(state, data.train, now, plan, tick=bar.update, show=show)
+            if config.recipe.early_stop_on_collapse and state.batch == 0:
+                checkpoint.save(folder.epoch_start, {"state": state.state_dict()})
+            with _offending_batch_kept(folder):
+                means = train_epoch(
+                    state, data.train, now, plan, tick=bar.update, show=show, stopped=stop.made,
+                    guard=guard,
+                )  # fmt: skip
+            if means is not None:
+                check_weights(state, data.train)
+            if stop.made():
+                save()
+                stop.obey()
             if means is None:
                 break
-            check_weights(state, data.train)
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
-            metrics["theoretical_speedup"] = _speedup(config, means)
-            metrics["flops"] = float(state.epoch_sums[_UNITS]) * unit
-            if state.batch == batches:
-                state.end_epoch()
-                metrics |= _watch(config, state, data, folder)
-                if data.val is not None and not state.collapsed and _due(config, state.epoch):
-                    metrics |= _validate(config, state, data.val, folder)
+            metrics |= speedups(config, means)
+            metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
+            metrics["warnings"] = guard.warnings()
+            if complete := state.batch == batches:
+                try:
+                    with stop.at_once():
+                        after_epoch(config, state, data, folder, metrics)
+                except Interrupted:
+                    save()
+                    raise
+            for warning in metrics["warnings"]:
+                log.warning("epoch %d: %s.", metrics["epoch"], warning)
+            lock.check()
             folder.append_metrics(metrics)
             tracker.log(metrics, metrics["epoch"])
-            log.info(_epoch_line(metrics))
-            checkpoint.save(folder.last, {"state": state.state_dict(), "config": to_dict(config)})
+            log.info(epoch_line(metrics))
+            due = state.epoch % config.train.checkpoint_every == 0
+            if due or not complete or _is_over(config, vars(state)):
+                save()
+
+
+@contextmanager
+def _offending_batch_kept(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except NotFiniteError as error:
+        with suppress(UserError):  # the first sentence is the one that matters
+            checkpoint.save(folder.nonfinite, {"state": error.batch})
+        raise
 
 
 def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:
@@ -116,160 +200,3 @@ def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:
     limit = config.train.max_seconds
     timed_out = limit is not None and progress["train_seconds"] >= limit
     return bool(timed_out or progress["collapsed"] or progress["epoch"] >= config.train.epochs)
-
-
-def _watch(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, float]:
-    """PGD accuracy on one training batch: if it collapses, FAST's catastrophic overfitting.
-
-    With `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes
-    the run back to that epoch and ends it, as FAST does.
-    """
-    some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
-    batch = Split(data.train.images[some], data.train.labels[some])
-    before, now = state.watched_acc, _evaluate(config, state.model, batch).robust
-    state.watched_acc = now
-    fell = before is not None and now < before - _COLLAPSE
-    if fell and config.recipe.early_stop_on_collapse:
-        log.info(
-            "PGD accuracy on a training batch fell from %.1f to %.1f %%: stopped.", before, now
-        )
-        state.load_state_dict(checkpoint.load(folder.last)["state"])
-        state.collapsed = True
-    return {"pgd_acc_train_batch": now}
-
-
-def _due(config: Config, epoch: int) -> bool:
-    """Whether the held-out part is scored after this epoch: every so often, and at the end."""
-    return epoch % config.eval.every_epochs == 0 or epoch == config.train.epochs
-
-
-def _validate(config: Config, state: TrainState, val: Split, folder: RunFolder) -> dict[str, float]:
-    """Scores the held-out part and keeps the best epoch by its robust accuracy.
-
-    By its clean accuracy with AugMix, which is not made against attacks.
-    """
-    accuracy = _evaluate(config, state.model, val)
-    by_clean = config.defense.name is DefenseName.augmix
-    score = accuracy.clean if by_clean else accuracy.robust
-    if state.best_val_acc is None or score > state.best_val_acc:
-        state.best_epoch, state.best_val_acc = state.epoch, score
-        content = {"state": {"model": state.model.state_dict(), "epoch": state.epoch}}
-        checkpoint.save(folder.best, content | {"config": to_dict(config)})
-    return {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
-
-
-def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
-    return evaluate(
-        model,
-        split,
-        epsilon=config.eval.epsilon,
-        step_size=config.eval.step_size,
-        steps=config.eval.steps,
-        batch_size=config.eval.batch_size,
-        seed=config.seed,
-        show_progress=True,
-    )
-
-
-def _summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
-    """Evaluates the last and, where there is one, the best model on the test set."""
-    last = _evaluate(config, state.model, data.test)
-    sums, device = state.total_sums + state.epoch_sums, state.device
-    means = averages(sums)
-    summary = {
-        "clean_acc": last.clean,
-        "robust_acc": last.robust,
-        "f_b": means["f_b"],
-        "f_r": means["f_r"],
-        "f_o": means["f_o"],
-        "theoretical_speedup": _speedup(config, means),
-        "attack_steps_mean": means["attack_steps_mean"],
-        "units_per_example": means["units_per_example"],
-        "flops": float(sums[_UNITS]) * forward_flops(state.model, data.shape, device),
-        "train_seconds": state.train_seconds,
-        "epochs": state.epoch,
-        "seed": config.seed,
-        "test_examples": len(data.test),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch_version": str(torch.__version__),
-        "git_commit": git_commit(),
-        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-    }
-    if state.best_epoch is not None:
-        state.model.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
-        best = _evaluate(config, state.model, data.test)
-        summary |= {
-            "best_epoch": state.best_epoch,
-            "best_val_acc": state.best_val_acc,
-            "best_clean_acc": best.clean,
-            "best_robust_acc": best.robust,
-        }
-    return summary
-
-
-def git_commit() -> str | None:
-    """The commit of btrain's own source, or None where it is not a checkout."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _speedup(config: Config, means: dict[str, Any]) -> float | None:
-    """Eq. 7, whose sum over the classes is the mean number of steps, also where that varies within
-    a class; None for the rivals that it does not describe.
-    """
-    if config.rival.name in (RivalName.free, RivalName.mma):
-        return None
-    steps = means["attack_steps_mean"]
-    return theoretical_speedup(
-        fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
-    )
-
-
-def _fractions(means: dict[str, Any]) -> str:
-    return f"{means['f_b']:.2f}/{means['f_r']:.2f}/{means['f_o']:.2f}"
-
-
-def _describe(data: Data, state: TrainState) -> str:
-    held_out = f", {len(data.val)} held out" if data.val is not None else ""
-    where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
-    return (
-        f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
-        f"{len(data.classes)} classes; {where} on {state.device}"
-    )
-
-
-def _epoch_line(metrics: dict[str, Any]) -> str:
-    held_out = (
-        f", held-out clean {metrics['val_clean_acc']:.2f} robust {metrics['val_robust_acc']:.2f}"
-        if "val_clean_acc" in metrics
-        else ""
-    )
-    return (
-        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
-        f"{_number(metrics['clean_acc_train'])} robust {_number(metrics['robust_acc_train'])}"
-        f"{held_out}, "
-        f"F_B/F_R/F_O {_fractions(metrics)}, "
-        f"speedup {_number(metrics['theoretical_speedup'])} (eq. 7), "
-        f"{metrics['train_seconds']:.1f} s"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _headline(summary: dict[str, Any]) -> str:
-    return (
-        f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
-        f"{_fractions(summary)}, speedup {_number(summary['theoretical_speedup'])} (eq. 7), "
-        f"{summary['train_seconds']:.1f} s of training"
-    )

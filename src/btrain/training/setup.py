@@ -10,9 +10,11 @@ from torch import nn
 from btrain import models
 from btrain.data import Data, load
 from btrain.errors import UserError
+from btrain.precision import to_channels_last
 from btrain.schema import (
     Config,
     ModelConfig,
+    OnNonfinite,
     OptimizerName,
     RecipeConfig,
     ScheduleName,
@@ -59,7 +61,10 @@ def load_data(config: Config, device: torch.device) -> Data:
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
-    optimizer = _make_optimizer(config.recipe, model)
+    if config.train.channels_last:
+        model = to_channels_last(model)
+    skips = config.train.on_nonfinite is OnNonfinite.skip
+    optimizer = make_optimizer(config.recipe, model, steps_on_device=skips)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device)
 
@@ -77,9 +82,17 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
     )
 
 
-def _make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    recipe: RecipeConfig, model: nn.Module, *, steps_on_device: bool = False
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer of all weights; `steps_on_device` lets it be undone there."""
     if recipe.optimizer is OptimizerName.adam:
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(
+            model.parameters(),
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            capturable=steps_on_device and next(model.parameters()).is_cuda,
+        )
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -106,4 +119,5 @@ def make_plan(config: Config) -> Plan:
         crop_padding=recipe.crop_padding,
         flip=recipe.flip,
         max_seconds=config.train.max_seconds,
+        skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
     )

@@ -17,7 +17,8 @@ class StepStats(NamedTuple):
     An outcome is known where the example was attacked and its clean prediction was right: it fell
     or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
     The scores (SVar, or another metric) are summed by what really happened. A unit of cost is one
-    forward pass of one example: an attack step takes two, a training pass three.
+    forward pass of one example: an attack step takes two, a training pass three. `bad_logits`
+    counts the examples whose logits are not finite.
     """
 
     examples: Tensor
@@ -37,6 +38,10 @@ class StepStats(NamedTuple):
     score_wrong: Tensor
     score_fell: Tensor
     score_stood: Tensor
+    bad_logits: Tensor
+
+
+UNITS = StepStats._fields.index("units")
 
 
 @torch.no_grad()
@@ -59,7 +64,7 @@ def step_stats(
         z: the logits that decided the allocation, (m, K), or (m, 0) where none were computed.
         score: of z, (m,), or None.
         clean_logits: (m, K), or (m, 0) where none were computed.
-        adv_logits: (m, K).
+        adv_logits: (m, K), or (m, 0) where they tell nothing of the outcome.
         labels: (m,).
         units: what the batch has cost.
     """
@@ -67,10 +72,11 @@ def step_stats(
     examples = torch.ones_like(labels).sum()
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
     wrong = z.argmax(dim=1) != labels if z.shape[1] else outlier
-    stands = adv_logits.argmax(dim=1) == labels
-    fell, stood = (steps > 0) & ~stands & ~wrong, (steps > 0) & stands & ~wrong
     unknown = torch.full_like(loss, math.nan)
-    has_clean = clean_logits.shape[1] > 0
+    has_clean, has_adv = clean_logits.shape[1] > 0, adv_logits.shape[1] > 0
+    stands = adv_logits.argmax(dim=1) == labels if has_adv else torch.zeros_like(wrong)
+    known = (steps > 0) & ~wrong if has_adv else torch.zeros_like(wrong)
+    fell, stood = known & ~stands, known & stands
     return StepStats(
         examples=examples,
         loss=loss * examples,
@@ -80,7 +86,7 @@ def step_stats(
         steps=steps.sum() + overhead * examples,
         units=torch.full_like(loss, units),
         clean_correct=(clean_logits.argmax(dim=1) == labels).sum() if has_clean else unknown,
-        robust_correct=stands.sum(),
+        robust_correct=stands.sum() if has_adv else unknown,
         boundary_fell=(boundary & fell).sum(),
         boundary_stood=(boundary & stood).sum(),
         robust_fell=(robust & fell).sum(),
@@ -89,6 +95,7 @@ def step_stats(
         score_wrong=unknown if score is None else (score * wrong).sum(),
         score_fell=unknown if score is None else (score * fell).sum(),
         score_stood=unknown if score is None else (score * stood).sum(),
+        bad_logits=(~torch.isfinite(torch.cat([clean_logits, adv_logits], dim=1))).any(dim=1).sum(),
     )
 
 

@@ -20,8 +20,9 @@ from btrain.allocation import (
     uniform,
     update_robust_fraction,
 )
-from btrain.attacks import by_steps, early_exit_pgd, evaluation_mode, prefix_pgd
+from btrain.attacks import by_steps, early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
+from btrain.shadow import attacked
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
 
@@ -38,6 +39,8 @@ class Method:
         fractions: F_B, F_R, F_O of the allocator `random`; None for those of BulletTrain's rule.
         oracle_steps, oracle_step_size: of the attack that tells the allocator `oracle` the truth.
         grad_align_weight: λ of GradAlign's regulariser; 0 for none.
+        probe: what the start's noise is multiplied by where the first gradient is taken; None for
+            a gradient at the start itself. See `methods.probe_factor`.
     """
 
     defense: Defense
@@ -60,6 +63,7 @@ class Method:
     share_clean_forward: bool
     forward_unperturbed: bool
     grad_align_weight: float
+    probe: float | None = None
 
 
 def train_step(
@@ -88,7 +92,7 @@ def train_step(
     sizes = step_sizes(
         allocation.steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
     )
-    x_adv, allocation, attacked = perturb(  # line 13
+    x_adv, allocation, forwarded = perturb(  # line 13
         model, x, labels, z, sizes, allocation, active, noise, method
     )
     if method.defense.outer_reads_clean:  # line 14
@@ -102,7 +106,7 @@ def train_step(
         robust_fraction, adv_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
-    units = 2 * attacked + 3 * trained
+    units = 2 * forwarded + 3 * trained
     units += m if z.shape[1] and not shared else 0
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
     if method.grad_align_weight:
@@ -140,8 +144,8 @@ def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor |
 
 def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Logits (m, K) in eval mode, without a graph."""
-    with evaluation_mode(model), torch.no_grad():
-        logits: Tensor = model(x)
+    with attacked(model) as network, torch.no_grad():
+        logits: Tensor = network(x)
     return logits
 
 
@@ -195,9 +199,9 @@ def perturb(
     if method.allocator != "early_exit":
         x_adv = attack(model, x, labels, z, sizes, active, noise, method)
         return x_adv, allocation, sum(active)
-    with evaluation_mode(model):
-        x_adv, taken, attacked = early_exit_pgd(
-            model,
+    with attacked(model) as network:
+        x_adv, taken, forwarded = early_exit_pgd(
+            network,
             x,
             labels,
             z,
@@ -209,8 +213,9 @@ def perturb(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
+            probe=None if method.probe is None else method.probe * noise,
         )
-    return x_adv, allocation._replace(steps=taken), attacked
+    return x_adv, allocation._replace(steps=taken), forwarded
 
 
 def attack(
@@ -224,9 +229,9 @@ def attack(
     method: Method,
 ) -> Tensor:
     """The run's attack on a batch in descending order of steps, with the step sizes (m,)."""
-    with nullcontext() if method.attack_in_train_mode else evaluation_mode(model):
+    with nullcontext(model) if method.attack_in_train_mode else attacked(model) as network:
         return prefix_pgd(
-            model,
+            network,
             x,
             labels,
             z,
@@ -235,6 +240,7 @@ def attack(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
+            probe=None if method.probe is None else method.probe * noise,
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from btrain import precision
 from btrain.allocation import BOUNDARY, Allocation
 from btrain.training.statistics import StepStats, step_stats
+from btrain.training.step import descend
 
 
 def free_step(
@@ -36,12 +37,10 @@ def free_step(
         delta = delta.detach().requires_grad_()
         logits = model(x + delta)
         loss = F.cross_entropy(precision.full(logits), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        descend(optimizer, loss)
         assert delta.grad is not None
         moved = (delta.detach() + epsilon * delta.grad.sign()).clamp(-epsilon, epsilon)
         delta = (x + moved).clamp(0, 1) - x
-        optimizer.step()
     everyone = torch.full_like(labels, BOUNDARY)
     allocation = Allocation(everyone, torch.full_like(labels, replays))
     unread = x.new_empty(len(x), 0)

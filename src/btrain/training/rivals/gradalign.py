@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from btrain import precision
+
 
 def misalignment(model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
     """1 − cos(∇L(x), ∇L(x + noise)) of the cross-entropy, the mean over the examples.
@@ -16,16 +18,24 @@ def misalignment(model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> 
     """
     fixed = _input_gradient(model, x, labels, create_graph=False)
     moving = _input_gradient(model, x + noise, labels, create_graph=True)
-    counts = (fixed.abs().amax(dim=1) > 0) & (moving.detach().abs().amax(dim=1) > 0)
-    # An example that does not count gets another gradient: that of a zero norm would be NaN.
-    moving = torch.where(counts[:, None], moving, 1.0)
-    cosine = F.cosine_similarity(fixed, moving, dim=1, eps=1e-20)
-    return ((1 - cosine) * counts).sum() / counts.sum().clamp(min=1)
+    counts = (_largest(fixed) > 0) & (_largest(moving) > 0)
+    # A row that does not count is replaced: the gradient of a zero norm would be NaN.
+    a, b = (_unit(torch.where(counts[:, None], row, 1.0)) for row in (fixed, moving))
+    return ((1 - (a * b).sum(dim=1)) * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return rows.detach().abs().amax(dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Each row at length 1, also where its squares would underflow, as of confident examples."""
+    return F.normalize(rows / _largest(rows)[:, None], dim=1)
 
 
 def _input_gradient(model: nn.Module, x: Tensor, labels: Tensor, *, create_graph: bool) -> Tensor:
     """∇L at each image as a row, (m, C·H·W)."""
     images = x.detach().clone().requires_grad_()
-    loss = F.cross_entropy(model(images).float(), labels, reduction="sum")
+    loss = F.cross_entropy(precision.full(model(images)), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, [images], create_graph=create_graph)
     return gradient.flatten(1)

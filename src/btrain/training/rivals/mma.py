@@ -50,15 +50,16 @@ def mma_step(
     """One update with each example at its own margin.
 
     A correct example is trained on its shortest adversarial perturbation found, a wrong one as it
-    is. Attack and search are in eval mode; the published code searches in train mode. One copy
-    from the device to the host.
+    is; as published, correct means p_y > 1/2. Attack and search are in eval mode, and their result
+    stays in the box; the published code searches in train mode and does not clip. One copy from
+    the device to the host.
 
     Args:
         margin: each example's when it was last seen, (m,).
 
     Returns:
         The margins found, (m,), 0 for wrong examples, and the statistics: outliers are wrong,
-        robust examples lie beyond d_max.
+        robust examples lie beyond d_max, and no outcome is known.
     """
     clean_logits = model(x)
     correct = soft_logit_margin(clean_logits.detach(), labels) < 0
@@ -83,10 +84,10 @@ def mma_step(
     classes = torch.where(trained, BOUNDARY, ROBUST)
     classes[n:] = OUTLIER
     steps = method.steps * (classes != OUTLIER)
-    z = clean_logits.detach()
+    z, unread = clean_logits.detach(), x.new_empty(len(x), 0)  # x' lies on the boundary itself
     units = 6.0 * len(x) + (2 * method.steps + 1 + method.bisections) * n
     stats = step_stats(
-        Allocation(classes, steps), loss.detach(), z, None, z, logits, labels, units=units
+        Allocation(classes, steps), loss.detach(), z, None, z, unread, labels, units=units
     )
     return torch.zeros_like(found).index_copy_(0, order, found), stats
 

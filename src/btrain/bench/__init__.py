@@ -1,0 +1,1 @@
+"""How long a training step takes, beside the plain defense and what arithmetic allows."""

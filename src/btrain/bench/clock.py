@@ -1,0 +1,51 @@
+"""Time by the device's own clock, and what the machine can do."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    """How long `work` takes: CUDA events on a GPU, else this process' CPU time in all threads.
+
+    CPU time does not count what other processes take; garbage collection waits.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        if device.type != "cuda":
+            began = time.process_time()
+            work()
+            return time.process_time() - began
+        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(begin.elapsed_time(end)) / 1000
+    finally:
+        if collects:
+            gc.enable()
+
+
+class Product:
+    """A product of two square matrices, whose speed stands for the machine's best."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        n = _PRODUCT[device.type]
+        self._a = torch.rand(n, n, device=device).to(dtype)
+        self._b = torch.rand(n, n, device=device).to(dtype)
+        self.flops = 2 * n**3
+
+    def run(self) -> None:
+        """One product."""
+        torch.mm(self._a, self._b)

@@ -1,0 +1,88 @@
+"""`btrain bench`: its settings, and what it does with them. Imports torch only to do it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from btrain import config as configs
+from btrain.bench.schema import BenchConfig, BenchRun
+from btrain.errors import UserError
+
+_HELP = """\
+btrain bench [bench.option=value …] [option=value …]    how long a training step takes
+
+Measured in turns in one process: TRADES as published (official), the plain defense (lean),
+BulletTrain, and as a control BulletTrain by masks, which must be no faster than lean.
+Settings without bench. are those of btrain train, the same for all.
+
+btrain bench gpu    a fixed set for one CUDA device; writes results/gpu/<device>-<date>.json and .md
+
+== Settings (key=value) ==
+"""
+
+
+def run(args: Sequence[str]) -> None:
+    """Measures, prints a table, writes what was asked for.
+
+    Raises:
+        UserError: a setting is wrong, or a file cannot be read or written.
+    """
+    if {"-h", "--help"} & set(args):
+        path = Path(configs.config_dir()) / "bench.yaml"
+        print(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
+        return
+    if list(args) == ["gpu"]:
+        from btrain.bench.gpu import run_gpu
+
+        path = run_gpu(_tell)
+        print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
+        return
+    bench, settings = parse(args)
+    from btrain.bench.output import table
+    from btrain.bench.run import run_bench
+
+    result = run_bench(bench, settings, _tell)
+    print(table(result["rows"], result["details"]))
+
+
+def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
+    """The bench's own settings, checked, and the others as they are.
+
+    Raises:
+        UserError: a setting of the bench is unknown, of another type or out of range.
+    """
+    own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]
+    for argument in args:
+        if "=" not in argument:
+            raise UserError(f"{argument} is not of the form key=value; see btrain bench --help.")
+    return compose(own), [argument for argument in args if argument not in own]
+
+
+def compose(overrides: Sequence[str] = ()) -> BenchConfig:
+    """The settings of `btrain bench <overrides>`.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        if override.startswith(("+", "~")):
+            raise UserError(f"{override} adds or removes a setting; please give key=value.")
+    cfg: Any = configs.composed(overrides, "bench")
+    try:
+        found = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise configs.explain(error, overrides, "bench") from error
+    assert isinstance(found, BenchRun)
+    return found.bench
+
+
+def _tell(message: str) -> None:
+    """Where the bench is, over the line before; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)

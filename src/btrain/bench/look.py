@@ -1,0 +1,114 @@
+"""What one step does beside taking time: memory, copies to the host, kernels."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MEGABYTE = 2**20
+
+
+class Look(NamedTuple):
+    """Of one step: the most memory beyond what was there before, and counts.
+
+    Attributes:
+        kernels: launched on the GPU; None on the CPU.
+    """
+
+    peak_bytes: int
+    host_copies: int
+    kernels: int | None
+
+
+def look(work: Callable[[], None], device: torch.device) -> Look:
+    """Runs `work` once or twice more, watched and therefore slower."""
+    if device.type == "cuda":
+        return _look_cuda(work, device)
+    reads, watch = _HostReads(), _Watch()
+    with reads, watch:
+        work()
+    return Look(watch.peak, reads.count + watch.scalars, None)
+
+
+def _look_cuda(work: Callable[[], None], device: torch.device) -> Look:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize(device)
+    names = [event.name for event in profiler.events()]
+    copies = sum(name.startswith("Memcpy DtoH") for name in names)
+    launches = sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names)
+    return Look(peak, copies, launches)
+
+
+class _HostReads(TorchFunctionMode):
+    """Counts the reads of a whole tensor that would be copies if it lay on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += getattr(func, "__name__", "") in ("tolist", "numpy")
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts reads of single numbers and of masks' sizes, and adds up the storages alive.
+
+    What an operation allocates for its own time only is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scalars = self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._overloadpacket.__name__
+        masked = name.startswith("index") and any(map(_is_mask, tree_leaves(args[1])))
+        self.scalars += masked or name in ("_local_scalar_dense", "nonzero")
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(_is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if id(storage) not in inputs | self._alive:
+                self._born(storage)
+        return result
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._alive.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)

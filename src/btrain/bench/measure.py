@@ -1,0 +1,153 @@
+"""Lanes that take turns, and what comes out of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from btrain.bench.clock import Product, seconds
+from btrain.bench.forced import deciding_logits
+from btrain.bench.lane import Lane
+from btrain.bench.look import MEGABYTE, look
+from btrain.bench.schema import Contender
+from btrain.bench.selection import select
+from btrain.schema import Precision
+from btrain.training.cost import forward_flops
+from btrain.training.statistics import averages
+
+Row = dict[str, Any]
+_SELECTIONS = 10
+_DTYPES = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def measure(
+    lanes: Sequence[Lane], repetitions: int, device: torch.device, tell: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
+    """Every lane takes a step in every repetition, one after the other; the first is not counted.
+
+    Returns:
+        `rows` and `details` of the output, one of each a lane, in the lanes' order.
+    """
+    dtypes = {_DTYPES[lane.config.train.precision] for lane in lanes}
+    products = {dtype: Product(dtype, device) for dtype in dtypes}
+    product_times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+    times: list[list[float]] = [[] for _ in lanes]
+    for repetition in range(repetitions + 1):
+        tell(f"repetition {repetition}/{repetitions}")
+        for lane, taken in zip(lanes, times, strict=True):
+            taken.append(_timed_step(lane, repetition, device))
+        for dtype, product in products.items():
+            product_times[dtype].append(seconds(product.run, device))
+    rates = {
+        dtype: product.flops / statistics.median(product_times[dtype][1:])
+        for dtype, product in products.items()
+    }
+    counted = [taken[1:] for taken in times]
+    results = []
+    for lane, taken in zip(lanes, counted, strict=True):
+        tell(f"looks into {lane.contender.value}")
+        rate = rates[_DTYPES[lane.config.train.precision]]
+        results.append(_result(lane, taken, rate, device))
+    _compare(lanes, counted, results)
+    return [row for row, _ in results], [detail for _, detail in results]
+
+
+def _timed_step(lane: Lane, repetition: int, device: torch.device) -> float:
+    batch = lane.prepare(repetition)
+    return seconds(lambda: lane.run(batch), device)
+
+
+def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -> tuple[Row, Row]:
+    """What a lane has by itself; the ratios are still to come."""
+    config, m = lane.config, len(lane.workload.images(0))
+    means = averages(torch.stack([torch.stack(stats).double() for stats in lane.stats[1:]]).sum(0))
+    units, median = means["units_per_example"], statistics.median(taken)
+    assert units is not None
+    batch = lane.prepare(0)
+    choosing = _selection_seconds(lane, device)
+    state = lane.state_bytes
+    seen = look(lambda: lane.run(batch), device)
+    _, channels, height, width = batch.x.shape
+    flops = units * m * forward_flops(lane.model, (channels, height, width), device)
+    row = {
+        "defense": config.defense.name.value,
+        "model": config.model.name,
+        "batch_size": m,
+        "precision": config.train.precision.value,
+        "channels_last": config.train.channels_last,
+        "compiled": False,
+        "method": lane.contender.value,
+        "seconds_per_batch": median,
+        "seconds_spread": spread(taken),
+        "units_per_example": units,
+        "peak_memory_mb": (seen.peak_bytes + state) / MEGABYTE,
+        "selection_share": choosing / median,
+    }
+    detail = {
+        "fractions": [means["f_b"], means["f_r"], means["f_o"]],
+        "host_copies": seen.host_copies,
+        "kernels": seen.kernels,
+        "flop_utilisation": flops / median / rate,
+        "seconds": taken,
+    }
+    return row, detail
+
+
+def spread(values: list[float]) -> float:
+    """The distance between the quartiles; of fewer than two values 0."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _selection_seconds(lane: Lane, device: torch.device) -> float:
+    """How long metric, classes, sort and indexing take; 0 for a method that has none."""
+    if lane.contender is not Contender.bullettrain:
+        return 0.0
+    batch = lane.prepare(0)
+    z = deciding_logits(lane.inside, batch.x, lane.method)
+    taken = [seconds(lambda: select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
+    return statistics.median(taken[1:])
+
+
+def _compare(
+    lanes: Sequence[Lane], times: Sequence[list[float]], results: Sequence[tuple[Row, Row]]
+) -> None:
+    """Adds the ratios: the median over the repetitions, in each of which both took a step."""
+    for lane, taken, (row, detail) in zip(lanes, times, results, strict=True):
+        lean = _index(lanes, Contender.lean, lane.config.train)
+        official = _index(lanes, Contender.official, lane.config.train)
+        assert lean is not None
+        ratios = _ratios(times[lean], taken)
+        row["speedup_vs_lean"] = statistics.median(ratios)
+        row["flop_bound"] = results[lean][0]["units_per_example"] / row["units_per_example"]
+        detail["speedup_spread"] = spread(ratios)
+        detail["speedup_vs_official"] = (
+            None if official is None else statistics.median(_ratios(times[official], taken))
+        )
+        plain = [
+            i
+            for i, other in enumerate(lanes)
+            if other.contender is Contender.official
+            and other.config.train.precision is Precision.float32
+            and not other.config.train.channels_last
+        ]
+        detail["speedup_vs_plain_official"] = (
+            statistics.median(_ratios(times[plain[0]], taken)) if plain else None
+        )
+
+
+def _index(lanes: Sequence[Lane], contender: Contender, like: Any) -> int | None:
+    """The lane of that method at the precision and layout of `like`."""
+    for i, lane in enumerate(lanes):
+        if lane.contender is contender and lane.config.train == like:
+            return i
+    return None
+
+
+def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]

@@ -1,0 +1,143 @@
+"""What `btrain bench` shows and writes: a table, a JSON file, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrain import __version__
+from btrain.bench.measure import Row
+from btrain.errors import UserError
+
+_HEAD = (
+    "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",
+    "units", "vs lean", "bound", "vs official", "MB", "selection", "copies", "kernels", "of peak",
+)  # fmt: skip
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine: processor or GPU, and how many threads torch uses."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "clock": "CUDA events" if device.type == "cuda" else "process CPU time",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = properties.name
+        found["gpu_memory_mb"] = properties.total_memory // 2**20
+    return found
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on."""
+    return {
+        "btrain": __version__,
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    for row, detail in zip(rows, details, strict=True):
+        cells = (
+            row["defense"],
+            row["model"],
+            row["batch_size"],
+            row["precision"],
+            "channels_last" if row["channels_last"] else "plain",
+            row["method"],
+            f"{1000 * row['seconds_per_batch']:.1f}",
+            f"{1000 * row['seconds_spread']:.1f}",
+            f"{row['units_per_example']:.2f}",
+            f"{row['speedup_vs_lean']:.2f}",
+            f"{row['flop_bound']:.2f}",
+            _number(detail["speedup_vs_official"], ".2f"),
+            f"{row['peak_memory_mb']:.0f}",
+            f"{100 * row['selection_share']:.1f} %",
+            detail["host_copies"],
+            _number(detail["kernels"], "d"),
+            f"{100 * detail['flop_utilisation']:.0f} %",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)  # noqa: PTH105
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the results."""
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
+    """BulletTrain's speedup against batch size and against F_B, beside the bound.
+
+    Raises:
+        UserError: matplotlib is missing, or the file's format is none of its.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('bench.plot needs the extra: pip install "btrain[report]".') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    for row, detail in zip(rows, details, strict=True):
+        if row["method"] == "bullettrain":
+            layout = ", channels_last" if row["channels_last"] else ""
+            name = f"{row['defense']} {row['model']} {row['precision']}{layout}"
+            point = row["batch_size"], detail["fractions"][0], row["speedup_vs_lean"]
+            lines.setdefault(name, []).append((*point, row["flop_bound"]))
+    for name, points in lines.items():
+        for axis, column in zip(axes, (0, 1), strict=True):
+            ordered = sorted(points, key=lambda point: point[column])
+            xs = [point[column] for point in ordered]
+            (line,) = axis.plot(xs, [point[2] for point in ordered], "o-", label=name)
+            axis.plot(xs, [point[3] for point in ordered], ":", color=line.get_color())
+    axes[0].set(xlabel="batch size", ylabel="times as fast as the plain defense", xscale="log")
+    axes[1].set(xlabel="F_B (dotted: bound by FLOPs)")
+    axes[0].legend(fontsize="small")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"bench.plot={path} cannot be written ({error}).") from error
+    finally:
+        pyplot.close(figure)

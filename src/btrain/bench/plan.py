@@ -1,0 +1,160 @@
+"""From the settings to the cases, each of which is measured by itself, and their lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from btrain.bench.lane import CLASSES, Lane, Workload
+from btrain.bench.schema import BenchConfig, Contender
+from btrain.checkpoint import load
+from btrain.config import compose
+from btrain.data.augmentation import to_unit
+from btrain.errors import UserError
+from btrain.exchange.from_run import image_shape, load_run
+from btrain.schema import AllocatorName, Config, DefenseName, Precision
+from btrain.training.setup import load_data, make_model
+
+_OWN_KEYS = {
+    "defense": "bench.defenses",
+    "model": "bench.models",
+    "bt": "bench.methods",
+    "train.batch_size": "bench.batch_sizes",
+    "train.precision": "bench.precisions",
+    "train.channels_last": "bench.channels_last",
+}
+"""Settings of a run that the bench goes through itself, by its own lists."""
+
+Fractions = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What takes turns with each other: all methods, precisions and layouts of one workload.
+
+    Attributes:
+        config: of a run with BulletTrain.
+        fractions: F_B, F_R, F_O; None as trained.
+    """
+
+    config: Config
+    fractions: Fractions | None
+
+    def __str__(self) -> str:
+        config = self.config
+        return f"{config.defense.name.value} {config.model.name} batch {config.train.batch_size}"
+
+
+def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
+    """Every combination of the lists that need another workload.
+
+    Args:
+        settings: overrides of `btrain train`.
+
+    Raises:
+        UserError: a setting is wrong, or one that the bench goes through itself, or the run of
+            `bench.checkpoint` cannot be read or had no BulletTrain.
+    """
+    if bench.checkpoint is not None:
+        return _trained_cases(Path(bench.checkpoint), bench.batch_sizes, settings)
+    for setting in settings:
+        key = setting.partition("=")[0].lstrip("+~")
+        if key in _OWN_KEYS:
+            raise UserError(f"{key} is a list here: please give {_OWN_KEYS[key]}=[…].")
+    return [
+        Case(compose([f"defense={defense.value}", f"model={model}", *settings,
+                      f"train.batch_size={size}", "bt=bullettrain"]), fractions)
+        for defense, model, size in product(bench.defenses, bench.models, bench.batch_sizes)
+        for fractions in _fractions(bench, defense)
+    ]  # fmt: skip
+
+
+def _fractions(bench: BenchConfig, defense: DefenseName) -> list[Fractions]:
+    """The defense's own, or those of each F_B asked for."""
+    if defense.value not in bench.fractions:
+        raise UserError(f"bench.fractions.{defense.value} must be given.")
+    boundary, robust, outlier = bench.fractions[defense.value]
+    if bench.boundary_fractions is None:
+        return [(boundary, robust, outlier)]
+    share = robust / (robust + outlier) if robust + outlier else 1.0
+    return [(b, (1 - b) * share, (1 - b) * (1 - share)) for b in bench.boundary_fractions]
+
+
+def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[str]) -> list[Case]:
+    config, _ = load_run(path)
+    if settings:
+        raise UserError(f"{settings[0]}: with bench.checkpoint the settings are the run's.")
+    if config.bt.name is not AllocatorName.bullettrain:
+        raise UserError(f"{path} was trained with bt={config.bt.name.value}, not bullettrain.")
+    return [
+        Case(replace(config, train=replace(config.train, batch_size=size)), None)
+        for size in batch_sizes
+    ]
+
+
+def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lane]:
+    """The lanes of a case; only TRADES has an official structure of its own.
+
+    Raises:
+        UserError: the run's images cannot be read, or are too few.
+    """
+    workload = _workload(case, bench, device)
+    return [
+        Lane(_variant(case.config, contender, precision, layout), contender, workload, device)
+        for precision, layout, contender in product(
+            bench.precisions, bench.channels_last, bench.methods
+        )
+        if contender is not Contender.official or case.config.defense.name is DefenseName.trades
+    ]
+
+
+def _variant(
+    config: Config, contender: Contender, precision: Precision, channels_last: bool
+) -> Config:
+    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps."""
+    train = replace(config.train, precision=precision, channels_last=channels_last)
+    bt = config.bt
+    if contender is not Contender.bullettrain:
+        bt = replace(bt, name=AllocatorName.uniform)
+        if config.defense.name is not DefenseName.augmix:
+            attack = config.attack
+            bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
+    return replace(config, train=train, bt=bt)
+
+
+def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
+    config = case.config
+    if bench.checkpoint is not None:
+        return _trained(Path(bench.checkpoint), config.train.batch_size, device)
+    shape = image_shape(config.dataset)
+    torch.manual_seed(config.seed)
+    network = make_model(config.model, CLASSES, shape)
+    x = torch.rand(config.train.batch_size, *shape).to(device)
+    return Workload(network, lambda repetition: x, None, case.fractions)
+
+
+def _trained(path: Path, batch_size: int, device: torch.device) -> Workload:
+    """A run's network, F_R and training images, a batch of its own for every repetition."""
+    config, network = load_run(path)
+    file = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    robust_fraction = float(load(file)["state"]["memory"]["robust_fraction"])
+    split = load_data(config, device).train
+    if len(split) < batch_size:
+        raise UserError(f"{path} was trained on {len(split)} images, fewer than {batch_size}.")
+
+    def part(repetition: int) -> slice:
+        begin = repetition % (len(split) // batch_size) * batch_size
+        return slice(begin, begin + batch_size)
+
+    def images(repetition: int) -> Tensor:
+        return to_unit(split.images[part(repetition)])
+
+    def labels(repetition: int) -> Tensor:
+        return split.labels[part(repetition)]
+
+    return Workload(network, images, labels, None, robust_fraction)

@@ -1,0 +1,85 @@
+"""The settings of `btrain bench`, as dataclasses that check their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from btrain.errors import UserError
+from btrain.schema import MISSING, DefenseName, Precision
+
+
+class Contender(Enum):
+    official = "official"
+    lean = "lean"
+    bullettrain = "bullettrain"
+    masked = "masked"
+
+
+@dataclass
+class BenchConfig:
+    defenses: list[DefenseName] = MISSING
+    models: list[str] = MISSING
+    batch_sizes: list[int] = MISSING
+    precisions: list[Precision] = MISSING
+    channels_last: list[bool] = MISSING
+    methods: list[Contender] = MISSING
+    fractions: dict[str, list[float]] = MISSING
+    boundary_fractions: list[float] | None = None
+    checkpoint: str | None = None
+    repetitions: int = MISSING
+    out: str | None = None
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("defenses", "models", "batch_sizes", "precisions", "channels_last", "methods"):
+            if not getattr(self, key):
+                raise UserError(f"bench.{key} must name at least one.")
+        if Contender.lean not in self.methods:
+            raise UserError("bench.methods must name lean: speedups are ratios to it.")
+        for size in self.batch_sizes:
+            if size < 4:
+                raise UserError(f"bench.batch_sizes must be at least 4, not {size}.")
+        if self.repetitions < 1:
+            raise UserError(f"bench.repetitions must be at least 1, not {self.repetitions}.")
+        for defense, fractions in self.fractions.items():
+            self._check_fractions(defense, fractions)
+        for share in self.boundary_fractions or []:
+            if not 0 <= share < 1:
+                raise UserError(f"bench.boundary_fractions must be in [0, 1), not {share}.")
+
+    @staticmethod
+    def _check_fractions(defense: str, fractions: list[float]) -> None:
+        shares = len(fractions) == 3 and min(fractions) >= 0
+        if not shares or abs(sum(fractions) - 1) > 1e-6:
+            raise UserError(
+                f"bench.fractions.{defense} must be F_B, F_R and F_O, which add up to 1, "
+                f"not {fractions}."
+            )
+
+
+@dataclass
+class BenchRun:
+    """What `configs/bench.yaml` holds."""
+
+    bench: BenchConfig = MISSING
+
+
+COLUMNS: dict[str, Any] = {
+    "defense": str,
+    "model": str,
+    "batch_size": int,
+    "precision": str,
+    "channels_last": bool,
+    "compiled": bool,
+    "method": str,
+    "seconds_per_batch": float,
+    "seconds_spread": float,
+    "units_per_example": float,
+    "speedup_vs_lean": float,
+    "flop_bound": float,
+    "peak_memory_mb": float,
+    "selection_share": float,
+}
+"""What each of the output's `rows` holds, and of which type."""

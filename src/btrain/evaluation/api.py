@@ -1,0 +1,89 @@
+"""Robust accuracy of anybody's network, from Python."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from btrain.errors import UserError
+from btrain.eval_schema import AUTOATTACKS, PRESETS, EvalSettings
+from btrain.evaluation import attack as attacks
+from btrain.evaluation.attack import Start, Subject
+from btrain.evaluation.examples import Examples, as_evaluated, checked, clean_logits
+from btrain.evaluation.result import Result
+
+
+def robust_accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    attack: str = "pgd20",
+    step_size: float | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    loss: str | None = None,
+    seed: int = 0,
+    batch_size: int = 500,
+    precision: str = "float32",
+    show_progress: bool = False,
+) -> Result:
+    """Evaluates a network in eval mode, on the device of its parameters; it is left as it was.
+
+    Args:
+        model: maps images in [0, 1] to logits; normalisation belongs inside.
+        images: (n, C, H, W), uint8, or floats in [0, 1].
+        labels: (n,) int64.
+        epsilon: radius of the ball, in [0, 1] pixel units.
+        attack: clean, a preset of PGD, custom, autoattack or autoattack_rand.
+        step_size, steps, restarts, loss: change the preset; the step size is ε/10 otherwise.
+
+    Raises:
+        UserError: images, labels, logits or settings are not what an attack assumes.
+    """
+    given = {"step_size": step_size, "steps": steps, "restarts": restarts, "loss": loss}
+    settings = EvalSettings(
+        checkpoint="",
+        attacks=(attack,),
+        pgd={key: value for key, value in given.items() if value is not None},
+        epsilon=epsilon,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    if attack in ("all", "corruptions"):
+        raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
+    device = next((tensor.device for tensor in model.parameters()), images.device)
+    examples = checked(images, labels, device)
+    with as_evaluated(model, device, precision):
+        examples = replace(examples, classes=_classes(model, examples))
+        subject = Subject(
+            model=model,
+            examples=examples,
+            correct=attacks.clean_correct(model, examples, batch_size=batch_size),
+            epsilon=epsilon,
+            step_size=epsilon / 10,
+            seed=seed,
+            batch_size=batch_size,
+            facts={"device": str(device), "precision": precision},
+            show_progress=show_progress,
+        )
+        start = Start(subject.correct)
+        if attack in AUTOATTACKS:
+            return attacks.autoattack(subject, attack, start)
+        if attack in PRESETS or settings.pgd or attack == "custom":
+            return attacks.pgd(subject, *settings.pgd_attack(attack), start)
+        return attacks.clean(subject)
+
+
+def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:
+    """As many as the model has logits."""
+    classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
+    if int(examples.labels.max()) >= classes:
+        raise UserError(
+            f"labels go up to {int(examples.labels.max())}, but the model has {classes} classes."
+        )
+    return tuple(str(k) for k in range(classes))

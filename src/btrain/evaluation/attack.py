@@ -1,0 +1,240 @@
+"""One attack on one model, from its name to a `Result`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from btrain.eval_schema import AUTOATTACKS, PgdSettings
+from btrain.evaluation.autoattack import autoattack_stands, library
+from btrain.evaluation.corruptions import Reader, mean_settings, under_corruptions
+from btrain.evaluation.examples import Examples, predictions
+from btrain.evaluation.partial import Partial
+from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.result import Result, versions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is attacked, and with what.
+
+    Attributes:
+        model: already as it is to be evaluated (see `as_evaluated`).
+        correct: which clean examples it classifies correctly, (n,) bool on the CPU.
+        epsilon, step_size: in [0, 1] pixel units.
+        facts: what every result tells about model, data and machine.
+        folder: of the results, and of what is kept while an attack is under way; None: none.
+    """
+
+    model: nn.Module
+    examples: Examples
+    correct: Tensor
+    epsilon: float
+    step_size: float
+    seed: int
+    batch_size: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    show_progress: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """The examples that an attack begins with.
+
+    Attributes:
+        stands: (n,) bool on the CPU.
+        left_by: the attack that left them standing; None: all that are classified correctly clean.
+    """
+
+    stands: Tensor
+    left_by: str | None = None
+
+
+def clean_correct(model: nn.Module, examples: Examples, *, batch_size: int) -> Tensor:
+    """Which clean examples are classified correctly. -> (n,) bool on the CPU"""
+    return predictions(model, examples, batch_size=batch_size) == examples.labels.cpu()
+
+
+def clean(subject: Subject) -> Result:
+    """Without an attack."""
+    started = time.perf_counter()
+    correct = clean_correct(subject.model, subject.examples, batch_size=subject.batch_size)
+    return _finished(subject, "clean", _facts(subject, {}), correct, started)
+
+
+def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Result:
+    """PGD with restarts.
+
+    Raises:
+        UserError: the loss needs more classes.
+    """
+    started = time.perf_counter()
+    attack = Pgd(
+        epsilon=subject.epsilon,
+        step_size=subject.step_size if settings.step_size is None else settings.step_size,
+        steps=settings.steps,
+        restarts=settings.restarts,
+        loss=settings.loss,
+        last_iterate=settings.last_iterate,
+        seed=subject.seed,
+    )
+    facts = _attack_facts(subject, start) | {
+        "step_size": attack.step_size,
+        "steps": attack.steps,
+        "restarts": attack.restarts,
+        "loss": attack.loss,
+        "counts": "last iterate" if attack.last_iterate else "any iterate",
+    }
+    if (kept := _kept(subject, name, facts)) is not None:
+        return kept
+    partial = _partial(subject, name, facts)
+    stands = pgd_stands(
+        subject.model,
+        subject.examples,
+        start.stands,
+        attack,
+        batch_size=subject.batch_size,
+        partial=partial,
+        show_progress=subject.show_progress,
+        name=name,
+    )
+    return _finished(subject, name, facts, stands, started, partial)
+
+
+def autoattack(subject: Subject, name: str, start: Start) -> Result:
+    """AutoAttack, `standard` or `rand`.
+
+    Raises:
+        UserError: its library is not installed.
+    """
+    started = time.perf_counter()
+    facts = _attack_facts(subject, start, library()) | {"batch_size": subject.batch_size}
+    if (kept := _kept(subject, name, facts)) is not None:
+        return kept
+    partial = _partial(subject, name, facts)
+    stands, found = autoattack_stands(
+        subject.model,
+        subject.examples,
+        start.stands,
+        version=AUTOATTACKS[name],
+        epsilon=subject.epsilon,
+        seed=subject.seed,
+        batch_size=subject.batch_size,
+        partial=partial,
+        show_progress=subject.show_progress,
+    )
+    note = " ".join(text for text in (facts.get("note"), found.pop("note")) if text) or None
+    return _finished(subject, name, facts | found, stands, started, partial, note=note)
+
+
+def corruptions(
+    subject: Subject,
+    root: Path,
+    names: Sequence[str],
+    extra: Sequence[str],
+    *,
+    read: Reader,
+    regenerated: bool,
+) -> Result:
+    """All severities of some corruptions; `extra` ones are no part of the mean.
+
+    Raises:
+        UserError: a file is missing or does not fit the test set.
+    """
+    started = time.perf_counter()
+    found = under_corruptions(
+        subject.model,
+        subject.examples,
+        root,
+        [*names, *extra],
+        read=read,
+        batch_size=subject.batch_size,
+        show_progress=subject.show_progress,
+    )
+    counted, others = found.split(len(names))
+    facts = _facts(subject, {"regenerated": regenerated}) | mean_settings(counted)
+    if regenerated:
+        note = "Corruptions regenerated by btrain, not the official files."
+        facts["note"] = " ".join(text for text in (facts.get("note"), note) if text)
+    if extra:
+        facts["extra_table"] = others.table()
+    return _finished(subject, "corruptions", facts, torch.from_numpy(counted.correct), started)
+
+
+def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, Any]:
+    return {
+        **own,
+        **subject.facts,
+        "classes": list(subject.examples.classes),
+        "versions": versions(*libraries),
+    }
+
+
+def _attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
+    own = {
+        "clean_accuracy": 100 * int(subject.correct.sum()) / len(subject.correct),
+        "clean_mistakes": "count as fooled",
+        "epsilon": subject.epsilon,
+        "seed": subject.seed,
+        "started_from": start.left_by,
+        "started_with": int(start.stands.sum()),
+    }
+    facts = _facts(subject, own, *libraries)
+    if start.left_by is not None:
+        note = "Each attack only on what the one before left standing."
+        facts["note"] = " ".join(text for text in (facts.get("note"), note) if text)
+    return facts
+
+
+def _kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
+    """The result of the very same attack, if there is one: nothing is computed twice."""
+    if subject.folder is None or (result := Result.read(subject.folder, name)) is None:
+        return None
+    same = all(
+        result.settings.get(key) == value
+        for key, value in json.loads(json.dumps(facts)).items()
+        if key != "note"
+    )
+    if same and subject.show_progress:
+        print(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
+    return result if same else None
+
+
+def _partial(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | None:
+    if subject.folder is None:
+        return None
+    identity = facts | {"batch_size": subject.batch_size}
+    return Partial(subject.folder / f"{name}.partial.npz", identity)
+
+
+def _finished(
+    subject: Subject,
+    name: str,
+    facts: dict[str, Any],
+    correct: Tensor,
+    started: float,
+    partial: Partial | None = None,
+    **changed: Any,
+) -> Result:
+    result = Result(
+        attack=name,
+        correct=correct.numpy().astype(bool),
+        labels=subject.examples.labels.cpu().numpy().astype(np.int64),
+        classes=subject.examples.classes,
+        seconds=time.perf_counter() - started + (partial.seconds_before if partial else 0.0),
+        settings=facts | changed,
+    )
+    if subject.folder is not None:
+        result.write(subject.folder)
+    if partial is not None:
+        partial.remove()
+    return result

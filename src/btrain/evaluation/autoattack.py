@@ -1,0 +1,155 @@
+"""AutoAttack (Croce & Hein 2020), through the library of its authors.
+
+The library brings the attacks; which examples still stand, the order of the batches and what is
+kept of an interrupted evaluation are btrain's. It is `pyautoattack` from PyPI, or `autoattack`
+from the authors' repository where that is installed instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btrain.errors import UserError
+from btrain.evaluation.examples import Examples, clean_logits, own_random_state
+from btrain.evaluation.partial import Partial
+from btrain.evaluation.worst_case import worst_case
+
+LIBRARIES = ("pyautoattack", "autoattack")
+_TARGETS = 9  # of the published targeted attacks, where there are as many other classes
+
+
+def library() -> str:
+    """The name of the installed library.
+
+    Raises:
+        UserError: neither is.
+    """
+    for name in LIBRARIES:
+        try:
+            import_module(name)
+        except ImportError:
+            continue
+        return name
+    raise UserError("AutoAttack is not installed; please run pip install 'btrain[eval]'.")
+
+
+def autoattack_stands(
+    model: nn.Module,
+    examples: Examples,
+    stands: Tensor,
+    *,
+    version: str,
+    epsilon: float,
+    seed: int,
+    batch_size: int,
+    partial: Partial | None = None,
+    show_progress: bool = False,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Which examples hold out against every attack of the ensemble.
+
+    What the library returns is projected onto the ball and the box and classified once more. Its
+    random numbers are drawn for whole batches, from the same seed for each: other than with PGD,
+    another batch size is another draw.
+
+    Args:
+        stands: the examples to attack, (n,) bool on the CPU; the others count as fooled.
+        version: standard or rand.
+
+    Returns:
+        (n,) bool on the CPU, and the attacks that were run with the library's warnings.
+
+    Raises:
+        UserError: no library is installed.
+    """
+    classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
+    notes: list[str] = []
+    ensemble = _Ensemble(model, version, epsilon, seed, classes, examples.device)
+
+    def fooled(number: int, indices: Tensor) -> Tensor:
+        x, labels = examples.batch(indices)
+        with _quiet(notes):
+            x_adv = ensemble.attack(ensemble.attacks[number], x, labels)
+        x_adv = x_adv.to(x.device).clamp(x - epsilon, x + epsilon).clamp(0, 1)
+        with torch.no_grad():
+            wrong: Tensor = model(x_adv).argmax(dim=1) != labels
+        return wrong
+
+    with own_random_state(examples.device):
+        stands = worst_case(
+            fooled,
+            stands,
+            rounds=[f"AutoAttack, {attack}" for attack in ensemble.attacks],
+            batch_size=batch_size,
+            partial=partial,
+            show_progress=show_progress,
+        )
+    note = " ".join([*ensemble.notes, *notes]) or None
+    return stands, {"attacks": ensemble.attacks, "note": note}
+
+
+class _Ensemble:
+    """The published ensemble, with no more target classes than there are."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        version: str,
+        epsilon: float,
+        seed: int,
+        classes: int,
+        device: torch.device,
+    ) -> None:
+        self.notes: list[str] = []
+        settings = {"norm": "Linf", "eps": epsilon, "seed": seed, "version": version}
+        make = import_module(library()).AutoAttack
+        with _quiet([]):
+            self._library = make(model, device=device, **settings)
+        self.attacks = [str(name) for name in self._library.attacks_to_run]
+        targets = min(_TARGETS, classes - 1)
+        self._library.apgd_targeted.n_target_classes = targets
+        self._library.fab.n_target_classes = targets
+        # The DLR losses divide by a difference to the third logit, or to the third and fourth.
+        for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
+            if name in self.attacks and classes < least:
+                self.attacks.remove(name)
+                self.notes.append(f"{name} needs {least} classes and was left out.")
+
+    def attack(self, name: str, x: Tensor, labels: Tensor) -> Tensor:
+        """What one attack makes of a batch. (m, C, H, W), (m,) -> (m, C, H, W)"""
+        self._library.attacks_to_run = [name]
+        size = "batch_size" if library() == "pyautoattack" else "bs"
+        found = self._library.run_standard_evaluation(x, labels, **{size: len(x)})
+        x_adv: Tensor = found[0] if isinstance(found, tuple) else found
+        return x_adv
+
+
+@contextmanager
+def _quiet(notes: list[str]) -> Iterator[None]:
+    """Collects the library's warnings, each once, and gives a debugger its trace function back."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING and record.getMessage() not in notes:
+                notes.append(record.getMessage())
+
+    logger, handler, trace = logging.getLogger("auto-attack"), Collector(), sys.gettrace()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        notes += dict.fromkeys(str(w.message) for w in caught if str(w.message) not in notes)
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        sys.settrace(trace)

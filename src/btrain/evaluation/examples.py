@@ -1,0 +1,159 @@
+"""What is evaluated: images, labels, and the state a model is evaluated in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from btrain import precision
+from btrain.attacks import evaluation_mode
+from btrain.data.augmentation import to_unit
+from btrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Test images in their order, and the device they are attacked on.
+
+    Attributes:
+        images: (n, C, H, W), uint8, or floats in [0, 1].
+        labels: (n,) int64.
+        classes: the names of the K classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (m, C, H, W) float32 in [0, 1] and labels (m,), on the device."""
+        images = self.images[indices.to(self.images.device)].to(self.device)
+        images = to_unit(images) if images.dtype == torch.uint8 else images.float()
+        return images, self.labels[indices.to(self.labels.device)].to(self.device)
+
+    def subset(self, indices: Tensor) -> Examples:
+        """Some of them, in the order of the indices."""
+        return Examples(
+            self.images[indices.to(self.images.device)],
+            self.labels[indices.to(self.labels.device)],
+            self.classes,
+            self.device,
+        )
+
+    def sha256(self) -> str:
+        """The same for the same images and labels in the same order."""
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
+    """Examples of anybody's tensors.
+
+    Raises:
+        UserError: shapes, types or the range of the values are not what attacks assume.
+    """
+    if images.dim() != 4 or labels.shape != images.shape[:1] or not len(labels):
+        raise UserError(
+            "images must be (n, C, H, W) and labels (n,), not "
+            f"{tuple(images.shape)} and {tuple(labels.shape)}."
+        )
+    if labels.dtype != torch.int64 or int(labels.min()) < 0:
+        raise UserError("labels must be int64 from 0 upwards.")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise UserError(f"images must be uint8 or floats in [0, 1], not {images.dtype}.")
+        least, most = images.min().item(), images.max().item()
+        if not (least >= 0 and most <= 1):
+            raise UserError(
+                f"images must lie in [0, 1], where ε is measured, not in [{least:g}, {most:g}]; "
+                "divide [0, 255] images by 255, and normalise inside the model."
+            )
+    names = tuple(str(label) for label in range(int(labels.max()) + 1))
+    return Examples(images.detach(), labels, names, device)
+
+
+@contextmanager
+def as_evaluated(model: nn.Module, device: torch.device, kind: str = "float32") -> Iterator[None]:
+    """Eval mode, weights that take no gradients, and float32 (or bf16 autocast) arithmetic."""
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with evaluation_mode(model), precision.exactly_float32(device):
+            if kind == "bf16":
+                with torch.autocast(device.type, dtype=torch.bfloat16):
+                    yield
+            else:
+                yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """torch's global generators are afterwards what they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def batches(indices: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """So many at a time. (n,) -> (m,) …"""
+    for begin in range(0, len(indices), batch_size):
+        yield indices[begin : begin + batch_size]
+
+
+def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Tensor:
+    """The classes that a model, as it is, gives to clean images, on the CPU. -> (n,)
+
+    Raises:
+        UserError: it does not take these images, or not one finite logit for each class.
+    """
+    found = []
+    for indices in batches(torch.arange(len(examples)), batch_size):
+        logits = clean_logits(model, examples, indices)
+        if logits.shape[1] != len(examples.classes):
+            raise UserError(
+                f"The model has {logits.shape[1]} classes, the data set {len(examples.classes)}."
+            )
+        found.append(logits.argmax(dim=1).cpu())
+    return torch.cat(found)
+
+
+def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tensor:
+    """What a model, as it is, returns for some clean images. (m,) -> (m, K)
+
+    Raises:
+        UserError: it does not take these images, or does not return finite logits.
+    """
+    x, _ = examples.batch(indices)
+    try:
+        with torch.no_grad():
+            logits: object = model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"The model cannot take images of {_shape(x)}: {reason.rstrip('.')}."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        raise UserError("The model must return logits (m, K), a row for each image.")
+    if not torch.isfinite(logits).all():
+        raise UserError("The model returns logits that are not finite on clean images.")
+    return logits
+
+
+def _shape(x: Tensor) -> str:
+    return "×".join(str(side) for side in x.shape[1:])

@@ -1,0 +1,206 @@
+"""`btrain eval` from its settings to files and a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrain.data.splits import class_balanced_order
+from btrain.errors import UserError
+from btrain.eval_schema import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.evaluation import attack as attacks
+from btrain.evaluation.attack import Start, Subject
+from btrain.evaluation.autoattack import library
+from btrain.evaluation.examples import Examples, as_evaluated, predictions
+from btrain.evaluation.files import read_json, write_arrays, write_json
+from btrain.evaluation.restarts import Pgd, pgd_images
+from btrain.evaluation.result import Result
+from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
+from btrain.evaluation.table import describe
+from btrain.evaluation.target import Target, find
+
+SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a command has found, in the order in which it was run."""
+
+    folder: Path
+    results: tuple[Result, ...]
+    sanity: Sanity | None
+    page: Path | None
+
+
+def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
+    """Runs all attacks and checks, leaves their files and prints a table.
+
+    An attack that is there already, of the same everything, is not repeated; one that was
+    interrupted goes on.
+
+    Raises:
+        UserError: bad input (then nothing was written), or a batch that memory does not hold.
+    """
+    if set(AUTOATTACKS) & set(_names(settings)):
+        library()  # rather now than after an hour of PGD
+    target = find(settings)
+    examples = Examples(
+        target.data.test.images, target.data.test.labels, target.data.classes, target.device
+    )
+    try:
+        with as_evaluated(target.model, target.device, settings.precision):
+            evaluation = _evaluate(settings, target, examples)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"eval.batch_size={settings.batch_size} does not fit into memory; try a smaller one."
+        ) from error
+    print(describe(evaluation.results, evaluation.sanity, evaluation.folder, evaluation.page))
+    return evaluation
+
+
+def _names(settings: EvalSettings) -> tuple[str, ...]:
+    """The attacks to be run, but for the clean accuracy, which always is.
+
+    Corruptions come first: they are cheap, and their files may be missing.
+    """
+    if settings.attacks == ("all",):
+        return CHAIN if settings.corruptions_root is None else ("corruptions", *CHAIN)
+    names = [name for name in settings.attacks if name != "clean"]
+    return tuple(sorted(names, key=lambda name: name != "corruptions"))
+
+
+def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
+    model, facts = target.model, _facts(settings, target, examples)
+    _refuse_mixture(target.folder, facts)
+    subject = Subject(
+        model=model,
+        examples=examples,
+        correct=attacks.clean_correct(model, examples, batch_size=settings.batch_size),
+        epsilon=target.epsilon,
+        step_size=target.step_size,
+        seed=target.seed,
+        batch_size=settings.batch_size,
+        facts=facts,
+        folder=target.folder,
+        show_progress=True,
+    )
+    results = []
+    start = Start(subject.correct)
+    for name in _names(settings):
+        result = _attack(settings, subject, name, start)
+        results.append(result)
+        if settings.attacks == ("all",) and name in CHAIN:
+            start = Start(torch.from_numpy(result.correct), name)
+    results.insert(0, attacks.clean(subject))
+    sanity = _sanity(subject) if settings.sanity else None
+    page = None
+    if settings.report:
+        _write_samples(subject)
+        from btrain.report.eval_page import write_page
+
+        page = write_page(target.folder)
+    return Evaluation(target.folder, tuple(results), sanity, page)
+
+
+def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
+    """A folder holds the results of one network on one test set, and so does its page."""
+    for path in sorted(folder.glob("*.json")):
+        there = read_json(path) or {}
+        for key, what in (("checkpoint_sha256", "weights"), ("data_sha256", "test images")):
+            if there.get(key, facts[key]) != facts[key]:
+                raise UserError(
+                    f"{folder} holds results of other {what} ({path.name}); "
+                    "please give out=… or delete it."
+                )
+
+
+def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -> Result:
+    if name == "corruptions":
+        return _corruptions(settings, subject)
+    if name in AUTOATTACKS:
+        return attacks.autoattack(subject, name, start)
+    return attacks.pgd(subject, *settings.pgd_attack(name), start)
+
+
+def _corruptions(settings: EvalSettings, subject: Subject) -> Result:
+    from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+    from btrain.corruptions.manifest import MANIFEST
+    from btrain.corruptions.read import read
+
+    assert settings.corruptions_root is not None
+    root = Path(settings.corruptions_root)
+    return attacks.corruptions(
+        subject,
+        root,
+        CORRUPTIONS,
+        EXTRA_CORRUPTIONS if settings.extra_corruptions else (),
+        read=read,
+        regenerated=(root / MANIFEST).is_file(),
+    )
+
+
+def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[str, Any]:
+    """What every JSON file says about model, data and machine."""
+    config, device = target.config, target.device
+    wanted, notes = config.dataset.test_examples, []
+    if wanted is not None:
+        notes.append(f"{wanted} test images, class-balanced, not the whole test set.")
+    if target.trained not in (None, target.epsilon):
+        notes.append(f"ε = {target.epsilon:g} is not the trained {target.trained:g}.")
+    if settings.precision != "float32":
+        notes.append("Attacked and evaluated in bf16, not float32.")
+    return {
+        "dataset": config.dataset.name.name,
+        "test_examples": wanted,
+        "data_sha256": examples.sha256(),
+        "model": config.model.name,
+        **target.checkpoint_facts(),
+        "epsilon_trained": target.trained,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": settings.precision,
+        "note": " ".join(notes) or None,
+    }
+
+
+def _some(subject: Subject, count: int) -> torch.Tensor:
+    """Indices of a class-balanced subset, in the test set's order."""
+    order = class_balanced_order(subject.examples.labels.cpu().numpy())
+    return torch.from_numpy(order[:count]).sort().values
+
+
+def _sanity(subject: Subject) -> Sanity:
+    some = _some(subject, EXAMPLES)
+    sanity = check_sanity(
+        subject.model,
+        subject.examples.subset(some),
+        subject.correct[some],
+        epsilon=subject.epsilon,
+        seed=subject.seed,
+        batch_size=subject.batch_size,
+        show_progress=subject.show_progress,
+    )
+    assert subject.folder is not None
+    write_json(subject.folder / "sanity.json", sanity.to_dict())
+    return sanity
+
+
+def _write_samples(subject: Subject) -> None:
+    """A dozen images for people to look at: clean, under PGD-20, and what they are taken for."""
+    some = subject.examples.subset(_some(subject, SAMPLES))
+    attack = Pgd(subject.epsilon, subject.step_size, 20, seed=subject.seed)
+    adversarial = pgd_images(subject.model, some, attack)
+    assert subject.folder is not None
+    with torch.no_grad():
+        adversarial_prediction = subject.model(adversarial).argmax(dim=1)
+    write_arrays(
+        subject.folder / "samples.npz",
+        clean=some.batch(torch.arange(len(some)))[0].cpu().numpy(),
+        adversarial=adversarial.cpu().numpy(),
+        labels=some.labels.cpu().numpy(),
+        clean_prediction=predictions(subject.model, some, batch_size=SAMPLES).numpy(),
+        adversarial_prediction=adversarial_prediction.cpu().numpy(),
+        class_names=list(some.classes),
+    )

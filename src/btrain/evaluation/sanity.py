@@ -1,0 +1,213 @@
+"""Signs of gradient masking: whether a robust accuracy can be believed.
+
+After Carlini et al., *On Evaluating Adversarial Robustness* (2019), and Athalye et al., *Obfuscated
+Gradients Give a False Sense of Security* (2018): more radius and more steps must not help the
+model, an unbounded attack must win, a black-box attack must not, and gradients must exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btrain import precision
+from btrain.errors import UserError
+from btrain.evaluation.autoattack import library
+from btrain.evaluation.examples import Examples, batches, own_random_state
+from btrain.evaluation.restarts import Pgd, pgd_stands
+
+EXAMPLES = 500
+STEPS = (0, 1, 2, 5, 10, 20, 50)
+RADII = tuple(i / 2 for i in range(9))  # in units of ε
+UNBOUNDED = 1.0  # every image can become every other
+QUERIES = 500
+
+TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
+FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
+FLAT = 1.0  # percent of the examples
+
+
+@dataclass(frozen=True)
+class Check:
+    """One sign: passed, suspicious (False) or skipped (None), and the numbers behind it."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    numbers: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        return {True: "passed", False: "suspicious", None: "skipped"}[self.passed]
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """All signs, and the curves (x, percent accuracy) that they are read from."""
+
+    n: int
+    epsilon: float
+    checks: tuple[Check, ...]
+    curves: dict[str, list[tuple[float, float]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `sanity.json` holds."""
+        return {
+            "n": self.n,
+            "epsilon": self.epsilon,
+            "checks": [
+                {
+                    "name": check.name,
+                    "passed": check.passed,
+                    "verdict": check.verdict,
+                    "detail": check.detail,
+                    "numbers": check.numbers,
+                }
+                for check in self.checks
+            ],
+            "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
+        }
+
+
+def check_sanity(
+    model: nn.Module,
+    examples: Examples,
+    correct: Tensor,
+    *,
+    epsilon: float,
+    seed: int,
+    batch_size: int,
+    show_progress: bool = False,
+) -> Sanity:
+    """Attacks some examples in many ways, in the mode and precision the model is in.
+
+    PGD here has one restart, min(2.5·ε/steps, 2·ε) as step size and counts its last iterate: what
+    a failing gradient shows in is not patched up by many tries.
+
+    Args:
+        examples: a few hundred suffice.
+        correct: which of them are classified correctly when clean, (n,) bool on the CPU.
+    """
+
+    def left(radius: float, steps: int, loss: str = "ce", of: Tensor = correct) -> Tensor:
+        if radius == 0 or steps == 0:
+            return of
+        step_size = min(2.5 * radius / steps, 2 * radius)
+        attack = Pgd(radius, step_size, steps, loss=loss, last_iterate=True, seed=seed)
+        return pgd_stands(
+            model,
+            examples,
+            of,
+            attack,
+            batch_size=batch_size,
+            show_progress=show_progress,
+            name=f"sanity, ε {radius:.4g}, {steps} steps",
+        )
+
+    def percent(stands: Tensor) -> float:
+        return 100 * int(stands.sum()) / len(examples)
+
+    radii = list(dict.fromkeys(min(factor * epsilon, UNBOUNDED) for factor in RADII))
+    by_radius = [(radius, percent(left(radius, 20))) for radius in radii]
+    after = [left(epsilon, steps) for steps in STEPS]
+    by_steps = [(float(n), percent(stands)) for n, stands in zip(STEPS, after, strict=True)]
+    # Square climbs the margin, so PGD does, too, on what the cross-entropy leaves.
+    white_box = percent(left(epsilon, STEPS[-1], "cw", of=after[-1]))
+    tolerance = max(TOLERANCE, 200 / len(examples))
+    checks = (
+        _falls("accuracy falls with ε", "ε", by_radius, tolerance),
+        _falls("accuracy falls with steps", "steps", by_steps, tolerance),
+        _wins(percent(left(UNBOUNDED, 50))),
+        _one_step(by_steps, tolerance),
+        _black_box(model, examples, correct, epsilon, seed, batch_size, white_box, tolerance),
+        _gradients(model, examples, batch_size),
+    )
+    return Sanity(len(examples), epsilon, checks, {"epsilon": by_radius, "steps": by_steps})
+
+
+def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance: float) -> Check:
+    """No point of the curve lies more than the tolerance above one before it."""
+    rise, least, where = 0.0, curve[0], (curve[0], curve[0])
+    for point in curve:
+        if point[1] - least[1] > rise:
+            rise, where = point[1] - least[1], (least, point)
+        least = min(least, point, key=lambda p: p[1])
+    (x0, y0), (x1, y1) = where
+    detail = (
+        f"it rises from {y0:.1f} % at {unit} {x0:.4g} to {y1:.1f} % at {x1:.4g}"
+        if rise > tolerance
+        else f"from {curve[0][1]:.1f} % to {curve[-1][1]:.1f} % at {unit} {curve[-1][0]:.4g}"
+    )
+    return Check(name, rise <= tolerance, detail, {"largest_rise": rise})
+
+
+def _wins(left: float) -> Check:
+    detail = f"{left:.1f} % are left at ε = {UNBOUNDED:g}, where every image can become any other"
+    return Check("an unbounded attack wins", left <= FEW_LEFT, detail, {"accuracy": left})
+
+
+def _one_step(curve: Sequence[tuple[float, float]], tolerance: float) -> Check:
+    accuracy = {int(steps): value for steps, value in curve}
+    one, many = accuracy[1], min(value for steps, value in accuracy.items() if steps > 1)
+    detail = f"{one:.1f} % after one step, {many:.1f} % after many"
+    return Check(
+        "one step is no stronger than many",
+        many <= one + tolerance,
+        detail,
+        {"one_step": one, "many_steps": many},
+    )
+
+
+def _black_box(
+    model: nn.Module,
+    examples: Examples,
+    correct: Tensor,
+    epsilon: float,
+    seed: int,
+    batch_size: int,
+    white_box: float,
+    tolerance: float,
+) -> Check:
+    """Square (Andriushchenko et al. 2020) sees logits only; PGD sees the gradients, too."""
+    name = "a black-box attack is no stronger than PGD"
+    try:
+        square = import_module(f"{library()}.square").SquareAttack
+    except UserError as error:
+        return Check(name, None, str(error), {})
+    attack = square(
+        model, norm="Linf", eps=epsilon, n_queries=QUERIES, seed=seed, device=examples.device
+    )
+    stands = correct.clone()
+    with own_random_state(examples.device), torch.no_grad():
+        for indices in batches(correct.nonzero().flatten(), batch_size):
+            x, labels = examples.batch(indices)
+            x_adv = attack.perturb(x, labels)
+            stands[indices] = (model(x_adv).argmax(dim=1) == labels).cpu()
+    black_box = 100 * int(stands.sum()) / len(examples)
+    detail = (
+        f"{black_box:.1f} % under Square's {QUERIES} queries, "
+        f"{white_box:.1f} % under PGD-50 on cross-entropy and margin"
+    )
+    numbers = {"square": black_box, "pgd": white_box}
+    return Check(name, white_box <= black_box + tolerance, detail, numbers)
+
+
+def _gradients(model: nn.Module, examples: Examples, batch_size: int) -> Check:
+    """The share of clean images at which the gradient of the cross-entropy is exactly zero."""
+    zero = 0
+    for indices in batches(torch.arange(len(examples)), batch_size):
+        x, labels = examples.batch(indices)
+        x.requires_grad_()
+        with torch.enable_grad():
+            logits = precision.full(model(x))
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [x])
+        zero += int((gradient.flatten(1) == 0).all(dim=1).sum())
+    share = 100 * zero / len(examples)
+    detail = f"{share:.1f} % of the examples have a gradient of exactly zero"
+    return Check("gradients are not flat", share <= FLAT, detail, {"zero_gradients": share})

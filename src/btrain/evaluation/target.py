@@ -1,0 +1,172 @@
+"""What a command wants evaluated: a network, its test data and the conditions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from btrain.config import to_dict
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.eval_config import apply, compose
+from btrain.eval_schema import EvalSettings
+from btrain.evaluation.files import sha256
+from btrain.schema import Config
+from btrain.training.setup import find_device, load_data, make_model
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network on its device, and where its results belong.
+
+    Attributes:
+        config: the run's, with the overrides; of another project's file what they compose to.
+        epsilon: of the attacks.
+        trained: the radius of the training; None: not known.
+        step_size: the data set's, for that ε.
+    """
+
+    model: nn.Module
+    data: Data
+    config: Config
+    device: torch.device
+    checkpoint: Path
+    run: Path | None
+    epsilon: float
+    trained: float | None
+    step_size: float
+    seed: int
+    folder: Path
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Which weights these are."""
+        path = self.checkpoint
+        if self.run is not None:
+            path = path.resolve().relative_to(self.run.resolve())
+        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
+
+
+def find(settings: EvalSettings) -> Target:
+    """Reads checkpoint and data.
+
+    Raises:
+        UserError: one of them is missing, damaged or does not fit the other.
+    """
+    checkpoint, run = _paths(Path(settings.checkpoint))
+    device = find_device(settings.device)
+    if run is None and "model" in settings.config:
+        original = config = _foreign(settings)
+        model, trained = None, None
+    else:
+        original, model = _ours(checkpoint, run)
+        config, trained = apply(original, settings.config), original.attack.epsilon
+    data = load_data(config, device)
+    if model is None or any(key.startswith("model") for key in settings.config):
+        model = _built(config, data, checkpoint)
+    epsilon = _epsilon(settings, config, trained, checkpoint)
+    seed = config.seed if settings.seed is None else settings.seed
+    folder = _folder(settings, checkpoint, run)
+    if settings.out is None:
+        changes = _changes(original, config)
+        changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
+        changes |= {} if seed == config.seed else {"seed": seed}
+        changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
+        folder = folder / _name(changes)
+    return Target(
+        model=model.to(device),
+        data=data,
+        config=config,
+        device=device,
+        checkpoint=checkpoint,
+        run=run,
+        epsilon=epsilon,
+        trained=trained,
+        step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
+        seed=seed,
+        folder=folder,
+    )
+
+
+def _paths(path: Path) -> tuple[Path, Path | None]:
+    """The file of the weights, and the run folder that it belongs to."""
+    if not path.exists():
+        raise UserError(f"checkpoint={path} does not exist.")
+    if path.is_dir():
+        file = path / "checkpoints" / "last.pt"
+        if not file.is_file():
+            raise UserError(f"{path} is no run folder with a checkpoint ({file} is missing).")
+        return file, path
+    run = path.parent.parent
+    inside = path.parent.name == "checkpoints" and (run / "config.yaml").is_file()
+    return path, run if inside else None
+
+
+def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
+    from btrain.exchange.from_run import load_run
+
+    try:
+        return load_run(checkpoint)
+    except UserError as error:
+        if run is not None:
+            raise
+        raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+
+
+def _foreign(settings: EvalSettings) -> Config:
+    if "dataset" not in settings.config:
+        raise UserError(f"{settings.checkpoint} does not tell its data set; please give dataset=….")
+    return compose(settings.config)
+
+
+def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
+    from btrain.exchange.read import load_weights
+
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config.model, len(data.classes), data.shape)
+    load_weights(model, checkpoint)
+    return model
+
+
+def _epsilon(
+    settings: EvalSettings, config: Config, trained: float | None, checkpoint: Path
+) -> float:
+    if settings.epsilon is not None:
+        return settings.epsilon
+    if trained is not None and config.eval.epsilon != trained:
+        raise UserError(
+            f"{checkpoint} was trained with ε = {trained:g} and is configured to be evaluated with "
+            f"{config.eval.epsilon:g}; please give epsilon=…."
+        )
+    return config.attack.epsilon
+
+
+def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
+    if settings.out is not None:
+        return Path(settings.out)
+    if run is None:
+        return Path("eval") / checkpoint.stem
+    return run / "eval" if checkpoint.stem == "last" else run / "eval" / checkpoint.stem
+
+
+def _changes(original: Config, config: Config) -> dict[str, Any]:
+    """The overrides that make it another evaluation, so that it gets a folder of its own."""
+    before, after = to_dict(original), to_dict(config)
+    keys = [("dataset", "name"), ("dataset", "image_size"), ("dataset", "test_examples")]
+    keys += [("model", key) for key in after["model"]]
+    if after["dataset"]["name"] == "imagefolder":
+        keys.append(("dataset", "root"))
+    return {
+        f"{group}.{key}": after[group][key]
+        for group, key in keys
+        if after[group][key] != before[group][key]
+    }
+
+
+def _name(changes: dict[str, Any]) -> str:
+    text = "-".join(f"{key}_{value}" for key, value in changes.items())
+    return re.sub(r"[^\w.-]+", "_", text)

@@ -1,0 +1,49 @@
+"""What a run says of itself in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from btrain.data import Data
+from btrain.training.state import TrainState
+
+
+def fractions(means: dict[str, Any]) -> str:
+    return f"{means['f_b']:.2f}/{means['f_r']:.2f}/{means['f_o']:.2f}"
+
+
+def describe(data: Data, state: TrainState) -> str:
+    held_out = f", {len(data.val)} held out" if data.val is not None else ""
+    where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
+    return (
+        f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
+        f"{len(data.classes)} classes; {where} on {state.device}"
+    )
+
+
+def epoch_line(metrics: dict[str, Any]) -> str:
+    held_out = (
+        f", held-out clean {metrics['val_clean_acc']:.2f} robust {metrics['val_robust_acc']:.2f}"
+        if "val_clean_acc" in metrics
+        else ""
+    )
+    return (
+        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
+        f"{number(metrics['clean_acc_train'])} robust {number(metrics['robust_acc_train'])}"
+        f"{held_out}, "
+        f"F_B/F_R/F_O {fractions(metrics)}, "
+        f"speedup {number(metrics['theoretical_speedup'])} (eq. 7), "
+        f"{metrics['train_seconds']:.1f} s"
+    )
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def headline(summary: dict[str, Any]) -> str:
+    return (
+        f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
+        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7), "
+        f"{summary['train_seconds']:.1f} s of training"
+    )

@@ -1,0 +1,54 @@
+"""One sentence for a run that needs more memory than there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from btrain.errors import UserError
+
+_GIB = 2**30
+
+
+@contextmanager
+def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[None]:
+    """Turns "out of memory" into a sentence.
+
+    Args:
+        what: what needs the memory, with its size: `train.batch_size=128`.
+        advice: what to change.
+
+    Raises:
+        UserError: memory ran out; it names the peak.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        # The CPU's allocator has no exception of its own.
+        asked = re.search(r"tried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            "can't allocate memory" in str(error)
+        )
+        if not exhausted:
+            raise
+        wanted = f", {asked.group(1)} more were asked for" if asked else ""
+        raise UserError(
+            f"Memory on {device} ran out with {what} (peak {_peak(device)}{wanted}); {advice}."
+        ) from error
+
+
+def _peak(device: torch.device) -> str:
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device) / _GIB
+        has = torch.cuda.get_device_properties(device).total_memory / _GIB
+        return f"{most:.1f} of {has:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # of bytes, or of KiB
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB:.1f} GiB"

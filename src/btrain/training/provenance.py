@@ -1,0 +1,99 @@
+"""Where a result comes from: source, versions and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from btrain import __version__
+from btrain.data import Data
+from btrain.errors import UserError
+
+_CHUNK = 4096  # images
+
+
+def git_commit() -> str | None:
+    """The commit of btrain's own source, or None where it is not a checkout."""
+    return None if not _is_checkout() else _git("rev-parse", "HEAD")
+
+
+def git_dirty() -> bool | None:
+    """Whether btrain's own source differs from its commit; None where it is not a checkout."""
+    changes = _git("status", "--porcelain", "--", ".") if _is_checkout() else None
+    return None if changes is None else bool(changes)
+
+
+def _is_checkout() -> bool:
+    return _git("ls-files", "--error-unmatch", "training/provenance.py") is not None
+
+
+def _git(*arguments: str) -> str | None:
+    source = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(source), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def data_hash(data: Data) -> str:
+    """SHA-256 of the images and labels a run uses, in their order, and of the classes' names."""
+    digest = hashlib.sha256(json.dumps(data.classes).encode())
+    for split in (data.train, data.val, data.test):
+        if split is None:
+            digest.update(b"none")
+            continue
+        digest.update(repr(tuple(split.images.shape)).encode())
+        for images in torch.split(split.images, _CHUNK):
+            digest.update(images.cpu().contiguous().numpy().data)
+        digest.update(split.labels.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def extended(path: Path, data: Data, device: torch.device, epoch: int) -> dict[str, Any]:
+    """What `provenance.json` says after this session: the data's hash, and who trained from where.
+
+    Args:
+        path: of the file as earlier sessions left it.
+        epoch: epochs completed when this session began.
+
+    Raises:
+        UserError: the data are not those that the run was begun with.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known, sessions = str(before["data_sha256"]), list(before["sessions"])
+    except (OSError, ValueError, TypeError, KeyError):
+        known, sessions = None, []
+    now = data_hash(data)
+    if known not in (None, now):
+        raise UserError(
+            f"{path.parent} was begun with other data: their hash is {now[:12]}…, not "
+            f"{known[:12]}…; please bring the old data back or name another run.dir."
+        )
+    session = {
+        "from_epoch": epoch + 1,
+        "git_commit": git_commit(),
+        "git_dirty": git_dirty(),
+        "device": device_name(device),
+        "versions": {
+            "btrain": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        },
+    }
+    return {"data_sha256": now, "sessions": [*sessions, session]}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

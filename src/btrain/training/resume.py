@@ -1,0 +1,48 @@
+"""Where an interrupted run goes on from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from btrain import checkpoint
+from btrain.errors import UserError
+from btrain.run_folder import RunFolder
+from btrain.training.state import TrainState
+
+
+def load_newest(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
+    """The newest checkpoint that can be read, if any, and a warning if it is not the last one.
+
+    Raises:
+        UserError: there are checkpoints and none can be read.
+    """
+    if not folder.last.is_file() and not folder.previous.is_file():
+        return None, None
+    try:
+        if folder.last.is_file():
+            return checkpoint.load(folder.last), None
+        why = f"{folder.last} is missing."
+    except UserError as error:
+        if not folder.previous.is_file():
+            raise
+        why = str(error).split(";")[0] + "."
+    return checkpoint.load(folder.previous), f"{why} The run goes on from {folder.previous}."
+
+
+def set_damaged_aside(folder: RunFolder) -> None:
+    """Keeps a damaged last checkpoint from taking the place of the good one before it."""
+    if folder.last.is_file():
+        folder.last.replace(folder.damaged)
+
+
+def adopt_best(state: TrainState, folder: RunFolder) -> None:
+    """Takes the best epoch from `best.pt`, which may be newer than the checkpoint resumed from.
+
+    Otherwise the summary could name one epoch and show another's accuracy.
+    """
+    if not folder.best.is_file():
+        state.best_epoch = state.best_val_acc = None
+        return
+    best = checkpoint.load(folder.best)["state"]
+    if "val_acc" in best:
+        state.best_epoch, state.best_val_acc = best["epoch"], best["val_acc"]

@@ -1,0 +1,130 @@
+"""The accuracies of a run: after each epoch, and at its end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from btrain import checkpoint
+from btrain.config import to_dict
+from btrain.data import Data, Split
+from btrain.evaluation import Accuracy, evaluate
+from btrain.run_folder import RunFolder
+from btrain.schema import Config, DefenseName
+from btrain.training.cost import forward_flops, speedups
+from btrain.training.guards import epoch_warnings, fell, is_above
+from btrain.training.loop import epoch_order
+from btrain.training.provenance import device_name, git_commit, git_dirty
+from btrain.training.state import TrainState
+from btrain.training.statistics import UNITS, averages
+
+log = logging.getLogger("btrain")
+
+
+def after_epoch(
+    config: Config, state: TrainState, data: Data, folder: RunFolder, metrics: dict[str, Any]
+) -> None:
+    """Evaluates a complete epoch and counts it; adds to `metrics`.
+
+    The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
+    `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
+    run back to that epoch and ends it, as FAST does. `state` changes last, so that a signal within
+    leaves it where the epoch's training ended.
+    """
+    some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
+    batch = Split(data.train.images[some], data.train.labels[some])
+    before, watched = state.watched_acc, _evaluate(config, state.model, batch)
+    metrics["pgd_acc_train_batch"] = watched.robust
+    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
+    if fell(before, watched.robust) and config.recipe.early_stop_on_collapse:
+        log.info(
+            "PGD accuracy on a training batch fell from %.1f to %.1f %%: stopped.",
+            before,
+            watched.robust,
+        )
+        state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
+        state.collapsed = True
+        return
+    if data.val is not None and _due(config, state.epoch + 1):
+        _validate(config, state, data.val, folder, metrics)
+    state.watched_acc = watched.robust
+    state.end_epoch()
+
+
+def _due(config: Config, epoch: int) -> bool:
+    """Whether the held-out part is scored after this epoch: every so often, and at the end."""
+    return epoch % config.eval.every_epochs == 0 or epoch == config.train.epochs
+
+
+def _validate(
+    config: Config, state: TrainState, val: Split, folder: RunFolder, metrics: dict[str, Any]
+) -> None:
+    """Scores the held-out part and keeps the best epoch by its robust accuracy.
+
+    By its clean accuracy with AugMix, which is not made against attacks.
+    """
+    accuracy = _evaluate(config, state.model, val)
+    metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
+    if is_above(accuracy, len(val)):
+        metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
+    by_clean = config.defense.name is DefenseName.augmix
+    score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
+    if state.best_val_acc is None or score > state.best_val_acc:
+        model = {"model": state.model.state_dict(), "epoch": epoch, "val_acc": score}
+        checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
+        state.best_epoch, state.best_val_acc = epoch, score
+
+
+def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
+    return evaluate(
+        model,
+        split,
+        epsilon=config.eval.epsilon,
+        step_size=config.eval.step_size,
+        steps=config.eval.steps,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+        show_progress=True,
+    )
+
+
+def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
+    """Evaluates the last and, where there is one, the best model on the test set."""
+    last = _evaluate(config, state.model, data.test)
+    if is_above(last, len(data.test)):
+        log.warning("PGD accuracy on the test set is above the clean accuracy.")
+    sums, device = state.total_sums + state.epoch_sums, state.device
+    means = averages(sums)
+    summary = {
+        "clean_acc": last.clean,
+        "robust_acc": last.robust,
+        "f_b": means["f_b"],
+        "f_r": means["f_r"],
+        "f_o": means["f_o"],
+        **speedups(config, means),
+        "attack_steps_mean": means["attack_steps_mean"],
+        "units_per_example": means["units_per_example"],
+        "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),
+        "train_seconds": state.train_seconds,
+        "epochs": state.epoch,
+        "seed": config.seed,
+        "test_examples": len(data.test),
+        "device": device_name(device),
+        "torch_version": str(torch.__version__),
+        "git_commit": git_commit(),
+        "git_dirty": git_dirty(),
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+    }
+    if state.best_epoch is not None:
+        state.model.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
+        best = _evaluate(config, state.model, data.test)
+        summary |= {
+            "best_epoch": state.best_epoch,
+            "best_val_acc": state.best_val_acc,
+            "best_clean_acc": best.clean,
+            "best_robust_acc": best.robust,
+        }
+    return summary

@@ -1,0 +1,76 @@
+"""SIGTERM and SIGINT end a run at the next batch, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from btrain.errors import Interrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """What signals have asked for so far."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._waits = True
+
+    def made(self) -> bool:
+        return self.number is not None
+
+    def obey(self) -> None:
+        """Raises:
+        Interrupted: a signal came.
+        """
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that can be repeated, such as evaluation: a signal ends it where it is."""
+        self._waits = False
+        try:
+            self.obey()
+            yield
+        finally:
+            self._waits = True
+
+    def receive(self, number: int) -> None:
+        """Notes a signal."""
+        self.number = number
+        if not self._waits:
+            self.obey()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Notes the first SIGTERM or SIGINT; a second one does what it did before, at once.
+
+    A signal that is ignored, as under nohup, stays so. In a thread, which gets no signals, nothing
+    changes.
+    """
+    request = StopRequest()
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        restore()
+        request.receive(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()

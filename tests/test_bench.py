@@ -1,0 +1,376 @@
+"""The bench: what it forces, what its controls do, what it writes. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from btrain.bench import command, gpu
+from btrain.bench.forced import class_counts, force, robust_fraction_for
+from btrain.bench.lane import Lane
+from btrain.bench.look import look
+from btrain.bench.masked import masked_step
+from btrain.bench.measure import spread
+from btrain.bench.official import official_step
+from btrain.bench.plan import Case, make_cases, make_lanes
+from btrain.bench.schema import COLUMNS, Contender
+from btrain.cli import main
+from btrain.config import compose
+from btrain.data import Batch
+from btrain.errors import UserError
+from btrain.schema import Config, Precision
+from btrain.training import train
+from btrain.training.methods import attack_method, make_step
+from test_cost import Flops
+
+CPU = torch.device("cpu")
+TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu"]
+SMALL_CNN = ["dataset=digits", "model.width=4", "device=cpu"]  # of bench.models=[small_cnn]
+FRACTIONS = {"trades": (0.28, 0.54, 0.18), "mart": (0.30, 0.43, 0.27), "augmix": (0.35, 0.65, 0.0)}
+KEYS = {  # as the output is documented
+    "defense", "model", "batch_size", "precision", "channels_last", "compiled", "method",
+    "seconds_per_batch", "seconds_spread", "units_per_example", "speedup_vs_lean", "flop_bound",
+    "peak_memory_mb", "selection_share",
+}  # fmt: skip
+
+
+def lanes(defense: str, *overrides: str, m: int = 32, **bench: Any) -> dict[Contender, Lane]:
+    """The lanes of one case by method."""
+    config = compose([*TINY, f"defense={defense}", f"train.batch_size={m}", *overrides])
+    settings = replace(command.compose(), **bench)
+    case = Case(config, FRACTIONS[defense])
+    return {lane.contender: lane for lane in make_lanes(case, settings, CPU)}
+
+
+# Forced fractions
+
+
+@pytest.mark.parametrize("m", [32, 100, 128, 512])
+def test_the_percentile_leaves_the_asked_number_of_robust_examples(m: int) -> None:
+    scores = torch.rand(m, generator=torch.Generator().manual_seed(m))
+    for robust in (1, 2, m // 3, m - 1, m):
+        fraction = torch.tensor(robust_fraction_for(robust, m))
+        threshold = torch.quantile(scores, 1 - fraction)
+        assert int((scores >= threshold).sum()) == robust
+
+
+@pytest.mark.parametrize("metric", ["svar", "cross_entropy", "grad_norm", "margin"])
+@pytest.mark.parametrize("fractions", [(0.28, 0.54, 0.18), (0.0, 0.6, 0.4), (0.9, 0.1, 0.0)])
+def test_forced_fractions_come_true_in_the_production_step(
+    tiles: torch.Tensor, metric: str, fractions: tuple[float, float, float]
+) -> None:
+    config = compose([*TINY, "dataset=cifar10", f"bt.metric={metric}", "attack.steps=2"])
+    torch.manual_seed(0)
+    lane = next(iter(lanes("trades").values()))
+    model = copy.deepcopy(lane.model)
+    model.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+    method, memory = attack_method(config, CPU, "bullettrain"), {}
+    batch = force(model, tiles, method, fractions, memory)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+    stats = make_step(config, CPU)(model, optimizer, batch, memory, generator)
+    expected = class_counts(fractions, len(tiles))
+    assert (int(stats.boundary), int(stats.robust), int(stats.outlier)) == expected
+    assert expected == (
+        round(fractions[0] * 24),
+        24 - round(fractions[0] * 24) - round(fractions[2] * 24),
+        round(fractions[2] * 24),
+    )
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("defense", FRACTIONS)
+def test_every_repetition_has_the_forced_fractions(defense: str, precision: Precision) -> None:
+    lane = lanes(defense, "model.width=8", precisions=[precision])[Contender.bullettrain]
+    for repetition in range(3):
+        lane.run(lane.prepare(repetition))
+    expected = class_counts(FRACTIONS[defense], 32)
+    for stats in lane.stats:
+        assert (int(stats.boundary), int(stats.robust), int(stats.outlier)) == expected
+
+
+def test_without_robust_examples_fractions_are_refused() -> None:
+    with pytest.raises(UserError, match="no robust example in a batch of 10"):
+        class_counts((0.5, 0.0, 0.5), 10)
+
+
+# The baseline and the control
+
+
+@pytest.mark.parametrize("defense", FRACTIONS)
+def test_the_control_does_the_work_of_the_plain_defense(defense: str) -> None:
+    counted = {}
+    for contender, lane in lanes(defense, m=16).items():
+        batch = lane.prepare(0)
+        with Flops() as flops:
+            lane.run(batch)
+        counted[contender] = flops.total
+        assert lane.stats[0].units > 0
+    assert counted[Contender.masked] == counted[Contender.lean]
+    assert counted[Contender.bullettrain] < 0.7 * counted[Contender.lean]
+    if defense == "trades":
+        assert counted[Contender.official] == pytest.approx(39 / 27 * counted[Contender.lean], 0.03)
+
+
+@pytest.mark.parametrize("defense", FRACTIONS)
+def test_a_lane_reports_the_units_that_torch_counts(defense: str) -> None:
+    for contender, lane in lanes(defense, m=16).items():
+        batch = lane.prepare(0)
+        lane.model.eval()
+        with Flops() as unit, torch.no_grad():
+            lane.model(batch.x)
+        lane.model.train()
+        with Flops() as flops:
+            lane.run(batch)
+        expected = flops.total / unit.total
+        assert float(lane.stats[0].units) / 16 == pytest.approx(expected, rel=0.05), contender
+
+
+def updated(
+    step: Any, model: nn.Module, batch: Batch, memory: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The weights after one step of a copy of the model."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, optimizer, batch, memory, torch.Generator().manual_seed(1))
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def double(
+    small_cnn: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[nn.Module, Batch]:
+    """Network and digits in float64, where rounding turns no sign of a gradient."""
+    x, labels = batch
+    return small_cnn.double(), Batch(x.double(), labels, torch.arange(len(x)))
+
+
+def test_the_official_structure_makes_the_plain_update(
+    small_cnn: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config = compose(["dataset=digits", "bt=uniform", "attack.steps=4"])
+    model, data = double(small_cnn, batch)
+    method = attack_method(config, CPU, "uniform")
+    official = updated(partial(official_step, method=method, beta=6.0), model, data, {})
+    plain = updated(make_step(config, CPU), model, data, {"robust_fraction": torch.tensor(0.0)})
+    for ours, theirs in zip(plain, official, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert not all(map(torch.equal, plain, model.parameters()))
+
+
+@pytest.mark.parametrize("defense", ["trades", "mart"])
+def test_the_control_makes_bullettrain_s_update(
+    small_cnn: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], defense: str
+) -> None:
+    config = compose(["dataset=digits", f"defense={defense}", "attack.steps=4"])
+    model, data = double(small_cnn, batch)
+    method, memory = attack_method(config, CPU, "bullettrain"), {}
+    data = force(model, data.x, method, (0.25, 0.5, 0.25), memory)
+    ours = updated(make_step(config, CPU), model, data, dict(memory))
+    n_b, n_r, n_o = class_counts((0.25, 0.5, 0.25), 24)
+    score = method.metric(model(data.x).detach(), data.labels)
+    order = score.argsort(descending=True)
+    memory["classes"] = torch.zeros(24, dtype=torch.int64)
+    memory["classes"][order[: n_r + n_b]] = 2
+    memory["classes"][order[:n_r]] = 1
+    assert int((memory["classes"] == 0).sum()) == n_o
+    control = updated(masked_step(method), model, data, memory)
+    for one, other in zip(ours, control, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+# Looking into a step
+
+
+def test_memory_and_copies_of_known_work() -> None:
+    kept = torch.zeros(1000)
+
+    def work() -> None:
+        a = torch.ones(5000)  # 20 kB
+        b = a + 1
+        del a
+        c = b * 2  # beside b as much as a was
+        c += 1
+        kept.add_(c[:1000])
+        kept.sum().item()
+        kept[:2].tolist()
+        kept[kept > 0]  # all of it, and a byte each for the mask
+
+    seen = look(work, CPU)
+    assert seen.peak_bytes == 2 * 20_000 + 4_000 + 1_000
+    assert seen.host_copies == 3
+    assert seen.kernels is None
+
+
+@pytest.mark.parametrize(("defense", "copies"), [("trades", 1), ("mart", 1), ("augmix", 2)])
+def test_a_step_of_bullettrain_copies_to_the_host_once(defense: str, copies: int) -> None:
+    # AugMix' views need to know how many images drew each operation.
+    lane = lanes(defense, m=16)[Contender.bullettrain]
+    batch = lane.prepare(0)
+    seen = look(lambda: lane.run(batch), CPU)
+    assert seen.host_copies == copies
+    assert seen.peak_bytes > 0
+
+
+def test_the_spread_is_between_the_quartiles() -> None:
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert spread([1.0]) == 0.0
+
+
+# The command
+
+QUICK = ["bench.repetitions=1", "bench.batch_sizes=[16,24]", "bench.models=[small_cnn]"]
+
+
+def test_the_output_has_the_documented_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.svg"
+    arguments = [*SMALL_CNN, *QUICK, "bench.precisions=[float32,bf16]", f"bench.out={out}"]
+    assert main(["bench", *arguments, f"bench.plot={plot}"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert {"hardware", "versions", "repetitions", "rows", "details"} == set(content)
+    assert content["hardware"]["device"] == "cpu"
+    assert content["versions"]["torch"] == torch.__version__
+    assert len(content["rows"]) == len(content["details"]) == 2 * 2 * (4 + 3 + 3)
+    assert printed.count("\n") == len(content["rows"]) + 2
+    assert set(COLUMNS) == KEYS
+    for row, detail in zip(content["rows"], content["details"], strict=True):
+        assert set(row) == KEYS
+        for key, kind in COLUMNS.items():
+            assert isinstance(row[key], kind), key
+            if kind is float:
+                assert math.isfinite(row[key])
+                assert row[key] >= 0
+        assert len(detail["seconds"]) == 1
+        assert sum(detail["fractions"]) == pytest.approx(1)
+        if row["method"] == "lean":
+            assert row["speedup_vs_lean"] == row["flop_bound"] == 1
+        if row["method"] == "masked":
+            assert row["flop_bound"] == 1
+        if row["method"] == "bullettrain":
+            assert row["flop_bound"] > 1.6
+            assert row["selection_share"] > 0
+            assert detail["host_copies"] <= 2
+    assert "<svg" in plot.read_text()
+
+
+def test_a_list_of_boundary_fractions_shares_the_rest() -> None:
+    bench = command.compose(["bench.boundary_fractions=[0.1,0.5]", "bench.defenses=[trades]"])
+    low, high = make_cases(bench, SMALL_CNN)
+    assert low.fractions == pytest.approx((0.1, 0.9 * 0.75, 0.9 * 0.25))
+    assert high.fractions == pytest.approx((0.5, 0.5 * 0.75, 0.5 * 0.25))
+
+
+def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "bench.json"
+    train(compose([*SMALL_CNN, "model=small_cnn", "train.epochs=2", "eval.steps=1",
+                   f"run.dir={run}"]))  # fmt: skip
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    words = [f"bench.checkpoint={run}", "bench.repetitions=2", "bench.batch_sizes=[200]"]
+    assert main(["bench", *words, f"bench.out={out}"]) == 0
+    content = json.loads(out.read_text())
+    detail = {row["method"]: d for row, d in zip(content["rows"], content["details"], strict=True)}
+    assert detail["bullettrain"]["fractions"] == pytest.approx(
+        [line["f_b"], line["f_r"], line["f_o"]], abs=0.15
+    )
+    assert main(["bench", *words, "attack.steps=3"]) == 1
+    assert "the settings are the run's" in capsys.readouterr().err
+    assert main(["bench", *words, "bench.batch_sizes=[2000]"]) == 1
+    assert "fewer than 2000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench.batch_size=[8]"], ["bench.batch_size", "bench.batch_sizes"]),
+        (["bench.batch_sizes=[2]"], ["bench.batch_sizes", "at least 4"]),
+        (["bench.batch_sizes=[many]"], ["bench.batch_sizes", "many"]),
+        (["bench.precisions=[fp8]"], ["bench.precisions", "fp8"]),
+        (["bench.methods=[masked]"], ["bench.methods", "lean"]),
+        (["bench.defenses=[]"], ["bench.defenses", "at least one"]),
+        (["bench.repetitions=0"], ["bench.repetitions", "0"]),
+        (["bench.fractions.trades=[0.5,0.1,0.1]"], ["bench.fractions.trades", "add up to 1"]),
+        (["bench.boundary_fractions=[1.0]"], ["bench.boundary_fractions"]),
+        (["+bench.colour=1"], ["+bench.colour=1"]),
+        (["defense=mart"], ["defense", "bench.defenses"]),
+        (["train.precision=bf16"], ["train.precision", "bench.precisions"]),
+        (["attack.stepz=1"], ["attack.stepz", "attack.steps"]),
+        (["bench.models=[vgg]"], ["vgg", "preact_resnet18"]),
+        (["bench.checkpoint=nowhere"], ["nowhere"]),
+        (["faster"], ["faster", "key=value"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {key}:" in shown for key in ("defenses", "fractions", "out", "repetitions"))
+
+
+# The fixed set for a GPU, in miniature
+
+MINIATURE = {
+    "wrn_34_10": ["dataset=digits", "model.depth=10", "model.width=1"],
+    "preact_resnet18": ["dataset=digits", "model.width=4"],
+    "wrn_40_2": ["dataset=digits", "model.depth=10", "model.width=1"],
+}
+
+
+def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
+    result = gpu.measure_set(
+        lambda line: None,
+        device="cpu",
+        batch_sizes=(8,),
+        evaluated=6,
+        repetitions=1,
+        settings=MINIATURE,
+    )
+    assert {(row["defense"], row["model"]) for row in result["rows"]} == {
+        ("trades", "wrn_34_10"),
+        ("trades", "preact_resnet18"),
+        ("augmix", "wrn_40_2"),
+    }
+    assert all(row["precision"] == "bf16" and row["channels_last"] for row in result["rows"])
+    assert [row["model"] for row in result["evaluation_seconds"]] == list(MINIATURE)
+    assert all(row["seconds"] > 0 for row in result["evaluation_seconds"])
+    for row, epoch in zip(result["rows"], result["epoch_seconds"], strict=True):
+        assert epoch["seconds"] == row["seconds_per_batch"] * 6250  # 50,000 / 8
+    result["hardware"]["gpu"] = "NVIDIA H200"
+    path = gpu.write_results(result, tmp_path, "2030-01-02")
+    assert path.name == "nvidia-h200-2030-01-02.json"
+    assert json.loads(path.read_text())["rows"] == result["rows"]
+    assert path.with_suffix(".md").read_text().count("bullettrain") == 2 * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu"]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_settings_of_a_lane_follow_its_method() -> None:
+    made = lanes("trades", "bt.n_b=3", m=16)
+    config: Config = made[Contender.bullettrain].config
+    assert (config.bt.n_b, made[Contender.lean].config.bt.n_b) == (3, 10)
+    assert made[Contender.lean].config.bt.step_size_b == config.attack.step_size

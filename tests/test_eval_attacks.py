@@ -1,0 +1,226 @@
+"""PGD with restarts against closed forms and against the library's attacks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.evaluation import evaluate, robust_accuracy
+from btrain.evaluation.losses import LOSSES
+from btrain.evaluation.restarts import Pgd, pgd_stands
+from eval_nets import Linear, digits_examples, of_split
+
+EPSILON = 0.1
+
+
+def linear_problem(classes: int) -> tuple[Linear, Tensor, Tensor]:
+    """A linear model and images far enough from 0 and 1 for every ε here; some labels wrong."""
+    generator = torch.Generator().manual_seed(classes)
+    model = Linear(torch.randn(classes, 48, generator=generator))
+    images = 0.2 + 0.6 * torch.rand(400, 3, 4, 4, generator=generator)
+    labels = model(images).argmax(dim=1)
+    labels[::10] = (labels[::10] + 1) % classes
+    return model, images, labels
+
+
+def analytically_robust(model: Linear, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """Whether the least margin over the ball, z_y − z_j − ε·‖w_y − w_j‖₁, is positive for all j."""
+    weight, logits = model.weight.detach().double(), model(images).detach().double()
+    own = logits.gather(1, labels[:, None])
+    norms = (weight[labels][:, None] - weight[None]).abs().sum(dim=2)
+    margins = own - logits - epsilon * norms
+    margins.scatter_(1, labels[:, None], torch.inf)
+    return margins.amin(dim=1) > 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "loss"), [(2, "ce"), (2, "cw"), (5, "cw"), (5, "dlr"), (10, "cw")]
+)
+def test_on_a_linear_model_pgd_is_the_analytical_robustness(classes: int, loss: str) -> None:
+    model, images, labels = linear_problem(classes)
+    shares = []
+    for epsilon in (0.001, 0.003, 0.01, 0.03, 0.1):
+        expected = analytically_robust(model, images, labels, epsilon)
+        found = robust_accuracy(
+            model, images, labels, epsilon=epsilon, attack="custom", steps=40, restarts=5,
+            loss=loss, step_size=epsilon / 4,
+        )  # fmt: skip
+        assert found.correct.tolist() == expected.tolist()
+        shares.append(found.accuracy)
+    assert shares[0] > 80 > 10 > shares[-1]
+
+
+def test_cross_entropy_may_miss_the_worst_class_but_never_invents_one() -> None:
+    model, images, labels = linear_problem(5)
+    for epsilon in (0.003, 0.01, 0.03):
+        expected = analytically_robust(model, images, labels, epsilon).numpy()
+        found = robust_accuracy(
+            model, images, labels, epsilon=epsilon, attack="custom", steps=40, restarts=5
+        ).correct
+        assert not (expected & ~found).any()
+        assert (found & ~expected).mean() < 0.05
+
+
+def test_a_loss_ascends_what_it_says() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0, 2.0], [0.0, 5.0, 1.0, 1.0]])
+    clean, labels = torch.zeros(2, 4), torch.tensor([0, 3])
+    assert LOSSES["cw"](logits, clean, labels).tolist() == [-1, 4]
+    # Over z₍₁₎ − z₍₃₎: 3 − 1 in the first row, 5 − 1 in the second.
+    assert LOSSES["dlr"](logits, clean, labels).tolist() == pytest.approx([-1 / 2, 4 / 4])
+    moved = LOSSES["dlr"](100 * logits + 7, clean, labels)
+    assert moved.tolist() == pytest.approx([-1 / 2, 4 / 4])
+    cross_entropy = nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert torch.equal(LOSSES["ce"](logits, clean, labels), cross_entropy)
+    p, q = clean.softmax(dim=1), logits.softmax(dim=1)
+    divergence = (p * (p / q).log()).sum(dim=1)
+    torch.testing.assert_close(LOSSES["kl"](logits, clean, labels), divergence)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_every_loss_fools_a_plain_network(plain_net: nn.Module, digits: Data, loss: str) -> None:
+    result = robust_accuracy(
+        plain_net, digits.test.images, digits.test.labels, epsilon=0.3, attack="pgd20", loss=loss
+    )
+    assert result.accuracy < (40 if loss == "kl" else 15)  # its target is the prediction
+
+
+def test_pgd20_is_the_evaluation_of_a_training_but_for_clean_mistakes(
+    robust_net: nn.Module, digits: Data
+) -> None:
+    ours = robust_accuracy(
+        robust_net, digits.test.images, digits.test.labels, epsilon=EPSILON, seed=3
+    )
+    theirs = evaluate(
+        robust_net, digits.test, epsilon=EPSILON, step_size=EPSILON / 10, steps=20, batch_size=100,
+        seed=3,
+    )  # fmt: skip
+    mistakes = 100 - theirs.clean
+    assert theirs.robust - mistakes <= ours.accuracy <= theirs.robust + 1e-6
+    assert ours.settings["clean_accuracy"] == pytest.approx(theirs.clean)
+
+
+def test_restarts_keep_the_worst_case_and_only_attack_what_stands(
+    robust_net: nn.Module, digits: Data
+) -> None:
+    examples = digits_examples(digits)
+    seen: list[int] = []
+    handle = robust_net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    everything = torch.ones(len(examples), dtype=torch.bool)
+    try:
+        stands, forwards = [], []
+        for restarts in (1, 2, 4):
+            seen.clear()
+            attack = Pgd(2 * EPSILON, EPSILON / 5, 20, restarts=restarts)
+            stands.append(pgd_stands(robust_net, examples, everything, attack, batch_size=1000))
+            forwards.append(sum(seen))
+    finally:
+        handle.remove()
+    for fewer, more in itertools.pairwise(stands):
+        assert not (more & ~fewer).any()
+    assert 0 < stands[-1].sum() < stands[0].sum() < len(examples) / 2
+    # The first restart drops what falls on the way; later ones see the standing only.
+    assert forwards[0] < 0.8 * 22 * len(examples)
+    assert forwards[2] < 4 * 22 * int(stands[0].sum()) + forwards[0]
+
+
+def test_results_do_not_depend_on_the_batch_size(preact: nn.Module, digits: Data) -> None:
+    with torch.no_grad():
+        for _ in range(50):  # BatchNorm statistics worth using
+            preact.train()(digits.train.images[:128].float() / 255)
+    images, labels = digits.test.images[:40], preact.eval()(digits.test.images[:40] / 255)
+    found = {
+        tuple(
+            robust_accuracy(
+                preact, images, labels.argmax(dim=1), epsilon=0.02, attack="custom", steps=4,
+                restarts=3, batch_size=batch_size, seed=1,
+            ).correct
+        )
+        for batch_size in (1, 7, 40, 1000)
+    }  # fmt: skip
+    assert len(found) == 1
+    assert 0 < sum(next(iter(found))) < 40
+
+
+def test_a_subset_has_the_random_starts_of_the_whole(robust_net: nn.Module, digits: Data) -> None:
+    examples = digits_examples(digits, 60)
+    attack = Pgd(EPSILON, EPSILON, 1, restarts=3, seed=5)
+    whole = pgd_stands(robust_net, examples, torch.ones(60).bool(), attack, batch_size=60)
+    some = torch.arange(60) % 3 == 0
+    part = pgd_stands(robust_net, examples, some, attack, batch_size=7)
+    assert torch.equal(part, whole & some)
+
+
+def test_the_model_is_left_as_it_was(preact: nn.Module, digits: Data) -> None:
+    preact.train()
+    preact.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
+    before = {key: value.clone() for key, value in preact.state_dict().items()}
+    state = torch.get_rng_state()
+    robust_accuracy(preact, digits.test.images[:8], digits.test.labels[:8], epsilon=0.1)
+    assert all(module.training for module in preact.modules())
+    assert all(torch.equal(before[key], value) for key, value in preact.state_dict().items())
+    assert [p.requires_grad for p in preact.parameters()].count(False) == 1
+    assert all(p.grad is None for p in preact.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bf16_is_only_on_request(robust_net: nn.Module, digits: Data) -> None:
+    kinds: set[torch.dtype] = set()
+    handle = robust_net.register_forward_hook(lambda *call: kinds.add(call[2].dtype))
+    images, labels = digits.test.images[:20], digits.test.labels[:20]
+    try:
+        robust_accuracy(robust_net, images, labels, epsilon=0.1)
+        assert kinds == {torch.float32}
+        result = robust_accuracy(robust_net, images, labels, epsilon=0.1, precision="bf16")
+    finally:
+        handle.remove()
+    assert torch.bfloat16 in kinds
+    assert result.settings["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": lambda x: x.float()}, "must lie in [0, 1]"),
+        ({"images": lambda x: (x / 255 - 0.5) / 0.5}, "normalise inside"),
+        ({"images": lambda x: x[:, 0]}, "(n, C, H, W)"),
+        ({"images": lambda x: x.long()}, "uint8 or floats"),
+        ({"images": lambda x: torch.cat([x, x], dim=3)}, "cannot take images of 1×8×16"),
+        ({"labels": lambda y: y + 9}, "but the model has 10 classes"),
+        ({"labels": lambda y: y[:-1]}, "labels (n,)"),
+        ({"epsilon": lambda _: 8.0}, "epsilon must be greater than 0 and at most 1"),
+        ({"attack": lambda _: "pgd10"}, "attack=pgd10 is no option"),
+        ({"attack": lambda _: "corruptions"}, "corruptions"),
+    ],
+)  # fmt: skip
+def test_python_callers_get_a_sentence(
+    plain_net: nn.Module, digits: Data, change: dict, words: str
+) -> None:
+    arguments = {
+        "images": digits.test.images[:20],
+        "labels": digits.test.labels[:20],
+        "epsilon": 0.1,
+        "attack": "pgd20",
+    }
+    arguments = {key: change.get(key, lambda v: v)(value) for key, value in arguments.items()}
+    with pytest.raises(UserError) as caught:
+        robust_accuracy(plain_net, **arguments)
+    assert words in str(caught.value)
+
+
+def test_dlr_asks_for_three_classes() -> None:
+    model, images, labels = linear_problem(2)
+    with pytest.raises(UserError, match="dlr needs at least 3 classes"):
+        robust_accuracy(model, images, labels, epsilon=0.01, attack="custom", loss="dlr")
+
+
+def test_uint8_and_unit_floats_are_the_same_images(robust_net: nn.Module, digits: Data) -> None:
+    images, labels = digits.test.images[:50], digits.test.labels[:50]
+    first = robust_accuracy(robust_net, images, labels, epsilon=EPSILON)
+    second = robust_accuracy(robust_net, images.float() / 255, labels, epsilon=EPSILON)
+    assert (first.correct == second.correct).all()
+    assert of_split(images, labels).sha256() != of_split(images, labels.flip(0)).sha256()

@@ -1,0 +1,253 @@
+"""AutoAttack's adapter: agreement, order of strength, interruption, few classes."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.evaluation import autoattack, robust_accuracy
+from btrain.evaluation.autoattack import autoattack_stands
+from btrain.evaluation.examples import Examples, as_evaluated
+from btrain.evaluation.partial import Partial
+from btrain.evaluation.restarts import Pgd, pgd_stands
+from eval_nets import CPU, Linear, digits_examples, of_split
+
+EPSILON = 0.1
+
+
+def standing(
+    model: nn.Module,
+    examples: Examples,
+    stands: Tensor | None = None,
+    *,
+    version: str = "standard",
+    epsilon: float = EPSILON,
+    batch_size: int = 20,
+    partial: Partial | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    if stands is None:
+        stands = torch.ones(len(examples), dtype=torch.bool)
+    with as_evaluated(model, CPU):
+        return autoattack_stands(
+            model,
+            examples,
+            stands,
+            version=version,
+            epsilon=epsilon,
+            seed=0,
+            batch_size=batch_size,
+            partial=partial,
+        )
+
+
+def test_our_pgd_and_the_librarys_agree_within_one_of_500(
+    robust_net: nn.Module, digits: Data
+) -> None:
+    from pyautoattack import AutoAttack
+
+    images = torch.cat([digits.test.images, digits.train.images])[:500]
+    labels = torch.cat([digits.test.labels, digits.train.labels])[:500]
+    ours = robust_accuracy(robust_net, images, labels, epsilon=EPSILON, attack="pgd100x10").correct
+    library = AutoAttack(
+        robust_net, eps=EPSILON, version="custom", attacks=["apgd-ce"], seed=0, device="cpu"
+    )
+    library.apgd.n_restarts = 5
+    x = images.float() / 255
+    x_adv, _ = library.run_standard_evaluation(x, labels, batch_size=500)
+    assert (x_adv - x).abs().max() <= EPSILON + 1e-6
+    theirs = (robust_net(x_adv).argmax(dim=1) == labels).numpy()
+    assert 100 < ours.sum() < 400
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
+
+
+@pytest.mark.parametrize(("name", "epsilon"), [("robust_net", EPSILON), ("plain_net", 0.04)])
+def test_stronger_attacks_leave_less(
+    name: str, epsilon: float, digits: Data, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    images, labels = digits.test.images[:20], digits.test.labels[:20]
+    clean, pgd20, pgd100x10, strongest = (
+        torch.from_numpy(
+            robust_accuracy(model, images, labels, epsilon=epsilon, attack=attack).correct
+        )
+        for attack in ("clean", "pgd20", "pgd100x10", "autoattack")
+    )
+    assert not (pgd20 & ~clean).any()
+    assert not (pgd100x10 & ~pgd20).any()  # the same start and steps, but more of them
+    assert strongest.sum() <= pgd100x10.sum()
+    assert not (strongest & ~clean).any()
+    assert 0 < strongest.sum() < clean.sum()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's ensemble with a few steps of each attack."""
+    make = autoattack._Ensemble.__init__
+
+    def shortened(self: autoattack._Ensemble, *arguments: Any) -> None:
+        make(self, *arguments)
+        self._library.apgd_targeted.n_iter = self._library.fab.n_iter = 10
+        self._library.square.n_queries = 100
+
+    monkeypatch.setattr(autoattack._Ensemble, "__init__", shortened)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_chained_attack_begins_with_what_the_weaker_one_left(
+    robust_net: nn.Module, digits: Data
+) -> None:
+    examples, pgd = digits_examples(digits, 40), Pgd(EPSILON, EPSILON / 10, 20)
+    left = pgd_stands(robust_net, examples, torch.ones(40).bool(), pgd, batch_size=40)
+    chained, _ = standing(robust_net, examples, left)
+    assert not (chained & ~left).any()
+    assert chained.any()
+
+
+class InterruptedAttackError(Exception):
+    pass
+
+
+def interrupting(model: nn.Module, calls: int) -> Callable[[], None]:
+    """Raises at some forward pass; the result takes that back."""
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise InterruptedAttackError
+
+    return model.register_forward_pre_hook(hook).remove
+
+
+def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handle = model.register_forward_pre_hook(hook)
+    try:
+        return run(), count
+    finally:
+        handle.remove()
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_an_interrupted_autoattack_goes_on_where_it_was(
+    robust_net: nn.Module, digits: Data, tmp_path: Path, share: float
+) -> None:
+    examples = digits_examples(digits, 12)
+    (whole, _), passes = forward_passes(
+        robust_net, lambda: standing(robust_net, examples, batch_size=5)
+    )
+    partial = Partial(tmp_path / "autoattack.partial.npz", {"epsilon": EPSILON})
+    remove = interrupting(robust_net, int(share * passes))
+    with pytest.raises(InterruptedAttackError):
+        standing(robust_net, examples, batch_size=5, partial=partial)
+    remove()
+    (resumed, _), rest = forward_passes(
+        robust_net, lambda: standing(robust_net, examples, batch_size=5, partial=partial)
+    )
+    assert torch.equal(resumed, whole)
+    assert 0 < whole.sum() < 12
+    if share >= 0.6:
+        assert rest < 0.75 * passes
+
+
+def test_an_interrupted_pgd_goes_on_where_it_was(
+    robust_net: nn.Module, digits: Data, tmp_path: Path
+) -> None:
+    examples, attack = digits_examples(digits, 60), Pgd(EPSILON, EPSILON / 10, 5, restarts=6)
+    everything = torch.ones(60, dtype=torch.bool)
+
+    def run(partial: Partial | None = None) -> Tensor:
+        return pgd_stands(robust_net, examples, everything, attack, batch_size=9, partial=partial)
+
+    whole, passes = forward_passes(robust_net, run)
+    partial = Partial(tmp_path / "pgd.partial.npz", {"seed": 0})
+    remove = interrupting(robust_net, passes // 2)
+    with pytest.raises(InterruptedAttackError):
+        run(partial)
+    remove()
+    other = Partial(tmp_path / "pgd.partial.npz", {"seed": 1})
+    assert other.load(60) is None  # somebody else's
+    assert partial.load(59) is None
+    assert partial.seconds_before == 0
+    resumed, rest = forward_passes(robust_net, lambda: run(partial))
+    assert torch.equal(resumed, whole)
+    assert rest < 0.6 * passes
+    assert partial.seconds_before > 0
+    (tmp_path / "pgd.partial.npz").write_bytes(b"PK\x03\x04 broken")
+    assert partial.load(60) is None
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes_do_not_crash(classes: int, version: str) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    model = Linear(torch.randn(classes, 48, generator=generator))
+    images = 0.2 + 0.6 * torch.rand(6, 3, 4, 4, generator=generator)
+    examples = of_split(images, model(images).argmax(dim=1), classes)
+    epsilon = 0.01
+    stands, found = standing(model, examples, version=version, epsilon=epsilon)
+    logits = model(images)
+    own = logits.gather(1, examples.labels[:, None])
+    norms = (model.weight[examples.labels][:, None] - model.weight[None]).abs().sum(dim=2)
+    margins = (own - logits - epsilon * norms).scatter(1, examples.labels[:, None], torch.inf)
+    provable = margins.amin(dim=1) > 0
+    assert not (provable & ~stands).any()
+    if version == "standard":  # whose targeted attacks try every class
+        assert torch.equal(stands, provable)
+        assert ("apgd-t" in found["attacks"]) == (classes >= 4)
+        assert ("apgd-t" in (found["note"] or "")) == (classes < 4)
+
+
+def test_nothing_left_to_attack(plain_net: nn.Module, digits: Data) -> None:
+    examples = digits_examples(digits, 5)
+    stands, _ = standing(plain_net, examples, torch.zeros(5, dtype=torch.bool))
+    assert not stands.any()
+
+
+def test_global_random_state_stays(robust_net: nn.Module, digits: Data) -> None:
+    state = torch.get_rng_state()
+    standing(robust_net, digits_examples(digits, 2), version="rand")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_the_library_the_extra_is_named(
+    robust_net: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] = (),
+        level: int = 0,
+    ) -> Any:
+        if name.split(".")[0] in autoattack.LIBRARIES:
+            raise ImportError(name)
+        return real(name, globals, locals, fromlist, level)
+
+    def not_there(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(autoattack, "import_module", not_there)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'btrain\[eval\]'"):
+        robust_accuracy(
+            robust_net, digits.test.images[:2], digits.test.labels[:2], epsilon=0.1,
+            attack="autoattack",
+        )  # fmt: skip

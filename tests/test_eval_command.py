@@ -1,0 +1,225 @@
+"""`btrain eval` on real runs: files, conditions, chains, interruption."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from btrain.cli import main
+from btrain.data import Data
+from btrain.evaluation import run as runs
+
+Capture = pytest.CaptureFixture[str]
+
+FEW = ["dataset.test_examples=30", "sanity=false"]
+KEYS = {
+    "attack", "accuracy", "ci95", "n", "per_class", "epsilon", "epsilon_trained", "steps",
+    "restarts", "step_size", "loss", "seed", "versions", "seconds", "device", "precision",
+    "checkpoint", "checkpoint_sha256", "dataset", "test_examples", "note", "started_from",
+    "clean_accuracy",
+}  # fmt: skip
+
+
+def content(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+# Runs
+
+
+def test_a_run_folder_is_enough(runs_here: Path, capsys: Capture, digits: Data) -> None:
+    assert main(["eval", "checkpoint=A"]) == 0
+    out = capsys.readouterr().out
+    folder = runs_here / "A" / "eval"
+    assert {path.name for path in folder.iterdir()} == {
+        "clean.json", "clean.npz", "pgd20.json", "pgd20.npz", "sanity.json",
+    }  # fmt: skip
+    found = content(folder / "pgd20.json")
+    assert set(found) >= KEYS
+    summary, config = content(runs_here / "A" / "summary.json"), runs_here / "A" / "config.yaml"
+    assert f"step_size: {found['step_size']}" in config.read_text()
+    assert (found["epsilon"], found["n"], found["steps"], found["restarts"]) == (0.15, 355, 20, 1)
+    assert (found["checkpoint"], found["note"], found["test_examples"]) == (
+        "checkpoints/last.pt", None, None,
+    )  # fmt: skip
+    # The training's own evaluation, less the clean mistakes that the attack mends.
+    assert content(folder / "clean.json")["accuracy"] == pytest.approx(summary["clean_acc"])
+    assert summary["robust_acc"] - 1 <= found["accuracy"] <= summary["robust_acc"] + 1e-9
+    assert found["ci95"][0] < found["accuracy"] < found["ci95"][1]
+    each = arrays(folder / "pgd20.npz")
+    assert 100 * each["correct"].mean() == pytest.approx(found["accuracy"])
+    assert each["labels"].tolist() == digits.test.labels.tolist()
+    assert not (each["correct"] & ~arrays(folder / "clean.npz")["correct"]).any()
+    sanity = content(folder / "sanity.json")
+    assert len(sanity["checks"]) == 6
+    for check in sanity["checks"]:
+        assert check["verdict"] in ("passed", "suspicious", "skipped")
+        assert f"{check['name']}" in out
+    assert "pgd20" in out
+    assert f"{found['accuracy']:.2f}" in out
+
+
+def test_attacks_of_ones_own_and_their_names(runs_here: Path) -> None:
+    assert main([
+        "eval", "checkpoint=A", *FEW, "attack=pgd20,custom", "attack.steps=3", "attack.loss=cw",
+        "attack.step_size=1/20",
+    ]) == 0  # fmt: skip
+    folder = runs_here / "A" / "eval" / "dataset.test_examples_30"
+    names = {path.stem for path in folder.glob("*.json")}
+    assert names == {"clean", "pgd3x1-cw-step0.05", "pgd3x1-cw-step0.05-last"}
+    found = content(folder / "pgd3x1-cw-step0.05.json")
+    assert (found["steps"], found["loss"], found["step_size"]) == (3, "cw", 0.05)
+    assert found["counts"] == "any iterate"
+    assert (found["n"], found["test_examples"]) == (30, 30)
+    assert "not the whole test set" in found["note"]
+
+
+def test_other_conditions_get_a_folder_of_their_own(runs_here: Path, capsys: Capture) -> None:
+    few = ["eval", "checkpoint=A", "sanity=false", "attack=custom", "attack.steps=2"]
+    assert main(few) == 0
+    before = (runs_here / "A" / "eval" / "pgd2x1-ce.json").read_bytes()
+    assert main([*few, "epsilon=8/255", "seed=4", "precision=bf16"]) == 0
+    folder = runs_here / "A" / "eval" / "epsilon_0.03137254901960784-seed_4-precision_bf16"
+    found = content(folder / "pgd2x1-ce.json")
+    assert found["epsilon"] == pytest.approx(8 / 255)
+    assert found["step_size"] == pytest.approx(0.8 / 255)  # a tenth, as trained
+    assert "not the trained 0.15" in found["note"]
+    assert "bf16" in found["note"]
+    assert "not the trained 0.15" in capsys.readouterr().out
+    assert (runs_here / "A" / "eval" / "pgd2x1-ce.json").read_bytes() == before
+    assert main([*few, "epsilon=0.15", "out=elsewhere"]) == 0
+    assert (runs_here / "elsewhere" / "pgd2x1-ce.json").is_file()
+
+
+def test_all_is_a_chain(runs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
+    few = ["dataset.test_examples=12", "sanity=false"]
+    assert main(["eval", "checkpoint=A", "attack=all", *few]) == 0
+    folder = runs_here / "A" / "eval" / "dataset.test_examples_12"
+    names = ["clean", "pgd20", "pgd100x10", "autoattack"]
+    each = [arrays(folder / f"{name}.npz")["correct"] for name in names]
+    for weaker, stronger in itertools.pairwise(each):
+        assert not (stronger & ~weaker).any()
+    found = [content(folder / f"{name}.json") for name in names]
+    assert [one.get("started_from") for one in found] == [None, None, "pgd20", "pgd100x10"]
+    assert found[2]["started_with"] == each[1].sum()
+    assert found[3]["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert "pyautoattack" in found[3]["versions"]
+
+
+def test_what_is_there_is_not_repeated_but_something_else_is(
+    runs_here: Path, capsys: Capture
+) -> None:
+    command = ["eval", "checkpoint=A", *FEW]
+    path = runs_here / "A" / "eval" / "dataset.test_examples_30" / "pgd20.json"
+    assert main(command) == 0
+    before = path.stat().st_mtime_ns
+    assert main(command) == 0
+    assert path.stat().st_mtime_ns == before
+    assert "pgd20 is there already" in capsys.readouterr().out
+    shutil.copy(
+        runs_here / "B" / "checkpoints" / "last.pt", runs_here / "A" / "checkpoints" / "last.pt"
+    )
+    assert main(command) == 1  # other weights: no page shall mix the two
+    assert "holds results of other weights" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    (path.parent / "clean.json").unlink()
+    assert main(command) == 0
+    assert path.is_file()
+
+
+def test_an_interrupted_command_goes_on(
+    runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from btrain.evaluation import restarts
+
+    command = ["eval", "checkpoint=A", "attack=custom", "attack.restarts=4", "sanity=false"]
+    command += ["eval.batch_size=50"]
+    assert main([*command, "out=whole"]) == 0
+    attack, calls = restarts._fooled_on_the_way, 0
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return attack(*arguments)
+
+    monkeypatch.setattr(restarts, "_fooled_on_the_way", interrupted)
+    assert main(command) == 130
+    assert "goes on" in capsys.readouterr().err
+    folder = runs_here / "A" / "eval"
+    assert {path.name for path in folder.iterdir()} == {"pgd20x4-ce.partial.npz"}
+    assert main(command) == 0
+    whole = arrays(runs_here / "whole" / "pgd20x4-ce.npz")["correct"]
+    assert arrays(folder / "pgd20x4-ce.npz")["correct"].tolist() == whole.tolist()
+    assert not list(folder.glob("*.partial.npz"))
+    assert not list((runs_here / "A").rglob("*.tmp"))
+
+
+def test_samples_for_the_page(runs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    class Page:
+        @staticmethod
+        def write_page(folder: Path) -> Path:
+            seen.append(folder)
+            return folder / "index.html"
+
+    monkeypatch.setitem(sys.modules, "btrain.report.eval_page", Page)  # type: ignore[arg-type]
+    assert main(["eval", "checkpoint=A", *FEW, "report=true"]) == 0
+    assert [path.name for path in seen] == ["dataset.test_examples_30"]
+    samples = arrays(runs_here / seen[0] / "samples.npz")
+    clean, adversarial = samples["clean"], samples["adversarial"]
+    assert clean.shape == adversarial.shape == (12, 1, 8, 8)
+    assert clean.dtype == adversarial.dtype == np.float32
+    assert 0.1 < np.abs(adversarial - clean).max() <= 0.15 + 1e-6
+    assert 0 <= adversarial.min() <= adversarial.max() <= 1
+    wrong = samples["adversarial_prediction"] != samples["labels"]
+    assert wrong.sum() >= (samples["clean_prediction"] != samples["labels"]).sum()
+    assert samples["class_names"].tolist() == [str(k) for k in range(10)]
+
+
+def test_another_projects_file(runs_here: Path) -> None:
+    weights = torch.load(runs_here / "A" / "checkpoints" / "last.pt", weights_only=True)
+    torch.save({"state_dict": weights["state"]["model"]}, runs_here / "theirs.pt")
+    assert main([
+        "eval", "checkpoint=theirs.pt", "dataset=digits", "model=small_cnn", "model.width=4",
+        "sanity=false",
+    ]) == 0  # fmt: skip
+    found = content(runs_here / "eval" / "theirs" / "pgd20.json")
+    assert main(["eval", "checkpoint=A", "sanity=false"]) == 0
+    ours = content(runs_here / "A" / "eval" / "pgd20.json")
+    assert (found["accuracy"], found["epsilon"]) == (ours["accuracy"], ours["epsilon"])
+    assert found["epsilon_trained"] is None
+    assert found["checkpoint"] == "theirs.pt"
+
+
+def test_two_runs_are_compared(runs_here: Path, capsys: Capture) -> None:
+    for name in "AB":
+        assert main(["eval", f"checkpoint={name}", "sanity=false", "seed=0"]) == 0
+    capsys.readouterr()
+    other = runs_here / "B" / "eval" / "seed_0"
+    assert main(["eval", "compare", "A", str(other)]) == 0
+    out = capsys.readouterr().out
+    a = arrays(runs_here / "A" / "eval" / "pgd20.npz")["correct"]
+    b = arrays(other / "pgd20.npz")["correct"]
+    assert f"difference {100 * (b.mean() - a.mean()):+.2f} points" in out
+    assert "McNemar" in out
+    assert main(["eval", "compare", "A", "B"]) == 1
+    assert "B holds no finished evaluation pgd20" in capsys.readouterr().err

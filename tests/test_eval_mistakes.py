@@ -1,0 +1,147 @@
+"""What `btrain eval` says to bad input: one sentence, and nothing is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btrain.cli import main
+from btrain.eval_config import parse
+
+Capture = pytest.CaptureFixture[str]
+
+
+def nothing(folder: Path) -> None:
+    """No preparation."""
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "A" / "checkpoints" / "last.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def malicious(folder: Path) -> None:
+    import pickle
+
+    class Bad:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (folder / "executed",))
+
+    (folder / "bad.pt").write_bytes(pickle.dumps(Bad()))
+
+
+def evaluated_elsewhere(folder: Path) -> None:
+    content = torch.load(folder / "A" / "checkpoints" / "last.pt", weights_only=True)
+    content["config"]["eval"]["epsilon"] = 0.3
+    torch.save(content, folder / "A" / "checkpoints" / "last.pt")
+    config = folder / "A" / "config.yaml"
+    head, _, tail = config.read_text().rpartition("epsilon: 0.15")
+    config.write_text(f"{head}epsilon: 0.3{tail}")
+
+
+def empty(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+
+ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
+    ([], ["checkpoint="], nothing),
+    (["checkpoint=A", "attack=pgd21"], ["attack=pgd21", "Did you mean pgd20?"], nothing),
+    (["checkpoint=A", "attack=[pgd20,apgd]"], ["attack=apgd", "autoattack"], nothing),
+    (["checkpoint=A", "attack=all,pgd20"], ["attack=all"], nothing),
+    (["checkpoint=A", "atack=pgd20"], ["atack", "Did you mean attack?"], nothing),
+    (["checkpoint=A", "attack.step=3"], ["attack.step", "attack.steps"], nothing),
+    (["checkpoint=A", "attack.steps=0"], ["attack.steps", "at least 1"], nothing),
+    (["checkpoint=A", "attack.steps=ten"], ["attack.steps", "ten"], nothing),
+    (["checkpoint=A", "attack.loss=mse"], ["attack.loss=mse", "ce, kl, cw, dlr"], nothing),
+    (["checkpoint=A", "attack=autoattack", "attack.steps=3"], ["attack.steps"], nothing),
+    (["checkpoint=A", "epsilon=8"], ["epsilon", "[0, 1]", "8/255"], nothing),
+    (["checkpoint=A", "epsilon=0"], ["epsilon", "greater than 0"], nothing),
+    (["checkpoint=A", "attack=pgd20", "attack=all"], ["attack is given twice"], nothing),
+    (["checkpoint=A", "precision=fp16"], ["precision=fp16", "bf16"], nothing),
+    (["checkpoint=A", "report"], ["report", "key=value"], nothing),
+    (["checkpoint=A", "report="], ["report needs a value"], nothing),
+    (["checkpoint=A", "sanity=maybe"], ["sanity", "maybe"], nothing),
+    (["checkpoint=A", "eval.batch_size=0"], ["eval.batch_size"], nothing),
+    (["checkpoint=A", "device=abacus"], ["device=abacus"], nothing),
+    (["checkpoint=A", "dataset=mnists"], ["dataset=mnists", "mnist"], nothing),
+    (["checkpoint=A", "dataset.test_examples=400"], ["dataset.test_examples", "355"], nothing),
+    (["checkpoint=A", "dataset.test_examples=few"], ["dataset.test_examples", "few"], nothing),
+    (["checkpoint=A", "attack=corruptions"], ["dataset.corruptions_root"], nothing),
+    (["checkpoint=nowhere"], ["checkpoint=nowhere", "does not exist"], nothing),
+    (["checkpoint=empty"], ["empty", "last.pt"], empty),
+    (["checkpoint=A"], ["last.pt", "not a readable checkpoint"], truncated),
+    (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint", "model="], malicious),
+    (["checkpoint=A"], ["0.15", "0.3", "epsilon="], evaluated_elsewhere),
+    (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
+    (["compare", "A"], ["two folders"], nothing),
+    (["compare", "A", "B"], ["A holds no finished evaluation"], nothing),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "prepare"), ERRORS, ids=[" ".join(case[0]) for case in ERRORS]
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    runs_here: Path,
+    capsys: Capture,
+    arguments: list[str],
+    words: list[str],
+    prepare: Callable[[Path], None],
+) -> None:
+    prepare(runs_here)
+    before = sorted(runs_here.rglob("*"))
+    assert main(["eval", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("btrain: ")
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words), err
+    assert sorted(runs_here.rglob("*")) == before
+
+
+def test_another_number_of_classes(runs_here: Path, capsys: Capture) -> None:
+    saved = torch.load(runs_here / "A" / "checkpoints" / "last.pt", weights_only=True)
+    weights = saved["state"]["model"]
+    weights |= {key: weights[key][:7] for key in ("fc2.weight", "fc2.bias")}
+    torch.save(weights, runs_here / "seven.pt")
+    arguments = ["checkpoint=seven.pt", "dataset=digits", "model=small_cnn", "model.width=4"]
+    assert main(["eval", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert "seven.pt" in err
+    assert len(err.splitlines()) == 1
+    assert not (runs_here / "eval").exists()
+
+
+def test_settings_are_what_was_typed() -> None:
+    settings = parse(["checkpoint=a=b", "attack=[pgd20, autoattack]", "dataset.root=x y", "seed=3"])
+    assert settings.checkpoint == "a=b"
+    assert settings.attacks == ("pgd20", "autoattack")
+    assert settings.config == {"dataset.root": "x y"}
+    assert parse(["checkpoint=A", "attack.steps=7"]).attacks == ("custom",)
+    assert parse(["checkpoint=A", "attack.step_size=2/255"]).pgd["step_size"] == 2 / 255
+    assert settings.pgd_attack("pgd20")[0] == "pgd20"
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from btrain.cli import main; status = main(sys.argv[1:]);"
+        "print('torch' in sys.modules, 'hydra' in sys.modules, status)"
+    )
+    for arguments, last in (
+        (["--help"], "False False 0"),
+        (["checkpoint=A", "x=1"], "False False 1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "eval", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == last

@@ -1,0 +1,100 @@
+"""Sanity checks: a masked network is suspicious, an honest one is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from btrain.data import Data
+from btrain.errors import UserError
+from btrain.evaluation import sanity
+from btrain.evaluation.attack import clean_correct
+from btrain.evaluation.examples import as_evaluated
+from btrain.evaluation.sanity import Sanity, check_sanity
+from eval_nets import CPU, Quantised, Scaled, digits_examples
+
+EPSILON = 0.1
+FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
+    "accuracy falls with ε",
+    "accuracy falls with steps",
+    "an unbounded attack wins",
+    "one step is no stronger than many",
+    "a black-box attack is no stronger than PGD",
+    "gradients are not flat",
+)
+
+
+def checked(model: nn.Module, digits: Data) -> Sanity:
+    examples = digits_examples(digits, 200)
+    with as_evaluated(model, CPU):
+        correct = clean_correct(model, examples, batch_size=200)
+        return check_sanity(model, examples, correct, epsilon=EPSILON, seed=0, batch_size=70)
+
+
+def verdicts(found: Sanity) -> dict[str, str]:
+    return {check.name: check.verdict for check in found.checks}
+
+
+@pytest.mark.parametrize("name", ["robust_net", "plain_net"])
+def test_an_honest_network_passes(name: str, digits: Data, request: pytest.FixtureRequest) -> None:
+    found = checked(request.getfixturevalue(name), digits)
+    assert set(verdicts(found).values()) == {"passed"}
+    radii = [x for x, _ in found.curves["epsilon"]]
+    assert radii == pytest.approx([EPSILON * i / 2 for i in range(9)])
+    assert [x for x, _ in found.curves["steps"]] == [0, 1, 2, 5, 10, 20, 50]
+    # Both curves begin with the clean accuracy, and share the point ε, 20 steps.
+    assert found.curves["epsilon"][0][1] == found.curves["steps"][0][1] > 85
+    assert found.curves["epsilon"][2][1] == dict(found.curves["steps"])[20]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (lambda network: Scaled(network, 1e4), {GRADIENTS}),
+        (lambda network: Quantised(network, 2), {UNBOUNDED, BLACK_BOX, GRADIENTS}),
+    ],
+    ids=["saturated softmax", "quantised input"],
+)
+def test_a_masked_network_is_suspicious(
+    plain_net: nn.Module,
+    digits: Data,
+    mask: Callable[[nn.Module], nn.Module],
+    expected: set[str],
+) -> None:
+    found = checked(mask(plain_net), digits)
+    suspicious = {name for name, verdict in verdicts(found).items() if verdict == "suspicious"}
+    assert suspicious >= expected
+    flat = next(check for check in found.checks if check.name == GRADIENTS)
+    assert flat.numbers["zero_gradients"] > 50
+    assert f"{flat.numbers['zero_gradients']:.1f} %" in flat.detail
+
+
+def test_a_rise_is_named_with_its_numbers() -> None:
+    curve = [(0.0, 90.0), (0.1, 40.0), (0.2, 45.0), (0.3, 20.0)]
+    rising = sanity._falls("name", "ε", curve, 1.0)
+    assert rising.verdict == "suspicious"
+    assert rising.detail == "it rises from 40.0 % at ε 0.1 to 45.0 % at 0.2"
+    assert rising.numbers == {"largest_rise": 5.0}
+    assert sanity._falls("name", "ε", curve, 5.0).verdict == "passed"
+
+
+def test_one_step_that_beats_many_is_suspicious() -> None:
+    assert sanity._one_step([(0, 90.0), (1, 30.0), (5, 50.0), (20, 60.0)], 1.0).passed is False
+    assert sanity._one_step([(0, 90.0), (1, 50.0), (5, 40.0), (20, 60.0)], 1.0).passed is True
+
+
+def test_without_the_library_square_is_skipped(
+    plain_net: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> str:
+        raise UserError("AutoAttack is not installed; please run pip install 'btrain[eval]'.")
+
+    monkeypatch.setattr(sanity, "library", missing)
+    examples = digits_examples(digits, 10)
+    correct = torch.ones(10, dtype=torch.bool)
+    check = sanity._black_box(plain_net, examples, correct, EPSILON, 0, 10, 50.0, 1.0)
+    assert check.verdict == "skipped"
+    assert "btrain[eval]" in check.detail
