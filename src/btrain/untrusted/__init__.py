@@ -7,6 +7,7 @@ bytes; each reader turns all of it into a `UserError` that names the file.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO
 
@@ -28,14 +29,20 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A UTF-8 file of at most so many bytes.
+    """A UTF-8 file of at most so many bytes; raises what `read_bytes` does, and UnicodeError."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file of at most so many bytes.
 
     Raises:
         RefusedError: it is larger, or no plain file.
-        UnicodeDecodeError, OSError: it cannot be read.
+        OSError: it cannot be read.
     """
     with open_plain(path) as file:
-        content = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, most) + 1)  # which makes room before it looks
     if len(content) > most:
         raise RefusedError(f"it is larger than {most:,} bytes")
-    return content.decode("utf-8")
+    return content

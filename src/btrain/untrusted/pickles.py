@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from btrain.untrusted import RefusedError
 
 _MOST_OPERATIONS = 2_000_000
+_FRAME_HEADER = 9  # bytes
 
 # What torch.save writes (protocol 2) …
 TENSOR_OPERATIONS = frozenset({
@@ -72,24 +73,36 @@ def read_pickle(
         Exception: it is damaged; pickle raises almost anything.
     """
     start = file.tell()
-    _scan(file, names, operations)
-    length = file.tell() - start
-    file.seek(start)
-    unpickler = _Unpickler(io.BytesIO(file.read(length)), names, encoding, persistent_load)
-    return unpickler.load()
+    frames = _scan(file, names, operations)
+    pickled = _without_frames(file, start, [*frames, file.tell()])
+    return _Unpickler(io.BytesIO(pickled), names, encoding, persistent_load).load()
 
 
-def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> None:
-    """Reads over a pickle without following it.
+def _without_frames(file: IO[bytes], start: int, ends: list[int]) -> bytes:
+    """The parts of a pickle between the headers of its frames; then the file stands behind it.
+
+    A frame is a hint and changes nothing, but where one ends within an operation, Python's
+    unpickler goes on at another byte than the scan did.
+    """
+    parts = []
+    for end in ends:
+        file.seek(start)
+        parts.append(file.read(end - start))
+        start = end + _FRAME_HEADER
+    return b"".join(parts)
+
+
+def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> list[int]:
+    """Reads over a pickle without following it, and tells where its frames begin.
 
     The memo deserves its own check: Python's unpickler makes room for twice the largest index
     before it looks at anything else, 64 GiB for eight bytes of a file.
     """
+    frames = []
     operation: pickletools.OpcodeInfo
     argument: Any
-    for count, (operation, argument, _) in enumerate(
-        pickletools.genops(cast(IO[bytes], _Clipped(file)))
-    ):
+    clipped = cast(IO[bytes], _Clipped(file))
+    for count, (operation, argument, position) in enumerate(pickletools.genops(clipped)):
         if count == _MOST_OPERATIONS:
             raise RefusedError(f"it has more than {_MOST_OPERATIONS:,} operations")
         if operation.name == "GLOBAL":
@@ -99,6 +112,10 @@ def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> None:
             raise RefusedError(f"it uses pickle's {operation.name}")
         if operation.name in ("BINPUT", "LONG_BINPUT") and argument > count:
             raise RefusedError("its memo is damaged")
+        if operation.name == "FRAME":
+            assert position is not None  # the file knows where it stands
+            frames.append(position)
+    return frames
 
 
 class _Clipped:
