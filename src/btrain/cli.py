@@ -7,8 +7,11 @@ at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from btrain import __version__
@@ -113,16 +116,16 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error = before == "1"
 
-    composed = False
-
     def job(cfg: Any) -> None:
-        nonlocal composed
-        composed = True
+        """One job; by joblib's or submitit's launcher it is pickled, and runs in a process of its
+        own."""
+        configs.register()
         hydra_config = HydraConfig.get()
         try:
             run(configs.from_hydra(cfg, hydra_config.overrides.task))
-        except UserError as error:
-            if full_error:
+        except Exception as error:
+            vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
+            if full_error or not isinstance(error, UserError):
                 raise
             print(f"btrain: {error}", file=sys.stderr)
             if hydra_config.mode is RunMode.RUN:
@@ -134,21 +137,58 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = [f"btrain {configs.TASKS[task].command}", *args]
     try:
-        main()
+        with _interrupted_by_sigterm():
+            main()
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-        if full_error or composed:
+        if full_error or _OF_A_JOB in vars(error):
             raise
         raise configs.explain(error, args, task) from None
-    except UserError:
-        if full_error:
+    except UserError as error:
+        # Where jobs write to files of their own, what the job has said was not heard here.
+        if full_error or str(vars(error).get(_OF_A_JOB)).startswith("submitit"):
             raise
-        sys.exit(1)  # the job has said why
+        sys.exit(1)
+    except Exception as error:
+        if full_error or type(error).__name__ not in _NO_RESULT:
+            raise
+        raise UserError(
+            "a job of the sweep ended without a result, killed perhaps; the same command goes on "
+            "from what is done."
+        ) from None
     finally:
         sys.argv = argv
         del os.environ["HYDRA_FULL_ERROR"]
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
+
+_OF_A_JOB = "btrain_launcher"
+"""The attribute of an exception that came out of a job, not out of Hydra: the job's launcher."""
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises, as SIGINT does, so that joblib's launcher ends its processes as well.
+
+    A training has a handler of its own.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    of_main_thread = threading.current_thread() is threading.main_thread()
+    if not of_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_NO_RESULT = ("TerminatedWorkerError", "UncompletedJobError")
+"""What joblib's and submitit's launcher raise when a job's process is gone."""
 
 _PATHS = ("dataset.root", "run.dir", "corrupt.out", "corrupt.frost")
 

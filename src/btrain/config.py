@@ -290,6 +290,11 @@ def _unknown_key(key: str, schema: type) -> str:
 def _unknown_option(group: str, option: str) -> str:
     if not group:
         return f"There is no configuration file {option}.yaml."
+    if group == "hydra/launcher":
+        return (
+            f"hydra/launcher={option} is not installed; pip install 'btrain[sweep]' brings joblib, "
+            "submitit_local and submitit_slurm."
+        )
     return f"{group}={option} is no option; there are: {', '.join(_options(group))}."
 
 

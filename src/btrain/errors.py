@@ -1,5 +1,7 @@
 """What ends a command other than success: bad input, and a signal."""
 
+from __future__ import annotations
+
 import signal
 
 _LONGEST = 2000  # characters
@@ -29,6 +31,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(
             f"stopped by {signal.Signals(number).name}; the same command goes on from here."
         )
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.number,)  # from a sweep's process to that of the command
 
 
 def _spelt_out(character: str) -> str:

@@ -23,6 +23,9 @@ class NotFiniteError(UserError):
         super().__init__(sentence)
         self.batch = batch
 
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str, dict[str, Any]]]:
+        return NotFiniteError, (str(self), self.batch)
+
 
 class FiniteCheck:
     """Remembers on the device in which step each quantity was first not finite.

@@ -1,0 +1,105 @@
+"""Sweeps whose jobs run in processes of their own: joblib's launcher and submitit's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from btrain.cli import main
+from btrain.errors import Interrupted, UserError
+from btrain.training.nonfinite import NotFiniteError
+
+installed = pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_joblib_launcher") is None
+    or find_spec("hydra_plugins.hydra_submitit_launcher") is None,
+    reason="the extra `sweep` is not installed",
+)
+
+SWEEP = [
+    sys.executable, "-m", "btrain", "train", "--multirun", "dataset=digits", "model=small_cnn",
+    "model.width=4", "dataset.test_examples=50", "eval.steps=2", "device=cpu",
+]  # fmt: skip
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+SUBMITIT = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+
+
+@installed
+@pytest.mark.parametrize("launcher", [JOBLIB, SUBMITIT], ids=["joblib", "submitit_local"])
+def test_a_bad_job_says_so_once_and_leaves_the_good_one(launcher: list[str], here: Path) -> None:
+    settings = ["dataset.train_examples=100", "train.epochs=1", "run.dir=runs/${bt.gamma}"]
+    done = subprocess.run(
+        [*SWEEP, *launcher, *settings, "bt.gamma=2,0.8"], capture_output=True, text=True
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert said.count("btrain: bt.gamma must be in (0, 1], not 2.0.") == 1
+    assert "Traceback" not in said
+    assert json.loads(Path("runs/0.8/summary.json").read_text())["epochs"] == 1
+    assert not Path("runs/2").exists()
+
+
+@installed
+@pytest.mark.parametrize(
+    ("kill", "status", "sentence"),
+    [
+        (lambda sweep, job: os.kill(job, signal.SIGKILL), 1, "a job of the sweep ended without"),
+        (lambda sweep, job: os.kill(sweep, signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (lambda sweep, job: os.killpg(sweep, signal.SIGINT), 130, "the same command goes on"),
+    ],
+    ids=["job killed", "SIGTERM to the sweep", "Ctrl-C"],
+)
+def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
+    kill: Callable[[int, int], None], status: int, sentence: str, here: Path
+) -> None:
+    command = [*SWEEP, *JOBLIB, "train.epochs=2000", "seed=0,1", "run.dir=runs/s${seed}"]
+    with Path("said").open("w+") as file:
+        sweep = subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
+        folders = [Path(f"runs/s{seed}") for seed in (0, 1)]
+        until = time.monotonic() + 120
+        while not all((folder / "checkpoints/last.pt").exists() for folder in folders):
+            assert sweep.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        jobs = [json.loads((folder / "run.lock").read_text())["pid"] for folder in folders]
+        kill(sweep.pid, jobs[0])
+        assert sweep.wait(60) == status
+        file.seek(0)
+        said = file.read()
+    assert sum(sentence in line for line in said.splitlines() if "btrain: " in line) == 1
+    assert "Traceback" not in said
+    for job in jobs:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < until + 60:
+                os.kill(job, 0)
+                time.sleep(0.1)
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--multirun", "hydra/launcher=pigeon", "seed=0,1"]) == 1
+    assert "hydra/launcher=pigeon is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("x"), Interrupted(15), NotFiniteError("x", {"x": torch.zeros(1)})]
+)
+def test_what_ends_a_job_travels_between_processes(error: BaseException) -> None:
+    twin = pickle.loads(pickle.dumps(error))
+    assert (type(twin), str(twin), vars(twin)) == (type(error), str(error), vars(error))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
