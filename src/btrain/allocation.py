@@ -87,13 +87,20 @@ def classify(svar: Tensor, robust_fraction: Tensor) -> Tensor:
 
 
 def update_robust_fraction(
-    robust_fraction: Tensor, adv_logits: Tensor, labels: Tensor, *, momentum: float, gamma: float
+    robust_fraction: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    *,
+    momentum: float,
+    gamma: float,
+    mean: Callable[[Tensor], Tensor] = Tensor.mean,
 ) -> Tensor:
     """The moving average F_R (eq. 5) over all m examples of the batch.
 
+    `mean` is of m numbers, or of all processes' where the batch is dealt out to several.
     (), (m, K), (m,) -> ()
     """
-    accuracy = (adv_logits.detach().argmax(dim=1) == labels).float().mean()
+    accuracy = mean((adv_logits.detach().argmax(dim=1) == labels).float())
     return momentum * robust_fraction + (1 - momentum) * gamma * accuracy
 
 

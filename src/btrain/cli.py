@@ -104,6 +104,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from btrain import config as configs
 
     args = [_quoted(argument) for argument in args]
+    if {"-m", "--multirun"} & set(args) and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("torchrun trains one run at a time; please leave --multirun out.")
     if {"-h", "--help"} & set(args):
         print(configs.help_text([argument for argument in args if "=" in argument], task))
         return

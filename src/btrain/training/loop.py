@@ -16,6 +16,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.training.guards import InputGuard
 from btrain.training.nonfinite import FiniteCheck, NotFiniteError, Snapshot
+from btrain.training.parallel import ALONE, World
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
 from btrain.training.statistics import StepStats, averages
@@ -125,6 +126,7 @@ def train_epoch(
     show: Callable[[Averages], None],
     stopped: Callable[[], bool] = lambda: False,
     guard: InputGuard | None = None,
+    world: World = ALONE,
 ) -> Averages | None:
     """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
@@ -134,6 +136,7 @@ def train_epoch(
         show: called about once a second with the epoch's averages so far.
         stopped: asked ahead of each batch.
         guard: looks at the epoch's last batch.
+        world: the processes that train together; they stop together, by the clock of the first.
 
     Returns:
         The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch;
@@ -166,7 +169,8 @@ def train_epoch(
 
     def over() -> bool:
         limit, now = plan.max_seconds, time.perf_counter()
-        return stopped() or (limit is not None and before + now - began >= limit)
+        late = world.first and limit is not None and before + now - began >= limit
+        return bool(world.largest(int(stopped() or late)))
 
     heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
     state.model.train()
@@ -183,9 +187,10 @@ def train_epoch(
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
             _take(step, state, batch, heartbeat.check, skip=plan.skip_nonfinite)
-        heartbeat.step(state)
+        if world.first:
+            heartbeat.step(state)
         tick()
-    elapsed = _clock(device) - began
+    elapsed = world.told(_clock(device) - began)
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
     if state.batch == 0:

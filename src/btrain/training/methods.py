@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -26,13 +27,14 @@ from btrain.schema import (
 from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
+from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.free import free_step
 from btrain.training.rivals.mma import MMAMethod, mma_step
 from btrain.training.statistics import StepStats
 from btrain.training.step import Method, train_step
 
 
-def make_steps(config: Config, device: torch.device) -> Callable[[int], Step]:
+def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Callable[[int], Step]:
     """What is done with a batch, by epoch from 0: the first epochs may differ.
 
     In `bt.warmup_epochs` every example gets the plain defense's steps, in
@@ -41,7 +43,7 @@ def make_steps(config: Config, device: torch.device) -> Callable[[int], Step]:
 
     @cache
     def step(plain: bool, share: float) -> Step:
-        return make_step(config, device, warm_up=plain, share=share)
+        return make_step(config, device, warm_up=plain, share=share, world=world)
 
     def of_epoch(epoch: int) -> Step:
         share = (epoch + 1) / (config.attack.epsilon_warmup_epochs + 1)
@@ -51,15 +53,39 @@ def make_steps(config: Config, device: torch.device) -> Callable[[int], Step]:
 
 
 def make_step(
-    config: Config, device: torch.device, *, warm_up: bool = False, share: float = 1.0
+    config: Config,
+    device: torch.device,
+    *,
+    warm_up: bool = False,
+    share: float = 1.0,
+    world: World = ALONE,
 ) -> Step:
     """What is done with a batch: Algorithm 2's open choices, from the configuration.
 
     `warm_up` asks for the plain defense, whatever the allocator; `share` is of ε and of the step
     sizes.
     """
-    step = _make_step(config, device, warm_up=warm_up, share=share)
-    return in_precision(step, config.train.precision)
+    step = _make_step(config, device, warm_up=warm_up, share=share, world=world)
+    return in_parallel(in_precision(step, config.train.precision), world)
+
+
+def in_parallel(step: Step, world: World) -> Step:
+    """The same step by all processes together, with the statistics of the whole batch."""
+    if world.size == 1:
+        return step
+
+    def together(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> StepStats:
+        stats = step(world.wrapped(model), optimizer, batch, memory, generator)
+        world.average_statistics(model)
+        return StepStats._make(world.sum(torch.stack([value.double() for value in stats])))
+
+    return together
 
 
 def in_precision(step: Step, precision: Precision) -> Step:
@@ -83,7 +109,9 @@ def in_precision(step: Step, precision: Precision) -> Step:
     return short
 
 
-def _make_step(config: Config, device: torch.device, *, warm_up: bool, share: float) -> Step:
+def _make_step(
+    config: Config, device: torch.device, *, warm_up: bool, share: float, world: World
+) -> Step:
     if config.rival.name is RivalName.free:
         assert config.rival.replays is not None
         return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
@@ -94,7 +122,8 @@ def _make_step(config: Config, device: torch.device, *, warm_up: bool, share: fl
     if config.defense.name is DefenseName.augmix:
         update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
-        update = partial(train_step, method=attack_method(config, device, allocator, share))
+        method = attack_method(config, device, allocator, share)
+        update = partial(train_step, method=replace(method, world=world))
 
     return partial(_follow, update=update)
 

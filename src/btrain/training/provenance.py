@@ -57,12 +57,15 @@ def data_hash(data: Data) -> str:
     return digest.hexdigest()
 
 
-def extended(path: Path, data: Data, device: torch.device, epoch: int) -> dict[str, Any]:
+def extended(
+    path: Path, data: Data, device: torch.device, epoch: int, processes: int = 1
+) -> dict[str, Any]:
     """What `provenance.json` says after this session: the data's hash, and who trained from where.
 
     Args:
         path: of the file as earlier sessions left it.
         epoch: epochs completed when this session began.
+        processes: how many train together.
 
     Raises:
         UserError: the data are not those that the run was begun with.
@@ -83,6 +86,7 @@ def extended(path: Path, data: Data, device: torch.device, epoch: int) -> dict[s
         "git_commit": git_commit(),
         "git_dirty": git_dirty(),
         "device": device_name(device),
+        "processes": processes,
         "versions": {
             "btrain": __version__,
             "python": platform.python_version(),

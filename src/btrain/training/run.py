@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from tqdm import tqdm
 
-from btrain import checkpoint
 from btrain.config import to_dict
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
@@ -17,19 +16,20 @@ from btrain.errors import Interrupted, UserError
 from btrain.run_folder import RunFolder
 from btrain.run_lock import RunLock
 from btrain.schema import Config
-from btrain.tracking import Tracker, open_tracker
+from btrain.tracking import open_tracker
 from btrain.training.cost import forward_flops, speedups
 from btrain.training.determinism import deterministic
 from btrain.training.guards import make_input_guard
-from btrain.training.lines import describe, epoch_line, fractions, headline, number
+from btrain.training.lines import describe, fractions, headline, number
 from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.memory import explained_memory
 from btrain.training.methods import make_steps
-from btrain.training.nonfinite import NotFiniteError
+from btrain.training.parallel import World, device_of, joined
 from btrain.training.provenance import extended
+from btrain.training.record import Record
 from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
 from btrain.training.scores import after_epoch, summarise
-from btrain.training.setup import find_device, load_data, make_plan, make_state
+from btrain.training.setup import check_shares, find_device, load_data, make_plan, make_state
 from btrain.training.signals import StopRequest, stop_on_signals
 from btrain.training.state import TrainState
 from btrain.training.statistics import UNITS
@@ -41,27 +41,41 @@ def train(config: Config) -> dict[str, Any]:
     """Trains, evaluates, and leaves a run folder behind; returns its summary.
 
     A finished run of the same configuration is not repeated; an unfinished one goes on from its
-    last checkpoint.
+    last checkpoint. Started by torchrun, its processes train one network together; the first one
+    writes, the others read the same folder.
 
     Raises:
         UserError: bad data, device or folder (then nothing was written), or training had to stop
             (then the last good checkpoint is kept).
         Interrupted: a signal came; the checkpoint is of that moment.
     """
-    folder = RunFolder(config.run_dir)
-    folder.check_owner(config)
-    folder.check_resume(config.run.resume)
-    if (summary := _finished(config, folder)) is not None:
+    with joined(config.device) as world:
+        return _run(config, world)
+
+
+def _run(config: Config, world: World) -> dict[str, Any]:
+    """`train`, by one of the processes."""
+    folder, summary = RunFolder(config.run_dir), None
+    if world.first:
+        folder.check_owner(config)
+        folder.check_resume(config.run.resume)
+        summary = _finished(config, folder)
+    if (summary := world.told(summary)) is not None:
         return summary
-    device = find_device(config.device)
+    device = find_device(device_of(world, config.device))
     with deterministic(config.train.deterministic):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
-            data = load_data(config, device)
+            with world.first_ahead():
+                data = load_data(config, device)
+            check_shares(config, len(data.train), world)
             state = make_state(config, data, device)
+        if not world.first:
+            return _follow(config, state, data, folder, world)
         with folder.taken(config) as lock:
-            if (summary := _finished(config, folder)) is not None:  # by another process meanwhile
-                return summary
-            return _train(config, state, data, folder, lock)
+            summary = _finished(config, folder)  # by another command meanwhile
+            if world.told(summary) is not None:
+                return summary or {}
+            return _train(config, state, data, folder, lock, world)
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -76,20 +90,42 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     return summary
 
 
+def _follow(
+    config: Config, state: TrainState, data: Data, folder: RunFolder, world: World
+) -> dict[str, Any]:
+    """The run, in a process that writes nothing."""
+    nothing: dict[str, Any] | None = None
+    if (summary := world.told(nothing)) is not None:
+        return summary
+    saved, _ = load_newest(folder)
+    if saved is not None:
+        state.load_state_dict(saved["state"])
+    world.wait()
+    if world.told([0, 0]) != [state.epoch, state.batch]:
+        raise UserError(f"run.dir={folder.path} must be one folder for all machines; it is not.")
+    with stop_on_signals(world) as stop:
+        size = f"train.batch_size={config.train.batch_size}"
+        with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
+            _train_epochs(config, state, data, world, stop, None)
+        return world.told({})
+
+
 def _train(
-    config: Config, state: TrainState, data: Data, folder: RunFolder, lock: RunLock
+    config: Config, state: TrainState, data: Data, folder: RunFolder, lock: RunLock, world: World
 ) -> dict[str, Any]:
     """The run, in a folder of its own."""
     saved, warning = load_newest(folder)
     if saved is not None:
         state.load_state_dict(saved["state"])
-    provenance = extended(folder.provenance, data, state.device, state.epoch)
+    world.wait()  # until the others have read what is changed below
+    world.told([state.epoch, state.batch])
+    provenance = extended(folder.provenance, data, state.device, state.epoch, world.size)
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (
         open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
         folder.log_file(),
-        stop_on_signals() as stop,
+        stop_on_signals(world) as stop,
     ):
         if warning is not None:
             log.warning("%s", warning)
@@ -100,7 +136,8 @@ def _train(
         log.info("%s: %s", folder.path, describe(data, state))
         size = f"train.batch_size={config.train.batch_size}"
         with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
-            _train_epochs(config, state, data, folder, tracker, lock, stop)
+            record = Record(config, state, folder, tracker, lock)
+            _train_epochs(config, state, data, world, stop, record)
         size = f"eval.batch_size={config.eval.batch_size}"
         with (
             explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
@@ -112,32 +149,26 @@ def _train(
         folder.write_summary(summary)
         tracker.summarise(summary)
         log.info("%s: %s", folder.path, headline(summary))
-    return summary
+    return world.told(summary)
 
 
 def _train_epochs(
     config: Config,
     state: TrainState,
     data: Data,
-    folder: RunFolder,
-    tracker: Tracker,
-    lock: RunLock,
+    world: World,
     stop: StopRequest,
+    record: Record | None,
 ) -> None:
-    """All epochs that are left, each with its log line, and the checkpoints."""
+    """All epochs that are left; with their log lines and checkpoints where there is a record."""
     device, plan = state.device, make_plan(config)
-    step_of = make_steps(config, device)
+    step_of = make_steps(config, device, world)
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
     done = state.epoch * batches + state.batch
-
-    def save() -> None:
-        lock.check()
-        content = {"state": state.state_dict(), "config": to_dict(config)}
-        checkpoint.save(folder.last, content, previous=folder.previous)
-
-    with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=None) as bar:
+    hidden = None if world.first else True  # None: where nobody would see it
+    with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=hidden) as bar:
 
         def show(means: Averages) -> None:
             bar.set_postfix_str(
@@ -148,17 +179,19 @@ def _train_epochs(
 
         while not _is_over(config, vars(state)):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
-            if config.recipe.early_stop_on_collapse and state.batch == 0:
-                checkpoint.save(folder.epoch_start, {"state": state.state_dict()})
-            with _offending_batch_kept(folder):
+            if record is not None:
+                record.save_epoch_start()
+            with record.offending_batch_kept() if record is not None else nullcontext():
                 means = train_epoch(
                     state, data.train, step_of(state.epoch), plan, tick=bar.update, show=show,
-                    stopped=stop.made, guard=guard,
+                    stopped=stop.made, guard=guard, world=world,
                 )  # fmt: skip
             if means is not None:
                 check_weights(state, data.train)
+            stop.agree(world)
             if stop.made():
-                save()
+                if record is not None:
+                    record.save()
                 stop.obey()
             if means is None:
                 break
@@ -166,32 +199,23 @@ def _train_epochs(
             metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
-            if complete := state.batch == batches:
+            complete = state.batch == batches
+            if complete and record is not None:
                 try:
                     with stop.at_once():
-                        after_epoch(config, state, data, folder, metrics)
+                        after_epoch(config, state, data, record.folder, metrics)
                 except Interrupted:
-                    save()
+                    record.save()
                     raise
-            for warning in metrics["warnings"]:
-                log.warning("epoch %d: %s.", metrics["epoch"], warning)
-            lock.check()
-            folder.append_metrics(metrics)
-            tracker.log(metrics, metrics["epoch"])
-            log.info(epoch_line(metrics))
-            due = state.epoch % config.train.checkpoint_every == 0
-            if due or not complete or _is_over(config, vars(state)):
-                save()
-
-
-@contextmanager
-def _offending_batch_kept(folder: RunFolder) -> Iterator[None]:
-    try:
-        yield
-    except NotFiniteError as error:
-        with suppress(UserError):  # the first sentence is the one that matters
-            checkpoint.save(folder.nonfinite, {"state": error.batch})
-        raise
+            if complete:
+                numbers = world.told(state.numbers())
+                if record is None:
+                    state.follow(numbers)
+            if record is not None:
+                record.epoch(metrics)
+                due = state.epoch % config.train.checkpoint_every == 0
+                if due or not complete or _is_over(config, vars(state)):
+                    record.save()
 
 
 def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:

@@ -9,18 +9,24 @@ from torch import nn
 
 from btrain import models
 from btrain.data import Data, load
+from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.schema import (
+    AllocatorName,
+    AttackMode,
     Config,
+    DefenseName,
     ModelConfig,
     OnNonfinite,
     OptimizerName,
     RecipeConfig,
+    RivalName,
     ScheduleName,
 )
 from btrain.training.loop import Plan
 from btrain.training.methods import make_memory
+from btrain.training.parallel import World
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.state import TrainState
 
@@ -42,6 +48,33 @@ def find_device(name: str) -> torch.device:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"device={name} cannot be used ({reason}); try auto or cpu.") from error
     return device
+
+
+def check_shares(config: Config, examples: int, world: World) -> None:
+    """Makes sure that this training, on so many examples, can be done by several processes.
+
+    Raises:
+        UserError: it cannot; the sentence names the key.
+    """
+    if world.size == 1:
+        return
+    bt, rival = config.bt, config.rival.name
+    alone = {
+        "defense=augmix": config.defense.name is DefenseName.augmix,
+        f"rival={rival.name}": rival in (RivalName.gradalign, RivalName.free, RivalName.mma),
+        "bt=oracle": bt.name is AllocatorName.oracle,
+        "bt.share_clean_forward=true": bt.share_clean_forward,
+        "attack.mode=train": config.attack.mode is AttackMode.train,
+    }
+    for key, chosen in alone.items():
+        if chosen:
+            raise UserError(f"{key} needs one process; with torchrun there are {world.size}.")
+    sizes = [part.stop - part.start for part in batch_slices(examples, config.train.batch_size)]
+    if min(sizes) < 2 * world.size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} leaves a batch of {min(sizes)} of "
+            f"{examples} examples; {world.size} processes need two examples each of every batch."
+        )
 
 
 def load_data(config: Config, device: torch.device) -> Data:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from btrain.errors import Interrupted
+from btrain.training.parallel import ALONE, World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,6 +24,10 @@ class StopRequest:
 
     def made(self) -> bool:
         return self.number is not None
+
+    def agree(self, world: World) -> None:
+        """A signal to one of the processes is one to all."""
+        self.number = world.largest(self.number or 0) or None
 
     def obey(self) -> None:
         """Raises:
@@ -49,9 +54,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(world: World = ALONE) -> Iterator[StopRequest]:
     """Notes the first SIGTERM or SIGINT; a second one does what it did before, at once.
 
+    With several processes a second one does nothing: torchrun hands on what the terminal has sent
+    already, and kills after half a minute.
     A signal that is ignored, as under nohup, stays so. In a thread, which gets no signals, nothing
     changes.
     """
@@ -63,7 +70,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(*before.popitem())
 
     def handle(number: int, frame: FrameType | None) -> None:
-        restore()
+        if world.size == 1:
+            restore()
         request.receive(number)
 
     if threading.current_thread() is threading.main_thread():

@@ -23,6 +23,7 @@ from btrain.allocation import (
 from btrain.attacks import by_steps, early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
 from btrain.shadow import attacked
+from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
 
@@ -41,6 +42,7 @@ class Method:
         grad_align_weight: λ of GradAlign's regulariser; 0 for none.
         probe: what the start's noise is multiplied by where the first gradient is taken; None for
             a gradient at the start itself. See `methods.probe_factor`.
+        world: the processes that a batch is dealt out to.
     """
 
     defense: Defense
@@ -64,6 +66,7 @@ class Method:
     forward_unperturbed: bool
     grad_align_weight: float
     probe: float | None = None
+    world: World = ALONE
 
 
 def train_step(
@@ -79,16 +82,18 @@ def train_step(
     """Lines 11 to 16 of Algorithm 2: updates the weights, returns the new F_R and the statistics.
 
     From line 13 on the batch is in the order of descending step count; the sort copies the m step
-    counts to the host, the only copy of a step.
+    counts to the host, the only copy of a step. Of several processes each gets the whole batch,
+    decides the same for it, and from line 13 on works on its share.
     """
-    m = len(x)
-    clean_logits, z = clean_forward(model, x, method)  # line 11
+    world, whole = method.world, len(x)
+    clean_logits, z = clean_forward(model, x[world.share(whole)], method)  # line 11
+    z = world.gathered(z, whole)
     shared = clean_logits is not None
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
-    order, active = by_steps(allocation.steps)
+    order, active = world.dealt(*by_steps(allocation.steps))
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
-    allocation = allocation.ordered(order)
+    allocation, m = allocation.ordered(order), len(x)
     sizes = step_sizes(
         allocation.steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
     )
@@ -103,7 +108,12 @@ def train_step(
     else:
         clean_logits, adv_logits, trained = z, model(x_adv), m
     robust_fraction = update_robust_fraction(  # line 15
-        robust_fraction, adv_logits, labels, momentum=method.momentum, gamma=method.gamma
+        robust_fraction,
+        adv_logits,
+        labels,
+        momentum=method.momentum,
+        gamma=method.gamma,
+        mean=world.mean,
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
     units = 2 * forwarded + 3 * trained
@@ -113,7 +123,7 @@ def train_step(
         around = torch.empty_like(x).uniform_(-method.epsilon, method.epsilon, generator=generator)
         loss = loss + method.grad_align_weight * misalignment(model, x, labels, around)
         units += 8 * m  # two gradients of the images, one of them differentiated again
-    descend(optimizer, loss)
+    descend(optimizer, world.weighted(loss, m / whole))
     score = method.metric(z, labels) if z.shape[1] else None
     stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels, units=units)
     return robust_fraction, stats

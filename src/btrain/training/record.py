@@ -1,0 +1,63 @@
+"""What the process that writes leaves in the run folder while training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from btrain import checkpoint
+from btrain.config import to_dict
+from btrain.errors import UserError
+from btrain.run_folder import RunFolder
+from btrain.run_lock import RunLock
+from btrain.schema import Config
+from btrain.tracking import Tracker
+from btrain.training.lines import epoch_line
+from btrain.training.nonfinite import NotFiniteError
+from btrain.training.state import TrainState
+
+log = logging.getLogger("btrain")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The folder, its lock, and the logger of a run."""
+
+    config: Config
+    state: TrainState
+    folder: RunFolder
+    tracker: Tracker
+    lock: RunLock
+
+    def save(self) -> None:
+        """The checkpoint of now."""
+        self.lock.check()
+        content = {"state": self.state.state_dict(), "config": to_dict(self.config)}
+        checkpoint.save(self.folder.last, content, previous=self.folder.previous)
+
+    def save_epoch_start(self) -> None:
+        """What a collapse within the epoch goes back to, where the recipe stops at one."""
+        if self.config.recipe.early_stop_on_collapse and self.state.batch == 0:
+            checkpoint.save(self.folder.epoch_start, {"state": self.state.state_dict()})
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """An epoch's line, or that of its part."""
+        for warning in metrics["warnings"]:
+            log.warning("epoch %d: %s.", metrics["epoch"], warning)
+        self.lock.check()
+        self.folder.append_metrics(metrics)
+        self.tracker.log(metrics, metrics["epoch"])
+        log.info(epoch_line(metrics))
+
+    @contextmanager
+    def offending_batch_kept(self) -> Iterator[None]:
+        """A batch that ended the run is kept beside it."""
+        try:
+            yield
+        except NotFiniteError as error:
+            with suppress(UserError):  # the first sentence is the one that matters
+                checkpoint.save(self.folder.nonfinite, {"state": error.batch})
+            raise
