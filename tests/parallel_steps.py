@@ -1,0 +1,88 @@
+"""Started by `test_parallel.py`, alone and by torchrun: some steps of many trainings, saved.
+
+The networks are in float64, so that the sums of several processes differ from those of one by
+nothing that a sign could notice. `python -m parallel_steps FOLDER` leaves FOLDER/<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from btrain import models
+from btrain.config import compose
+from btrain.data import Batch, Data, load
+from btrain.training.methods import make_memory, make_steps
+from btrain.training.parallel import World, joined
+
+CPU = torch.device("cpu")
+MIXED, ONE_PERTURBED = "mixed", "one perturbed"
+
+CASES = {
+    "trades": (["defense=trades"], MIXED, 51),
+    "mart": (["defense=mart"], MIXED, 51),
+    "pgd": (["defense=pgd"], MIXED, 50),
+    "uniform": (["bt=uniform", "attack.steps=3"], MIXED, 51),
+    "plain mart": (["defense=mart", "bt=uniform", "attack.steps=3"], MIXED, 51),
+    "random": (["bt=random"], MIXED, 51),
+    "gaussian": (["bt=gaussian"], MIXED, 51),
+    "early_exit": (["bt=early_exit"], MIXED, 51),
+    "fast": (["rival=fast", "bt=uniform"], MIXED, 51),
+    "warm-up": (["bt.warmup_epochs=1"], MIXED, 51),
+    "an empty group": (["defense=trades"], ONE_PERTURBED, 51),
+    "an empty group of mart's": (["defense=mart", "bt.n_r=0"], ONE_PERTURBED, 8),
+    "BatchNorm": (["model=preact_resnet18"], MIXED, 40),
+    "BatchNorm, an empty group": (["model=preact_resnet18"], ONE_PERTURBED, 40),
+    "bf16": (["model=preact_resnet18", "train.precision=bf16", "bt.warmup_epochs=1"], MIXED, 40),
+}
+"""Overrides, labels, examples of a batch."""
+
+STEPS = 4
+
+
+def main(folder: Path) -> None:
+    digits = load("digits", Path("unused"), device=CPU)
+    with joined("cpu") as world:
+        done = {name: run(digits, world, *case) for name, case in CASES.items()}
+        torch.save(done, folder / f"{world.rank}.pt")
+
+
+def run(
+    digits: Data, world: World, overrides: list[str], kind: str, m: int
+) -> dict[str, Tensor | list[Tensor]]:
+    config = compose(["dataset=digits", "model=small_cnn", *overrides])
+    torch.manual_seed(0)
+    architecture = config.model.architecture.value
+    model = models.build(architecture, width=4, depth=None, classes=10, shape=(1, 8, 8))
+    if config.train.precision.name == "float32":
+        model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    memory = make_memory(config, digits, CPU)
+    memory["robust_fraction"] = memory["robust_fraction"] + 0.5
+    generator = torch.Generator().manual_seed(0)
+    step_of, fractions, stats = make_steps(config, CPU, world), [], []
+    for number in range(STEPS):
+        x = digits.train.images[number * m : (number + 1) * m].to(next(model.parameters())) / 255
+        batch = Batch(x, labelled(model, x, kind), torch.arange(m))
+        step = step_of(number // 2)
+        sums = step(model.train(), optimizer, batch, memory, generator)
+        fractions.append(memory["robust_fraction"].double())
+        stats.append(torch.stack([value.double() for value in sums]))
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {**state, "F_R": torch.stack(fractions), "stats": torch.stack(stats)}
+
+
+def labelled(model: nn.Module, x: Tensor, kind: str) -> Tensor:
+    """Labels that the network finds right, two of three, or all but one wrong."""
+    with torch.no_grad():
+        predicted = model.eval()(x).argmax(dim=1)
+    numbers = torch.arange(len(x))
+    wrong = numbers % 3 == 0 if kind is MIXED else numbers != len(x) // 2
+    return (predicted + wrong) % 10
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
