@@ -30,7 +30,6 @@ CASES = {
     "random": (["bt=random"], MIXED, 51),
     "gaussian": (["bt=gaussian"], MIXED, 51),
     "early_exit": (["bt=early_exit"], MIXED, 51),
-    "fast": (["rival=fast", "bt=uniform"], MIXED, 51),
     "warm-up": (["bt.warmup_epochs=1"], MIXED, 51),
     "an empty group": (["defense=trades"], ONE_PERTURBED, 51),
     "an empty group of mart's": (["defense=mart", "bt.n_r=0"], ONE_PERTURBED, 8),
