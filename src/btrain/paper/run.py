@@ -49,6 +49,22 @@ class Job:
         return merged(self.profile.settings(self.target.name), self.extra)
 
 
+def check(job: Job) -> None:
+    """Makes sure, ahead of any run, that every experiment takes the settings it will be given.
+
+    Raises:
+        UserError: a setting is wrong, or `only` names no experiment of the target.
+    """
+    experiments = {name for sweep in job.sweeps for name in sweep.experiments}
+    for name in job.only:
+        if name not in experiments:
+            there = ", ".join(sorted(experiments))
+            raise UserError(f"only={name} is no row of {job.target.name}; there are: {there}.")
+    settings = [setting for setting in job.settings if not setting.startswith("hydra")]
+    for name in job.only or sorted(experiments):
+        configs.compose([f"experiment={name}", *settings])
+
+
 def make_plan(job: Job) -> Plan:
     """What the runs will be, as the report wants to know it.
 
