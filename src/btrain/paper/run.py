@@ -13,6 +13,7 @@ from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.target import Profile, Sweep, Target, merged, row_name
+from btrain.schema import Config
 
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 
@@ -72,6 +73,9 @@ def make_plan(job: Job) -> Plan:
         UserError: an experiment is unknown or wrong.
     """
     target = job.target
+    rows = [row for sweep in job.sweeps for row in sweep.rows()]
+    experiments = dict.fromkeys(experiment for experiment, _ in rows)
+    originals = {name: configs.compose([f"experiment={name}"]) for name in experiments}
     return Plan(
         target=target.name,
         kind=target.kind,
@@ -81,11 +85,7 @@ def make_plan(job: Job) -> Plan:
         baseline=target.baseline,
         attacks=_attacks(job),
         axis=target.axis,
-        rows=[
-            _row(job, experiment, swept)
-            for sweep in job.sweeps
-            for experiment, swept in sweep.rows()
-        ],
+        rows=[_row(job, name, swept, originals[name]) for name, swept in rows],
         claims=[Claim(**claim) for claim in target.claims],
     )
 
@@ -131,9 +131,8 @@ def _training(job: Job, sweep: Sweep) -> list[str]:
     ]
 
 
-def _row(job: Job, experiment: str, swept: dict[str, str]) -> Row:
+def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> Row:
     target, name = job.target, row_name(experiment, swept)
-    original = configs.compose([f"experiment={experiment}"])
     point = dict(swept)
     if target.axis is not None and experiment != target.baseline:
         group, _, key = target.axis.partition(".")
@@ -151,7 +150,7 @@ def _row(job: Job, experiment: str, swept: dict[str, str]) -> Row:
     )
 
 
-def _scale(config: Any) -> dict[str, Any]:
+def _scale(config: Config) -> dict[str, Any]:
     """What decides how large and on which images an experiment is."""
     return {
         "dataset": config.dataset.name.name,
