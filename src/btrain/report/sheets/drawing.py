@@ -8,6 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from btrain.report.json_fields import is_number
+from btrain.report.sheets.notes import data_name, model_name
 from btrain.report.sheets.sheet import Sheet
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def new(width: float, height: float, title: str, below: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    wide = int(width * 11)
+    wide = int(width * 9.2)
     figure.suptitle(textwrap.fill(title, wide), x=0.01, ha="left", fontsize=11.5, weight="bold")
-    small = textwrap.fill(below, int(width * 13.5))
+    small = textwrap.fill(below, int(width * 14))
     figure.supxlabel(small, x=0.01, ha="left", fontsize=8.5, color=SOFT)
     return figure
 
@@ -90,12 +91,12 @@ def files(figure: Figure) -> dict[str, bytes]:
 def scale_words(sheet: Sheet) -> str:
     """The size of what is drawn: data, training images, epochs and seeds."""
     runs = [run for line in sheet.lines for run in line.runs.values() if run.config]
-    words = [", ".join(sorted({str(run.config.get("dataset.name")) for run in runs}))]
-    words.append(", ".join(sorted({str(run.config.get("model.name")) for run in runs})))
+    words = [", ".join(sorted({data_name(run.config) for run in runs}))]
+    words.append(", ".join(sorted({model_name(run.config) for run in runs})))
     sizes = {run.config.get("dataset.train_examples") for run in runs}
     words.append(f"{_range(sizes)} training images" if sizes != {None} else "all training images")
     words.append(f"{_range({run.config.get('train.epochs') for run in runs})} epochs")
-    seeds = {line.finished for line in sheet.lines}
+    seeds = {line.finished for line in sheet.lines if line.finished}
     words.append(f"{_range(seeds)} seed{'' if seeds == {1} else 's'}")
     return f"{', '.join(words)}; profile {sheet.plan.profile}"
 

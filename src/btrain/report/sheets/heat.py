@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from btrain.report.sheets.arithmetic import spread
 from btrain.report.sheets.sheet import Line, Sheet
 
-CLASSES = {"bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
+CLASSES = {"bt.n_b": "N_B", "bt.n_o": "N_O", "bt.n_r": "N_R"}  # in the paper's order
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,26 @@ class Grid:
 
 
 def grids(sheet: Sheet) -> list[Grid]:
-    """The three grids; a row with two zeros stands in two of them."""
-    steps = sorted({n for line in sheet.lines for n in (_steps(line) or {}).values()})
+    """The three grids: of the class whose steps a row does not sweep, or sweeps to 0."""
+    steps = sorted({n for line in sheet.lines for n in _swept(line).values()})
     return [_grid(sheet, zero, steps) for zero in CLASSES]
 
 
 def _grid(sheet: Sheet, zero: str, steps: list[int]) -> Grid:
-    x, y = (key for key in CLASSES if key != zero)
+    x, y = (key for key in ("bt.n_b", "bt.n_r", "bt.n_o") if key != zero)
     cells = {}
     for line in sheet.lines:
-        budget = _steps(line)
+        budget = _swept(line)
         found = spread(line.values[sheet.robust])
-        if budget is not None and budget[zero] == 0 and found is not None:
+        if {x, y} <= budget.keys() and not budget.get(zero) and found is not None:
             cells[budget[x], budget[y]] = found.mean
     return Grid(CLASSES[zero], CLASSES[x], CLASSES[y], steps, cells)
 
 
-def _steps(line: Line) -> dict[str, int] | None:
-    """The steps of the classes by their keys; None of a row that is no cell."""
-    try:
-        return {key: int(line.row.swept[key]) for key in CLASSES}
-    except (KeyError, ValueError):
-        return None
+def _swept(line: Line) -> dict[str, int]:
+    """The steps of the classes that a row sweeps, by their keys."""
+    swept = line.row.swept
+    return {key: int(swept[key]) for key in CLASSES if swept.get(key, "").isdecimal()}
 
 
 def markdown(grid: Grid) -> str:

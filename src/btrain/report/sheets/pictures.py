@@ -40,7 +40,10 @@ def _table(sheet: Sheet) -> Figure | None:
     if not lines:
         return None
     height = 1.5 + 0.46 * len(sheet.lines)
-    figure = drawing.new(8, height, sheet.plan.title, drawing.scale_words(sheet))
+    below = drawing.scale_words(sheet)
+    if sheet.notes:
+        below += f". Unlike the paper: {', '.join(sheet.notes)}"
+    figure = drawing.new(8, height, sheet.plan.title, below)
     axes = figure.add_subplot()
     for y, line in enumerate(sheet.lines):
         values = list(line.values.get(sheet.robust, {}).values())
@@ -127,7 +130,7 @@ def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> Non
         )
     if any(len(grid.cells) < len(grid.steps) ** 2 for grid in heat.grids(sheet)):
         words.append("hatched: no finished run")
-    text = "\n\n".join(textwrap.fill(sentence, 42) for sentence in words)
+    text = "\n\n".join(textwrap.fill(sentence, 46) for sentence in words)
     axes.text(0.05, 0.62, text, va="top", fontsize=10, color=SOFT, transform=axes.transAxes)
 
 

@@ -49,20 +49,27 @@ class Run:
         """A number of the summary."""
         return _number(self.summary.get(key))
 
-    def evaluation(self, attack: str) -> dict[str, Any] | None:
-        """`eval/<attack>.json`; None where there is none with an accuracy in percent."""
-        content = _json(self.folder / "eval" / f"{attack}.json")
-        accuracy = _number(content.get("accuracy"))
-        return content if accuracy is not None and 0 <= accuracy <= 100 else None
+    def evaluation(self, attack: str) -> tuple[Path, dict[str, Any]] | None:
+        """The folder and content of `<attack>.json`; None without one that holds a percentage.
+
+        In `eval`, or where test images other than the run's were asked for, in a folder of it.
+        """
+        inside = self.folder / "eval"
+        for path in (inside / f"{attack}.json", *sorted(inside.glob(f"*/{attack}.json"))):
+            content = _json(path)
+            accuracy = _number(content.get("accuracy"))
+            if accuracy is not None and 0 <= accuracy <= 100:
+                return path.parent, content
+        return None
 
     def evaluated(self, attack: str) -> float | None:
         """The accuracy under an attack, percent; of a finished run only."""
         found = self.evaluation(attack) if self.state == FINISHED else None
-        return None if found is None else float(found["accuracy"])
+        return None if found is None else float(found[1]["accuracy"])
 
     def evaluation_seconds(self) -> float:
         """That all evaluations took."""
-        files = sorted((self.folder / "eval").glob("*.json"))
+        files = sorted((self.folder / "eval").glob("**/*.json"))
         return sum(_number(_json(path).get("seconds")) or 0.0 for path in files)
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from btrain.eval_schema import PRESETS
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row, read_plan
 from btrain.report.sheets import notes
@@ -61,7 +62,7 @@ class Sheet:
 
     Attributes:
         robust: the metric that stands for robust accuracy: `robust_acc` (PGD as at the end of a
-            run), or `corruptions`.
+            run), `corruptions`, or in heat maps the evaluation's attack.
         notes: phrases that hold for all rows that have begun.
     """
 
@@ -73,8 +74,10 @@ class Sheet:
 
     @property
     def attacks(self) -> list[str]:
-        """The attacks with columns of their own."""
-        return [attack for attack in self.plan.attacks if attack != self.robust]
+        """The attacks with columns of their own: those evaluated, and those the paper tells of."""
+        told = (metric for line in self.lines for metric in line.row.paper)
+        found = dict.fromkeys([*self.plan.attacks, *(key for key in told if key in PRESETS)])
+        return [attack for attack in found if attack != self.robust]
 
 
 def read_sheet(path: Path) -> Sheet:
@@ -89,7 +92,7 @@ def read_sheet(path: Path) -> Sheet:
 def make_sheet(plan: Plan, folder: Path) -> Sheet:
     """The plan's numbers from the runs under `folder`."""
     runs = {row.name: _runs(row, folder) for row in plan.rows}
-    robust = "corruptions" if any("corruptions" in row.paper for row in plan.rows) else "robust_acc"
+    robust = _robust(plan)
     scale = {row.name: notes.unlike(runs[row.name].values(), row.original) for row in plan.rows}
     begun = [row.name for row in plan.rows if any(run.config for run in runs[row.name].values())]
     common = notes.shared([scale[name] for name in begun])
@@ -97,11 +100,18 @@ def make_sheet(plan: Plan, folder: Path) -> Sheet:
     lines = []
     for row in plan.rows:
         own = [phrase for phrase in scale[row.name] if phrase not in common]
-        own += notes.states(runs[row.name]) + notes.unevaluated(runs[row.name], attacks)
+        own += notes.states(runs[row.name], row) + notes.evaluations(runs[row.name], plan, row)
         lines.append(_line(plan, row, runs, list(attacks), robust, own))
     by_name = {line.row.name: line for line in lines}
     verdicts = [_verdict(claim, by_name) for claim in plan.claims]
     return Sheet(plan, robust, lines, common, verdicts)
+
+
+def _robust(plan: Plan) -> str:
+    """The mean over corruptions where the paper tells it; in heat maps an evaluation's PGD."""
+    if any("corruptions" in row.paper for row in plan.rows):
+        return "corruptions"
+    return plan.attacks[0] if plan.kind == "heatmaps" and plan.attacks else "robust_acc"
 
 
 def _runs(row: Row, folder: Path) -> dict[int, Run]:
@@ -202,12 +212,17 @@ def _test(ours: Mapping[int, Run], theirs: Mapping[int, Run], attack: str) -> Pa
     scores: tuple[dict[int, Scores], dict[int, Scores]] = ({}, {})
     examples = set()
     for seed, *pair in _pairs(ours, theirs):
-        results = [Result.read(run.folder / "eval", attack) for run in pair]
+        results = [_result(run, attack) for run in pair]
         for found, result in zip(scores, results, strict=True):
             if None not in results and result is not None:
                 found[seed] = result.scores
                 examples.add((result.labels.tobytes(), str(result.settings.get("data_sha256"))))
     return paired(*scores) if len(examples) == 1 else None
+
+
+def _result(run: Run, attack: str) -> Result | None:
+    found = run.evaluation(attack)
+    return None if found is None else Result.read(found[0], attack)
 
 
 def _verdict(claim: Claim, lines: Mapping[str, Line]) -> Verdict:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from btrain.report.sheets.arithmetic import Spread, spread
+from btrain.report.sheets.arithmetic import Spread, interval, spread
 from btrain.report.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
 
 NONE = "–"
-NAMES = {
+_NAMES = {
     "pgd20": "PGD-20",
     "pgd100x10": "PGD-100×10",
     "pgd1000x5": "PGD-1000×5",
     "autoattack": "AutoAttack",
     "corruptions": "corruptions",
     "clean_acc": "clean",
-    "robust_acc": "PGD-20",
     "theoretical_speedup": "speedup, eq. 7",
     FLOPS: "speedup, FLOPs",
     MEASURED: "speedup, measured",
@@ -38,6 +37,15 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
 
 
+def metric_name(sheet: Sheet, metric: str) -> str:
+    """A metric for people; PGD with the steps that the runs' own evaluation had."""
+    if metric == "robust_acc":
+        runs = (run for line in sheet.lines for run in line.runs.values() if run.config)
+        steps = {run.config.get("eval.steps") for run in runs}
+        return f"PGD-{steps.pop()}" if len(steps) == 1 and None not in steps else "PGD"
+    return _NAMES.get(metric, metric)
+
+
 def text(found: Spread | None, form: str, unit: str = "") -> str:
     """Mean ± standard deviation."""
     if found is None:
@@ -54,7 +62,7 @@ def signed(value: float, form: str = ".2f") -> str:
 def _accuracy(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
     found = [spread(line.values.get(metric, {})) for line in sheet.lines]
     papers = [paper(line, metric) for line in sheet.lines]
-    columns = [(f"{NAMES.get(metric, metric)} %", [text(ours, ".2f") for ours in found])]
+    columns = [(f"{metric_name(sheet, metric)} %", [text(ours, ".2f") for ours in found])]
     if any(theirs is not None for theirs in papers):
         columns.append(("paper", [NONE if p is None else f"{p:.2f}" for p in papers]))
         gaps = [
@@ -99,7 +107,7 @@ def _speedup(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
         found = spread(line.values[metric])
         refused = line.refused if metric == MEASURED and found is None else None
         cells.append(refused or text(found, ".2f", "×"))
-    columns = [(NAMES[metric], cells)]
+    columns = [(metric_name(sheet, metric), cells)]
     papers = [line.row.paper.get(metric) for line in sheet.lines]
     if any(theirs is not None for theirs in papers):
         columns.append(("paper", [NONE if p is None else f"{p:.1f}×" for p in papers]))
@@ -108,7 +116,9 @@ def _speedup(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
 
 def legend(sheet: Sheet) -> list[str]:
     """What a reader must know to read the table, a sentence each."""
-    under = "the corruptions' mean" if sheet.robust == "corruptions" else "PGD-20"
+    under = (
+        "the mean over corruptions" if sheet.robust == "corruptions" else "accuracy under PGD-20"
+    )
     sentences = ["Numbers are means ± sample standard deviations over seeds."]
     baselines = list(dict.fromkeys(line.baseline for line in sheet.lines if line.baseline))
     if baselines:
@@ -142,12 +152,10 @@ def machines(sheet: Sheet) -> list[str]:
     return [f"{name} ({count} run{'s' if count > 1 else ''})" for name, count in ordered]
 
 
-def claim_text(verdict: Verdict) -> str:
+def claim_text(sheet: Sheet, verdict: Verdict) -> str:
     """A claim's evidence: the mean difference, its interval and the differences by seed."""
-    from btrain.report.sheets.arithmetic import interval
-
     found, ends = spread(verdict.differences), interval(verdict.differences)
-    what = NAMES.get(verdict.claim.metric, verdict.claim.metric)
+    what = metric_name(sheet, verdict.claim.metric)
     limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
     if found is None:
         return f"{what}, {limits}; no run yet"

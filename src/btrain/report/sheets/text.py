@@ -150,7 +150,8 @@ def as_json(sheet: Sheet) -> str:
         "notes": sheet.notes,
         "machines": machines(sheet),
     }
-    blocks = {"rows": [_row(line) for line in sheet.lines], "claims": _claims(sheet)}
+    few = ("clean_acc", sheet.robust, "train_seconds") if plan.kind == "heatmaps" else None
+    blocks = {"rows": [_row(line, few) for line in sheet.lines], "claims": _claims(sheet)}
     parts = [f" {_dump(key)}: {_dump(value)}" for key, value in head.items()]
     for key, items in blocks.items():
         inside = "".join(f"\n  {_dump(item)}," for item in items).rstrip(",")
@@ -162,7 +163,8 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _row(line: Line) -> dict[str, Any]:
+def _row(line: Line, few: tuple[str, ...] | None) -> dict[str, Any]:
+    """A row; of hundreds the few numbers that matter, all the others being in the CSV."""
     row, test = line.row, line.test
     return {
         "name": row.name,
@@ -174,7 +176,7 @@ def _row(line: Line) -> dict[str, Any]:
         "numbers": {
             key: {**_numbers(line, key), "seeds": {s: _short(v) for s, v in values.items()}}
             for key, values in line.values.items()
-            if values or paper(line, key) is not None
+            if (values or paper(line, key) is not None) and (few is None or key in few)
         },
         "test": test and {"difference": _short(test.difference), "z": _short(test.z),
                           "p": _short(test.p), "seeds": test.seeds},

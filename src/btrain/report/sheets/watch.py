@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btrain.paper.plan import Plan
+from btrain.report.sheets.notes import expected
 from btrain.report.sheets.plans import find_plans
 from btrain.report.sheets.runs import FAILED, FINISHED, RUNNING, Run, read_run
 
@@ -43,15 +44,20 @@ class Progress:
 
 def progress(plan: Plan, folder: Path) -> Progress:
     """Where a target's runs stand now."""
-    rows = [[read_run(folder / path) for path in row.runs.values()] for row in plan.rows]
-    runs = [run for row in rows for run in row]
-    done = [run for run in runs if _is_done(run, plan)]
-    left = [run for run in runs if run.state != FAILED and not _is_done(run, plan)]
+    runs, done, rows_done = [], [], 0
+    for row in plan.rows:
+        theirs = [read_run(folder / path) for path in row.runs.values()]
+        attacks = expected(theirs, plan, row)
+        finished = [run for run in theirs if _is_done(run, attacks)]
+        rows_done += len(finished) == len(theirs)
+        runs += theirs
+        done += finished
+    left = [run for run in runs if run.state != FAILED and run not in done]
     running = [run for run in left if run.state == RUNNING]
     return Progress(
         target=plan.target,
-        rows_done=sum(all(_is_done(run, plan) for run in row) for row in rows),
-        rows=len(rows),
+        rows_done=rows_done,
+        rows=len(plan.rows),
         done=len(done),
         running=len(running),
         failed=sum(run.state == FAILED for run in runs),
@@ -60,8 +66,8 @@ def progress(plan: Plan, folder: Path) -> Progress:
     )
 
 
-def _is_done(run: Run, plan: Plan) -> bool:
-    return run.state == FINISHED and all(run.evaluation(name) for name in plan.attacks)
+def _is_done(run: Run, attacks: Sequence[str]) -> bool:
+    return run.state == FINISHED and all(run.evaluation(name) for name in attacks)
 
 
 def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> float | None:
