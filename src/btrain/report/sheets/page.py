@@ -7,7 +7,7 @@ import base64
 from btrain.report import html
 from btrain.report.html import Markup, element
 from btrain.report.sheets import heat
-from btrain.report.sheets.sheet import Sheet, Verdict
+from btrain.report.sheets.sheet import Sheet
 from btrain.report.sheets.table import claim_text, head_and_rows, legend, machines, status
 from btrain.report.sheets.text import row_notes
 
@@ -35,7 +35,7 @@ def sheet_page(sheet: Sheet, picture: bytes | None, missing: str | None) -> str:
         _grids(sheet) if plan.kind == "heatmaps" else _table(sheet),
         element("p", " ".join(legend(sheet)), class_="soft"),
         _trained_on(sheet),
-        _claims(sheet.verdicts),
+        _claims(sheet),
         element(
             "footer",
             element("p", "The same numbers: ", *_links(plan.target, picture is not None), "."),
@@ -99,8 +99,8 @@ def _trained_on(sheet: Sheet) -> Markup:
     return element("p", f"Trained on: {'; '.join(found)}.", class_="soft") if found else Markup()
 
 
-def _claims(verdicts: list[Verdict]) -> Markup:
-    if not verdicts:
+def _claims(sheet: Sheet) -> Markup:
+    if not sheet.verdicts:
         return Markup()
     items = [
         element(
@@ -111,9 +111,9 @@ def _claims(verdicts: list[Verdict]) -> Markup:
                 class_=_CLASS_OF.get(found.verdict, "skipped"),
             ),
             element("span", found.claim.text),
-            element("small", claim_text(found)),
+            element("small", claim_text(sheet, found)),
         )
-        for found in verdicts
+        for found in sheet.verdicts
     ]
     words = (
         "A claim holds if the whole 95 % interval of the difference (Student's t over the seeds) "

@@ -10,7 +10,7 @@ from btrain.report.sheets import drawing, heat, training_pictures
 from btrain.report.sheets.arithmetic import Spread, spread
 from btrain.report.sheets.drawing import BLUE, GREY, INK, SOFT, VERMILLION
 from btrain.report.sheets.sheet import Line, Sheet
-from btrain.report.sheets.table import NAMES, paper
+from btrain.report.sheets.table import metric_name, paper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def _table(sheet: Sheet) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.margins(x=0.06)
-    axes.set_xlabel(f"robust accuracy (%), {NAMES[sheet.robust]}")
+    axes.set_xlabel(f"robust accuracy (%), {metric_name(sheet, sheet.robust)}")
     axes.plot([], [], "o", color=BLUE, label="ours: mean ± standard deviation, | a seed")
     if any(paper(line, sheet.robust) is not None for line in sheet.lines):
         axes.plot([], [], "D", color=VERMILLION, fillstyle="none", label="the paper")
@@ -147,7 +147,7 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     swept.sort(key=lambda point: float(point[0].row.swept[key or ""]))
     for metric, name, colour, marker, style in (
         ("clean_acc", "clean", VERMILLION, "s", "--"),
-        (sheet.robust, f"robust ({NAMES[sheet.robust]})", BLUE, "o", "-"),
+        (sheet.robust, f"robust ({metric_name(sheet, sheet.robust)})", BLUE, "o", "-"),
     ):
         _series(axes, swept, metric, f"{name} accuracy", colour, marker, style)
         for line, x in known:

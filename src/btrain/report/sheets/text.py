@@ -46,7 +46,8 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
         parts.append(f"Trained on: {_plain('; '.join(found))}.")
     if sheet.verdicts:
         claims = [
-            f"**{v.verdict}** – {_plain(v.claim.text)} ({claim_text(v)})" for v in sheet.verdicts
+            f"**{v.verdict}** – {_plain(v.claim.text)} ({claim_text(sheet, v)})"
+            for v in sheet.verdicts
         ]
         parts.append("## Claims\n\n" + _list(claims))
     if picture is not None:
