@@ -96,9 +96,13 @@ def scale_words(sheet: Sheet) -> str:
     sizes = {run.config.get("dataset.train_examples") for run in runs}
     words.append(f"{_range(sizes)} training images" if sizes != {None} else "all training images")
     words.append(f"{_range({run.config.get('train.epochs') for run in runs})} epochs")
+    return f"{', '.join(words)}, {seed_words(sheet)}"
+
+
+def seed_words(sheet: Sheet) -> str:
+    """How many seeds, and the profile."""
     seeds = {line.finished for line in sheet.lines if line.finished}
-    words.append(f"{_range(seeds)} seed{'' if seeds == {1} else 's'}")
-    return f"{', '.join(words)}; profile {sheet.plan.profile}"
+    return f"{_range(seeds)} seed{'' if seeds == {1} else 's'}; profile {sheet.plan.profile}"
 
 
 def _range(values: set[Any]) -> str:

@@ -27,8 +27,8 @@ def scale(original: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         config: a run's settings by their dotted keys.
     """
     phrases = []
-    everything = {"dataset.train_examples": None, "dataset.test_examples": None}
-    for key, theirs in {**everything, **original}.items():
+    sizes = ("dataset.train_examples", "dataset.test_examples")
+    for key, theirs in {**original, **{size: original.get(size) for size in sizes}}.items():
         ours = config.get(key, config.get(f"{key}.name"))
         told = key == "model.width" and not _same(config.get("model.name"), original.get("model"))
         if not told and not _same(ours, theirs):
@@ -143,7 +143,8 @@ def evaluations(runs: Mapping[int, Run], plan: Plan, row: Row) -> list[str]:
         sizes = {
             evaluation[1].get("n")
             for seed, evaluation in found.items()
-            if evaluation and evaluation[1].get("n") != finished[seed].number("test_examples")
+            if evaluation is not None
+            and finished[seed].number("test_examples") not in (None, evaluation[1].get("n"))
         }
         phrases += [f"{attack} on {n:,} test images" for n in sizes if isinstance(n, int)]
     return phrases

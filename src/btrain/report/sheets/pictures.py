@@ -42,7 +42,7 @@ def _table(sheet: Sheet) -> Figure | None:
     height = 1.5 + 0.46 * len(sheet.lines)
     below = drawing.scale_words(sheet)
     if sheet.notes:
-        below += f". Unlike the paper: {', '.join(sheet.notes)}"
+        below = f"{drawing.seed_words(sheet)}. Unlike the paper: {', '.join(sheet.notes)}."
     figure = drawing.new(8, height, sheet.plan.title, below)
     axes = figure.add_subplot()
     for y, line in enumerate(sheet.lines):
@@ -140,11 +140,13 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     known = [(line, x) for line, x in points if x and line.values["clean_acc"]]
     if not known:
         return None
-    figure = drawing.new(8, 5, sheet.plan.title, drawing.scale_words(sheet))
+    axis = sheet.plan.axis or ""
+    named = {"bt.gamma": "γ", "bt.n_r": "N_R", "bt.n_b": "N_B"}.get(axis, axis)
+    below = f"beside the points: {named}, bars: standard deviation; {drawing.scale_words(sheet)}"
+    figure = drawing.new(8, 5, sheet.plan.title, below)
     axes = figure.add_subplot()
-    key = sheet.plan.axis
-    swept = [(line, x) for line, x in known if key is not None and key in line.row.swept]
-    swept.sort(key=lambda point: float(point[0].row.swept[key or ""]))
+    swept = [(line, x) for line, x in known if axis in line.row.swept]
+    swept.sort(key=lambda point: _value(point[0].row.swept[axis]))
     for metric, name, colour, marker, style in (
         ("clean_acc", "clean", VERMILLION, "s", "--"),
         (sheet.robust, f"robust ({metric_name(sheet, sheet.robust)})", BLUE, "o", "-"),
@@ -157,7 +159,7 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     for line, x in [point for point in base if point not in swept]:
         axes.plot([], [], "*", color=GREY, markersize=11, label=f"{line.row.label} (baseline)")
         axes.axvline(x.mean, color=drawing.RULE, linewidth=0.8, zorder=0)
-    _name_points(axes, swept, sheet)
+    _name_points(axes, swept, axis, sheet.robust)
     axes.set(xlabel="theoretical speedup, eq. 7 (×)", ylabel="accuracy (%)")
     axes.grid(axis="y")
     axes.margins(x=0.07, y=0.12)
@@ -192,18 +194,24 @@ def _series(
         )
 
 
-def _name_points(axes: Axes, points: list[tuple[Line, Spread]], sheet: Sheet) -> None:
-    """The swept value beside each robust point, above and below in turn where they are close."""
-    named = {"bt.gamma": "γ", "bt.n_r": "N_R", "bt.n_b": "N_B"}.get(sheet.plan.axis or "")
+def _value(swept: str) -> float:
+    try:
+        return float(swept)
+    except ValueError:
+        return 0.0
+
+
+def _name_points(axes: Axes, points: list[tuple[Line, Spread]], axis: str, robust: str) -> None:
+    """The swept value at each robust point, above and below in turn: they may be close."""
     places = sorted(
-        (x.mean, y.mean + (y.sd or 0), y.mean - (y.sd or 0), line.row.swept[sheet.plan.axis or ""])
+        (x.mean, y.mean + (y.sd or 0), y.mean - (y.sd or 0), line.row.swept[axis])
         for line, x in points
-        if (y := spread(line.values.get(sheet.robust, {})))
+        if (y := spread(line.values.get(robust, {})))
     )
     for i, (x, top, bottom, value) in enumerate(places):
         above = i % 2 == 0
         axes.annotate(
-            f"{named or sheet.plan.axis} = {value}",
+            value,
             (x, top if above else bottom),
             textcoords="offset points",
             xytext=(0, 7 if above else -7),

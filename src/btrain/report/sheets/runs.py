@@ -110,7 +110,7 @@ class Run:
                     f"torch {session['versions']['torch']}",
                     str(hardware["processor"]),
                     f"{hardware['cores']} cores",
-                    f"{hardware['threads']} threads",
+                    f"{hardware['threads']} thread{'' if hardware['threads'] == 1 else 's'}",
                 )
             except (KeyError, TypeError):
                 return None
