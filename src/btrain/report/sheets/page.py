@@ -8,7 +8,16 @@ from btrain.report import html
 from btrain.report.html import Markup, element
 from btrain.report.sheets import heat
 from btrain.report.sheets.sheet import Sheet
-from btrain.report.sheets.table import claim_text, head_and_rows, legend, machines, status
+from btrain.report.sheets.table import (
+    GAP,
+    NONE,
+    PAPER,
+    claim_text,
+    head_and_rows,
+    legend,
+    machines,
+    status,
+)
 from btrain.report.sheets.text import row_notes
 
 _CLASS_OF = {"holds": "passed", "fails": "suspicious"}
@@ -58,19 +67,29 @@ def _picture(sheet: Sheet, picture: bytes | None, missing: str | None) -> Markup
 
 
 def _table(sheet: Sheet) -> Markup:
+    """The table, the paper's numbers in small print under ours."""
     head, rows = head_and_rows(sheet)
     shown = []
     for line, (label, *cells) in zip(sheet.lines, rows, strict=True):
         note = ", ".join(line.notes)
         name = html.together(label, element("small", note)) if note else html.text(label)
-        shown.append(
-            element(
-                "tr",
-                element("th", name, scope="row"),
-                *(element("td", cell) for cell in cells),
-            )
-        )
-    return html.table(head, shown, class_="lines sheet")
+        columns: list[list[str]] = []
+        for title, cell in zip(head[1:], cells, strict=True):
+            if title in (PAPER, GAP):
+                columns[-1].append(cell)
+            else:
+                columns.append([cell])
+        row = [element("th", name, scope="row"), *(_cell(*column) for column in columns)]
+        shown.append(element("tr", *row))
+    return html.table([t for t in head if t not in (PAPER, GAP)], shown, class_="lines sheet")
+
+
+def _cell(ours: str, paper: str = NONE, gap: str = NONE) -> Markup:
+    """Our number, and under it the paper's with the difference."""
+    if paper == NONE:
+        return element("td", ours)
+    beside = f"paper {paper}" if gap == NONE else f"paper {paper} ({gap})"
+    return element("td", ours, element("small", beside))
 
 
 def _grids(sheet: Sheet) -> Markup:

@@ -6,6 +6,7 @@ from btrain.report.sheets.arithmetic import Spread, interval, spread
 from btrain.report.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
 
 NONE = "–"
+PAPER, GAP = "paper", "ours − paper"  # heads of columns that belong to the one before
 _NAMES = {
     "pgd20": "PGD-20",
     "pgd100x10": "PGD-100×10",
@@ -64,12 +65,12 @@ def _accuracy(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
     papers = [paper(line, metric) for line in sheet.lines]
     columns = [(f"{metric_name(sheet, metric)} %", [text(ours, ".2f") for ours in found])]
     if any(theirs is not None for theirs in papers):
-        columns.append(("paper", [NONE if p is None else f"{p:.2f}" for p in papers]))
+        columns.append((PAPER, [NONE if p is None else f"{p:.2f}" for p in papers]))
         gaps = [
             NONE if ours is None or theirs is None else signed(ours.mean - theirs)
             for ours, theirs in zip(found, papers, strict=True)
         ]
-        columns.append(("ours − paper", gaps))
+        columns.append((GAP, gaps))
     return columns
 
 
@@ -97,7 +98,7 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
     empty = " / ".join([NONE] * 3)
     columns = [("F_B / F_R / F_O", [NONE if cell == empty else cell for cell in ours])]
     if set(theirs) != {empty}:
-        columns.append(("paper", [NONE if cell == empty else cell for cell in theirs]))
+        columns.append((PAPER, [NONE if cell == empty else cell for cell in theirs]))
     return columns
 
 
@@ -110,7 +111,7 @@ def _speedup(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
     columns = [(metric_name(sheet, metric), cells)]
     papers = [line.row.paper.get(metric) for line in sheet.lines]
     if any(theirs is not None for theirs in papers):
-        columns.append(("paper", [NONE if p is None else f"{p:.1f}×" for p in papers]))
+        columns.append((PAPER, [NONE if p is None else f"{p:.1f}×" for p in papers]))
     return columns
 
 
