@@ -83,7 +83,7 @@ def make_plan(job: Job) -> Plan:
         note=target.note,
         profile=job.profile.name,
         baseline=target.baseline,
-        attacks=_attacks(job),
+        attacks=_attacks(job, list(experiments)),
         axis=target.axis,
         rows=[_row(job, name, swept, originals[name]) for name, swept in rows],
         claims=[Claim(**claim) for claim in target.claims],
@@ -91,7 +91,7 @@ def make_plan(job: Job) -> Plan:
 
 
 def reproduce(job: Job) -> int:
-    """Trains and evaluates what is not there yet; returns how many runs were not finished.
+    """Trains and evaluates what is not there yet, and reports; returns how many runs were not finished.
 
     A run that fails leaves its log and stops no other.
 
@@ -115,6 +115,7 @@ def reproduce(job: Job) -> int:
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
+    _command("report", str(job.out), f"target={job.target.name}")
     return len(folders) - len(finished)
 
 
@@ -147,6 +148,7 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
         paper={} if swept else target.paper[experiment],
         original=_scale(original),
         runs={seed: f"{name}-seed{seed}" for seed in job.profile.seeds},
+        attacks=_attacks(job, [experiment]),
     )
 
 
@@ -164,14 +166,13 @@ def _scale(config: Config) -> dict[str, Any]:
     }
 
 
-def _attacks(job: Job) -> list[str]:
-    """The names of all evaluations, each once, in the profile's order."""
+def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
+    """The names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
-    for sweep in job.sweeps:
-        for experiment in sweep.experiments:
-            for settings in job.profile.evaluations(job.target.name, experiment):
-                given = dict(setting.split("=", 1) for setting in settings)
-                names |= dict.fromkeys(given["attack"].split(","))
+    for experiment in experiments:
+        for settings in job.profile.evaluations(job.target.name, experiment):
+            given = dict(setting.split("=", 1) for setting in settings)
+            names |= dict.fromkeys(given["attack"].split(","))
     return list(names)
 
 
