@@ -128,6 +128,8 @@ def _training(job: Job, sweep: Sweep) -> list[str]:
         *job.settings,
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
         f"seed={','.join(map(str, job.profile.seeds))}",
+        f"logger.group={configs.quoted(name)}",
+        f"logger.tags=[{job.target.name},{job.profile.name}]",
         f"run.dir={configs.quoted(str(job.out / (name + '-seed${seed}')))}",
     ]
 
