@@ -19,6 +19,7 @@ from btrain.training.setup import check_shares
 from torchrun import ENVIRONMENT, torchrun
 
 TESTS = Path(__file__).parent
+
 # Steps
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btrain.errors import UserError
-from btrain.paper.run import Job, reproduce
+from btrain.paper.run import Job, check, reproduce
 from btrain.paper.target import names, read_profile, read_target
 
 HELP = """\
@@ -51,6 +51,8 @@ def run(arguments: Sequence[str]) -> None:
         Job(read_target(name), profile, out, extra, only, None if root is None else Path(root))
         for name in targets
     ]
+    for job in jobs:
+        check(job)
     missing = {job.target.name: reproduce(job) for job in jobs}
     if unfinished := {name: count for name, count in missing.items() if count}:
         told = ", ".join(f"{count} of {name}" for name, count in unfinished.items())

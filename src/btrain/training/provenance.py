@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -87,6 +88,11 @@ def extended(
         "git_dirty": git_dirty(),
         "device": device_name(device),
         "processes": processes,
+        "hardware": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {
             "btrain": __version__,
             "python": platform.python_version(),
@@ -101,3 +107,11 @@ def extended(
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor() -> str:
+    """The CPU's model, or what the system tells of it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
