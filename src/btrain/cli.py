@@ -105,7 +105,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from btrain import config as configs
 
     args = [_quoted(argument) for argument in args]
-    if {"-m", "--multirun"} & set(args) and os.environ.get("WORLD_SIZE", "1") != "1":
+    if {"-m", "--multirun"} & set(args) and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("torchrun trains one run at a time; please leave --multirun out.")
     if {"-h", "--help"} & set(args):
         print(configs.help_text([argument for argument in args if "=" in argument], task))
