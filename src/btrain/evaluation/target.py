@@ -77,6 +77,7 @@ def find(settings: EvalSettings) -> Target:
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
         folder = folder / _name(changes)
+    _check_folder(folder, settings.out)
     return Target(
         model=model.to(device),
         data=data,
@@ -124,10 +125,14 @@ def _foreign(settings: EvalSettings) -> Config:
 
 
 def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
-    from btrain.exchange.read import load_weights
+    from btrain.exchange.from_run import outline
+    from btrain.exchange.read import check_architecture, load_weights, read_weights
 
+    weights, classes = read_weights(checkpoint), len(data.classes)
+    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+    check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
-        model = make_model(config.model, len(data.classes), data.shape)
+        model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
     return model
 
@@ -151,6 +156,15 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
     if run is None:
         return Path("eval") / checkpoint.stem
     return run / "eval" if checkpoint.stem == "last" else run / "eval" / checkpoint.stem
+
+
+def _check_folder(folder: Path, out: str | None) -> None:
+    """Rather now than after the first attack."""
+    named = f"out={out}" if out is not None else str(folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            what = "it" if place == folder else str(place)
+            raise UserError(f"{named} cannot hold the results: {what} is a file, not a folder.")
 
 
 def _changes(original: Config, config: Config) -> dict[str, Any]:

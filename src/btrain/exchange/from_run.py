@@ -15,7 +15,7 @@ from btrain import config as configs
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DatasetConfig, DatasetName
+from btrain.schema import Config, DatasetConfig, DatasetName, ModelConfig
 from btrain.training.setup import make_model
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
@@ -23,6 +23,8 @@ from btrain.untrusted.tree import check_tree
 Which = Literal["last", "best"]
 
 _MOST_SETTINGS = 10_000
+
+_SHALLOW = 1000  # layers, which are quickly outlined, so that the error can name the keys
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
@@ -62,30 +64,39 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
         origin = path
     config = read_config(saved, origin)
     classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
-    model = _build(config, classes, weights, path)
+    shape = image_shape(config.dataset)
+    check_fit(outline(config.model, classes, shape, weights, path), weights, path)
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config.model, classes, shape)
     fit(model, weights, path)
     return config, model.eval()
 
 
-def _build(config: Config, classes: int, weights: Mapping[str, Tensor], origin: Path) -> nn.Module:
-    """The network of a configuration, once it is known that the weights are as many and as large.
+def outline(
+    model: ModelConfig,
+    classes: int,
+    shape: tuple[int, int, int],
+    weights: Mapping[str, Tensor],
+    origin: Path,
+) -> nn.Module:
+    """The network of some settings as shapes without numbers (torch's meta device).
 
-    A configuration from elsewhere may ask for a network that no memory holds.
+    Settings from elsewhere may ask for a network that no memory holds: compare the weights with
+    this before the network is made.
+
+    Raises:
+        UserError: there is no such network, or it is deeper than there are weights.
     """
-    shape = image_shape(config.dataset)
-    if (config.model.depth or 0) > len(weights):
-        raise UserError(f"{origin} holds fewer weights than model.depth={config.model.depth} has.")
+    if (model.depth or 0) > max(len(weights), _SHALLOW):
+        raise UserError(f"{origin} holds fewer weights than model.depth={model.depth} has.")
     try:
-        with torch.device("meta"):  # shapes without numbers
-            outline = make_model(config.model, classes, shape)
+        with torch.device("meta"):
+            return make_model(model, classes, shape)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # beyond 64 bits
         raise UserError(
-            f"{origin}: there is no network of model.width={config.model.width} "
+            f"{origin}: there is no network of model.width={model.width} "
             f"for {'×'.join(map(str, shape))} images."
         ) from error
-    check_fit(outline, weights, origin)
-    with torch.random.fork_rng(devices=[]):
-        return make_model(config.model, classes, shape)
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
