@@ -17,6 +17,7 @@ from btrain.evaluation import autoattack, robust_accuracy
 from btrain.evaluation.autoattack import autoattack_stands
 from btrain.evaluation.examples import Examples, as_evaluated
 from btrain.evaluation.partial import Partial
+from btrain.evaluation.parts import InParts
 from btrain.evaluation.restarts import Pgd, pgd_stands
 from eval_nets import CPU, Linear, digits_examples, of_split
 
@@ -145,8 +146,13 @@ def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_an_interrupted_autoattack_goes_on_where_it_was(
-    robust_net: nn.Module, digits: Data, tmp_path: Path, share: float
+    robust_net: nn.Module,
+    digits: Data,
+    tmp_path: Path,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(autoattack, "BATCH", 5)
     examples = digits_examples(digits, 12)
     (whole, _), passes = forward_passes(
         robust_net, lambda: standing(robust_net, examples, batch_size=5)
@@ -190,6 +196,40 @@ def test_an_interrupted_pgd_goes_on_where_it_was(
     assert partial.seconds_before > 0
     (tmp_path / "pgd.partial.npz").write_bytes(b"PK\x03\x04 broken")
     assert partial.load(60) is None
+
+
+@pytest.mark.usefixtures("short")
+def test_the_batch_size_bounds_the_passes_and_not_the_result(
+    robust_net: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoattack, "BATCH", 16)
+    examples = digits_examples(digits, 32)
+    found, longest = [], []
+    for batch_size in (3, 16, 1000):
+        seen: list[int] = []
+        handle = robust_net.register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(len(x[0]))
+        )
+        found.append(standing(robust_net, examples, batch_size=batch_size)[0])
+        handle.remove()
+        longest.append(max(seen))
+    assert longest == [3, 16, 16]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert 0 < found[0].sum() < 32
+
+
+def test_a_network_in_parts_has_the_gradients_of_the_whole(preact: nn.Module) -> None:
+    preact.double()
+    x = torch.rand(7, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    whole, parts = preact.eval()(x), InParts(preact, 3)(x)
+    torch.testing.assert_close(parts, whole)
+    for k in range(2):  # the graph may be used more than once
+        (expected,) = torch.autograd.grad(whole[:, k].sum(), [x], retain_graph=True)
+        (found,) = torch.autograd.grad(parts[:, k].sum(), [x], retain_graph=True)
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(InParts(preact, 3)(x), whole.detach())
 
 
 @pytest.mark.parametrize("version", ["standard", "rand"])

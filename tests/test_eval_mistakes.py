@@ -45,6 +45,20 @@ def evaluated_elsewhere(folder: Path) -> None:
     config.write_text(f"{head}epsilon: 0.3{tail}")
 
 
+def edited(before: str, after: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = folder / "A" / "config.yaml"
+        text = config.read_text()
+        assert before in text
+        config.write_text(text.replace(before, after, 1))
+
+    return edit
+
+
+def without_config(folder: Path) -> None:
+    (folder / "A" / "config.yaml").unlink()
+
+
 def empty(folder: Path) -> None:
     (folder / "empty").mkdir()
 
@@ -93,6 +107,23 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=A"], ["last.pt", "not a readable checkpoint"], truncated),
     (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint", "model="], malicious),
     (["checkpoint=A"], ["0.15", "0.3", "epsilon="], evaluated_elsewhere),
+    (
+        ["checkpoint=A"],
+        ["A/config.yaml says attack.epsilon=0.3", "last.pt", "0.15", "restore"],
+        edited("\nattack:\n  epsilon: 0.15", "\nattack:\n  epsilon: 0.3"),
+    ),
+    (
+        ["checkpoint=A/checkpoints/last.pt"],
+        ["A/config.yaml says model.mean=[0.5]", "last.pt", "None"],
+        edited("  mean: null\n  std: null", "  mean: [0.5]\n  std: [0.5]"),
+    ),
+    (
+        ["checkpoint=A"],
+        ["A/config.yaml says dataset.name=mnist", "digits"],
+        edited("  name: digits", "  name: mnist"),
+    ),
+    (["checkpoint=A"], ["A/config.yaml", "not a readable"], edited("seed", ": [")),
+    (["checkpoint=A"], ["no run folder", "config.yaml"], without_config),
     (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
     (["checkpoint=A", "out=afile"], ["out=afile", "is a file"], a_file),
     (["checkpoint=A", "out=afile/eval"], ["out=afile/eval", "afile is a file"], a_file),

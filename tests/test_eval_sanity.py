@@ -27,11 +27,13 @@ FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
 )
 
 
-def checked(model: nn.Module, digits: Data) -> Sanity:
-    examples = digits_examples(digits, 200)
+def checked(model: nn.Module, digits: Data, count: int = 200, batch_size: int = 70) -> Sanity:
+    examples = digits_examples(digits, count)
     with as_evaluated(model, CPU):
-        correct = clean_correct(model, examples, batch_size=200)
-        return check_sanity(model, examples, correct, epsilon=EPSILON, seed=0, batch_size=70)
+        correct = clean_correct(model, examples, batch_size=batch_size)
+        return check_sanity(
+            model, examples, correct, epsilon=EPSILON, seed=0, batch_size=batch_size
+        )
 
 
 def verdicts(found: Sanity) -> dict[str, str]:
@@ -70,6 +72,13 @@ def test_a_masked_network_is_suspicious(
     flat = next(check for check in found.checks if check.name == GRADIENTS)
     assert flat.numbers["zero_gradients"] > 50
     assert f"{flat.numbers['zero_gradients']:.1f} %" in flat.detail
+
+
+def test_the_checks_do_not_depend_on_the_batch_size(robust_net: nn.Module, digits: Data) -> None:
+    few, many = (checked(robust_net, digits, 60, batch_size) for batch_size in (7, 1000))
+    assert few == many
+    square = next(check for check in few.checks if check.name == BLACK_BOX).numbers["square"]
+    assert 0 < square < few.curves["epsilon"][0][1]  # it did something, and not everything
 
 
 def test_a_rise_is_named_with_its_numbers() -> None:

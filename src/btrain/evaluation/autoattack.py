@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples, clean_logits, own_random_state
 from btrain.evaluation.partial import Partial
+from btrain.evaluation.parts import InParts
 from btrain.evaluation.worst_case import worst_case
 
 LIBRARIES = ("pyautoattack", "autoattack")
+BATCH = 250
+"""Examples that the library draws random numbers for at once: its own default."""
 _TARGETS = 9  # of the published targeted attacks, where there are as many other classes
 
 
@@ -56,13 +59,15 @@ def autoattack_stands(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Which examples hold out against every attack of the ensemble.
 
-    What the library returns is projected onto the ball and the box and classified once more. Its
-    random numbers are drawn for whole batches, from the same seed for each: other than with PGD,
-    another batch size is another draw.
+    What the library returns is projected onto the ball and the box and classified once more. It
+    draws its random numbers for whole batches, from the same seed for each: these are always of
+    `BATCH` examples, whatever goes through the network at once.
 
     Args:
         stands: the examples to attack, (n,) bool on the CPU; the others count as fooled.
         version: standard or rand.
+        batch_size: images in a pass of the network; smaller ones than `BATCH` cost one more
+            forward pass for each gradient.
 
     Returns:
         (n,) bool on the CPU, and the attacks that were run with the library's warnings.
@@ -71,6 +76,7 @@ def autoattack_stands(
         UserError: no library is installed.
     """
     classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
+    model = InParts(model, batch_size)
     notes: list[str] = []
     ensemble = _Ensemble(model, version, epsilon, seed, classes, examples.device)
 
@@ -88,7 +94,7 @@ def autoattack_stands(
             fooled,
             stands,
             rounds=[f"AutoAttack, {attack}" for attack in ensemble.attacks],
-            batch_size=batch_size,
+            batch_size=BATCH,
             partial=partial,
             show_progress=show_progress,
         )

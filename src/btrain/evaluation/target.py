@@ -16,6 +16,7 @@ from btrain.errors import UserError
 from btrain.eval_config import apply, compose
 from btrain.eval_schema import EvalSettings
 from btrain.evaluation.files import sha256
+from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.training.setup import find_device, load_data, make_model
 
@@ -108,14 +109,19 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
 
 
 def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
-    from btrain.exchange.from_run import load_run
+    """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
+    from btrain.exchange.from_run import agreed, load_run, read_config
 
     try:
-        return load_run(checkpoint)
+        config, model = load_run(checkpoint)
     except UserError as error:
         if run is not None:
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    if run is not None:
+        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(settings, config, run, checkpoint)
+    return config, model
 
 
 def _foreign(settings: EvalSettings) -> Config:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
+from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +39,10 @@ _SHAPES = {
 def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
     """The configuration of a run and its network with the weights, on the CPU, in eval mode.
 
-    A folder's configuration is its `config.yaml`; a checkpoint file brings its own, so it may lie
-    anywhere. The number of classes is that of the checkpoint's classifier, the shape of the images
-    that of the data set. No data are read, and torch's global random state stays as it was.
+    A folder's configuration is its `config.yaml`, which must agree with its checkpoint's on what
+    decides an evaluation; a checkpoint file brings its own, so it may lie anywhere. The number of
+    classes is that of the checkpoint's classifier, the shape of the images that of the data set. No
+    data are read, and torch's global random state stays as it was.
 
     Args:
         path: a run folder, or a checkpoint that a run wrote.
@@ -49,20 +52,19 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
         UserError: there is no such run or checkpoint, it is damaged, its configuration does not
             fit this version of btrain, or its weights do not fit its configuration.
     """
-    saved: Mapping[str, Any]
-    if path.is_dir():
-        folder = RunFolder(path)
-        saved, origin = folder.settings(), path / "config.yaml"
+    run = path if path.is_dir() else None
+    if run is not None:
+        folder = RunFolder(run)
+        settings = folder.settings()
         path = folder.best if which == "best" else folder.last
         if which == "best" and not path.is_file():
             raise UserError(f"{path} does not exist: the run held no examples out to choose by.")
-        _, weights = _checkpoint(path)
     elif which != "last":
         raise UserError(f"which={which} goes with a run folder; {path} is one checkpoint.")
-    else:
-        saved, weights = _checkpoint(path)
-        origin = path
-    config = read_config(saved, origin)
+    saved, weights = _checkpoint(path)
+    config = read_config(saved, path)
+    if run is not None:
+        config = agreed(read_config(settings, run / "config.yaml"), config, run, path)
     classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
     shape = image_shape(config.dataset)
     check_fit(outline(config.model, classes, shape, weights, path), weights, path)
@@ -70,6 +72,38 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
         model = make_model(config.model, classes, shape)
     fit(model, weights, path)
     return config, model.eval()
+
+
+# Settings that decide what a run's evaluation comes to.
+_DECISIVE = (
+    *("dataset.name", "dataset.image_size", "dataset.test_examples", "model.architecture"),
+    *("model.width", "model.depth", "model.mean", "model.std", "attack.epsilon"),
+    *("eval.epsilon", "eval.step_size", "seed"),
+)
+
+
+def agreed(config: Config, brought: Config, run: Path, checkpoint: Path) -> Config:
+    """The configuration of a run folder, if its checkpoint was trained and evaluated by it.
+
+    Args:
+        config: what `config.yaml` says.
+        brought: what the checkpoint says.
+
+    Raises:
+        UserError: they differ in something that an evaluation depends on.
+    """
+    for key in _DECISIVE:
+        theirs, its = attrgetter(key)(config), attrgetter(key)(brought)
+        if theirs != its:
+            raise UserError(
+                f"{run / 'config.yaml'} says {key}={_shown(theirs)}, but {checkpoint} was made "
+                f"with {_shown(its)}; please restore the one that was changed."
+            )
+    return config
+
+
+def _shown(value: object) -> object:
+    return value.name if isinstance(value, Enum) else value
 
 
 def outline(
