@@ -137,9 +137,8 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
     assert main(command) == 0
     assert path.stat().st_mtime_ns == before
     assert "pgd20 is there already" in capsys.readouterr().out
-    shutil.copy(
-        runs_here / "B" / "checkpoints" / "last.pt", runs_here / "A" / "checkpoints" / "last.pt"
-    )
+    for file in ("checkpoints/last.pt", "config.yaml"):
+        shutil.copy(runs_here / "B" / file, runs_here / "A" / file)
     assert main(command) == 1  # other weights: no page shall mix the two
     assert "holds results of other weights" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before

@@ -2,16 +2,18 @@
 
 The library brings the attacks; which examples still stand, the order of the batches and what is
 kept of an interrupted evaluation are btrain's. It is `pyautoattack` from PyPI, or `autoattack`
-from the authors' repository where that is installed instead.
+from the authors' repository where that is installed instead: there `bs` is the size of a batch,
+images come back without labels, and progress and warnings are printed.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +29,7 @@ from btrain.evaluation.worst_case import worst_case
 LIBRARIES = ("pyautoattack", "autoattack")
 BATCH = 250
 """Examples that the library draws random numbers for at once: its own default."""
+_WARNING = "Warning: "  # of what `autoattack` prints
 _TARGETS = 9  # of the published targeted attacks, where there are as many other classes
 
 
@@ -141,20 +144,25 @@ class _Ensemble:
 @contextmanager
 def _quiet(notes: list[str]) -> Iterator[None]:
     """Collects the library's warnings, each once, and gives a debugger its trace function back."""
+    found: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING and record.getMessage() not in notes:
-                notes.append(record.getMessage())
+            if record.levelno >= logging.WARNING:
+                found.append(record.getMessage())
 
     logger, handler, trace = logging.getLogger("auto-attack"), Collector(), sys.gettrace()
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(printed):
             warnings.simplefilter("always")
             yield
-        notes += dict.fromkeys(str(w.message) for w in caught if str(w.message) not in notes)
+        found += [str(warning.message) for warning in caught]
+        lines = printed.getvalue().splitlines()
+        found += [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
+        notes += dict.fromkeys(note for note in found if note not in notes)
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
