@@ -110,7 +110,7 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (
         ["checkpoint=A"],
         ["A/config.yaml says attack.epsilon=0.3", "last.pt", "0.15", "restore"],
-        edited("  epsilon: 0.15\n  step_size: 0.0255", "  epsilon: 0.3\n  step_size: 0.0255"),
+        edited("  steps: 10\n  epsilon: 0.15", "  steps: 10\n  epsilon: 0.3"),
     ),
     (
         ["checkpoint=A/checkpoints/last.pt"],

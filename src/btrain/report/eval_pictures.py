@@ -107,15 +107,6 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
     """A row a corruption, a column a severity from weak to strong, and each row's mean."""
     if corruptions is None:
         return _absent("no corrupted images (corruptions.json)")
-    rows = [
-        element(
-            "tr",
-            element("th", name.replace("_", " "), scope="row", title=name),
-            *(_heat_cell(accuracy) for accuracy in accuracies),
-            element("td", f"{np.mean(accuracies):.1f}", class_="plain"),
-        )
-        for name, accuracies in corruptions.table.items()
-    ]
     head = ["severity", *map(str, range(1, SEVERITIES + 1)), "mean"]
     words: list[str] = ["Mean accuracy ", exact(corruptions.accuracy), " %"]
     if corruptions.mce is not None:
@@ -127,8 +118,28 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
         element("p", regenerated, class_="warning") if corruptions.regenerated else "",
         element("p", corruptions.note, class_="soft") if corruptions.note else "",
         _scale("accuracy"),
-        html.table(head, rows, class_="heat"),
+        html.table(head, _corruption_rows(corruptions.table), class_="heat"),
+        *(_extra(head, corruptions.extra) if corruptions.extra else ()),
     )
+
+
+def _extra(head: list[str], table: dict[str, list[float]]) -> tuple[Markup, Markup]:
+    """The corruptions that CIFAR-10-C holds besides the standard ones."""
+    words = "The extra corruptions, no part of the means above:"
+    rows = _corruption_rows(table)
+    return element("p", words, class_="soft"), html.table(head, rows, class_="heat")
+
+
+def _corruption_rows(table: dict[str, list[float]]) -> list[Markup]:
+    return [
+        element(
+            "tr",
+            element("th", name.replace("_", " "), scope="row", title=name),
+            *(_heat_cell(accuracy) for accuracy in accuracies),
+            element("td", f"{np.mean(accuracies):.1f}", class_="plain"),
+        )
+        for name, accuracies in table.items()
+    ]
 
 
 def _heat_cell(accuracy: float | None) -> Markup:
