@@ -10,11 +10,9 @@ from torch import nn
 
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.evaluation import sanity
-from btrain.evaluation.attack import clean_correct
-from btrain.evaluation.examples import as_evaluated
-from btrain.evaluation.sanity import Sanity, check_sanity
-from eval_nets import CPU, Quantised, Scaled, digits_examples
+from btrain.evaluation import sanity, sanity_checks
+from btrain.evaluation.sanity import Sanity
+from eval_nets import Quantised, Scaled, digits_examples
 
 EPSILON = 0.1
 FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
@@ -28,12 +26,8 @@ FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
 
 
 def checked(model: nn.Module, digits: Data, count: int = 200, batch_size: int = 70) -> Sanity:
-    examples = digits_examples(digits, count)
-    with as_evaluated(model, CPU):
-        correct = clean_correct(model, examples, batch_size=batch_size)
-        return check_sanity(
-            model, examples, correct, epsilon=EPSILON, seed=0, batch_size=batch_size
-        )
+    images, labels = digits.test.images[:count], digits.test.labels[:count]
+    return sanity_checks(model, images, labels, epsilon=EPSILON, batch_size=batch_size)
 
 
 def verdicts(found: Sanity) -> dict[str, str]:

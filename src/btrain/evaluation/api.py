@@ -1,4 +1,4 @@
-"""Robust accuracy of anybody's network, from Python."""
+"""Robust accuracy of anybody's network, and whether to believe it, from Python."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from btrain.evaluation.examples import (
     near_chance,
 )
 from btrain.evaluation.result import Result
+from btrain.evaluation.sanity import Sanity, check_sanity
 
 
 def robust_accuracy(
@@ -95,6 +96,42 @@ def robust_accuracy(
         if attack in PRESETS or settings.pgd or attack == "custom":
             return attacks.pgd(subject, *settings.pgd_attack(attack), start)
         return attacks.clean(subject)
+
+
+def sanity_checks(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    seed: int = 0,
+    batch_size: int = 500,
+    show_progress: bool = False,
+) -> Sanity:
+    """Signs that a network masks its gradients, so that `robust_accuracy` would flatter it.
+
+    Args:
+        model, images, labels, epsilon: as for `robust_accuracy`; a few hundred images suffice.
+
+    Raises:
+        UserError: images, labels, logits or settings are not what an attack assumes, or the model
+            has no gradient.
+    """
+    EvalSettings(checkpoint="", epsilon=epsilon, seed=seed, batch_size=batch_size)
+    device = next((tensor.device for tensor in model.parameters()), images.device)
+    examples = checked(images, labels, device)
+    with as_evaluated(model, device):
+        examples = replace(examples, classes=_classes(model, examples))
+        check_gradient(model, examples)
+        return check_sanity(
+            model,
+            examples,
+            attacks.clean_correct(model, examples, batch_size=batch_size),
+            epsilon=epsilon,
+            seed=seed,
+            batch_size=batch_size,
+            show_progress=show_progress,
+        )
 
 
 def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:
