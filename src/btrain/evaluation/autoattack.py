@@ -27,8 +27,8 @@ from btrain.evaluation.parts import InParts
 from btrain.evaluation.worst_case import worst_case
 
 LIBRARIES = ("pyautoattack", "autoattack")
-BATCH = 250
-"""Examples that the library draws random numbers for at once: its own default."""
+BATCH = 500
+"""Examples that the library draws random numbers for at once."""
 _WARNING = "Warning: "  # of what `autoattack` prints
 _TARGETS = 9  # of the published targeted attacks, where there are as many other classes
 

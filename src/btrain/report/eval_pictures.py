@@ -107,6 +107,12 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
     """A row a corruption, a column a severity from weak to strong, and each row's mean."""
     if corruptions is None:
         return _absent("no corrupted images (corruptions.json)")
+    rows = _corruption_rows(corruptions.table)
+    if corruptions.extra:
+        title = "extra, no part of the means above"
+        width = str(SEVERITIES + 2)
+        rows.append(element("tr", element("th", title, colspan=width, scope="rowgroup")))
+        rows += _corruption_rows(corruptions.extra)
     head = ["severity", *map(str, range(1, SEVERITIES + 1)), "mean"]
     words: list[str] = ["Mean accuracy ", exact(corruptions.accuracy), " %"]
     if corruptions.mce is not None:
@@ -118,16 +124,8 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
         element("p", regenerated, class_="warning") if corruptions.regenerated else "",
         element("p", corruptions.note, class_="soft") if corruptions.note else "",
         _scale("accuracy"),
-        html.table(head, _corruption_rows(corruptions.table), class_="heat"),
-        *(_extra(head, corruptions.extra) if corruptions.extra else ()),
+        html.table(head, rows, class_="heat"),
     )
-
-
-def _extra(head: list[str], table: dict[str, list[float]]) -> tuple[Markup, Markup]:
-    """The corruptions that CIFAR-10-C holds besides the standard ones."""
-    words = "The extra corruptions, no part of the means above:"
-    rows = _corruption_rows(table)
-    return element("p", words, class_="soft"), html.table(head, rows, class_="heat")
 
 
 def _corruption_rows(table: dict[str, list[float]]) -> list[Markup]:
