@@ -127,7 +127,7 @@ def read_run(folder: Path) -> Run:
             config = flat(run.settings())
         summary = run.summary()
     except UserError as error:
-        return Run(folder, FAILED, str(error), config, {})
+        return Run(folder, FAILED, _reason(str(error), folder), config, {})
     if summary is not None:
         return Run(folder, FINISHED, "", config, summary)
     if is_held(folder / "run.lock"):
@@ -135,8 +135,13 @@ def read_run(folder: Path) -> Run:
     if last := _last_line(folder / "train.log"):
         reason = _TIME.sub("", last)
         if not _GOES_ON.match(reason):
-            return Run(folder, FAILED, reason[:_LONGEST_REASON], config, {})
+            return Run(folder, FAILED, _reason(reason, folder), config, {})
     return Run(folder, UNFINISHED if config else MISSING, "", config, {})
+
+
+def _reason(message: str, folder: Path) -> str:
+    """A message without the place of the folder, which is nobody else's business."""
+    return message.replace(f"{folder}/", "").replace(str(folder), folder.name)[:_LONGEST_REASON]
 
 
 def is_held(lock: Path) -> bool:
