@@ -55,8 +55,7 @@ def test_every_kind_has_its_picture(tmp_path: Path, kind: str) -> None:
     with Image.open(tmp_path / "out" / f"{kind}.png") as picture:
         assert picture.width >= 800
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50  # more than a blank page
-    drawn = (tmp_path / "out" / f"{kind}.svg").read_text()
-    assert "<image" not in re.sub(r"<image[^>]*data:image/png[^>]*/>", "", drawn)
+    assert "<image" not in (tmp_path / "out" / f"{kind}.svg").read_text()  # nothing but lines
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_size < 300_000
 
