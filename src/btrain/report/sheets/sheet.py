@@ -73,11 +73,22 @@ class Sheet:
     verdicts: list[Verdict]
 
     @property
+    def pgd_steps(self) -> int | None:
+        """Of the PGD at the end of every run; None where they differ."""
+        runs = (run for line in self.lines for run in line.runs.values() if run.config)
+        steps = {run.config.get("eval.steps") for run in runs}
+        return steps.pop() if len(steps) == 1 else None
+
+    @property
     def attacks(self) -> list[str]:
-        """The attacks with columns of their own: those evaluated, and those the paper tells of."""
+        """The attacks with columns of their own: those evaluated, and those the paper tells of.
+
+        PGD-20 needs none where the runs end with it anyway.
+        """
         told = (metric for line in self.lines for metric in line.row.paper)
         found = dict.fromkeys([*self.plan.attacks, *(key for key in told if key in PRESETS)])
-        return [attack for attack in found if attack != self.robust]
+        same = "pgd20" if self.pgd_steps == 20 and self.robust == "robust_acc" else None
+        return [attack for attack in found if attack not in (self.robust, same)]
 
 
 def read_sheet(path: Path) -> Sheet:
