@@ -310,6 +310,26 @@ def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("base", "ours", "verdict"),
+    [
+        (10.0, 10.0, "undecided (not trained: clean accuracy near chance)"),
+        (19.9, 90.0, "undecided (not trained: clean accuracy near chance)"),
+        (90.0, 10.0, "fails"),  # it collapsed, which is a result
+        (20.0, 20.0, "holds"),
+    ],
+)
+def test_networks_that_learnt_nothing_decide_nothing(
+    tmp_path: Path, base: float, ours: float, verdict: str
+) -> None:
+    for seed in range(2):
+        finished(tmp_path / f"a-seed{seed}", clean=base)
+        finished(tmp_path / f"b-seed{seed}", clean=ours)
+    claims = [Claim("b is not below a", "clean_acc", "b", "a", at_least=0)]
+    sheet = make_sheet(plan([row("a", 2), row("b", 2)], claims), tmp_path)
+    assert sheet.verdicts[0].verdict == verdict
+
+
 def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
     for seed, robust in enumerate([50.0, 53.0]):
         finished(tmp_path / f"a-seed{seed}", robust=robust)

@@ -67,6 +67,17 @@ class Run:
         found = self.evaluation(attack) if self.state == FINISHED else None
         return None if found is None else float(found[1]["accuracy"])
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes the data have, where the settings or an evaluation tell."""
+        known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+        if (name := self.config.get("dataset.name")) in known:
+            return known[str(name)]
+        for path in sorted((self.folder / "eval").glob("*.json")):
+            if isinstance(names := _json(path).get("classes"), list):
+                return len(names)
+        return None
+
     def evaluation_seconds(self) -> float:
         """That all evaluations took."""
         files = sorted((self.folder / "eval").glob("**/*.json"))
