@@ -26,18 +26,21 @@ import pytest
 import torch
 from PIL import Image
 
+from btrain import models
 from btrain.config import compose, read_yaml, run_name
 from btrain.corruptions.frost import photographs
 from btrain.corruptions.read import read as read_corrupted
 from btrain.data import cifar, imagefolder, load, mnist
 from btrain.data.download import import_torchvision
 from btrain.errors import UserError
+from btrain.eval_schema import EvalSettings
+from btrain.evaluation.target import find
 from btrain.report import compare
 from btrain.report.eval_files import read as read_evaluation
 from btrain.training import train
 from btrain.untrusted import RefusedError
 from btrain.untrusted.archive import unpack_gzip, unpack_tar
-from test_hostile_checkpoints import little_memory
+from test_hostile_checkpoints import little_memory, run_checkpoint
 
 # CIFAR
 
@@ -420,6 +423,26 @@ def test_a_hostile_download_leaves_nothing(tmp_path: Path, served: Callable[[byt
     with pytest.raises(UserError, match="no plain file"):
         load("cifar10", tmp_path / "data", device=torch.device("cpu"), download=True)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("root", ["/somewhere/else", "../up", "data"])
+def test_a_checkpoint_does_not_choose_where_downloads_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    def download(name: str, place: Path) -> None:
+        raise UserError(f"it was to be downloaded to {place}.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("btrain.data.download.download", download)
+    content = run_checkpoint()
+    content["config"]["dataset"] |= {"name": "mnist", "root": root, "download": True}
+    network = models.build("small_cnn", width=2, depth=None, classes=10, shape=(1, 28, 28))
+    content["state"]["model"] = network.state_dict()
+    torch.save(content, tmp_path / "stray.pt")
+    for config, downloads in (({}, root == "data"), ({"dataset.root": f"{tmp_path}/mine"}, True)):
+        with pytest.raises(UserError) as caught:
+            find(EvalSettings(checkpoint=str(tmp_path / "stray.pt"), config=config))
+        assert ("was to be downloaded" in str(caught.value)) == downloads, caught.value
 
 
 # Names, sentences, secrets

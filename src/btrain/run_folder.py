@@ -187,11 +187,11 @@ class RunFolder:
         """Drops the lines that a resumed run will write again, and what a crash left of a line."""
         lines = []
         if self._metrics.is_file():
-            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            for line in self._metrics.read_bytes().decode("utf-8", "replace").splitlines():
                 try:
                     if json.loads(line)["epoch"] <= epochs:
                         lines.append(line + "\n")
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     break
         _write(self._metrics, "".join(lines))
 

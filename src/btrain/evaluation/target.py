@@ -65,6 +65,7 @@ def find(settings: EvalSettings) -> Target:
     else:
         original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
+        _keep_downloads_here(config, settings)
     data = load_data(config, device)
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
@@ -115,6 +116,14 @@ def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
         if run is not None:
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+
+
+def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
+    """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    root = Path(config.dataset.root)
+    outside = root.is_absolute() or ".." in root.parts
+    if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
+        config.dataset.download = False
 
 
 def _foreign(settings: EvalSettings) -> Config:
