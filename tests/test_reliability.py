@@ -422,6 +422,7 @@ def test_a_resumed_run_goes_on_without_a_logger_that_cannot_start(
     train(tiny(tmp_path, *FOUR, "logger=wandb"))
     assert_like(tmp_path, whole)
     assert "logger=wandb could not start" in capsys.readouterr().err
+    assert "logger=wandb could not start" in (tmp_path / "train.log").read_text()
 
 
 def test_a_logger_that_fails_at_the_end_leaves_the_summary(
@@ -440,6 +441,7 @@ def test_a_logger_that_fails_at_the_end_leaves_the_summary(
     monkeypatch.setattr("btrain.tracking._tensorboard", tracker)
     train(tiny(tmp_path, "train.epochs=1", "logger=tensorboard"))
     assert (tmp_path / "summary.json").exists()
+    assert (tmp_path / "train.log").read_text().count("failed (no route to host)") == 1
 
 
 # Numbers that are not finite

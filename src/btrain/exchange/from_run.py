@@ -22,7 +22,7 @@ from btrain.untrusted.tree import check_tree
 
 Which = Literal["last", "best"]
 
-_MOST_SETTINGS = 10_000
+_MOST_SETTINGS = 1_000
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),

@@ -87,8 +87,8 @@ def _train(
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (
+        folder.log_file(),  # which hears of a tracker that fails at its beginning or end, too
         open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
-        folder.log_file(),
         stop_on_signals() as stop,
     ):
         if warning is not None:
