@@ -63,7 +63,7 @@ class ResolvedConfig:
         if rng.random() < 0.3:
             content = damaged(content, rng)
         if rng.random() < 0.01:
-            content = (content * 2000)[: 1 << 20]
+            content *= 1 + (1 << 20) // (len(content) + 1)
         (self._folder / "config.yaml").write_bytes(content)
 
     def _with_words(self, text: str, rng: Random) -> str:
