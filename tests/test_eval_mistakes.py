@@ -78,6 +78,7 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=A"], ["last.pt", "not a readable checkpoint"], truncated),
     (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint", "model="], malicious),
     (["checkpoint=A"], ["0.15", "0.3", "epsilon="], evaluated_elsewhere),
+    (["checkpoint=A", "dataset=mnist"], ["0.15", "dataset=mnist", "0.3", "epsilon="], nothing),
     (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
     (["compare", "A"], ["two folders"], nothing),
     (["compare", "A", "B"], ["A holds no finished evaluation"], nothing),
