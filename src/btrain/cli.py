@@ -22,6 +22,7 @@ commands:
   eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
   eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
+  paper TARGET [option=value …]    the paper's tables and figures: train, evaluate, report
   report RUN [RUN …]               finished runs side by side; the first is the baseline
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
@@ -217,10 +218,18 @@ def _bench(args: list[str]) -> None:
     run(args)
 
 
+def _paper(args: list[str]) -> None:
+    """Makes tables and figures of the paper."""
+    from btrain.paper.command import run
+
+    run(args)
+
+
 COMMANDS = {
     "train": _train,
     "eval": _eval,
     "data": _data,
+    "paper": _paper,
     "report": _report,
     "export": _export,
     "bench": _bench,
