@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from btrain import models
+from btrain.cli import main
 from btrain.config import compose, read_yaml, run_name
 from btrain.corruptions.frost import photographs
 from btrain.corruptions.read import read as read_corrupted
@@ -490,6 +491,10 @@ def test_no_secret_of_the_environment_is_written(
     overrides = [*small.split(), "dataset.test_examples=10", "bt=uniform", "attack.steps=1"]
     offline = ["logger.mode=offline"] if logger == "wandb" else []
     train(compose([*overrides, "device=cpu", f"run.dir={folder}", f"logger={logger}", *offline]))
+    if logger == "jsonl":
+        evaluation = ["attack=pgd20", "attack.steps=1", "report=true", "device=cpu"]
+        assert main(["eval", f"checkpoint={folder}", *evaluation]) == 0
+        assert [*folder.rglob("index.html")]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) >= 5
     for file in files:
