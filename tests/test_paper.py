@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from btrain import cli
-from btrain.config import compose, config_dir
+from btrain.config import config_dir
 from btrain.errors import UserError
 from btrain.paper.plan import read_plan
-from btrain.paper.run import Job, make_plan
+from btrain.paper.run import Job, check, make_plan
 from btrain.paper.target import merged, names, read_profile, read_target
 
 TARGETS = names("target")
@@ -22,28 +22,24 @@ def job(target: str, profile: str, out: Path = Path("runs"), extra: list[str] | 
 
 
 def test_every_table_and_figure_of_the_experiments_is_there() -> None:
-    assert TARGETS == [*(f"figure{n}" for n in range(2, 8)), *(f"table{n}" for n in range(1, 5))]
+    figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
+    assert [*figures, *tables] == TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_run_of_every_profile_can_be_composed(target: str) -> None:
-    for profile in names("profile"):
-        work = job(target, profile)
-        for sweep in work.sweeps:
-            for experiment in sweep.experiments:
-                first = [f"{key}={values[0]}" for key, values in sweep.values.items()]
-                compose([f"experiment={experiment}", *work.settings, *first, "seed=0"])
+    for profile in ("smoke", "cpu", "gpu"):
+        check(job(target, profile))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
-    for profile in names("profile"):
-        plan = make_plan(job(target, profile))
-        rows = {row.name for row in plan.rows}
-        assert len(rows) == len(plan.rows)
-        wanted = {claim.row for claim in plan.claims} | {plan.baseline}
-        wanted |= {claim.than for claim in plan.claims}
-        assert wanted <= rows | {None}
+    plan = make_plan(job(target, "smoke"))
+    rows = {row.name for row in plan.rows}
+    assert len(rows) == len(plan.rows)
+    wanted = {claim.row for claim in plan.claims} | {plan.baseline}
+    wanted |= {claim.than for claim in plan.claims}
+    assert wanted <= rows | {None}
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("table")])
@@ -84,7 +80,9 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> No
     command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
     assert cli.main(command) == 0
     plan = read_plan(out / "figure7.json")
-    folders = [out / f for r in plan.rows if r.experiment == "table2_bt_nr2" for f in r.runs.values()]
+    folders = [
+        out / f for r in plan.rows if r.experiment == "table2_bt_nr2" for f in r.runs.values()
+    ]
     assert len(folders) == 10  # five values of N_R, two seeds
     assert all((folder / "summary.json").is_file() for folder in folders)
     assert (out / "table2_bt_nr2-seed0" / "eval" / "pgd20.json").is_file()
@@ -129,7 +127,7 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
         (["table2", "profile=huge"], ["huge", "smoke"]),
         (["profile=smoke"], ["target"]),
         (["table2", "only=table3_mart"], ["only=table3_mart", "table2_trades"]),
-        (["table2", "trian.epochs=1"], ["trian.epochs", "train.epochs"]),
+        (["table2", "trian.epochs=1"], ["trian", "train"]),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -436,10 +436,15 @@ def test_other_loggers_write_beside_the_jsonl(
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     offline = ["logger.mode=offline"] if logger == "wandb" else []
-    train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline))
+    groups = ["logger.group=row-of-a-table", "logger.tags=[of-a-target]"]
+    train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline, *groups))
     assert len(metrics(tmp_path)) == 1
-    pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*"}[logger]
-    assert list(tmp_path.glob(pattern))
+    pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/*.wandb"}
+    (file,) = tmp_path.glob(pattern[logger])
+    if logger == "wandb":
+        content = file.read_bytes()
+        assert b"row-of-a-table" in content
+        assert b"of-a-target" in content
 
 
 def test_the_commit_is_this_repository_s_or_unknown() -> None:

@@ -393,6 +393,8 @@ class LoggerConfig:
     name: LoggerName = MISSING
     mode: WandbMode = WandbMode.online
     project: str = "btrain"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass

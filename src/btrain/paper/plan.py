@@ -33,6 +33,7 @@ class Row:
         original: what the experiment uses at the paper's scale, by key (`dataset`, `model`,
             `train.epochs`, …); the report names what differs.
         runs: seed -> run folder, relative to the plan.
+        attacks: the evaluations that each of its runs gets; None where the plan does not tell.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     paper: dict[str, float]
     original: dict[str, Any]
     runs: dict[int, str]
+    attacks: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.target import Profile, Sweep, Target, merged, row_name
+from btrain.schema import Config
 
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 
@@ -72,6 +73,9 @@ def make_plan(job: Job) -> Plan:
         UserError: an experiment is unknown or wrong.
     """
     target = job.target
+    rows = [row for sweep in job.sweeps for row in sweep.rows()]
+    experiments = dict.fromkeys(experiment for experiment, _ in rows)
+    originals = {name: configs.compose([f"experiment={name}"]) for name in experiments}
     return Plan(
         target=target.name,
         kind=target.kind,
@@ -79,19 +83,15 @@ def make_plan(job: Job) -> Plan:
         note=target.note,
         profile=job.profile.name,
         baseline=target.baseline,
-        attacks=_attacks(job),
+        attacks=_attacks(job, list(experiments)),
         axis=target.axis,
-        rows=[
-            _row(job, experiment, swept)
-            for sweep in job.sweeps
-            for experiment, swept in sweep.rows()
-        ],
+        rows=[_row(job, name, swept, originals[name]) for name, swept in rows],
         claims=[Claim(**claim) for claim in target.claims],
     )
 
 
 def reproduce(job: Job) -> int:
-    """Trains and evaluates what is not there yet; returns how many runs were not finished.
+    """Trains and evaluates what is not there yet, and reports; returns how many runs were not finished.
 
     A run that fails leaves its log and stops no other.
 
@@ -115,6 +115,7 @@ def reproduce(job: Job) -> int:
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
+    _command("report", str(job.out), f"target={job.target.name}")
     return len(folders) - len(finished)
 
 
@@ -127,13 +128,14 @@ def _training(job: Job, sweep: Sweep) -> list[str]:
         *job.settings,
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
         f"seed={','.join(map(str, job.profile.seeds))}",
+        f"logger.group={configs.quoted(name)}",
+        f"logger.tags=[{job.target.name},{job.profile.name}]",
         f"run.dir={configs.quoted(str(job.out / (name + '-seed${seed}')))}",
     ]
 
 
-def _row(job: Job, experiment: str, swept: dict[str, str]) -> Row:
+def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> Row:
     target, name = job.target, row_name(experiment, swept)
-    original = configs.compose([f"experiment={experiment}"])
     point = dict(swept)
     if target.axis is not None and experiment != target.baseline:
         group, _, key = target.axis.partition(".")
@@ -148,10 +150,11 @@ def _row(job: Job, experiment: str, swept: dict[str, str]) -> Row:
         paper={} if swept else target.paper[experiment],
         original=_scale(original),
         runs={seed: f"{name}-seed{seed}" for seed in job.profile.seeds},
+        attacks=_attacks(job, [experiment]),
     )
 
 
-def _scale(config: Any) -> dict[str, Any]:
+def _scale(config: Config) -> dict[str, Any]:
     """What decides how large and on which images an experiment is."""
     return {
         "dataset": config.dataset.name.name,
@@ -165,14 +168,13 @@ def _scale(config: Any) -> dict[str, Any]:
     }
 
 
-def _attacks(job: Job) -> list[str]:
-    """The names of all evaluations, each once, in the profile's order."""
+def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
+    """The names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
-    for sweep in job.sweeps:
-        for experiment in sweep.experiments:
-            for settings in job.profile.evaluations(job.target.name, experiment):
-                given = dict(setting.split("=", 1) for setting in settings)
-                names |= dict.fromkeys(given["attack"].split(","))
+    for experiment in experiments:
+        for settings in job.profile.evaluations(job.target.name, experiment):
+            given = dict(setting.split("=", 1) for setting in settings)
+            names |= dict.fromkeys(given["attack"].split(","))
     return list(names)
 
 
