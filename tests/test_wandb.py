@@ -76,7 +76,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def test_a_server_that_is_gone_at_the_end_does_not_keep_the_run(
-    tmp_path: Path, server: ThreadingHTTPServer
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: ThreadingHTTPServer
 ) -> None:
     place = {
         "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
@@ -84,10 +84,11 @@ def test_a_server_that_is_gone_at_the_end_does_not_keep_the_run(
         "WANDB_CONFIG_DIR": str(tmp_path / "settings"),
         "WANDB_CACHE_DIR": str(tmp_path / "cache"),
     }
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of another test in this process
     result = subprocess.run(
         [sys.executable, "-c", IMPATIENT, "train", *TINY, "logger=wandb", "run.dir=run"],
         cwd=tmp_path,
-        env=os.environ | place,
+        env={**os.environ, **place},
         capture_output=True,
         text=True,
         timeout=300,
