@@ -87,8 +87,8 @@ def _train(
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (
+        folder.log_file(),  # which hears of a tracker that fails at its beginning or end, too
         open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
-        folder.log_file(),
         stop_on_signals() as stop,
     ):
         if warning is not None:
@@ -101,11 +101,7 @@ def _train(
         size = f"train.batch_size={config.train.batch_size}"
         with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
             _train_epochs(config, state, data, folder, tracker, lock, stop)
-        size = f"eval.batch_size={config.eval.batch_size}"
-        with (
-            explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
-            stop.at_once(),
-        ):
+        with _evaluation(config, state, stop):
             summary = summarise(config, state, data, folder)
         summary["data_sha256"] = provenance["data_sha256"]
         lock.check()
@@ -168,7 +164,7 @@ def _train_epochs(
             metrics["warnings"] = guard.warnings()
             if complete := state.batch == batches:
                 try:
-                    with stop.at_once():
+                    with _evaluation(config, state, stop):
                         after_epoch(config, state, data, folder, metrics)
                 except Interrupted:
                     save()
@@ -182,6 +178,17 @@ def _train_epochs(
             due = state.epoch % config.train.checkpoint_every == 0
             if due or not complete or _is_over(config, vars(state)):
                 save()
+
+
+@contextmanager
+def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterator[None]:
+    """Where a signal ends the run at once, and memory is that of the evaluation's batches."""
+    size = f"eval.batch_size={config.eval.batch_size}"
+    with (
+        explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
+        stop.at_once(),
+    ):
+        yield
 
 
 @contextmanager
