@@ -93,7 +93,16 @@ def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> flo
 
 def table(found: Sequence[Progress]) -> str:
     """A line a target."""
-    head = ("target", "rows done", "runs done", "to evaluate", "running", "failed", "missing", "left")
+    head = (
+        "target",
+        "rows done",
+        "runs done",
+        "to evaluate",
+        "running",
+        "failed",
+        "missing",
+        "left",
+    )
     lines = [head]
     for p in found:
         counts = (f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}")
