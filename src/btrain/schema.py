@@ -305,6 +305,7 @@ class BTConfig:
     oracle_step_size: float = MISSING
     forward_unperturbed: bool = MISSING
     share_clean_forward: bool = MISSING
+    probe_every: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(0, "bt.n_o", self.n_o)
@@ -317,6 +318,7 @@ class BTConfig:
         _at_least(0, "bt.patience", self.patience)
         _at_least(0, "bt.mean_steps", self.mean_steps)
         self._check_fractions()
+        _at_least(0, "bt.probe_every", self.probe_every)
         _at_least(1, "bt.oracle_steps", self.oracle_steps)
         _positive("bt.oracle_step_size", self.oracle_step_size)
 

@@ -18,6 +18,7 @@ from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import image_shape, load_run
 from btrain.schema import AllocatorName, Config, DefenseName, Precision
+from btrain.training.methods import plain_defense
 from btrain.training.setup import load_data, make_model
 
 _OWN_KEYS = {
@@ -118,13 +119,8 @@ def _variant(
 ) -> Config:
     """The configuration of a lane: what is not BulletTrain takes the plain attack's steps."""
     train = replace(config.train, precision=precision, channels_last=channels_last)
-    bt = config.bt
-    if contender is not Contender.bullettrain:
-        bt = replace(bt, name=AllocatorName.uniform)
-        if config.defense.name is not DefenseName.augmix:
-            attack = config.attack
-            bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
-    return replace(config, train=train, bt=bt)
+    config = replace(config, train=train)
+    return config if contender is Contender.bullettrain else plain_defense(config)
 
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:

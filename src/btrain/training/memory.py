@@ -28,17 +28,20 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        # The CPU's allocator has no exception of its own.
         asked = re.search(r"tried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            "can't allocate memory" in str(error)
-        )
-        if not exhausted:
+        if not ran_out(error):
             raise
         wanted = f", {asked.group(1)} more were asked for" if asked else ""
         raise UserError(
             f"Memory on {device} ran out with {what} (peak {_peak(device)}{wanted}); {advice}."
         ) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that there is no memory left; the CPU's allocator has no type of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)
+    )
 
 
 def _peak(device: torch.device) -> str:

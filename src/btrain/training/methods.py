@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from btrain.augmix import augmix
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES, Defense
 from btrain.schema import (
+    AllocatorName,
     AttackMode,
     BTConfig,
     Config,
@@ -20,6 +22,7 @@ from btrain.schema import (
     DefenseName,
     OnNonfinite,
     Precision,
+    RivalConfig,
     RivalName,
     Start,
 )
@@ -128,6 +131,14 @@ def _mma(
         model, optimizer, x, labels, memory["margin"][indices], generator, method=method
     )
     return stats
+
+
+def plain_defense(config: Config) -> Config:
+    """The same training with the plain defense: the attack's own number of steps for everybody."""
+    attack, bt = config.attack, replace(config.bt, name=AllocatorName.uniform, fractions=None)
+    if config.defense.name is not DefenseName.augmix:
+        bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
+    return replace(config, bt=bt, rival=RivalConfig())
 
 
 def make_memory(config: Config, data: Data, device: torch.device) -> Memory:

@@ -26,6 +26,7 @@ from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.memory import explained_memory
 from btrain.training.methods import make_step
 from btrain.training.nonfinite import NotFiniteError
+from btrain.training.probe import Probe
 from btrain.training.provenance import extended
 from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
 from btrain.training.scores import after_epoch, summarise
@@ -130,6 +131,7 @@ def _train_epochs(
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
+    probe = Probe(config, data.train)
     done = state.epoch * batches + state.batch
 
     def save() -> None:
@@ -167,9 +169,11 @@ def _train_epochs(
             metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
+            metrics["speedup_measured"] = None
             if complete := state.batch == batches:
                 try:
                     with stop.at_once():
+                        metrics["speedup_measured"] = probe.speedup(state)
                         after_epoch(config, state, data, folder, metrics)
                 except Interrupted:
                     save()
