@@ -29,6 +29,7 @@ from btrain.schema import (
 from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
+from btrain.training.pooled_step import pooled_step
 from btrain.training.rivals.free import free_step
 from btrain.training.rivals.mma import MMAMethod, mma_step
 from btrain.training.statistics import StepStats
@@ -74,9 +75,11 @@ def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
         update = partial(augmix_step, method=augmix_method(config, device, allocator))
+    elif config.bt.pool > 1:
+        method, size = attack_method(config, device, allocator), config.train.batch_size
+        update = partial(pooled_step, method=method, batch_size=size)
     else:
         update = partial(train_step, method=attack_method(config, device, allocator))
-
     return partial(_follow, update=update)
 
 
@@ -135,7 +138,8 @@ def _mma(
 
 def plain_defense(config: Config) -> Config:
     """The same training with the plain defense: the attack's own number of steps for everybody."""
-    attack, bt = config.attack, replace(config.bt, name=AllocatorName.uniform, fractions=None)
+    attack, bt = config.attack, config.bt
+    bt = replace(bt, name=AllocatorName.uniform, fractions=None, pool=1)
     if config.defense.name is not DefenseName.augmix:
         bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
     return replace(config, bt=bt, rival=RivalConfig())
