@@ -102,8 +102,10 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
     """The lanes of a case; only TRADES has an official structure of its own.
 
     Raises:
-        UserError: the run's images cannot be read, or are too few.
+        UserError: the run's images cannot be read, or are too few; there is nothing to pool.
     """
+    if Contender.pooled in bench.methods and case.config.bt.pool == 1:
+        raise UserError("The method pooled of bench.methods needs a bt.pool above 1.")
     workload = _workload(case, bench, device)
     return [
         Lane(_variant(case.config, contender, precision, layout), contender, workload, device)
@@ -117,10 +119,15 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
 def _variant(
     config: Config, contender: Contender, precision: Precision, channels_last: bool
 ) -> Config:
-    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps."""
+    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps.
+
+    Only `pooled` attacks the batches of `bt.pool` at once.
+    """
     train = replace(config.train, precision=precision, channels_last=channels_last)
     config = replace(config, train=train)
-    return config if contender is Contender.bullettrain else plain_defense(config)
+    if contender is Contender.bullettrain:
+        return replace(config, bt=replace(config.bt, pool=1))
+    return config if contender is Contender.pooled else plain_defense(config)
 
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:

@@ -99,8 +99,8 @@ def _train(
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(data, state))
-        size = f"train.batch_size={config.train.batch_size}"
-        with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
+        size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
+        with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, tracker, lock, stop)
         size = f"eval.batch_size={config.eval.batch_size}"
         with (
