@@ -6,7 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-gpu test test-kill test-soak test-fuzz lint format typecheck clean
+PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7
+PROFILE ?= smoke
+JOBS ?= 1
+
+.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-kill test-soak test-fuzz lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -22,10 +26,27 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+$(VENV)/.installed-paper: $(VENV)/.installed
+	@echo "Installing what the paper's tables need …"
+	$(PIP) --editable ".[report,eval,sweep]"
+	@touch $@
+
 setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
 
 demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real digits, compare them
 	scripts/demo.sh
+
+# One thread a run: small networks gain nothing by more, and JOBS runs go side by side.
+define reproduce
+OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) btrain paper $(1) profile=$(PROFILE) \
+	$(if $(filter-out 1,$(JOBS)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)) $(ARGS)
+endef
+
+paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smoke|cpu|gpu|paper JOBS=1 ARGS="option=value …")
+	$(call reproduce,all)
+
+$(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
+	$(call reproduce,$@)
 
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)

@@ -417,6 +417,14 @@ BAD_COMBINATIONS = [
     (["defense=pgd", "rival=free", "attack.mode=eval"], ["attack.mode", "rival=free"]),
     (["defense=pgd", "rival=mma", "attack.mode=train"], ["attack.mode", "rival=mma"]),
     (["defense=pgd", "rival=mma", "bt.n_b=3"], ["bt.n_b", "rival=mma"]),
+    (
+        ["defense=pgd", "rival=free", "attack.epsilon_warmup_epochs=1"],
+        ["attack.epsilon_warmup_epochs", "rival=free"],
+    ),
+    (
+        ["defense=augmix", "attack.epsilon_warmup_epochs=1"],
+        ["attack.epsilon_warmup_epochs", "defense=augmix"],
+    ),
     (["rival=fast", "bt.warmup_epochs=1"], ["rival=fast", "bt.warmup_epochs"]),
     (
         ["defense=pgd", "rival=mma", "rival.max_margin=0.001"],

@@ -13,14 +13,14 @@ import torch
 
 from btrain import checkpoint
 from btrain.config import compose
-from btrain.data import Data, Split
+from btrain.data import Batch, Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.run_folder import RunFolder
 from btrain.schema import Config, DefenseName, RivalName
 from btrain.training import train
 from btrain.training.loop import train_epoch
-from btrain.training.methods import make_step
+from btrain.training.methods import make_step, make_steps
 from btrain.training.provenance import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.setup import find_device, make_plan, make_state
@@ -194,6 +194,23 @@ def test_warm_up_epochs_give_every_example_the_full_budget(tmp_path: Path) -> No
         False,
         False,
     ]
+
+
+def test_epsilon_warm_up_lengthens_the_attack_evenly(digits: Data, tmp_path: Path) -> None:
+    config = tiny(tmp_path, "defense=pgd", "bt=uniform", "attack.epsilon_warmup_epochs=2")
+    state = make_state(config, digits, CPU)
+    x, labels = digits.train.images[:16] / 255, digits.train.labels[:16]
+    seen: list[torch.Tensor] = []
+    state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    step_of = make_steps(config, CPU)
+    lengths = []
+    for epoch in range(4):
+        seen.clear()
+        batch = Batch(x, labels, torch.arange(16))
+        step_of(epoch)(state.model, state.optimizer, batch, state.memory, state.generator)
+        lengths.append(max(float((inputs - x).abs().max()) for inputs in seen))
+    epsilon = config.attack.epsilon
+    assert lengths == pytest.approx([epsilon / 3, 2 * epsilon / 3, epsilon, epsilon], rel=1e-4)
 
 
 def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None:
@@ -420,10 +437,15 @@ def test_other_loggers_write_beside_the_jsonl(
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     offline = ["logger.mode=offline"] if logger == "wandb" else []
-    train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline))
+    groups = ["logger.group=row-of-a-table", "logger.tags=[of-a-target]"]
+    train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline, *groups))
     assert len(metrics(tmp_path)) == 1
-    pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*"}[logger]
-    assert list(tmp_path.glob(pattern))
+    pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/*.wandb"}
+    (file,) = tmp_path.glob(pattern[logger])
+    if logger == "wandb":
+        content = file.read_bytes()
+        assert b"row-of-a-table" in content
+        assert b"of-a-target" in content
 
 
 def test_the_commit_is_this_repository_s_or_unknown() -> None:

@@ -22,7 +22,9 @@ commands:
   eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
   eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
+  paper TARGET [option=value …]    the paper's tables and figures: train, evaluate, report
   report RUN [RUN …]               finished runs side by side; the first is the baseline
+  report [--watch] FOLDER          the paper's tables and figures from a folder of plans and runs
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
@@ -164,24 +166,10 @@ def _quoted(argument: str) -> str:
 
 
 def _report(args: list[str]) -> None:
-    """Prints finished runs side by side."""
-    from btrain.report import compare
+    """Shows runs side by side, or the paper's tables and figures."""
+    from btrain.report.command import run
 
-    usage = (
-        "usage: btrain report [--merge-seeds] RUN [RUN …]\n\n"
-        "RUN is a run folder, or a folder of run folders; the first run is the baseline.\n"
-        "--merge-seeds makes one row of the runs that differ in their seed: mean ± deviation."
-    )
-    if {"-h", "--help"} & set(args):
-        print(usage)
-        return
-    merge_seeds = "--merge-seeds" in args
-    args = [argument for argument in args if argument != "--merge-seeds"]
-    if wrong := [argument for argument in args if argument.startswith("-")]:
-        raise UserError(f"report has no option {wrong[0]}; see btrain report --help.")
-    if not args:
-        raise UserError("report needs at least one run folder; see btrain report --help.")
-    print(compare(args, merge_seeds=merge_seeds))
+    run(args)
 
 
 def _eval(args: list[str]) -> None:
@@ -217,10 +205,18 @@ def _bench(args: list[str]) -> None:
     run(args)
 
 
+def _paper(args: list[str]) -> None:
+    """Makes tables and figures of the paper."""
+    from btrain.paper.command import run
+
+    run(args)
+
+
 COMMANDS = {
     "train": _train,
     "eval": _eval,
     "data": _data,
+    "paper": _paper,
     "report": _report,
     "export": _export,
     "bench": _bench,

@@ -84,7 +84,7 @@ class RunFolder:
         may_differ: tuple[str, ...] = _MAY_DIFFER
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
-        theirs, ours = _flat(read_yaml(self._config)), _flat(to_dict(config))
+        theirs, ours = flat(read_yaml(self._config)), flat(to_dict(config))
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
@@ -233,14 +233,15 @@ class RunFolder:
             logger.propagate = before[1]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def _write(path: Path, text: str) -> None:

@@ -210,6 +210,7 @@ class AttackConfig:
     step_size: float = MISSING
     start: Start = MISSING
     start_std: float = MISSING
+    epsilon_warmup_epochs: int = MISSING
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
 
@@ -218,6 +219,7 @@ class AttackConfig:
         _positive("attack.epsilon", self.epsilon)
         _positive("attack.step_size", self.step_size)
         _at_least(0, "attack.start_std", self.start_std)
+        _at_least(0, "attack.epsilon_warmup_epochs", self.epsilon_warmup_epochs)
 
 
 @dataclass
@@ -395,6 +397,8 @@ class LoggerConfig:
     name: LoggerName = MISSING
     mode: WandbMode = WandbMode.online
     project: str = "btrain"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -524,6 +528,8 @@ class Config:
             raise UserError(f"bt.warmup_epochs has no meaning with rival={rival.name}.")
         if own_loss and bt.n_b != self.attack.steps:
             raise UserError(f"bt.n_b has no meaning with rival={rival.name}; set attack.steps.")
+        if own_loss and self.attack.epsilon_warmup_epochs:
+            raise UserError(f"attack.epsilon_warmup_epochs has no meaning with rival={rival.name}.")
         mode = AttackMode.train if rival is RivalName.free else AttackMode.eval
         if own_loss and self.attack.mode is not mode:
             raise UserError(f"attack.mode must be {mode.name} with rival={rival.name}.")
@@ -535,6 +541,8 @@ class Config:
                 "defense=augmix makes two views and no attack: attack.mode must be eval and "
                 f"attack.steps 2, not {attack.mode.name} and {attack.steps}."
             )
+        if attack.epsilon_warmup_epochs:
+            raise UserError("attack.epsilon_warmup_epochs has no meaning with defense=augmix.")
         if bt.name in _ATTACKING:
             raise UserError(
                 f"bt={bt.name.name} does not go with defense=augmix: it needs an attack."

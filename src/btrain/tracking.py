@@ -107,6 +107,8 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
         run = wandb.init(
             project=logger.project,
             name=run_dir.name,
+            group=logger.group,
+            tags=logger.tags,
             dir=run_dir,
             mode=logger.mode.value,
             config=settings,

@@ -14,6 +14,7 @@ import torch
 from btrain import __version__
 from btrain.bench.measure import Row
 from btrain.errors import UserError
+from btrain.training.provenance import processor
 
 _HEAD = (
     "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",
@@ -25,7 +26,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """The machine: processor or GPU, and how many threads torch uses."""
     found: dict[str, Any] = {
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "clock": "CUDA events" if device.type == "cuda" else "process CPU time",
     }
@@ -34,13 +35,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         found["gpu"] = properties.name
         found["gpu_memory_mb"] = properties.total_memory // 2**20
     return found
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,34 @@ from btrain.training.statistics import StepStats
 from btrain.training.step import Method, train_step
 
 
-def make_step(config: Config, device: torch.device, *, warm_up: bool = False) -> Step:
+def make_steps(config: Config, device: torch.device) -> Callable[[int], Step]:
+    """What is done with a batch, by epoch from 0: the first epochs may differ.
+
+    In `bt.warmup_epochs` every example gets the plain defense's steps, in
+    `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
+    """
+
+    @cache
+    def step(plain: bool, share: float) -> Step:
+        return make_step(config, device, warm_up=plain, share=share)
+
+    def of_epoch(epoch: int) -> Step:
+        share = (epoch + 1) / (config.attack.epsilon_warmup_epochs + 1)
+        return step(epoch < config.bt.warmup_epochs, min(share, 1.0))
+
+    return of_epoch
+
+
+def make_step(
+    config: Config, device: torch.device, *, warm_up: bool = False, share: float = 1.0
+) -> Step:
     """What is done with a batch: Algorithm 2's open choices, from the configuration.
 
-    `warm_up` asks for the plain defense, whatever the allocator.
+    `warm_up` asks for the plain defense, whatever the allocator; `share` is of ε and of the step
+    sizes.
     """
-    return in_precision(_make_step(config, device, warm_up=warm_up), config.train.precision)
+    step = _make_step(config, device, warm_up=warm_up, share=share)
+    return in_precision(step, config.train.precision)
 
 
 def in_precision(step: Step, precision: Precision) -> Step:
@@ -65,7 +87,7 @@ def in_precision(step: Step, precision: Precision) -> Step:
     return short
 
 
-def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
+def _make_step(config: Config, device: torch.device, *, warm_up: bool, share: float) -> Step:
     if config.rival.name is RivalName.free:
         assert config.rival.replays is not None
         return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
@@ -75,11 +97,11 @@ def _make_step(config: Config, device: torch.device, *, warm_up: bool) -> Step:
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
         update = partial(augmix_step, method=augmix_method(config, device, allocator))
-    elif config.bt.pool > 1:
-        method, size = attack_method(config, device, allocator), config.train.batch_size
-        update = partial(pooled_step, method=method, batch_size=size)
     else:
-        update = partial(train_step, method=attack_method(config, device, allocator))
+        method = attack_method(config, device, allocator, share)
+        update = partial(train_step, method=method)
+        if config.bt.pool > 1:
+            update = partial(pooled_step, method=method, batch_size=config.train.batch_size)
     return partial(_follow, update=update)
 
 
@@ -158,8 +180,10 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
     return memory
 
 
-def attack_method(config: Config, device: torch.device, allocator: str) -> Method:
-    """The choices of the adversarial defenses."""
+def attack_method(
+    config: Config, device: torch.device, allocator: str, share: float = 1.0
+) -> Method:
+    """The choices of the adversarial defenses; `share` is of ε and of the step sizes."""
     bt, attack = config.bt, config.attack
     return Method(
         defense=make_defense(config.defense),
@@ -167,13 +191,13 @@ def attack_method(config: Config, device: torch.device, allocator: str) -> Metho
         metric=METRICS[bt.metric.value],
         budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
         n_b=bt.n_b,
-        step_size_b=bt.step_size_b,
+        step_size_b=share * bt.step_size_b,
         patience=bt.patience,
         mean_steps=bt.mean_steps,
         fractions=_fractions(bt),
         oracle_steps=bt.oracle_steps,
-        oracle_step_size=bt.oracle_step_size,
-        epsilon=attack.epsilon,
+        oracle_step_size=share * bt.oracle_step_size,
+        epsilon=share * attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,
         probe=probe_factor(config),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -83,6 +84,11 @@ def extended(path: Path, data: Data, device: torch.device, epoch: int) -> dict[s
         "git_commit": git_commit(),
         "git_dirty": git_dirty(),
         "device": device_name(device),
+        "hardware": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {
             "btrain": __version__,
             "python": platform.python_version(),
@@ -97,3 +103,11 @@ def extended(path: Path, data: Data, device: torch.device, epoch: int) -> dict[s
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor() -> str:
+    """The CPU's model, or what the system tells of it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -24,7 +24,7 @@ from btrain.training.guards import make_input_guard
 from btrain.training.lines import describe, epoch_line, fractions, headline, number
 from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.memory import explained_memory
-from btrain.training.methods import make_step
+from btrain.training.methods import make_steps
 from btrain.training.nonfinite import NotFiniteError
 from btrain.training.probe import Probe
 from btrain.training.provenance import extended
@@ -127,7 +127,7 @@ def _train_epochs(
 ) -> None:
     """All epochs that are left, each with its log line, and the checkpoints."""
     device, plan = state.device, make_plan(config)
-    step, warm_up = make_step(config, device), make_step(config, device, warm_up=True)
+    step_of = make_steps(config, device)
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
@@ -150,13 +150,12 @@ def _train_epochs(
 
         while not _is_over(config, vars(state)):
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
-            now = warm_up if state.epoch < config.bt.warmup_epochs else step
             if config.recipe.early_stop_on_collapse and state.batch == 0:
                 checkpoint.save(folder.epoch_start, {"state": state.state_dict()})
             with _offending_batch_kept(folder):
                 means = train_epoch(
-                    state, data.train, now, plan, tick=bar.update, show=show, stopped=stop.made,
-                    guard=guard,
+                    state, data.train, step_of(state.epoch), plan, tick=bar.update, show=show,
+                    stopped=stop.made, guard=guard,
                 )  # fmt: skip
             if means is not None:
                 check_weights(state, data.train)

@@ -1,0 +1,1 @@
+"""The paper's tables and figures: what each consists of, its runs, and what they say."""

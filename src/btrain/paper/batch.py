@@ -1,0 +1,66 @@
+"""Figure 5: what a trained network makes of one batch, and the steps that the batch would get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, bullettrain, signed_prediction_variance
+from btrain.data.augmentation import to_unit
+from btrain.durable import write_file
+from btrain.errors import UserError
+from btrain.exchange.from_run import load_run
+from btrain.training.loop import epoch_order
+from btrain.training.methods import attack_method
+from btrain.training.setup import load_data
+from btrain.training.step import allocate, eval_logits, start_noise
+from btrain.untrusted import read_text
+
+FILE = "allocation.json"
+_NAMES = {BOUNDARY: "boundary", ROBUST: "robust", OUTLIER: "outlier"}
+_N_R = 2  # the paper's
+_LARGEST = 64 << 20  # bytes of metrics.jsonl
+
+
+def write_allocation(folder: Path) -> Path:
+    """Writes `<folder>/allocation.json` of a finished run's first batch of epoch 1, unaugmented.
+
+    `svar` and `steps` are lists of m numbers, `outcome` of m classes, which the oracle's attack
+    found; the steps are those of eq. 6 with the run's last `robust_fraction`.
+
+    Raises:
+        UserError: the run cannot be read, or the file not be written.
+    """
+    config, model = load_run(folder)
+    cpu = torch.device("cpu")
+    data = load_data(config, cpu)
+    first = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
+    x, labels = to_unit(data.train.images[first]), data.train.labels[first]
+    robust_fraction = torch.tensor(_last_line(folder / "metrics.jsonl")["robust_fraction"])
+    method = attack_method(config, cpu, "oracle")
+    generator = torch.Generator().manual_seed(config.seed)
+    z = eval_logits(model, x)
+    noise = start_noise(x, method, generator)
+    truth = allocate(model, x, labels, z, robust_fraction, noise, method, generator)
+    svar = signed_prediction_variance(z, labels)
+    steps = bullettrain(svar, robust_fraction, torch.tensor([0, _N_R, config.attack.steps])).steps
+    content = {
+        "svar": svar.tolist(),
+        "outcome": [_NAMES[number] for number in truth.classes.tolist()],
+        "steps": steps.tolist(),
+        "robust_fraction": float(robust_fraction),
+    }
+    path = folder / FILE
+    write_file(path, json.dumps(content).encode() + b"\n")
+    return path
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    try:
+        line: dict[str, Any] = json.loads(read_text(path, _LARGEST).splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read.") from error
+    return line

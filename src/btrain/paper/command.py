@@ -1,0 +1,59 @@
+"""`btrain paper`: the paper's tables and figures, trained, evaluated and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from btrain.errors import UserError
+from btrain.paper.run import Job, check, reproduce
+from btrain.paper.target import names, read_profile, read_target
+
+HELP = """\
+usage: btrain paper TARGET [TARGET …] [profile=smoke|cpu|gpu|paper] [option=value …]
+
+TARGET is one of {targets}, or all.
+
+profile=smoke            the scale: a file in configs/paper/profile
+out=DIR                  default runs/paper/<profile>; targets share the runs they have in common
+only=EXPERIMENT[,…]      these rows alone; the others stay as they are
+corruptions_root=DIR     the folder of CIFAR-10-C and CIFAR-100-C; without it the corrupted images
+                         are made from the test set
+Other options go to every training: dataset.root=PATH device=cuda logger=wandb
+hydra/launcher=joblib hydra.launcher.n_jobs=2
+
+Runs that are finished are not repeated, an interrupted one goes on, one that fails stops no other.
+The report is written into DIR/report; `btrain report --watch DIR` shows how far it is.
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Makes the targets that the command line names, one after the other.
+
+    Raises:
+        UserError: a target, profile or option is wrong, or runs are missing in the end.
+    """
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(HELP.format(targets=", ".join(names("target"))), end="")
+        return
+    targets = [argument for argument in arguments if "=" not in argument]
+    if "all" in targets:
+        targets = names("target")
+    if not targets:
+        raise UserError("paper needs a target; see btrain paper --help.")
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    profile = read_profile(given.pop("profile", "smoke"))
+    out = Path(given.pop("out", f"runs/paper/{profile.name}"))
+    only = [name for name in given.pop("only", "").split(",") if name]
+    root = given.pop("corruptions_root", None)
+    extra = [f"{key}={value}" for key, value in given.items()]
+    jobs = [
+        Job(read_target(name), profile, out, extra, only, None if root is None else Path(root))
+        for name in targets
+    ]
+    for job in jobs:
+        check(job)
+    missing = {job.target.name: reproduce(job) for job in jobs}
+    if unfinished := {name: count for name, count in missing.items() if count}:
+        told = ", ".join(f"{count} of {name}" for name, count in unfinished.items())
+        raise UserError(f"Runs are missing or failed: {told}; the report says which.")

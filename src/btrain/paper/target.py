@@ -1,0 +1,157 @@
+"""The definitions in `configs/paper`: what a target consists of, and at what scale it is run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btrain import config as configs
+from btrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that one `btrain train --multirun` makes: every experiment with every value and seed."""
+
+    experiments: list[str]
+    values: dict[str, list[str]]
+
+    def rows(self) -> list[tuple[str, dict[str, str]]]:
+        """(experiment, the values that are its own), in the sweep's order."""
+        points = list(itertools.product(*self.values.values()))
+        return [
+            (experiment, dict(zip(self.values, point, strict=True)))
+            for experiment in self.experiments
+            for point in points
+        ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of `configs/paper/target`; see `btrain.paper.plan.Plan` for what its fields mean."""
+
+    name: str
+    title: str
+    kind: str
+    note: str
+    baseline: str | None
+    axis: str | None
+    sweeps: list[Sweep]
+    labels: dict[str, str]
+    paper: dict[str, dict[str, float]]
+    claims: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A file of `configs/paper/profile`: how large the runs of each target are.
+
+    Attributes:
+        seeds: of every row.
+        train: settings of `btrain train` by target, `default` for the others.
+        sweep: swept values by target and key, where fewer than the target's are wanted.
+        evaluate: evaluations of every run by target; each a list of settings of `btrain eval`.
+        evaluate_more: the same, for some rows by their experiment.
+    """
+
+    name: str
+    seeds: list[int]
+    train: dict[str, list[str]]
+    sweep: dict[str, dict[str, list[str]]]
+    evaluate: dict[str, list[list[str]]]
+    evaluate_more: dict[str, list[list[str]]]
+
+    def settings(self, target: str) -> list[str]:
+        """What the target's runs are given besides their experiment."""
+        return self.train.get(target, self.train["default"])
+
+    def evaluations(self, target: str, experiment: str) -> list[list[str]]:
+        """The settings of each `btrain eval` of a run."""
+        return self.evaluate.get(target, []) + self.evaluate_more.get(experiment, [])
+
+
+def names(group: str) -> list[str]:
+    """The files in `configs/paper/<group>`: of target, or of profile."""
+    return sorted(path.stem for path in _folder(group).glob("*.yaml"))
+
+
+def read_target(name: str) -> Target:
+    """A target by its name.
+
+    Raises:
+        UserError: there is none, or its file is wrong.
+    """
+    content, path = _read("target", name)
+    try:
+        rows = content["rows"]
+        return Target(
+            name=name,
+            title=content["title"],
+            kind=content["kind"],
+            note=content["note"],
+            baseline=content.get("baseline"),
+            axis=content.get("axis"),
+            sweeps=[_sweep(run) for run in content["runs"]],
+            labels={row: fields["label"] for row, fields in rows.items()},
+            paper={row: fields.get("paper", {}) for row, fields in rows.items()},
+            claims=content.get("claims", []),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no target: {error!r} is wrong in it.") from error
+
+
+def read_profile(name: str) -> Profile:
+    """A profile by its name.
+
+    Raises:
+        UserError: there is none, or its file is wrong.
+    """
+    content, path = _read("profile", name)
+    try:
+        return Profile(
+            name=name,
+            seeds=[int(seed) for seed in content["seeds"]],
+            train={target: list(settings) for target, settings in content["train"].items()},
+            sweep={
+                target: {key: [str(v) for v in some] for key, some in values.items()}
+                for target, values in content.get("sweep", {}).items()
+            },
+            evaluate=dict(content.get("evaluate", {})),
+            evaluate_more=dict(content.get("evaluate_more", {})),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is no profile: {error!r} is wrong in it.") from error
+
+
+def row_name(experiment: str, swept: Mapping[str, Any]) -> str:
+    """An experiment with the values swept in it: `table2_bt_nr2-bt.gamma_0.65`."""
+    return "-".join([experiment, *(f"{key}_{value}" for key, value in swept.items())])
+
+
+def merged(*settings: Sequence[str]) -> list[str]:
+    """`key=value` settings of which the last of a key counts, in the order of first mention."""
+    by_key: dict[str, str] = {}
+    for setting in itertools.chain(*settings):
+        by_key[setting.partition("=")[0]] = setting
+    return list(by_key.values())
+
+
+def _sweep(run: Mapping[str, Any]) -> Sweep:
+    values = run.get("sweep", {})
+    return Sweep(
+        list(run["experiments"]), {key: [str(v) for v in some] for key, some in values.items()}
+    )
+
+
+def _read(group: str, name: str) -> tuple[dict[str, Any], Path]:
+    path = _folder(group) / f"{name}.yaml"
+    if name not in names(group):
+        raise UserError(f"There is no {group} {name}; there are: {', '.join(names(group))}.")
+    return configs.read_yaml(path), path
+
+
+def _folder(group: str) -> Path:
+    return Path(configs.config_dir()) / "paper" / group

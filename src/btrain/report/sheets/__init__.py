@@ -1,0 +1,1 @@
+"""The paper's tables and figures beside the paper's own numbers, from plans and run folders."""

@@ -1,0 +1,99 @@
+"""The statistics of a sheet: means over seeds, intervals of differences, a paired test."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+
+Scores = npt.NDArray[np.float64]
+"""(n,): the share of an example's trials that a model came through."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds; the sample standard deviation (n − 1) is None with one."""
+
+    n: int
+    mean: float
+    sd: float | None
+
+
+def spread(values: Mapping[int, float]) -> Spread | None:
+    """Mean and standard deviation over seeds; None of none."""
+    if not values:
+        return None
+    numbers = list(values.values())
+    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Spread(len(numbers), statistics.fmean(numbers), sd)
+
+
+def interval(values: Mapping[int, float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean by Student's t with n − 1 degrees of freedom; n ≥ 2."""
+    found = spread(values)
+    if found is None or found.sd is None:
+        return None
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(found.n - 1, 0.975)) * found.sd / math.sqrt(found.n)
+    return found.mean - half, found.mean + half
+
+
+def verdict(
+    differences: Mapping[int, float], *, at_least: float | None, at_most: float | None
+) -> str:
+    """Whether a difference lies in [at_least, at_most], as far as its seeds tell.
+
+    It holds if the whole 95 % interval of the mean lies inside, ends included, and fails if the
+    whole interval lies outside.
+    """
+    if not differences:
+        return f"{UNDECIDED} (no run)"
+    ends = interval(differences)
+    if ends is None:
+        return f"{UNDECIDED} (one seed)"
+    low = -math.inf if at_least is None else at_least
+    high = math.inf if at_most is None else at_most
+    if low <= ends[0] and ends[1] <= high:
+        return HOLDS
+    return FAILS if ends[1] < low or ends[0] > high else UNDECIDED
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired test on the same examples.
+
+    Attributes:
+        difference: of the mean correctness, in points.
+        z, p: z = Σdᵢ / √Σdᵢ², and twice the normal tail beyond it.
+        seeds: whose mean correctness was compared.
+    """
+
+    difference: float
+    z: float
+    p: float
+    seeds: int
+
+
+def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired | None:
+    """Whether two rows differ by more than the test examples explain; None without a common seed.
+
+    dᵢ is the difference of example i's correctness, each the mean over the seeds that both rows
+    have. Under the hypothesis that the sign of every dᵢ is a coin's, Σdᵢ has the variance Σdᵢ².
+    With one seed this is McNemar's z = (b − c) / √(b + c). The test knows nothing of what another
+    seed would have trained.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    d = np.mean([ours[seed] - theirs[seed] for seed in seeds], axis=0)
+    square = float((d**2).sum())
+    z = float(d.sum()) / math.sqrt(square) if square else 0.0
+    p = math.erfc(abs(z) / math.sqrt(2))
+    return Paired(100 * float(d.mean()), z, p, len(seeds))

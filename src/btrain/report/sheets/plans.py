@@ -1,0 +1,40 @@
+"""The plans in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from btrain.errors import UserError
+from btrain.paper.plan import Plan, read_plan
+
+
+def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, Plan]:
+    """The plans in a folder by target.
+
+    Args:
+        targets: these alone; None for all.
+
+    Raises:
+        UserError: there is none, or none of a target's name.
+    """
+    plans = plans_in(folder)
+    if not plans:
+        raise UserError(f"{folder} holds no plan of a table or figure.")
+    if targets is None:
+        return plans
+    if wrong := [target for target in targets if target not in plans]:
+        raise UserError(f"{folder} has no target {wrong[0]}; there are: {', '.join(plans)}.")
+    return {target: plans[target] for target in targets}
+
+
+def plans_in(folder: Path) -> dict[str, Plan]:
+    """The plans, in the order of their names; other files are passed over."""
+    plans = {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(UserError):
+            plan = read_plan(path)
+            if plan.target == path.stem:
+                plans[plan.target] = plan
+    return plans

@@ -1,0 +1,138 @@
+"""The definitions of the paper's tables and figures, and the runner, on real digits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from btrain import cli
+from btrain.config import config_dir
+from btrain.errors import UserError
+from btrain.paper.plan import read_plan
+from btrain.paper.run import Job, check, make_plan
+from btrain.paper.target import merged, names, read_profile, read_target
+
+TARGETS = names("target")
+
+
+def job(target: str, profile: str, out: Path = Path("runs"), extra: list[str] | None = None) -> Job:
+    return Job(read_target(target), read_profile(profile), out, extra or [], [], None)
+
+
+def test_every_table_and_figure_of_the_experiments_is_there() -> None:
+    figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
+    assert [*figures, *tables] == TARGETS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_run_of_every_profile_can_be_composed(target: str) -> None:
+    for profile in ("smoke", "cpu", "gpu"):
+        check(job(target, profile))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
+    plan = make_plan(job(target, "smoke"))
+    rows = {row.name for row in plan.rows}
+    assert len(rows) == len(plan.rows)
+    wanted = {claim.row for claim in plan.claims} | {plan.baseline}
+    wanted |= {claim.than for claim in plan.claims}
+    assert wanted <= rows | {None}
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("table")])
+def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
+    for experiment, paper in read_target(target).paper.items():
+        file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
+        header = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+        assert f"experiment={experiment}" in header
+        told = {float(number) for number in re.findall(r"\d*\.?\d+", header)}
+        wanted = {paper[key] for key in ("clean_acc", "robust_acc", "corruptions") if key in paper}
+        assert wanted <= told
+
+
+def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:
+    assert read_profile("paper").settings("table2") == []
+    assert merged(["a=1", "b=2"], ["a=3"]) == ["a=3", "b=2"]
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = make_plan(job("figure6", "cpu"))
+    assert read_plan(plan.write(tmp_path)) == plan
+    points = {row.swept["bt.gamma"] for row in plan.rows if row.name != plan.baseline}
+    assert points == {"0.65", "0.7", "0.75", "0.8", "0.85", "0.9"}
+
+
+def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
+    path = make_plan(job("figure3", "smoke")).write(tmp_path)
+    path.write_text(path.read_text().replace('"figure3-seed0"', '"../../figure3-seed0"'))
+    with pytest.raises(UserError, match=r"figure3\.json is no plan"):
+        read_plan(path)
+
+
+SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
+
+
+def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
+    assert cli.main(command) == 0
+    plan = read_plan(out / "figure7.json")
+    folders = [
+        out / f for r in plan.rows if r.experiment == "table2_bt_nr2" for f in r.runs.values()
+    ]
+    assert len(folders) == 10  # five values of N_R, two seeds
+    assert all((folder / "summary.json").is_file() for folder in folders)
+    assert (out / "table2_bt_nr2-seed0" / "eval" / "pgd20.json").is_file()
+    made = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in folders}
+    assert cli.main(command) == 0
+    assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
+
+
+def test_a_run_that_fails_stops_no_other_and_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table2_bt_nr0-seed0").write_text("in the way")
+    assert cli.main(["paper", "table2", "only=table2_bt_nr0", f"out={tmp_path}", *SMALLER]) == 1
+    assert (tmp_path / "table2_bt_nr0-seed1" / "summary.json").is_file()
+    assert "1 of table2" in capsys.readouterr().err
+
+
+def test_corrupted_images_are_made_for_table_1(tmp_path: Path) -> None:
+    row = "table1_cifar10_augmix_bt"
+    assert cli.main(["paper", "table1", f"only={row}", f"out={tmp_path}", *SMALLER]) == 0
+    assert (tmp_path / "corrupted" / "digits" / "REGENERATED.json").is_file()
+    assert (tmp_path / f"{row}-seed1" / "eval" / "corruptions.json").is_file()
+
+
+def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
+    import json
+
+    assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
+    content = json.loads((tmp_path / "figure3-seed0" / "allocation.json").read_text())
+    outcomes, steps = content["outcome"], content["steps"]
+    assert len(outcomes) == len(steps) == len(content["svar"]) == 50
+    assert set(outcomes) <= {"boundary", "robust", "outlier"}
+    # What is misclassified is an outlier, truly and by prediction, and gets no step.
+    assert [o == "outlier" for o in outcomes] == [svar < 0 for svar in content["svar"]]
+    assert all(s == 0 for s, o in zip(steps, outcomes, strict=True) if o == "outlier")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["table9"], ["table9", "table1"]),
+        (["table2", "profile=huge"], ["huge", "smoke"]),
+        (["profile=smoke"], ["target"]),
+        (["table2", "only=table3_mart"], ["only=table3_mart", "table2_trades"]),
+        (["table2", "trian.epochs=1"], ["trian", "train"]),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["paper", *arguments, f"out={tmp_path / 'out'}"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("btrain:")]
+    assert all(name in line for name in named)
