@@ -689,6 +689,8 @@ def test_the_folder_tells_where_the_result_comes_from(
     assert (first["from_epoch"], second["from_epoch"]) == (1, 2)
     assert first["versions"]["torch"] == torch.__version__
     assert first["git_dirty"] in (True, False, None)
+    assert first["hardware"]["processor"]
+    assert first["hardware"]["threads"] == torch.get_num_threads()
 
 
 def test_a_run_does_not_go_on_with_other_data(

@@ -16,6 +16,7 @@ from btrain.errors import UserError
 from btrain.eval_config import apply, compose
 from btrain.eval_schema import EvalSettings
 from btrain.evaluation.files import sha256
+from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.training.setup import find_device, load_data, make_model
 
@@ -77,6 +78,7 @@ def find(settings: EvalSettings) -> Target:
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
         folder = folder / _name(changes)
+    _check_folder(folder, settings.out)
     return Target(
         model=model.to(device),
         data=data,
@@ -107,14 +109,19 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
 
 
 def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
-    from btrain.exchange.from_run import load_run
+    """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
+    from btrain.exchange.from_run import agreed, load_run, read_config
 
     try:
-        return load_run(checkpoint)
+        config, model = load_run(checkpoint)
     except UserError as error:
         if run is not None:
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    if run is not None:
+        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(settings, config, run, checkpoint)
+    return config, model
 
 
 def _foreign(settings: EvalSettings) -> Config:
@@ -124,10 +131,14 @@ def _foreign(settings: EvalSettings) -> Config:
 
 
 def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
-    from btrain.exchange.read import load_weights
+    from btrain.exchange.from_run import outline
+    from btrain.exchange.read import check_architecture, load_weights, read_weights
 
+    weights, classes = read_weights(checkpoint), len(data.classes)
+    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+    check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
-        model = make_model(config.model, len(data.classes), data.shape)
+        model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
     return model
 
@@ -151,6 +162,15 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
     if run is None:
         return Path("eval") / checkpoint.stem
     return run / "eval" if checkpoint.stem == "last" else run / "eval" / checkpoint.stem
+
+
+def _check_folder(folder: Path, out: str | None) -> None:
+    """Rather now than after the first attack."""
+    named = f"out={out}" if out is not None else str(folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            what = "it" if place == folder else str(place)
+            raise UserError(f"{named} cannot hold the results: {what} is a file, not a folder.")
 
 
 def _changes(original: Config, config: Config) -> dict[str, Any]:

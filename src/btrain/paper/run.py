@@ -91,7 +91,7 @@ def make_plan(job: Job) -> Plan:
 
 
 def reproduce(job: Job) -> int:
-    """Trains and evaluates what is not there yet, and reports; returns how many runs were not finished.
+    """Trains and evaluates what is not there yet, and reports; returns how many runs are missing.
 
     A run that fails leaves its log and stops no other.
 
