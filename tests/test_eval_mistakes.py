@@ -124,6 +124,7 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     ),
     (["checkpoint=A"], ["A/config.yaml", "not a readable"], edited("seed", ": [")),
     (["checkpoint=A"], ["no run folder", "config.yaml"], without_config),
+    (["checkpoint=A", "dataset=mnist"], ["0.15", "dataset=mnist", "0.3", "epsilon="], nothing),
     (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
     (["checkpoint=A", "out=afile"], ["out=afile", "is a file"], a_file),
     (["checkpoint=A", "out=afile/eval"], ["out=afile/eval", "afile is a file"], a_file),

@@ -213,7 +213,7 @@ def test_what_is_no_run_is_refused(copied: Path, tmp_path: Path) -> None:
         load_run(copied, "best")
 
 
-@pytest.mark.parametrize("experiment", ["table1_augmix", "table2_yopo", "mnist_pgd"])
+@pytest.mark.parametrize("experiment", ["table1_cifar10_augmix", "table2_yopo", "figure2_pgd"])
 def test_the_settings_of_an_experiment_come_back(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
     assert read_config(to_dict(config), Path("here")) == config

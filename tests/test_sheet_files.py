@@ -159,7 +159,7 @@ def test_the_watch_counts_and_tells_the_time_left(tmp_path: Path) -> None:
     rows = [row(name, 2, attacks=["pgd20"]) for name in "abc"]
     found = progress(plan(rows, attacks=["pgd20"]), tmp_path)
     assert (found.rows_done, found.rows, found.done, found.runs) == (1, 3, 2, 6)
-    assert (found.running, found.failed, found.left) == (1, 1, 3)
+    assert (found.trained, found.running, found.failed, found.left) == (1, 1, 1, 3)
     # A run takes 120 s to train and 5 s to evaluate; left are b-seed0's evaluation, half of b-seed1
     # and all of c-seed1, one after the other.
     assert found.seconds_left == pytest.approx(5 + (60 + 5) + (120 + 5))
@@ -176,8 +176,8 @@ def test_the_watch_shows_one_state_where_nobody_looks(
     assert main(["report", option, str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
-        ["target", "rows done", "runs done", "running", "failed", "missing", "time left"],
-        ["table9", "1 of 2", "3 of 4", "0", "1", "0", "0 s"],
+        ["target", "rows done", "runs done", "to evaluate", "running", "failed", "missing", "left"],
+        ["table9", "1 of 2", "3 of 4", "0", "0", "1", "0", "0 s"],
     ]
 
 

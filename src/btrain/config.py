@@ -19,7 +19,7 @@ from btrain.errors import UserError
 from btrain.schema import Config, DatasetName
 from btrain.untrusted import read_text
 
-_LARGEST_YAML = 128 << 10  # bytes; a run's has 3,000
+_LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,11 @@ def find(settings: EvalSettings) -> Target:
     else:
         original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
+        _keep_downloads_here(config, settings)
+    epsilon = _epsilon(settings, original, config, trained)
     data = load_data(config, device)
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
-    epsilon = _epsilon(settings, config, trained, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
@@ -124,6 +125,14 @@ def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
     return config, model
 
 
+def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
+    """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    root = Path(config.dataset.root)
+    outside = root.is_absolute() or ".." in root.parts
+    if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
+        config.dataset.download = False
+
+
 def _foreign(settings: EvalSettings) -> Config:
     if "dataset" not in settings.config:
         raise UserError(f"{settings.checkpoint} does not tell its data set; please give dataset=….")
@@ -144,16 +153,29 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
 
 
 def _epsilon(
-    settings: EvalSettings, config: Config, trained: float | None, checkpoint: Path
+    settings: EvalSettings, original: Config, config: Config, trained: float | None
 ) -> float:
+    """The radius that was typed, or the one of the training where nothing speaks for another.
+
+    Raises:
+        UserError: the run is configured to be evaluated with another one, or the data set that was
+            typed is one for which another is usual.
+    """
     if settings.epsilon is not None:
         return settings.epsilon
-    if trained is not None and config.eval.epsilon != trained:
-        raise UserError(
-            f"{checkpoint} was trained with ε = {trained:g} and is configured to be evaluated with "
-            f"{config.eval.epsilon:g}; please give epsilon=…."
-        )
-    return config.attack.epsilon
+    if trained is None:
+        return config.attack.epsilon
+    if config.eval.epsilon != trained:
+        other = f"is configured to be evaluated with {config.eval.epsilon:g}"
+    elif config.dataset.epsilon not in (trained, original.dataset.epsilon):
+        name = config.dataset.name.name
+        other = f"dataset={name} is usually attacked with {config.dataset.epsilon:g}"
+    else:
+        return trained
+    raise UserError(
+        f"{settings.checkpoint} was trained with ε = {trained:g} and {other}; "
+        "please give epsilon=…."
+    )
 
 
 def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:

@@ -24,7 +24,7 @@ from btrain.untrusted.tree import check_tree
 
 Which = Literal["last", "best"]
 
-_MOST_SETTINGS = 10_000
+_MOST_SETTINGS = 1_000
 
 _SHALLOW = 1000  # layers, which are quickly outlined, so that the error can name the keys
 

@@ -13,6 +13,9 @@ from btrain.errors import UserError
 
 _GIB = 2**30
 
+# The CPU's allocator, the driver and the libraries of a GPU have no exception of their own.
+_OTHERS = re.compile(r"can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
+
 
 @contextmanager
 def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[None]:
@@ -28,7 +31,7 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        asked = re.search(r"tried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
+        asked = re.search(r"[Tt]ried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
         if not ran_out(error):
             raise
         wanted = f", {asked.group(1)} more were asked for" if asked else ""
@@ -38,10 +41,9 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether it says that there is no memory left; the CPU's allocator has no type of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)
-    )
+    """Whether it says that there is no memory left."""
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return exhausted or _OTHERS.search(str(error)) is not None
 
 
 def _peak(device: torch.device) -> str:

@@ -88,8 +88,8 @@ def _train(
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (
+        folder.log_file(),  # which hears of a tracker that fails at its beginning or end, too
         open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
-        folder.log_file(),
         stop_on_signals() as stop,
     ):
         if warning is not None:
@@ -102,11 +102,7 @@ def _train(
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, tracker, lock, stop)
-        size = f"eval.batch_size={config.eval.batch_size}"
-        with (
-            explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
-            stop.at_once(),
-        ):
+        with _evaluation(config, state, stop):
             summary = summarise(config, state, data, folder)
         summary["data_sha256"] = provenance["data_sha256"]
         lock.check()
@@ -171,7 +167,7 @@ def _train_epochs(
             metrics["speedup_measured"] = None
             if complete := state.batch == batches:
                 try:
-                    with stop.at_once():
+                    with _evaluation(config, state, stop):
                         metrics["speedup_measured"] = probe.speedup(state)
                         after_epoch(config, state, data, folder, metrics)
                 except Interrupted:
@@ -186,6 +182,17 @@ def _train_epochs(
             due = state.epoch % config.train.checkpoint_every == 0
             if due or not complete or _is_over(config, vars(state)):
                 save()
+
+
+@contextmanager
+def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterator[None]:
+    """Where a signal ends the run at once, and memory is that of the evaluation's batches."""
+    size = f"eval.batch_size={config.eval.batch_size}"
+    with (
+        explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
+        stop.at_once(),
+    ):
+        yield
 
 
 @contextmanager

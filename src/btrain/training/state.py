@@ -139,12 +139,21 @@ class TrainState:
             raise ValueError("other settings")
         for parameter, momenta in self.optimizer.state.items():
             for value in momenta.values():
-                if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
-                    raise ValueError("momenta of another shape")
+                if value is not None and not _fits(value, parameter):
+                    raise ValueError("momenta of another shape or kind")
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in group.items() if key != "params"}
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    """Whether it may be a momentum of the parameter, or a count of steps."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.shape in (parameter.shape, ())
+    )
 
 
 def _copy(saved: Tensor, tensor: Tensor) -> None:

@@ -24,7 +24,8 @@ class Progress:
 
     Attributes:
         rows_done, rows: rows of which every seed is done.
-        done, running, failed, runs: runs; done are those trained and evaluated.
+        done, trained, running, failed, runs: runs; done are those trained and evaluated, trained
+            those that wait for their evaluation.
         seconds_left: by the mean times of the done to train and to evaluate; None where none is
             done.
     """
@@ -33,6 +34,7 @@ class Progress:
     rows_done: int
     rows: int
     done: int
+    trained: int
     running: int
     failed: int
     runs: int
@@ -61,6 +63,7 @@ def progress(plan: Plan, folder: Path) -> Progress:
         rows_done=rows_done,
         rows=len(plan.rows),
         done=len(done),
+        trained=sum(run.state == FINISHED for run in left),
         running=len(running),
         failed=sum(run.state == FAILED for run in runs),
         runs=len(runs),
@@ -90,12 +93,21 @@ def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> flo
 
 def table(found: Sequence[Progress]) -> str:
     """A line a target."""
-    head = ("target", "rows done", "runs done", "running", "failed", "missing", "time left")
+    head = (
+        "target",
+        "rows done",
+        "runs done",
+        "to evaluate",
+        "running",
+        "failed",
+        "missing",
+        "left",
+    )
     lines = [head]
     for p in found:
-        missing = p.left - p.running
         counts = (f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}")
-        states = (str(p.running), str(p.failed), str(missing))
+        missing = p.left - p.running - p.trained
+        states = (str(p.trained), str(p.running), str(p.failed), str(missing))
         lines.append((p.target, *counts, *states, duration(p.seconds_left)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
