@@ -50,7 +50,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "train_seconds"} for line in lines]
+    times = ("train_seconds", "speedup_measured")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ _MAY_DIFFER = (
     "device",
     "train.max_seconds",
     "train.checkpoint_every",
+    "bt.probe_every",
     "dataset.download",
 )
 
@@ -194,6 +196,12 @@ class RunFolder:
                 except (ValueError, TypeError, KeyError, RecursionError):
                     break
         _write(self._metrics, "".join(lines))
+
+    def logged(self, key: str) -> list[float]:
+        """The numbers under a key of `metrics.jsonl`, of the epochs that have one."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line).get(key) for line in lines]
+        return [value for value in values if isinstance(value, float) and math.isfinite(value)]
 
     @contextmanager
     def log_file(self) -> Iterator[None]:

@@ -32,13 +32,18 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         asked = re.search(r"[Tt]ried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (exhausted or _OTHERS.search(str(error))):
+        if not ran_out(error):
             raise
         wanted = f", {asked.group(1)} more were asked for" if asked else ""
         raise UserError(
             f"Memory on {device} ran out with {what} (peak {_peak(device)}{wanted}); {advice}."
         ) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that there is no memory left."""
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return exhausted or _OTHERS.search(str(error)) is not None
 
 
 def _peak(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.memory import explained_memory
 from btrain.training.methods import make_steps
 from btrain.training.nonfinite import NotFiniteError
+from btrain.training.probe import Probe
 from btrain.training.provenance import extended
 from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
 from btrain.training.scores import after_epoch, summarise
@@ -98,8 +99,8 @@ def _train(
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(data, state))
-        size = f"train.batch_size={config.train.batch_size}"
-        with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
+        size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
+        with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, tracker, lock, stop)
         with _evaluation(config, state, stop):
             summary = summarise(config, state, data, folder)
@@ -126,6 +127,7 @@ def _train_epochs(
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
+    probe = Probe(config, data.train)
     done = state.epoch * batches + state.batch
 
     def save() -> None:
@@ -162,9 +164,11 @@ def _train_epochs(
             metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
+            metrics["speedup_measured"] = None
             if complete := state.batch == batches:
                 try:
                     with _evaluation(config, state, stop):
+                        metrics["speedup_measured"] = probe.speedup(state)
                         after_epoch(config, state, data, folder, metrics)
                 except Interrupted:
                     save()

@@ -103,6 +103,7 @@ def make_optimizer(
 
 
 def make_plan(config: Config) -> Plan:
+    """The portions of a run are its batches, or pools of them that are attacked at once."""
     recipe = config.recipe
     milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
     schedules = {
@@ -113,7 +114,7 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         seed=config.seed,
         epochs=config.train.epochs,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.batch_size * config.bt.pool,
         lr=recipe.lr,
         schedule=schedules[recipe.schedule],
         crop_padding=recipe.crop_padding,

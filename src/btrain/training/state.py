@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,14 @@ class TrainState:
         self.epoch_seconds = 0.0
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
+
+    def throw_away_copy(self) -> TrainState:
+        """Of its own in all that training changes, at the beginning of the same epoch."""
+        model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))
+        generator = torch.Generator(self.device)
+        generator.set_state(self.generator.get_state())
+        sums = torch.zeros_like(self.epoch_sums)
+        return TrainState(model, optimizer, generator, memory, sums, sums.clone(), self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it."""
