@@ -168,6 +168,13 @@ def test_a_time_limit_ends_a_run_cleanly_and_more_time_continues_it(tmp_path: Pa
     assert epochs == list(range(1, len(epochs) + 1))
 
 
+def test_time_that_is_up_before_the_first_batch_leaves_an_untrained_network(tmp_path: Path) -> None:
+    summary = train(tiny(tmp_path, "train.max_seconds=1e-9"))
+    assert summary["epochs"] == 0
+    assert summary["theoretical_speedup"] is summary["attack_steps_mean"] is None
+    assert "speedup –" in (tmp_path / "train.log").read_text()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:

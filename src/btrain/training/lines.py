@@ -9,7 +9,7 @@ from btrain.training.state import TrainState
 
 
 def fractions(means: dict[str, Any]) -> str:
-    return f"{means['f_b']:.2f}/{means['f_r']:.2f}/{means['f_o']:.2f}"
+    return "/".join(number(means[key]) for key in ("f_b", "f_r", "f_o"))
 
 
 def describe(data: Data, state: TrainState) -> str:
