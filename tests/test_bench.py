@@ -220,6 +220,24 @@ def test_a_step_of_bullettrain_copies_to_the_host_once(defense: str, copies: int
     assert seen.peak_bytes > 0
 
 
+def test_a_pool_has_the_units_of_its_batches() -> None:
+    methods = [Contender.lean, Contender.bullettrain, Contender.pooled]
+    by_method = lanes("trades", "bt.pool=3", methods=methods)
+    assert [lane.config.bt.pool for lane in by_method.values()] == [1, 1, 3]
+    units = []
+    for contender in (Contender.bullettrain, Contender.pooled):
+        lane = by_method[contender]
+        lane.run(lane.prepare(0))
+        units.append(float(lane.stats[0].units / lane.stats[0].examples))
+    assert units[0] == pytest.approx(units[1])
+    assert int(by_method[Contender.pooled].stats[0].examples) == 3 * 32
+
+
+def test_the_method_pooled_needs_a_pool() -> None:
+    with pytest.raises(UserError, match=r"pooled of bench\.methods needs a bt\.pool above 1\."):
+        lanes("trades", methods=[Contender.lean, Contender.pooled])
+
+
 def test_the_spread_is_between_the_quartiles() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
     assert spread([1.0]) == 0.0

@@ -33,12 +33,13 @@ METRICS = {
     "theoretical_speedup", "train_seconds", "clean_acc_train", "robust_acc_train",
     "boundary_precision", "boundary_recall", "robust_precision", "robust_recall",
     "score_boundary", "score_robust", "score_outlier", "pgd_acc_train_batch", "units_per_example",
-    "flops", "warnings", "speedup_flops", "speedup_official",
+    "flops", "warnings", "speedup_flops", "speedup_official", "speedup_measured",
 }  # fmt: skip
 SUMMARY = {
     "clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds",
     "attack_steps_mean", "units_per_example", "flops", "epochs", "seed", "device", "torch_version",
     "git_commit", "git_dirty", "data_sha256", "parameters", "speedup_flops", "speedup_official",
+    "speedup_measured",
 }  # fmt: skip
 
 

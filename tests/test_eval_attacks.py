@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -160,7 +161,8 @@ def test_the_model_is_left_as_it_was(preact: nn.Module, digits: Data) -> None:
     preact.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
     before = {key: value.clone() for key, value in preact.state_dict().items()}
     state = torch.get_rng_state()
-    robust_accuracy(preact, digits.test.images[:8], digits.test.labels[:8], epsilon=0.1)
+    with pytest.warns(UserWarning, match="guessing"):  # for it is not trained
+        robust_accuracy(preact, digits.test.images[:8], digits.test.labels[:8], epsilon=0.1)
     assert all(module.training for module in preact.modules())
     assert all(torch.equal(before[key], value) for key, value in preact.state_dict().items())
     assert [p.requires_grad for p in preact.parameters()].count(False) == 1
@@ -210,6 +212,47 @@ def test_python_callers_get_a_sentence(
     with pytest.raises(UserError) as caught:
         robust_accuracy(plain_net, **arguments)
     assert words in str(caught.value)
+
+
+class WithoutGradient(nn.Module):
+    """A network as it is wrapped for inference."""
+
+    def __init__(self, network: nn.Module, how: str) -> None:
+        super().__init__()
+        self.network, self.how = network, how
+        self.offset = nn.Parameter(torch.zeros(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+        with inside.get(self.how, contextlib.nullcontext)():
+            logits: Tensor = self.network(x.detach() if self.how == "another leaf" else x)
+        if self.how == "another leaf":  # logits with a gradient, but of something else
+            return logits + self.offset.detach().clone().requires_grad_()
+        if self.how == "numpy":
+            return torch.from_numpy(logits.detach().numpy())
+        return logits
+
+
+@pytest.mark.parametrize("attack", ["pgd20", "custom", "autoattack"])
+@pytest.mark.parametrize("how", ["no_grad", "inference", "numpy", "another leaf"])
+def test_a_model_without_gradient_is_named(
+    plain_net: nn.Module, digits: Data, how: str, attack: str
+) -> None:
+    model, data = WithoutGradient(plain_net, how), (digits.test.images[:9], digits.test.labels[:9])
+    with pytest.raises(UserError, match="no gradient with respect to the images"):
+        robust_accuracy(model, *data, epsilon=0.1, attack=attack)
+    assert robust_accuracy(model, *data, epsilon=0.1, attack="clean").accuracy > 50
+
+
+def test_a_model_that_guesses_is_told_from_one_that_does_not(
+    plain_net: nn.Module, digits: Data
+) -> None:
+    images, labels = digits.test.images[:100], digits.test.labels[:100]
+    with pytest.warns(UserWarning, match="order of the classes"):
+        turned = robust_accuracy(plain_net, images, (labels + 1) % 10, epsilon=0.1, attack="clean")
+    assert f"Only {turned.accuracy:.1f} %" in turned.settings["note"]
+    honest = robust_accuracy(plain_net, images, labels, epsilon=0.1, attack="clean")
+    assert honest.settings["note"] is None
 
 
 def test_dlr_asks_for_three_classes() -> None:

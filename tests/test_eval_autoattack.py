@@ -1,12 +1,15 @@
-"""AutoAttack's adapter: agreement, order of strength, interruption, few classes."""
+"""AutoAttack's adapter: agreement, interruption, memory, few classes, either library."""
 
 from __future__ import annotations
 
 import builtins
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyautoattack
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from btrain.evaluation import autoattack, robust_accuracy
 from btrain.evaluation.autoattack import autoattack_stands
 from btrain.evaluation.examples import Examples, as_evaluated
 from btrain.evaluation.partial import Partial
+from btrain.evaluation.parts import InParts
 from btrain.evaluation.restarts import Pgd, pgd_stands
 from eval_nets import CPU, Linear, digits_examples, of_split
 
@@ -51,12 +55,10 @@ def standing(
 def test_our_pgd_and_the_librarys_agree_within_one_of_500(
     robust_net: nn.Module, digits: Data
 ) -> None:
-    from pyautoattack import AutoAttack
-
     images = torch.cat([digits.test.images, digits.train.images])[:500]
     labels = torch.cat([digits.test.labels, digits.train.labels])[:500]
     ours = robust_accuracy(robust_net, images, labels, epsilon=EPSILON, attack="pgd100x10").correct
-    library = AutoAttack(
+    library = pyautoattack.AutoAttack(
         robust_net, eps=EPSILON, version="custom", attacks=["apgd-ce"], seed=0, device="cpu"
     )
     library.apgd.n_restarts = 5
@@ -66,25 +68,6 @@ def test_our_pgd_and_the_librarys_agree_within_one_of_500(
     theirs = (robust_net(x_adv).argmax(dim=1) == labels).numpy()
     assert 100 < ours.sum() < 400
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
-
-
-@pytest.mark.parametrize(("name", "epsilon"), [("robust_net", EPSILON), ("plain_net", 0.04)])
-def test_stronger_attacks_leave_less(
-    name: str, epsilon: float, digits: Data, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue(name)
-    images, labels = digits.test.images[:20], digits.test.labels[:20]
-    clean, pgd20, pgd100x10, strongest = (
-        torch.from_numpy(
-            robust_accuracy(model, images, labels, epsilon=epsilon, attack=attack).correct
-        )
-        for attack in ("clean", "pgd20", "pgd100x10", "autoattack")
-    )
-    assert not (pgd20 & ~clean).any()
-    assert not (pgd100x10 & ~pgd20).any()  # the same start and steps, but more of them
-    assert strongest.sum() <= pgd100x10.sum()
-    assert not (strongest & ~clean).any()
-    assert 0 < strongest.sum() < clean.sum()
 
 
 @pytest.fixture
@@ -145,8 +128,13 @@ def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_an_interrupted_autoattack_goes_on_where_it_was(
-    robust_net: nn.Module, digits: Data, tmp_path: Path, share: float
+    robust_net: nn.Module,
+    digits: Data,
+    tmp_path: Path,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(autoattack, "BATCH", 5)
     examples = digits_examples(digits, 12)
     (whole, _), passes = forward_passes(
         robust_net, lambda: standing(robust_net, examples, batch_size=5)
@@ -192,6 +180,40 @@ def test_an_interrupted_pgd_goes_on_where_it_was(
     assert partial.load(60) is None
 
 
+@pytest.mark.usefixtures("short")
+def test_the_batch_size_bounds_the_passes_and_not_the_result(
+    robust_net: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoattack, "BATCH", 16)
+    examples = digits_examples(digits, 32)
+    found, longest = [], []
+    for batch_size in (3, 16, 1000):
+        seen: list[int] = []
+        handle = robust_net.register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(len(x[0]))
+        )
+        found.append(standing(robust_net, examples, batch_size=batch_size)[0])
+        handle.remove()
+        longest.append(max(seen))
+    assert longest == [3, 16, 16]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert 0 < found[0].sum() < 32
+
+
+def test_a_network_in_parts_has_the_gradients_of_the_whole(preact: nn.Module) -> None:
+    preact.double()
+    x = torch.rand(7, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    whole, parts = preact.eval()(x), InParts(preact, 3)(x)
+    torch.testing.assert_close(parts, whole)
+    for k in range(2):  # the graph may be used more than once
+        (expected,) = torch.autograd.grad(whole[:, k].sum(), [x], retain_graph=True)
+        (found,) = torch.autograd.grad(parts[:, k].sum(), [x], retain_graph=True)
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(InParts(preact, 3)(x), whole.detach())
+
+
 @pytest.mark.parametrize("version", ["standard", "rand"])
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_few_classes_do_not_crash(classes: int, version: str) -> None:
@@ -211,6 +233,53 @@ def test_few_classes_do_not_crash(classes: int, version: str) -> None:
         assert torch.equal(stands, provable)
         assert ("apgd-t" in found["attacks"]) == (classes >= 4)
         assert ("apgd-t" in (found["note"] or "")) == (classes < 4)
+
+
+class UpstreamsAutoAttack:
+    """The interface of the authors' repository over the attacks of `pyautoattack`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        verbose: bool = True,
+        version: str = "standard",
+        device: object = "cuda",
+    ) -> None:
+        print(f"setting parameters for {version} version")
+        self.inner = pyautoattack.AutoAttack(
+            model, norm=norm, eps=eps, seed=seed, version=version, device=device
+        )
+        self.attacks_to_run = self.inner.attacks_to_run
+        self.apgd_targeted, self.fab = self.inner.apgd_targeted, self.inner.fab
+        self.square = self.inner.square
+
+    def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> Tensor:
+        print("Warning: it seems to be a dynamic defense!")
+        self.inner.attacks_to_run = self.attacks_to_run
+        found: Tensor = self.inner.run_standard_evaluation(x_orig, y_orig, batch_size=bs)[0]
+        return found
+
+
+@pytest.mark.usefixtures("short")
+def test_the_interface_of_the_authors_repository_serves_as_well(
+    robust_net: nn.Module,
+    digits: Data,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examples = digits_examples(digits, 12)
+    expected, _ = standing(robust_net, examples)
+    module = types.ModuleType("autoattack")
+    module.AutoAttack = UpstreamsAutoAttack  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "autoattack", module)
+    monkeypatch.setattr(autoattack, "LIBRARIES", ("autoattack",))
+    found, facts = standing(robust_net, examples)
+    assert torch.equal(found, expected)
+    assert facts["note"] == "it seems to be a dynamic defense!"
+    assert capsys.readouterr().out == ""
 
 
 def test_nothing_left_to_attack(plain_net: nn.Module, digits: Data) -> None:

@@ -65,6 +65,8 @@ def test_a_run_folder_is_enough(runs_here: Path, capsys: Capture, digits: Data) 
     assert each["labels"].tolist() == digits.test.labels.tolist()
     assert not (each["correct"] & ~arrays(folder / "clean.npz")["correct"]).any()
     sanity = content(folder / "sanity.json")
+    for key in ("checkpoint_sha256", "data_sha256", "epsilon", "seed", "dataset", "versions"):
+        assert sanity[key] == found[key]
     assert len(sanity["checks"]) == 6
     for check in sanity["checks"]:
         assert check["verdict"] in ("passed", "suspicious", "skipped")
@@ -103,12 +105,16 @@ def test_other_conditions_get_a_folder_of_their_own(runs_here: Path, capsys: Cap
     assert (runs_here / "A" / "eval" / "pgd2x1-ce.json").read_bytes() == before
     assert main([*few, "epsilon=0.15", "out=elsewhere"]) == 0
     assert (runs_here / "elsewhere" / "pgd2x1-ce.json").is_file()
+    capsys.readouterr()
+    assert main([*few, "epsilon=0.1", "out=elsewhere"]) == 1
+    assert "elsewhere holds results of another ε (pgd2x1-ce.json)" in capsys.readouterr().err
 
 
-def test_all_is_a_chain(runs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
     few = ["dataset.test_examples=12", "sanity=false"]
     assert main(["eval", "checkpoint=A", "attack=all", *few]) == 0
+    assert "Without corruptions: dataset.corruptions_root=" in capsys.readouterr().out
     folder = runs_here / "A" / "eval" / "dataset.test_examples_12"
     names = ["clean", "pgd20", "pgd100x10", "autoattack"]
     each = [arrays(folder / f"{name}.npz")["correct"] for name in names]
@@ -131,9 +137,8 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
     assert main(command) == 0
     assert path.stat().st_mtime_ns == before
     assert "pgd20 is there already" in capsys.readouterr().out
-    shutil.copy(
-        runs_here / "B" / "checkpoints" / "last.pt", runs_here / "A" / "checkpoints" / "last.pt"
-    )
+    for file in ("checkpoints/last.pt", "config.yaml"):
+        shutil.copy(runs_here / "B" / file, runs_here / "A" / file)
     assert main(command) == 1  # other weights: no page shall mix the two
     assert "holds results of other weights" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before
@@ -208,6 +213,22 @@ def test_another_projects_file(runs_here: Path) -> None:
     assert (found["accuracy"], found["epsilon"]) == (ours["accuracy"], ours["epsilon"])
     assert found["epsilon_trained"] is None
     assert found["checkpoint"] == "theirs.pt"
+    assert "guessing" not in (found["note"] or "")
+
+
+def test_another_order_of_the_classes_is_suspected(runs_here: Path, capsys: Capture) -> None:
+    weights = torch.load(runs_here / "A" / "checkpoints" / "last.pt", weights_only=True)
+    theirs = weights["state"]["model"]
+    theirs |= {key: theirs[key].roll(1, 0) for key in ("fc2.weight", "fc2.bias")}
+    torch.save(theirs, runs_here / "theirs.pt")
+    assert main([
+        "eval", "checkpoint=theirs.pt", "dataset=digits", "model=small_cnn", "model.width=4",
+        "attack=clean", "sanity=false",
+    ]) == 0  # fmt: skip
+    found = content(runs_here / "eval" / "theirs" / "clean.json")
+    assert found["accuracy"] < 15
+    assert "another order of the classes?" in found["note"]
+    assert found["note"] in capsys.readouterr().out
 
 
 def test_two_runs_are_compared(runs_here: Path, capsys: Capture) -> None:

@@ -45,8 +45,27 @@ def evaluated_elsewhere(folder: Path) -> None:
     config.write_text(f"{head}epsilon: 0.3{tail}")
 
 
+def edited(before: str, after: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = folder / "A" / "config.yaml"
+        text = config.read_text()
+        assert before in text
+        config.write_text(text.replace(before, after, 1))
+
+    return edit
+
+
+def without_config(folder: Path) -> None:
+    (folder / "A" / "config.yaml").unlink()
+
+
 def empty(folder: Path) -> None:
     (folder / "empty").mkdir()
+
+
+def a_file(folder: Path) -> None:
+    (folder / "afile").touch()
+    (folder / "A" / "eval").touch()
 
 
 ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
@@ -59,6 +78,16 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=A", "attack.steps=0"], ["attack.steps", "at least 1"], nothing),
     (["checkpoint=A", "attack.steps=ten"], ["attack.steps", "ten"], nothing),
     (["checkpoint=A", "attack.loss=mse"], ["attack.loss=mse", "ce, kl, cw, dlr"], nothing),
+    (
+        ["checkpoint=A", "attack=pgd100x10,pgd1000x5", "attack.steps=7", "attack.restarts=2"],
+        ["pgd100x10 and pgd1000x5", "the same attack", "attack.steps=7 attack.restarts=2"],
+        nothing,
+    ),
+    (
+        ["checkpoint=A", "attack=pgd100x10,custom", "attack.steps=100", "attack.restarts=10"],
+        ["pgd100x10 and custom", "the same attack"],
+        nothing,
+    ),
     (["checkpoint=A", "attack=autoattack", "attack.steps=3"], ["attack.steps"], nothing),
     (["checkpoint=A", "epsilon=8"], ["epsilon", "[0, 1]", "8/255"], nothing),
     (["checkpoint=A", "epsilon=0"], ["epsilon", "greater than 0"], nothing),
@@ -78,7 +107,28 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=A"], ["last.pt", "not a readable checkpoint"], truncated),
     (["checkpoint=bad.pt"], ["bad.pt", "not a readable checkpoint", "model="], malicious),
     (["checkpoint=A"], ["0.15", "0.3", "epsilon="], evaluated_elsewhere),
+    (
+        ["checkpoint=A"],
+        ["A/config.yaml says attack.epsilon=0.3", "last.pt", "0.15", "restore"],
+        edited("  steps: 10\n  epsilon: 0.15", "  steps: 10\n  epsilon: 0.3"),
+    ),
+    (
+        ["checkpoint=A/checkpoints/last.pt"],
+        ["A/config.yaml says model.mean=[0.5]", "last.pt", "None"],
+        edited("  mean: null\n  std: null", "  mean: [0.5]\n  std: [0.5]"),
+    ),
+    (
+        ["checkpoint=A"],
+        ["A/config.yaml says dataset.name=mnist", "digits"],
+        edited("  name: digits", "  name: mnist"),
+    ),
+    (["checkpoint=A"], ["A/config.yaml", "not a readable"], edited("seed", ": [")),
+    (["checkpoint=A"], ["no run folder", "config.yaml"], without_config),
+    (["checkpoint=A", "dataset=mnist"], ["0.15", "dataset=mnist", "0.3", "epsilon="], nothing),
     (["checkpoint=A/config.yaml", "model=small_cnn"], ["config.yaml", "dataset="], nothing),
+    (["checkpoint=A", "out=afile"], ["out=afile", "is a file"], a_file),
+    (["checkpoint=A", "out=afile/eval"], ["out=afile/eval", "afile is a file"], a_file),
+    (["checkpoint=A"], ["A/eval", "is a file"], a_file),
     (["compare", "A"], ["two folders"], nothing),
     (["compare", "A", "B"], ["A holds no finished evaluation"], nothing),
 ]
@@ -115,6 +165,27 @@ def test_another_number_of_classes(runs_here: Path, capsys: Capture) -> None:
     err = capsys.readouterr().err
     assert "seven.pt" in err
     assert len(err.splitlines()) == 1
+    assert not (runs_here / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (["model=small_cnn", "model.width=1000000000"], ["model.width=1000000000", "1×8×8"]),
+        (["model=small_cnn", "model.width=5"], ["conv1.weight is 4×1×4×4", "5×1×4×4"]),
+        (["model=wrn_34_10"], ["lacks block1.layer.0.bn1.weight", "the model has no conv1.bias"]),
+        (["model=wrn_34_10", "model.depth=600004"], ["model.depth=600004"]),
+    ],
+)
+def test_another_network_than_the_files(
+    runs_here: Path, capsys: Capture, model: list[str], words: list[str]
+) -> None:
+    saved = torch.load(runs_here / "A" / "checkpoints" / "last.pt", weights_only=True)
+    torch.save(saved["state"]["model"], runs_here / "theirs.pt")
+    assert main(["eval", "checkpoint=theirs.pt", "dataset=digits", *model]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words), err
     assert not (runs_here / "eval").exists()
 
 

@@ -91,10 +91,12 @@ def test_the_numbers_are_those_of_the_files(evaluation: Path) -> None:
     classes = [[c["per_class"][str(k)]["accuracy"] for c in contents] for k in range(10)]
     by_class = [v for v in page.values if len(v) == len(contents)]
     corrupted = json.loads((evaluation / "corruptions.json").read_text())
-    table = list(corrupted["table"].values())
+    table = [*corrupted["table"].values(), *corrupted["extra_table"].values()]
     assert by_class == classes + table  # five attacks, five severities
     in_curves = [v for v in page.values if len(v) == 1]
     assert in_curves == [[accuracy] for points in curves.values() for _, accuracy in points]
+    assert page.words.index("snow") < page.words.index("no part of the means above")
+    assert page.words.index("no part of the means above") < page.words.index("saturate")
     assert f"Mean accuracy {corrupted['accuracy']:.2f} %, mCE {corrupted['mce']:.2f} %" in (
         page.words
     )

@@ -10,11 +10,9 @@ from torch import nn
 
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.evaluation import sanity
-from btrain.evaluation.attack import clean_correct
-from btrain.evaluation.examples import as_evaluated
-from btrain.evaluation.sanity import Sanity, check_sanity
-from eval_nets import CPU, Quantised, Scaled, digits_examples
+from btrain.evaluation import sanity, sanity_checks
+from btrain.evaluation.sanity import Sanity
+from eval_nets import Quantised, Scaled, digits_examples
 
 EPSILON = 0.1
 FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
@@ -27,11 +25,9 @@ FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
 )
 
 
-def checked(model: nn.Module, digits: Data) -> Sanity:
-    examples = digits_examples(digits, 200)
-    with as_evaluated(model, CPU):
-        correct = clean_correct(model, examples, batch_size=200)
-        return check_sanity(model, examples, correct, epsilon=EPSILON, seed=0, batch_size=70)
+def checked(model: nn.Module, digits: Data, count: int = 200, batch_size: int = 70) -> Sanity:
+    images, labels = digits.test.images[:count], digits.test.labels[:count]
+    return sanity_checks(model, images, labels, epsilon=EPSILON, batch_size=batch_size)
 
 
 def verdicts(found: Sanity) -> dict[str, str]:
@@ -70,6 +66,13 @@ def test_a_masked_network_is_suspicious(
     flat = next(check for check in found.checks if check.name == GRADIENTS)
     assert flat.numbers["zero_gradients"] > 50
     assert f"{flat.numbers['zero_gradients']:.1f} %" in flat.detail
+
+
+def test_the_checks_do_not_depend_on_the_batch_size(robust_net: nn.Module, digits: Data) -> None:
+    few, many = (checked(robust_net, digits, 60, batch_size) for batch_size in (7, 1000))
+    assert few == many
+    square = next(check for check in few.checks if check.name == BLACK_BOX).numbers["square"]
+    assert 0 < square < few.curves["epsilon"][0][1]  # it did something, and not everything
 
 
 def test_a_rise_is_named_with_its_numbers() -> None:

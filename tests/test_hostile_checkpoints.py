@@ -296,6 +296,10 @@ def momenta_of_another_shape(content: dict[str, Any]) -> None:
     content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
 
 
+def momenta_of_text(content: dict[str, Any]) -> None:
+    content["optimizer"]["state"][0]["momentum_buffer"] = "fast"
+
+
 def a_rate_of_text(content: dict[str, Any]) -> None:
     content["optimizer"]["param_groups"][0]["lr"] = "fast"
 
@@ -320,6 +324,7 @@ def no_weights(content: dict[str, Any]) -> None:
     "spoil",
     [
         momenta_of_another_shape,
+        momenta_of_text,
         a_rate_of_text,
         a_missing_setting,
         a_stretched_memory,

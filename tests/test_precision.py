@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btrain import models
+from btrain import models, precision
 from btrain.attacks import early_exit_pgd, prefix_pgd
 from btrain.config import compose
 from btrain.data import Batch, Data
@@ -251,3 +253,46 @@ def test_a_probe_turns_the_first_step_and_moves_nothing(early_exit: bool) -> Non
         )  # fmt: skip
     assert seen == [pytest.approx(0.8)]
     assert moved.flatten().tolist() == pytest.approx([0.51 - 0.1, 0.51 + 0.1])
+
+
+def _shortened_by_the_older_interface() -> None:
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def _shortened_by_the_newer_interface() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(
+    "shorten",
+    [lambda: None, _shortened_by_the_older_interface, _shortened_by_the_newer_interface],
+    ids=["default", "older interface", "newer interface"],
+)
+def test_float32_is_exact_inside_and_as_it_was_outside(
+    shorten: Callable[[], None], inner: bool
+) -> None:
+    units = precision._units()
+    untouched = [unit.fp32_precision for unit in units]
+    try:
+        shorten()
+        before = [unit.fp32_precision for unit in units]
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            precision.exactly_float32(CPU),
+            precision.exactly_float32(CPU) if inner else contextlib.nullcontext(),
+        ):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            assert {unit.fp32_precision for unit in units} <= {"ieee"}
+            assert not torch.is_autocast_enabled("cpu")
+        assert [unit.fp32_precision for unit in units] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        for unit, value in zip(units, untouched, strict=True):
+            unit.fp32_precision = value
+    assert torch.get_float32_matmul_precision() == "highest"

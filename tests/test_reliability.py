@@ -26,6 +26,7 @@ from btrain.run_lock import locked
 from btrain.tracking import Tracker
 from btrain.training import run as run_module
 from btrain.training import train
+from btrain.training.determinism import deterministic
 from btrain.training.guards import InputGuard, epoch_warnings, is_above
 from btrain.training.memory import explained_memory
 from btrain.training.nonfinite import Snapshot
@@ -422,6 +423,7 @@ def test_a_resumed_run_goes_on_without_a_logger_that_cannot_start(
     train(tiny(tmp_path, *FOUR, "logger=wandb"))
     assert_like(tmp_path, whole)
     assert "logger=wandb could not start" in capsys.readouterr().err
+    assert "logger=wandb could not start" in (tmp_path / "train.log").read_text()
 
 
 def test_a_logger_that_fails_at_the_end_leaves_the_summary(
@@ -440,6 +442,7 @@ def test_a_logger_that_fails_at_the_end_leaves_the_summary(
     monkeypatch.setattr("btrain.tracking._tensorboard", tracker)
     train(tiny(tmp_path, "train.epochs=1", "logger=tensorboard"))
     assert (tmp_path / "summary.json").exists()
+    assert (tmp_path / "train.log").read_text().count("failed (no route to host)") == 1
 
 
 # Numbers that are not finite
@@ -654,6 +657,8 @@ MEMORY = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU"), True),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
      True),
+    (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
 ]  # fmt: skip
 
@@ -670,6 +675,14 @@ def test_memory_that_ran_out_is_one_sentence(error: Exception, is_memory: bool) 
         explained_memory(CPU, "train.batch_size=7", "a smaller one may fit"),
     ):
         raise error
+
+
+def test_how_much_was_asked_for_is_told() -> None:
+    with (
+        pytest.raises(UserError, match=r"2\.00 GiB more were asked for"),
+        explained_memory(CPU, "train.batch_size=7", "a smaller one may fit"),
+    ):
+        raise MEMORY[1][0]
 
 
 def test_memory_that_really_ran_out(tmp_path: Path) -> None:
@@ -689,6 +702,8 @@ def test_the_folder_tells_where_the_result_comes_from(
     assert (first["from_epoch"], second["from_epoch"]) == (1, 2)
     assert first["versions"]["torch"] == torch.__version__
     assert first["git_dirty"] in (True, False, None)
+    assert first["hardware"]["processor"]
+    assert first["hardware"]["threads"] == torch.get_num_threads()
 
 
 def test_a_run_does_not_go_on_with_other_data(
@@ -724,3 +739,13 @@ def test_deterministic_algorithms_change_nothing_on_a_cpu_and_are_switched_off_a
     train(tiny(tmp_path, *FOUR, "train.deterministic=true"))
     assert same(weights(tmp_path), weights(whole))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_that_cannot_be_deterministic_is_named() -> None:
+    where, what = torch.zeros(2, dtype=torch.long), torch.arange(2.0)
+    with (
+        pytest.raises(UserError, match=r"^train\.deterministic=true cannot be kept here: put_"),
+        deterministic(True),
+    ):
+        torch.zeros(3).put_(where, what)  # twice the same place: the last one wins, whichever it is
+    torch.zeros(3).put_(where, what)

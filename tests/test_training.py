@@ -50,7 +50,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "train_seconds"} for line in lines]
+    times = ("train_seconds", "speedup_measured")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -165,6 +166,13 @@ def test_a_time_limit_ends_a_run_cleanly_and_more_time_continues_it(tmp_path: Pa
     assert longer["train_seconds"] >= 1
     epochs = [line["epoch"] for line in metrics(tmp_path)]
     assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_time_that_is_up_before_the_first_batch_leaves_an_untrained_network(tmp_path: Path) -> None:
+    summary = train(tiny(tmp_path, "train.max_seconds=1e-9"))
+    assert summary["epochs"] == 0
+    assert summary["theoretical_speedup"] is summary["attack_steps_mean"] is None
+    assert "speedup –" in (tmp_path / "train.log").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(

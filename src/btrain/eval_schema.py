@@ -86,6 +86,7 @@ class EvalSettings:
                 f"attack.{next(iter(self.pgd))} is a setting of PGD; it does not go with "
                 f"attack={','.join(self.attacks)}."
             )
+        self._check_distinct()
         with_corruptions = {"corruptions", "all"} & set(self.attacks)
         if self.extra_corruptions and not with_corruptions:
             raise UserError("attack.extra_corruptions goes with attack=corruptions or all.")
@@ -96,9 +97,23 @@ class EvalSettings:
             )
 
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:
-        """A preset as the user has it, and what it is called then."""
+        """A preset as the user has it, and what it is called then; a preset keeps its name."""
         settings = replace(PRESETS.get(name, CUSTOM), **self.pgd)
-        return (name if settings == PRESETS.get(name) else settings.name), settings
+        names = [preset for preset, its in PRESETS.items() if its == settings]
+        return (names[0] if names else settings.name), settings
+
+    def _check_distinct(self) -> None:
+        """Changed presets may come to one and the same attack."""
+        seen: dict[str, str] = {}
+        for attack in self.attacks:
+            name = self.pgd_attack(attack)[0] if attack in (*PRESETS, "custom") else attack
+            if name in seen:
+                changes = " ".join(f"attack.{key}={value}" for key, value in self.pgd.items())
+                raise UserError(
+                    f"{seen[name]} and {attack} are one and the same attack with {changes}; "
+                    "please leave one out."
+                )
+            seen[name] = attack
 
 
 def _check_attacks(names: tuple[str, ...]) -> None:

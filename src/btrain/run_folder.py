@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ _MAY_DIFFER = (
     "device",
     "train.max_seconds",
     "train.checkpoint_every",
+    "bt.probe_every",
     "dataset.download",
 )
 
@@ -187,21 +189,27 @@ class RunFolder:
         """Drops the lines that a resumed run will write again, and what a crash left of a line."""
         lines = []
         if self._metrics.is_file():
-            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            for line in self._metrics.read_bytes().decode("utf-8", "replace").splitlines():
                 try:
                     if json.loads(line)["epoch"] <= epochs:
                         lines.append(line + "\n")
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     break
         _write(self._metrics, "".join(lines))
 
+    def logged(self, key: str) -> list[float]:
+        """The numbers under a key of `metrics.jsonl`, of the epochs that have one."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line).get(key) for line in lines]
+        return [value for value in values if isinstance(value, float) and math.isfinite(value)]
+
     @contextmanager
     def log_file(self) -> Iterator[None]:
-        """Sends btrain's log to the terminal and to `train.log`."""
+        """Sends btrain's log to the terminal and to `train.log`, which its first line makes."""
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         logger = logging.getLogger("btrain")
-        file = _LogFile(self._log, encoding="utf-8")
+        file = _LogFile(self._log, encoding="utf-8", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         terminal = logging.StreamHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -215,7 +223,8 @@ class RunFolder:
             with logging_redirect_tqdm([logger]):
                 yield
         except (UserError, Interrupted) as error:
-            file.handle(logging.makeLogRecord({"msg": str(error)}))  # the terminal gets it anyway
+            if self._log.exists():  # the terminal gets it anyway
+                file.handle(logging.makeLogRecord({"msg": str(error)}))
             raise
         finally:
             for handler in handlers:
@@ -244,6 +253,12 @@ class _LogFile(logging.FileHandler):
     """A full disk costs the log's lines and no more."""
 
     _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it opens the file
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._failed:

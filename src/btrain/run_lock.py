@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from btrain.errors import UserError
+from btrain.untrusted import read_text
 
 log = logging.getLogger("btrain")
 
 _SIGN_OF_LIFE_SECONDS = 10.0
 _SILENCE_SECONDS = 25.0
+_LARGEST = 4096  # bytes of the file
 _NO_KERNEL_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
@@ -164,8 +166,8 @@ def _touched(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        holder = json.loads(read_text(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
         return {}
     known = isinstance(holder, dict) and {"host", "pid", "started"} <= holder.keys()
     return holder if known else {}

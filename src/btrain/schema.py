@@ -307,6 +307,8 @@ class BTConfig:
     oracle_step_size: float = MISSING
     forward_unperturbed: bool = MISSING
     share_clean_forward: bool = MISSING
+    pool: int = 1
+    probe_every: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(0, "bt.n_o", self.n_o)
@@ -319,6 +321,8 @@ class BTConfig:
         _at_least(0, "bt.patience", self.patience)
         _at_least(0, "bt.mean_steps", self.mean_steps)
         self._check_fractions()
+        _at_least(1, "bt.pool", self.pool)
+        _at_least(0, "bt.probe_every", self.probe_every)
         _at_least(1, "bt.oracle_steps", self.oracle_steps)
         _positive("bt.oracle_step_size", self.oracle_step_size)
 
@@ -486,7 +490,24 @@ class Config:
         for key in ("share_clean_forward", "forward_unperturbed"):
             if getattr(bt, key) and defense in (DefenseName.pgd, DefenseName.augmix):
                 raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
+        if bt.pool > 1:
+            self._check_pool()
         bt.check_order()
+
+    def _check_pool(self) -> None:
+        with_what, why = None, ""
+        if self.rival.name is not RivalName.none:
+            with_what, why = f"rival={self.rival.name.name}", "a rival is run as published"
+        elif self.defense.name is DefenseName.augmix:
+            with_what, why = "defense=augmix", "there is no attack"
+        elif self.bt.name is AllocatorName.oracle:
+            with_what, why = "bt=oracle", "it attacks every batch by itself to know the classes"
+        elif self.attack.mode is AttackMode.train:
+            with_what, why = "attack.mode=train", "the batches would share BatchNorm's statistics"
+        elif self.bt.share_clean_forward:
+            with_what, why = "bt.share_clean_forward", "the loss needs the logits of newer weights"
+        if with_what:
+            raise UserError(f"bt.pool={self.bt.pool} does not go with {with_what}: {why}.")
 
     def _check_rival(self) -> None:
         rival, defense, bt = self.rival.name, self.defense.name, self.bt

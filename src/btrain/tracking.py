@@ -15,6 +15,11 @@ from btrain.schema import LoggerConfig, LoggerName
 
 log = logging.getLogger("btrain")
 
+FINISH_SECONDS = 120.0
+"""How long wandb may upload at the end of a run; what is left then lies in the run folder, for
+`wandb sync`.
+"""
+
 
 @dataclass(frozen=True)
 class Tracker:
@@ -112,6 +117,7 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
             dir=run_dir,
             mode=logger.mode.value,
             config=settings,
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True),
         )
     except Exception as error:  # no account, no network, a broken installation
         reason = str(error).strip().split("\n")[0]

@@ -14,6 +14,7 @@ import yaml
 
 from btrain.config import compose, to_dict, to_yaml
 from btrain.errors import UserError
+from btrain.evaluation.result import Result
 from btrain.exchange.from_run import read_config
 from btrain.report import compare
 from btrain.report.eval_files import read as read_evaluation
@@ -62,7 +63,7 @@ class ResolvedConfig:
         if rng.random() < 0.3:
             content = damaged(content, rng)
         if rng.random() < 0.01:
-            content *= 2000
+            content *= 1 + (1 << 20) // (len(content) + 1)
         (self._folder / "config.yaml").write_bytes(content)
 
     def _with_words(self, text: str, rng: Random) -> str:
@@ -123,7 +124,7 @@ def _explosion(rng: Random) -> str:
 
 
 class Results:
-    """`summary.json`, an evaluation's JSON files and `samples.npz`."""
+    """`summary.json`, an evaluation's JSON files and `samples.npz`, an attack's two files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -142,6 +143,9 @@ class Results:
             "sanity": {"n": 3, "checks": [{"name": "a", "passed": True, "detail": "b"}],
                        "curves": {"epsilon": [[0, 90], [0.1, 50]], "steps": [[1, 60]]}},
         }  # fmt: skip
+        self._attack = Result(
+            "pgd20", np.array([True, False]), np.array([0, 1]), ("a", "b"), 1.5, {"steps": 20}
+        )
         self._samples = {
             "clean": np.zeros((2, 3, 4, 4)), "adversarial": np.ones((2, 3, 4, 4)),
             "labels": np.array([0, 1]), "clean_prediction": np.array([0, 1]),
@@ -153,6 +157,7 @@ class Results:
         for name in names[1:]:
             self._path(name).unlink(missing_ok=True)
         self._path("summary").write_text(json.dumps(self._seeds["summary"]))
+        self._write_attack(rng)
         name = rng.choice(names)
         if name == "samples":
             self._path(name).write_bytes(self._npz(rng))
@@ -164,6 +169,16 @@ class Results:
         if rng.random() < 0.05:
             data = rng.choice((b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"[1e999]"))
         self._path(name).write_bytes(damaged(data, rng) if rng.random() < 0.4 else data)
+
+    def _write_attack(self, rng: Random) -> None:
+        self._attack.write(self._folder / "attack")
+        path = self._folder / "attack" / rng.choice(("pgd20.json", "pgd20.npz"))
+        if rng.random() < 0.3 and path.suffix == ".json":
+            content = json.loads(path.read_bytes())
+            _spoil(content, rng)
+            path.write_text(json.dumps(content))
+        elif rng.random() < 0.9:
+            path.write_bytes(damaged(path.read_bytes(), rng))
 
     def _path(self, name: str) -> Path:
         if name == "summary":
@@ -188,6 +203,7 @@ class Results:
         return damaged(content, rng) if rng.random() < 0.5 else content
 
     def read(self) -> None:
+        Result.read(self._folder / "attack", "pgd20")  # None where it is damaged
         errors = []
         for read in (
             lambda: compare([self._folder / "run"]),

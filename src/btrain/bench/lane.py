@@ -87,7 +87,10 @@ class Lane:
         return self.model if self._short is None else self._short.refresh()
 
     def prepare(self, repetition: int) -> Batch:
-        """The batch of a repetition, and F_R and the classes in `memory`; not to be timed."""
+        """The batch of a repetition, and F_R and the classes in `memory`; not to be timed.
+
+        A pool is the same batch several times.
+        """
         x, work = self.workload.images(repetition), self.workload
         if work.fractions is not None:
             batch = force(self.inside, x, self.method, work.fractions, self.memory)
@@ -100,7 +103,9 @@ class Lane:
             logits = deciding_logits(self.inside, x, self.method)
             score = self.method.metric(logits, batch.labels)
             self.memory["classes"] = classify(score, self.memory["robust_fraction"])
-        return batch
+
+        pool = self.config.bt.pool
+        return Batch._make(torch.cat([part] * pool) for part in batch) if pool > 1 else batch
 
     def run(self, batch: Batch) -> None:
         """One training step."""
@@ -123,7 +128,7 @@ def _method(config: Config, device: torch.device, allocator: str) -> Method | Au
 
 
 def _step(config: Config, contender: Contender, device: torch.device) -> Step:
-    if contender in (Contender.lean, Contender.bullettrain):
+    if contender in (Contender.lean, Contender.bullettrain, Contender.pooled):
         return make_step(config, device)
     method = _method(config, device, "uniform")
     if contender is Contender.masked:

@@ -57,7 +57,7 @@ def measure(
 
 def _timed_step(lane: Lane, repetition: int, device: torch.device) -> float:
     batch = lane.prepare(repetition)
-    return seconds(lambda: lane.run(batch), device)
+    return seconds(lambda: lane.run(batch), device) / lane.config.bt.pool
 
 
 def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -> tuple[Row, Row]:

@@ -18,6 +18,7 @@ from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import image_shape, load_run
 from btrain.schema import AllocatorName, Config, DefenseName, Precision
+from btrain.training.methods import plain_defense
 from btrain.training.setup import load_data, make_model
 
 _OWN_KEYS = {
@@ -101,8 +102,10 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
     """The lanes of a case; only TRADES has an official structure of its own.
 
     Raises:
-        UserError: the run's images cannot be read, or are too few.
+        UserError: the run's images cannot be read, or are too few; there is nothing to pool.
     """
+    if Contender.pooled in bench.methods and case.config.bt.pool == 1:
+        raise UserError("The method pooled of bench.methods needs a bt.pool above 1.")
     workload = _workload(case, bench, device)
     return [
         Lane(_variant(case.config, contender, precision, layout), contender, workload, device)
@@ -116,15 +119,15 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
 def _variant(
     config: Config, contender: Contender, precision: Precision, channels_last: bool
 ) -> Config:
-    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps."""
+    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps.
+
+    Only `pooled` attacks the batches of `bt.pool` at once.
+    """
     train = replace(config.train, precision=precision, channels_last=channels_last)
-    bt = config.bt
-    if contender is not Contender.bullettrain:
-        bt = replace(bt, name=AllocatorName.uniform)
-        if config.defense.name is not DefenseName.augmix:
-            attack = config.attack
-            bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
-    return replace(config, train=train, bt=bt)
+    config = replace(config, train=train)
+    if contender is Contender.bullettrain:
+        return replace(config, bt=replace(config.bt, pool=1))
+    return config if contender is Contender.pooled else plain_defense(config)
 
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:

@@ -14,6 +14,7 @@ class Contender(Enum):
     official = "official"
     lean = "lean"
     bullettrain = "bullettrain"
+    pooled = "pooled"
     masked = "masked"
 
 

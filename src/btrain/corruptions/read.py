@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from btrain.corruptions import CORRUPTIONS, SEVERITIES, check_name, check_severity
+from btrain.corruptions import SEVERITIES, check_name, check_severity
 from btrain.errors import UserError
 from btrain.untrusted.arrays import open_npy
 
 
-def missing(root: Path, names: Sequence[str] = CORRUPTIONS) -> list[Path]:
-    """The files of the corruptions and of the labels that a folder does not hold."""
-    files = [root / f"{name}.npy" for name in (*names, "labels")]
-    return [file for file in files if not file.is_file()]
-
-
-def read(
-    root: Path, name: str, severity: int, expected_n: int | None = None
-) -> tuple[Tensor, Tensor]:
+def read(root: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
     """The images of one corruption and severity, and their labels.
 
     Only this severity's part of the file is read.
@@ -34,7 +25,6 @@ def read(
             other, and `labels.npy`, (5n,).
         name: of the corruption.
         severity: 1 to 5.
-        expected_n: how many images there should be; None for as many as there are.
 
     Returns:
         (n, C, H, W) uint8 and (n,) int64.
@@ -46,7 +36,7 @@ def read(
     check_severity(severity)
     file = root / f"{name}.npy"
     images = _array(file)
-    _check_images(file, images, expected_n)
+    _check_images(file, images)
     n = len(images) // SEVERITIES
     part = images[(severity - 1) * n : severity * n].transpose(0, 3, 1, 2)
     labels = _labels(root / "labels.npy", file, n)
@@ -66,7 +56,7 @@ def _array(file: Path) -> npt.NDArray[Any]:
         raise UserError(f"{file} is not a readable numpy array ({reason}).") from error
 
 
-def _check_images(file: Path, images: npt.NDArray[Any], expected_n: int | None) -> None:
+def _check_images(file: Path, images: npt.NDArray[Any]) -> None:
     shape = images.shape
     if images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
         raise UserError(
@@ -74,11 +64,6 @@ def _check_images(file: Path, images: npt.NDArray[Any], expected_n: int | None) 
             "place of 3 for grey images."
         )
     rows = shape[0]
-    if expected_n is not None and rows != SEVERITIES * expected_n:
-        raise UserError(
-            f"{file} holds {rows} images; right would be {SEVERITIES * expected_n}, {expected_n} "
-            f"for each of {SEVERITIES} severities."
-        )
     if rows == 0 or rows % SEVERITIES:
         raise UserError(
             f"{file} holds {rows} images; right would be as many for each of {SEVERITIES} "

@@ -1,7 +1,8 @@
-"""Robust accuracy of anybody's network, from Python."""
+"""Robust accuracy of anybody's network, and whether to believe it, from Python."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,16 @@ from btrain.errors import UserError
 from btrain.eval_schema import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
-from btrain.evaluation.examples import Examples, as_evaluated, checked, clean_logits
+from btrain.evaluation.examples import (
+    Examples,
+    as_evaluated,
+    check_gradient,
+    checked,
+    clean_logits,
+    near_chance,
+)
 from btrain.evaluation.result import Result
+from btrain.evaluation.sanity import Sanity, check_sanity
 
 
 def robust_accuracy(
@@ -42,7 +51,11 @@ def robust_accuracy(
         step_size, steps, restarts, loss: change the preset; the step size is ε/10 otherwise.
 
     Raises:
-        UserError: images, labels, logits or settings are not what an attack assumes.
+        UserError: images, labels, logits or settings are not what an attack assumes, or the model
+            has no gradient.
+
+    Warns:
+        UserWarning: the clean accuracy is close to that of guessing.
     """
     given = {"step_size": step_size, "steps": steps, "restarts": restarts, "loss": loss}
     settings = EvalSettings(
@@ -60,15 +73,21 @@ def robust_accuracy(
     examples = checked(images, labels, device)
     with as_evaluated(model, device, precision):
         examples = replace(examples, classes=_classes(model, examples))
+        correct = attacks.clean_correct(model, examples, batch_size=batch_size)
+        if attack != "clean":
+            check_gradient(model, examples)
+        hint = near_chance(correct, len(examples.classes))
+        if hint is not None:
+            warnings.warn(hint, stacklevel=2)
         subject = Subject(
             model=model,
             examples=examples,
-            correct=attacks.clean_correct(model, examples, batch_size=batch_size),
+            correct=correct,
             epsilon=epsilon,
             step_size=epsilon / 10,
             seed=seed,
             batch_size=batch_size,
-            facts={"device": str(device), "precision": precision},
+            facts={"device": str(device), "precision": precision, "note": hint},
             show_progress=show_progress,
         )
         start = Start(subject.correct)
@@ -77,6 +96,42 @@ def robust_accuracy(
         if attack in PRESETS or settings.pgd or attack == "custom":
             return attacks.pgd(subject, *settings.pgd_attack(attack), start)
         return attacks.clean(subject)
+
+
+def sanity_checks(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    seed: int = 0,
+    batch_size: int = 500,
+    show_progress: bool = False,
+) -> Sanity:
+    """Signs that a network masks its gradients, so that `robust_accuracy` would flatter it.
+
+    Args:
+        model, images, labels, epsilon: as for `robust_accuracy`; a few hundred images suffice.
+
+    Raises:
+        UserError: images, labels, logits or settings are not what an attack assumes, or the model
+            has no gradient.
+    """
+    EvalSettings(checkpoint="", epsilon=epsilon, seed=seed, batch_size=batch_size)
+    device = next((tensor.device for tensor in model.parameters()), images.device)
+    examples = checked(images, labels, device)
+    with as_evaluated(model, device):
+        examples = replace(examples, classes=_classes(model, examples))
+        check_gradient(model, examples)
+        return check_sanity(
+            model,
+            examples,
+            attacks.clean_correct(model, examples, batch_size=batch_size),
+            epsilon=epsilon,
+            seed=seed,
+            batch_size=batch_size,
+            show_progress=show_progress,
+        )
 
 
 def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def autoattack(subject: Subject, name: str, start: Start) -> Result:
         UserError: its library is not installed.
     """
     started = time.perf_counter()
-    facts = _attack_facts(subject, start, library()) | {"batch_size": subject.batch_size}
+    facts = _attack_facts(subject, start, library())
     if (kept := _kept(subject, name, facts)) is not None:
         return kept
     partial = _partial(subject, name, facts)
@@ -212,8 +212,7 @@ def _kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
 def _partial(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | None:
     if subject.folder is None:
         return None
-    identity = facts | {"batch_size": subject.batch_size}
-    return Partial(subject.folder / f"{name}.partial.npz", identity)
+    return Partial(subject.folder / f"{name}.partial.npz", facts)
 
 
 def _finished(

@@ -2,16 +2,18 @@
 
 The library brings the attacks; which examples still stand, the order of the batches and what is
 kept of an interrupted evaluation are btrain's. It is `pyautoattack` from PyPI, or `autoattack`
-from the authors' repository where that is installed instead.
+from the authors' repository where that is installed instead: there `bs` is the size of a batch,
+images come back without labels, and progress and warnings are printed.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -21,9 +23,13 @@ from torch import Tensor, nn
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples, clean_logits, own_random_state
 from btrain.evaluation.partial import Partial
+from btrain.evaluation.parts import InParts
 from btrain.evaluation.worst_case import worst_case
 
 LIBRARIES = ("pyautoattack", "autoattack")
+BATCH = 500
+"""Examples that the library draws random numbers for at once."""
+_WARNING = "Warning: "  # of what `autoattack` prints
 _TARGETS = 9  # of the published targeted attacks, where there are as many other classes
 
 
@@ -56,13 +62,15 @@ def autoattack_stands(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Which examples hold out against every attack of the ensemble.
 
-    What the library returns is projected onto the ball and the box and classified once more. Its
-    random numbers are drawn for whole batches, from the same seed for each: other than with PGD,
-    another batch size is another draw.
+    What the library returns is projected onto the ball and the box and classified once more. It
+    draws its random numbers for whole batches, from the same seed for each: these are always of
+    `BATCH` examples, whatever goes through the network at once.
 
     Args:
         stands: the examples to attack, (n,) bool on the CPU; the others count as fooled.
         version: standard or rand.
+        batch_size: images in a pass of the network; smaller ones than `BATCH` cost one more
+            forward pass for each gradient.
 
     Returns:
         (n,) bool on the CPU, and the attacks that were run with the library's warnings.
@@ -71,6 +79,7 @@ def autoattack_stands(
         UserError: no library is installed.
     """
     classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
+    model = InParts(model, batch_size)
     notes: list[str] = []
     ensemble = _Ensemble(model, version, epsilon, seed, classes, examples.device)
 
@@ -88,7 +97,7 @@ def autoattack_stands(
             fooled,
             stands,
             rounds=[f"AutoAttack, {attack}" for attack in ensemble.attacks],
-            batch_size=batch_size,
+            batch_size=BATCH,
             partial=partial,
             show_progress=show_progress,
         )
@@ -135,20 +144,25 @@ class _Ensemble:
 @contextmanager
 def _quiet(notes: list[str]) -> Iterator[None]:
     """Collects the library's warnings, each once, and gives a debugger its trace function back."""
+    found: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING and record.getMessage() not in notes:
-                notes.append(record.getMessage())
+            if record.levelno >= logging.WARNING:
+                found.append(record.getMessage())
 
     logger, handler, trace = logging.getLogger("auto-attack"), Collector(), sys.gettrace()
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(printed):
             warnings.simplefilter("always")
             yield
-        notes += dict.fromkeys(str(w.message) for w in caught if str(w.message) not in notes)
+        found += [str(warning.message) for warning in caught]
+        lines = printed.getvalue().splitlines()
+        found += [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)]
+        notes += dict.fromkeys(note for note in found if note not in notes)
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate

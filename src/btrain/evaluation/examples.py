@@ -155,5 +155,40 @@ def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tenso
     return logits
 
 
+def check_gradient(model: nn.Module, examples: Examples) -> None:
+    """Makes sure that a model, as it is, can be attacked by gradients.
+
+    Raises:
+        UserError: its logits do not depend on the images in a way that torch can differentiate.
+    """
+    x, _ = examples.batch(torch.tensor([0]))
+    x.requires_grad_()
+    gradient, reason = None, "is it wrapped in torch.no_grad, or does it detach something?"
+    with torch.enable_grad():
+        logits: Tensor = model(x)
+        try:
+            if logits.requires_grad:
+                (gradient,) = torch.autograd.grad(logits.sum(), [x], allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+    if gradient is None:
+        raise UserError(
+            "The model's logits have no gradient with respect to the images, which PGD and "
+            f"AutoAttack need ({reason})."
+        )
+
+
+def near_chance(correct: Tensor, classes: int) -> str | None:
+    """A hint where a model does hardly better than guessing on clean images. (n,) bool, K"""
+    accuracy, chance = 100 * correct.float().mean().item(), 100 / classes
+    if accuracy > chance + (100 - chance) / 10:
+        return None
+    return (
+        f"Only {accuracy:.1f} % of the clean images are classified correctly, where guessing gives "
+        f"{chance:.1f} %: does the model expect other images (size, normalisation) or another "
+        "order of the classes?"
+    )
+
+
 def _shape(x: Tensor) -> str:
     return "×".join(str(side) for side in x.shape[1:])

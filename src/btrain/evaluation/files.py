@@ -13,6 +13,9 @@ from typing import IO, Any
 import numpy as np
 
 from btrain.errors import UserError
+from btrain.untrusted import read_text
+
+_LARGEST = 16 << 20  # bytes of a JSON file
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -37,7 +40,7 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """What `write_json` wrote; None where there is nothing, or nothing readable."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, _LARGEST))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

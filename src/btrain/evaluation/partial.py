@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from btrain.evaluation.files import write_arrays
+from btrain.untrusted.arrays import read_npz
+
+_KEYS = ("identity", "stands", "pending", "round", "seconds")
+_LARGEST = 64 << 20  # bytes
 
 
 class Partial:
@@ -29,11 +33,11 @@ class Partial:
         A file of another setting or a damaged one counts as none.
         """
         try:
-            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-                if str(saved["identity"]) != self._identity:
-                    return None
-                stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])
-                number, seconds = int(saved["round"]), float(saved["seconds"])
+            saved = read_npz(self._path, _KEYS, most=_LARGEST)
+            if str(saved["identity"]) != self._identity:
+                return None
+            stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])
+            number, seconds = int(saved["round"]), float(saved["seconds"])
         except Exception:  # a damaged archive raises many kinds
             return None
         if not stands.shape == pending.shape == (examples,) or stands.dtype != torch.bool:

@@ -15,6 +15,9 @@ import numpy.typing as npt
 from btrain import __version__
 from btrain.errors import UserError
 from btrain.evaluation.files import read_json, write_arrays, write_json
+from btrain.untrusted.arrays import read_npz
+
+_LARGEST = 256 << 20  # bytes of the arrays
 
 # The 97.5 % quantile of the normal distribution.
 Z = 1.959963984540054
@@ -109,19 +112,17 @@ class Result:
         if content is None:
             return None
         try:
-            with (
-                (folder / f"{attack}.npz").open("rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                correct, labels = arrays["correct"], arrays["labels"]
+            arrays = read_npz(folder / f"{attack}.npz", ("correct", "labels"), most=_LARGEST)
+            correct, labels = arrays["correct"], arrays["labels"]
             classes, seconds = tuple(content["classes"]), float(content["seconds"])
+            name = str(content["attack"])
         except Exception:  # a damaged archive raises many kinds
             return None
         if not _fit(correct, labels, classes):
             return None
         own = ("attack", "accuracy", "ci95", "n", "per_class")
         settings = {key: content[key] for key in content if key not in (*own, "seconds")}
-        return Result(content["attack"], correct, labels, classes, seconds, settings)
+        return Result(name, correct, labels, classes, seconds, settings)
 
 
 def _fit(correct: npt.NDArray[Any], labels: npt.NDArray[Any], classes: tuple[object, ...]) -> bool:

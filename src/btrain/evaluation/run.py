@@ -14,10 +14,10 @@ from btrain.eval_schema import AUTOATTACKS, CHAIN, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library
-from btrain.evaluation.examples import Examples, as_evaluated, predictions
+from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
 from btrain.evaluation.files import read_json, write_arrays, write_json
 from btrain.evaluation.restarts import Pgd, pgd_images
-from btrain.evaluation.result import Result
+from btrain.evaluation.result import Result, versions
 from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
 from btrain.evaluation.table import describe
 from btrain.evaluation.target import Target, find
@@ -50,6 +50,8 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
+    if settings.attacks == ("all",) and settings.corruptions_root is None:
+        print("Without corruptions: dataset.corruptions_root= would name a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
             evaluation = _evaluate(settings, target, examples)
@@ -74,11 +76,14 @@ def _names(settings: EvalSettings) -> tuple[str, ...]:
 
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
     model, facts = target.model, _facts(settings, target, examples)
-    _refuse_mixture(target.folder, facts)
+    _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon})
+    correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
+    if settings.config and (hint := near_chance(correct, len(examples.classes))):
+        facts["note"] = " ".join(filter(None, (facts["note"], hint)))
     subject = Subject(
         model=model,
         examples=examples,
-        correct=attacks.clean_correct(model, examples, batch_size=settings.batch_size),
+        correct=correct,
         epsilon=target.epsilon,
         step_size=target.step_size,
         seed=target.seed,
@@ -106,13 +111,18 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
 
 
 def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
-    """A folder holds the results of one network on one test set, and so does its page."""
+    """A folder holds the results of one network on one test set at one ε, and so does its page."""
+    identity = (
+        ("checkpoint_sha256", "other weights"),
+        ("data_sha256", "other test images"),
+        ("epsilon", "another ε"),
+    )
     for path in sorted(folder.glob("*.json")):
         there = read_json(path) or {}
-        for key, what in (("checkpoint_sha256", "weights"), ("data_sha256", "test images")):
+        for key, what in identity:
             if there.get(key, facts[key]) != facts[key]:
                 raise UserError(
-                    f"{folder} holds results of other {what} ({path.name}); "
+                    f"{folder} holds results of {what} ({path.name}); "
                     "please give out=… or delete it."
                 )
 
@@ -183,7 +193,8 @@ def _sanity(subject: Subject) -> Sanity:
         show_progress=subject.show_progress,
     )
     assert subject.folder is not None
-    write_json(subject.folder / "sanity.json", sanity.to_dict())
+    facts = subject.facts | {"seed": subject.seed, "versions": versions()}
+    write_json(subject.folder / "sanity.json", sanity.to_dict(facts))
     return sanity
 
 

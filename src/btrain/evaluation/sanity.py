@@ -7,7 +7,7 @@ model, an unbounded attack must win, a black-box attack must not, and gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from btrain import precision
 from btrain.errors import UserError
-from btrain.evaluation.autoattack import library
+from btrain.evaluation.autoattack import BATCH, library
 from btrain.evaluation.examples import Examples, batches, own_random_state
+from btrain.evaluation.parts import InParts
 from btrain.evaluation.restarts import Pgd, pgd_stands
 
 EXAMPLES = 500
@@ -55,9 +56,10 @@ class Sanity:
     checks: tuple[Check, ...]
     curves: dict[str, list[tuple[float, float]]]
 
-    def to_dict(self) -> dict[str, Any]:
-        """What `sanity.json` holds."""
+    def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What `sanity.json` holds; the facts tell whose checks these are."""
         return {
+            **facts,
             "n": self.n,
             "epsilon": self.epsilon,
             "checks": [
@@ -179,15 +181,16 @@ def _black_box(
         square = import_module(f"{library()}.square").SquareAttack
     except UserError as error:
         return Check(name, None, str(error), {})
+    network = InParts(model, batch_size)
     attack = square(
-        model, norm="Linf", eps=epsilon, n_queries=QUERIES, seed=seed, device=examples.device
+        network, norm="Linf", eps=epsilon, n_queries=QUERIES, seed=seed, device=examples.device
     )
     stands = correct.clone()
     with own_random_state(examples.device), torch.no_grad():
-        for indices in batches(correct.nonzero().flatten(), batch_size):
+        for indices in batches(correct.nonzero().flatten(), BATCH):
             x, labels = examples.batch(indices)
             x_adv = attack.perturb(x, labels)
-            stands[indices] = (model(x_adv).argmax(dim=1) == labels).cpu()
+            stands[indices] = (network(x_adv).argmax(dim=1) == labels).cpu()
     black_box = 100 * int(stands.sum()) / len(examples)
     detail = (
         f"{black_box:.1f} % under Square's {QUERIES} queries, "

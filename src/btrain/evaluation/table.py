@@ -45,12 +45,17 @@ def _row(result: Result) -> list[str]:
 
 
 def _corruptions(result: Result) -> str:
-    tables = result.settings["table"] | result.settings.get("extra_table", {})
     lines = [f"{'severity':<18}" + "".join(f"{severity:>8}" for severity in range(1, 6))]
-    for name, accuracies in tables.items():
-        lines.append(f"{name:<18}" + "".join(f"{accuracy:8.2f}" for accuracy in accuracies))
+    lines += [_severities(*row) for row in result.settings["table"].items()]
+    if extra := result.settings.get("extra_table"):
+        lines.append("extra, no part of the means:")
+        lines += [_severities(*row) for row in extra.items()]
     lines.append(f"mean accuracy {result.accuracy:.2f} %, mCE {result.settings['mce']:.2f} %")
     return "\n".join(lines)
+
+
+def _severities(name: str, accuracies: Sequence[float]) -> str:
+    return f"{name:<18}" + "".join(f"{accuracy:8.2f}" for accuracy in accuracies)
 
 
 def _sanity(sanity: Sanity) -> str:

@@ -16,6 +16,7 @@ from btrain.errors import UserError
 from btrain.eval_config import apply, compose
 from btrain.eval_schema import EvalSettings
 from btrain.evaluation.files import sha256
+from btrain.run_folder import RunFolder
 from btrain.schema import Config
 from btrain.training.setup import find_device, load_data, make_model
 
@@ -65,10 +66,11 @@ def find(settings: EvalSettings) -> Target:
     else:
         original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
+        _keep_downloads_here(config, settings)
+    epsilon = _epsilon(settings, original, config, trained)
     data = load_data(config, device)
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
-    epsilon = _epsilon(settings, config, trained, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
@@ -77,6 +79,7 @@ def find(settings: EvalSettings) -> Target:
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
         folder = folder / _name(changes)
+    _check_folder(folder, settings.out)
     return Target(
         model=model.to(device),
         data=data,
@@ -107,14 +110,27 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
 
 
 def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
-    from btrain.exchange.from_run import load_run
+    """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
+    from btrain.exchange.from_run import agreed, load_run, read_config
 
     try:
-        return load_run(checkpoint)
+        config, model = load_run(checkpoint)
     except UserError as error:
         if run is not None:
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    if run is not None:
+        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(settings, config, run, checkpoint)
+    return config, model
+
+
+def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
+    """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    root = Path(config.dataset.root)
+    outside = root.is_absolute() or ".." in root.parts
+    if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
+        config.dataset.download = False
 
 
 def _foreign(settings: EvalSettings) -> Config:
@@ -124,25 +140,42 @@ def _foreign(settings: EvalSettings) -> Config:
 
 
 def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
-    from btrain.exchange.read import load_weights
+    from btrain.exchange.from_run import outline
+    from btrain.exchange.read import check_architecture, load_weights, read_weights
 
+    weights, classes = read_weights(checkpoint), len(data.classes)
+    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+    check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
-        model = make_model(config.model, len(data.classes), data.shape)
+        model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
     return model
 
 
 def _epsilon(
-    settings: EvalSettings, config: Config, trained: float | None, checkpoint: Path
+    settings: EvalSettings, original: Config, config: Config, trained: float | None
 ) -> float:
+    """The radius that was typed, or the one of the training where nothing speaks for another.
+
+    Raises:
+        UserError: the run is configured to be evaluated with another one, or the data set that was
+            typed is one for which another is usual.
+    """
     if settings.epsilon is not None:
         return settings.epsilon
-    if trained is not None and config.eval.epsilon != trained:
-        raise UserError(
-            f"{checkpoint} was trained with ε = {trained:g} and is configured to be evaluated with "
-            f"{config.eval.epsilon:g}; please give epsilon=…."
-        )
-    return config.attack.epsilon
+    if trained is None:
+        return config.attack.epsilon
+    if config.eval.epsilon != trained:
+        other = f"is configured to be evaluated with {config.eval.epsilon:g}"
+    elif config.dataset.epsilon not in (trained, original.dataset.epsilon):
+        name = config.dataset.name.name
+        other = f"dataset={name} is usually attacked with {config.dataset.epsilon:g}"
+    else:
+        return trained
+    raise UserError(
+        f"{settings.checkpoint} was trained with ε = {trained:g} and {other}; "
+        "please give epsilon=…."
+    )
 
 
 def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
@@ -151,6 +184,15 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
     if run is None:
         return Path("eval") / checkpoint.stem
     return run / "eval" if checkpoint.stem == "last" else run / "eval" / checkpoint.stem
+
+
+def _check_folder(folder: Path, out: str | None) -> None:
+    """Rather now than after the first attack."""
+    named = f"out={out}" if out is not None else str(folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            what = "it" if place == folder else str(place)
+            raise UserError(f"{named} cannot hold the results: {what} is a file, not a folder.")
 
 
 def _changes(original: Config, config: Config) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def worst_case(
 
     A round takes the standing examples in full batches of `batch_size`, so that later rounds cost
     what is left. After every batch the state is kept in `partial`, from which an interrupted
-    evaluation goes on, with the same batches.
+    evaluation goes on.
 
     Args:
         attack: called with the number of a round and the examples of a batch.

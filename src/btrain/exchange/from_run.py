@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
+from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +17,16 @@ from btrain import config as configs
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DatasetConfig, DatasetName
+from btrain.schema import Config, DatasetConfig, DatasetName, ModelConfig
 from btrain.training.setup import make_model
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
 
 Which = Literal["last", "best"]
 
-_MOST_SETTINGS = 10_000
+_MOST_SETTINGS = 1_000
+
+_SHALLOW = 1000  # layers, which are quickly outlined, so that the error can name the keys
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
@@ -35,9 +39,10 @@ _SHAPES = {
 def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
     """The configuration of a run and its network with the weights, on the CPU, in eval mode.
 
-    A folder's configuration is its `config.yaml`; a checkpoint file brings its own, so it may lie
-    anywhere. The number of classes is that of the checkpoint's classifier, the shape of the images
-    that of the data set. No data are read, and torch's global random state stays as it was.
+    A folder's configuration is its `config.yaml`, which must agree with its checkpoint's on what
+    decides an evaluation; a checkpoint file brings its own, so it may lie anywhere. The number of
+    classes is that of the checkpoint's classifier, the shape of the images that of the data set. No
+    data are read, and torch's global random state stays as it was.
 
     Args:
         path: a run folder, or a checkpoint that a run wrote.
@@ -47,45 +52,85 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
         UserError: there is no such run or checkpoint, it is damaged, its configuration does not
             fit this version of btrain, or its weights do not fit its configuration.
     """
-    saved: Mapping[str, Any]
-    if path.is_dir():
-        folder = RunFolder(path)
-        saved, origin = folder.settings(), path / "config.yaml"
+    run = path if path.is_dir() else None
+    if run is not None:
+        folder = RunFolder(run)
+        settings = folder.settings()
         path = folder.best if which == "best" else folder.last
         if which == "best" and not path.is_file():
             raise UserError(f"{path} does not exist: the run held no examples out to choose by.")
-        _, weights = _checkpoint(path)
     elif which != "last":
         raise UserError(f"which={which} goes with a run folder; {path} is one checkpoint.")
-    else:
-        saved, weights = _checkpoint(path)
-        origin = path
-    config = read_config(saved, origin)
+    saved, weights = _checkpoint(path)
+    config = read_config(saved, path)
+    if run is not None:
+        config = agreed(read_config(settings, run / "config.yaml"), config, run, path)
     classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
-    model = _build(config, classes, weights, path)
+    shape = image_shape(config.dataset)
+    check_fit(outline(config.model, classes, shape, weights, path), weights, path)
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config.model, classes, shape)
     fit(model, weights, path)
     return config, model.eval()
 
 
-def _build(config: Config, classes: int, weights: Mapping[str, Tensor], origin: Path) -> nn.Module:
-    """The network of a configuration, once it is known that the weights are as many and as large.
+# Settings that decide what a run's evaluation comes to.
+_DECISIVE = (
+    *("dataset.name", "dataset.image_size", "dataset.test_examples", "model.architecture"),
+    *("model.width", "model.depth", "model.mean", "model.std", "attack.epsilon"),
+    *("eval.epsilon", "eval.step_size", "seed"),
+)
 
-    A configuration from elsewhere may ask for a network that no memory holds.
+
+def agreed(config: Config, brought: Config, run: Path, checkpoint: Path) -> Config:
+    """The configuration of a run folder, if its checkpoint was trained and evaluated by it.
+
+    Args:
+        config: what `config.yaml` says.
+        brought: what the checkpoint says.
+
+    Raises:
+        UserError: they differ in something that an evaluation depends on.
     """
-    shape = image_shape(config.dataset)
-    if (config.model.depth or 0) > len(weights):
-        raise UserError(f"{origin} holds fewer weights than model.depth={config.model.depth} has.")
+    for key in _DECISIVE:
+        theirs, its = attrgetter(key)(config), attrgetter(key)(brought)
+        if theirs != its:
+            raise UserError(
+                f"{run / 'config.yaml'} says {key}={_shown(theirs)}, but {checkpoint} was made "
+                f"with {_shown(its)}; please restore the one that was changed."
+            )
+    return config
+
+
+def _shown(value: object) -> object:
+    return value.name if isinstance(value, Enum) else value
+
+
+def outline(
+    model: ModelConfig,
+    classes: int,
+    shape: tuple[int, int, int],
+    weights: Mapping[str, Tensor],
+    origin: Path,
+) -> nn.Module:
+    """The network of some settings as shapes without numbers (torch's meta device).
+
+    Settings from elsewhere may ask for a network that no memory holds: compare the weights with
+    this before the network is made.
+
+    Raises:
+        UserError: there is no such network, or it is deeper than there are weights.
+    """
+    if (model.depth or 0) > max(len(weights), _SHALLOW):
+        raise UserError(f"{origin} holds fewer weights than model.depth={model.depth} has.")
     try:
-        with torch.device("meta"):  # shapes without numbers
-            outline = make_model(config.model, classes, shape)
+        with torch.device("meta"):
+            return make_model(model, classes, shape)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # beyond 64 bits
         raise UserError(
-            f"{origin}: there is no network of model.width={config.model.width} "
+            f"{origin}: there is no network of model.width={model.width} "
             f"for {'×'.join(map(str, shape))} images."
         ) from error
-    check_fit(outline, weights, origin)
-    with torch.random.fork_rng(devices=[]):
-        return make_model(config.model, classes, shape)
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:

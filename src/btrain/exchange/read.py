@@ -40,6 +40,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise
 
 
+def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Whether weights are a network's, whatever either normalises with.
+
+    Args:
+        outline: the network, maybe without numbers.
+        weights: by our names.
+
+    Raises:
+        UserError: names, shapes or types differ.
+    """
+    constants = (names.MEAN, names.STD)
+    own = {key: value for key, value in outline.state_dict().items() if key in constants}
+    theirs = {key: value for key, value in weights.items() if key not in constants}
+    check_fit(outline, {**theirs, **own}, origin)
+
+
 def _agreed_normalisation(
     model: nn.Module, weights: Mapping[str, Tensor], origin: Path
 ) -> nn.Module:

@@ -91,7 +91,7 @@ def make_plan(job: Job) -> Plan:
 
 
 def reproduce(job: Job) -> int:
-    """Trains and evaluates what is not there yet, and reports; returns how many runs were not finished.
+    """Trains and evaluates what is not there yet, and reports; returns how many runs are missing.
 
     A run that fails leaves its log and stops no other.
 
@@ -120,14 +120,14 @@ def reproduce(job: Job) -> int:
 
 
 def _training(job: Job, sweep: Sweep) -> list[str]:
-    """The arguments of the multirun that makes a sweep's runs."""
+    """The arguments of the multirun that makes a sweep's runs, all of one seed before the next."""
     name = row_name("${hydra:runtime.choices.experiment}", {k: f"${{{k}}}" for k in sweep.values})
     return [
         "--multirun",
+        f"seed={','.join(map(str, job.profile.seeds))}",
         f"experiment={','.join(sweep.experiments)}",
         *job.settings,
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
-        f"seed={','.join(map(str, job.profile.seeds))}",
         f"logger.group={configs.quoted(name)}",
         f"logger.tags=[{job.target.name},{job.profile.name}]",
         f"run.dir={configs.quoted(str(job.out / (name + '-seed${seed}')))}",

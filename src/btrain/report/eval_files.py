@@ -46,7 +46,11 @@ class Attack:
 
 @dataclass(frozen=True)
 class Corruptions:
-    """Accuracies in percent; a row of the table holds severities 1 to 5."""
+    """Accuracies in percent; a row of a table holds severities 1 to 5.
+
+    Attributes:
+        extra: the corruptions that are no part of the means.
+    """
 
     accuracy: float
     mce: float | None
@@ -54,6 +58,7 @@ class Corruptions:
     regenerated: bool
     note: str | None
     table: dict[str, list[float]]
+    extra: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ def _attack(fields: Fields) -> Attack:
 
 def _corruptions(fields: Fields) -> Corruptions:
     table = Fields(fields.path, fields.optional("table"), "table.")
+    extra = Fields(fields.path, fields.optional("extra_table") or {}, "extra_table.")
     return Corruptions(
         accuracy=fields.percent("accuracy"),
         mce=fields.optional_number("mce"),
@@ -166,6 +172,7 @@ def _corruptions(fields: Fields) -> Corruptions:
         regenerated=bool(fields.optional("regenerated")),
         note=fields.optional_text("note"),
         table={name: table.percents(name, SEVERITIES) for name in table.values},
+        extra={name: extra.percents(name, SEVERITIES) for name in extra.values},
     )
 
 

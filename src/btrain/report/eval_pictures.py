@@ -107,15 +107,12 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
     """A row a corruption, a column a severity from weak to strong, and each row's mean."""
     if corruptions is None:
         return _absent("no corrupted images (corruptions.json)")
-    rows = [
-        element(
-            "tr",
-            element("th", name.replace("_", " "), scope="row", title=name),
-            *(_heat_cell(accuracy) for accuracy in accuracies),
-            element("td", f"{np.mean(accuracies):.1f}", class_="plain"),
-        )
-        for name, accuracies in corruptions.table.items()
-    ]
+    rows = _corruption_rows(corruptions.table)
+    if corruptions.extra:
+        title = "extra, no part of the means above"
+        width = str(SEVERITIES + 2)
+        rows.append(element("tr", element("th", title, colspan=width, scope="rowgroup")))
+        rows += _corruption_rows(corruptions.extra)
     head = ["severity", *map(str, range(1, SEVERITIES + 1)), "mean"]
     words: list[str] = ["Mean accuracy ", exact(corruptions.accuracy), " %"]
     if corruptions.mce is not None:
@@ -129,6 +126,18 @@ def corruption_table(corruptions: Corruptions | None) -> Markup:
         _scale("accuracy"),
         html.table(head, rows, class_="heat"),
     )
+
+
+def _corruption_rows(table: dict[str, list[float]]) -> list[Markup]:
+    return [
+        element(
+            "tr",
+            element("th", name.replace("_", " "), scope="row", title=name),
+            *(_heat_cell(accuracy) for accuracy in accuracies),
+            element("td", f"{np.mean(accuracies):.1f}", class_="plain"),
+        )
+        for name, accuracies in table.items()
+    ]
 
 
 def _heat_cell(accuracy: float | None) -> Markup:

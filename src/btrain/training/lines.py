@@ -9,7 +9,7 @@ from btrain.training.state import TrainState
 
 
 def fractions(means: dict[str, Any]) -> str:
-    return f"{means['f_b']:.2f}/{means['f_r']:.2f}/{means['f_o']:.2f}"
+    return "/".join(number(means[key]) for key in ("f_b", "f_r", "f_o"))
 
 
 def describe(data: Data, state: TrainState) -> str:
@@ -32,9 +32,14 @@ def epoch_line(metrics: dict[str, Any]) -> str:
         f"{number(metrics['clean_acc_train'])} robust {number(metrics['robust_acc_train'])}"
         f"{held_out}, "
         f"F_B/F_R/F_O {fractions(metrics)}, "
-        f"speedup {number(metrics['theoretical_speedup'])} (eq. 7), "
+        f"speedup {number(metrics['theoretical_speedup'])} (eq. 7){measured(metrics)}, "
         f"{metrics['train_seconds']:.1f} s"
     )
+
+
+def measured(numbers: dict[str, Any]) -> str:
+    speedup = numbers["speedup_measured"]
+    return "" if speedup is None else f", {speedup:.2f} measured"
 
 
 def number(value: float | None) -> str:
@@ -44,6 +49,6 @@ def number(value: float | None) -> str:
 def headline(summary: dict[str, Any]) -> str:
     return (
         f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
-        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7), "
-        f"{summary['train_seconds']:.1f} s of training"
+        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
+        f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )

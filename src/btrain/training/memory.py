@@ -13,6 +13,9 @@ from btrain.errors import UserError
 
 _GIB = 2**30
 
+# The CPU's allocator, the driver and the libraries of a GPU have no exception of their own.
+_OTHERS = re.compile(r"can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
+
 
 @contextmanager
 def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[None]:
@@ -28,17 +31,19 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        # The CPU's allocator has no exception of its own.
-        asked = re.search(r"tried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            "can't allocate memory" in str(error)
-        )
-        if not exhausted:
+        asked = re.search(r"[Tt]ried to allocate (\S+ ?[KMG]?i?B|\d+ bytes)", str(error))
+        if not ran_out(error):
             raise
         wanted = f", {asked.group(1)} more were asked for" if asked else ""
         raise UserError(
             f"Memory on {device} ran out with {what} (peak {_peak(device)}{wanted}); {advice}."
         ) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that there is no memory left."""
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return exhausted or _OTHERS.search(str(error)) is not None
 
 
 def _peak(device: torch.device) -> str:

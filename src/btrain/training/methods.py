@@ -14,6 +14,7 @@ from btrain.augmix import augmix
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES, Defense
 from btrain.schema import (
+    AllocatorName,
     AttackMode,
     BTConfig,
     Config,
@@ -21,6 +22,7 @@ from btrain.schema import (
     DefenseName,
     OnNonfinite,
     Precision,
+    RivalConfig,
     RivalName,
     Start,
 )
@@ -28,6 +30,7 @@ from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.loop import Memory, Step
 from btrain.training.parallel import ALONE, World
+from btrain.training.pooled_step import pooled_step
 from btrain.training.rivals.free import free_step
 from btrain.training.rivals.mma import MMAMethod, mma_step
 from btrain.training.statistics import StepStats
@@ -123,8 +126,10 @@ def _make_step(
         update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
         method = attack_method(config, device, allocator, share)
-        update = partial(train_step, method=replace(method, world=world))
-
+        method = replace(method, world=world)
+        update = partial(train_step, method=method)
+        if config.bt.pool > 1:
+            update = partial(pooled_step, method=method, batch_size=config.train.batch_size)
     return partial(_follow, update=update)
 
 
@@ -179,6 +184,15 @@ def _mma(
         model, optimizer, x, labels, memory["margin"][indices], generator, method=method
     )
     return stats
+
+
+def plain_defense(config: Config) -> Config:
+    """The same training with the plain defense: the attack's own number of steps for everybody."""
+    attack, bt = config.attack, config.bt
+    bt = replace(bt, name=AllocatorName.uniform, fractions=None, pool=1)
+    if config.defense.name is not DefenseName.augmix:
+        bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
+    return replace(config, bt=bt, rival=RivalConfig())
 
 
 def make_memory(config: Config, data: Data, device: torch.device) -> Memory:

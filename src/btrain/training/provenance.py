@@ -16,7 +16,9 @@ import torch
 from btrain import __version__
 from btrain.data import Data
 from btrain.errors import UserError
+from btrain.untrusted import read_text
 
+_LARGEST = 16 << 20  # bytes of the file
 _CHUNK = 4096  # images
 
 
@@ -72,9 +74,9 @@ def extended(
         UserError: the data are not those that the run was begun with.
     """
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(read_text(path, _LARGEST))
         known, sessions = str(before["data_sha256"]), list(before["sessions"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         known, sessions = None, []
     now = data_hash(data)
     if known not in (None, now):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from btrain.training.loop import Averages, check_weights, train_epoch
 from btrain.training.memory import explained_memory
 from btrain.training.methods import make_steps
 from btrain.training.parallel import World, device_of, joined
+from btrain.training.probe import Probe
 from btrain.training.provenance import extended
 from btrain.training.record import Record
 from btrain.training.resume import adopt_best, load_newest, set_damaged_aside
@@ -123,8 +124,8 @@ def _train(
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (
+        folder.log_file(),  # which hears of a tracker that fails at its beginning or end, too
         open_tracker(config.logger, folder.path, settings, resumed=resumed) as tracker,
-        folder.log_file(),
         stop_on_signals(world) as stop,
     ):
         if warning is not None:
@@ -134,15 +135,11 @@ def _train(
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(data, state))
-        size = f"train.batch_size={config.train.batch_size}"
-        with explained_memory(state.device, size, "a smaller train.batch_size or model may fit"):
+        size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
+        with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             record = Record(config, state, folder, tracker, lock)
             _train_epochs(config, state, data, world, stop, record)
-        size = f"eval.batch_size={config.eval.batch_size}"
-        with (
-            explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
-            stop.at_once(),
-        ):
+        with _evaluation(config, state, stop):
             summary = summarise(config, state, data, folder)
         summary["data_sha256"] = provenance["data_sha256"]
         lock.check()
@@ -166,6 +163,7 @@ def _train_epochs(
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
+    probe = Probe(config, data.train)
     done = state.epoch * batches + state.batch
     hidden = None if world.first else True  # None: where nobody would see it
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=hidden) as bar:
@@ -199,10 +197,13 @@ def _train_epochs(
             metrics |= speedups(config, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
+            metrics["speedup_measured"] = None
             complete = state.batch == batches
             if complete and record is not None:
                 try:
-                    with stop.at_once():
+                    with _evaluation(config, state, stop):
+                        if world.size == 1:  # the probe times one process
+                            metrics["speedup_measured"] = probe.speedup(state)
                         after_epoch(config, state, data, record.folder, metrics)
                 except Interrupted:
                     record.save()
@@ -216,6 +217,17 @@ def _train_epochs(
                 due = state.epoch % config.train.checkpoint_every == 0
                 if due or not complete or _is_over(config, vars(state)):
                     record.save()
+
+
+@contextmanager
+def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterator[None]:
+    """Where a signal ends the run at once, and memory is that of the evaluation's batches."""
+    size = f"eval.batch_size={config.eval.batch_size}"
+    with (
+        explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
+        stop.at_once(),
+    ):
+        yield
 
 
 def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
-    means = averages(sums)
+    means, measured = averages(sums), folder.logged("speedup_measured")
     summary = {
         "clean_acc": last.clean,
         "robust_acc": last.robust,
@@ -105,6 +106,7 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
         "f_r": means["f_r"],
         "f_o": means["f_o"],
         **speedups(config, means),
+        "speedup_measured": statistics.fmean(measured) if measured else None,
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
         "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),

@@ -63,6 +63,7 @@ def check_shares(config: Config, examples: int, world: World) -> None:
         "defense=augmix": config.defense.name is DefenseName.augmix,
         f"rival={rival.name}": rival in (RivalName.gradalign, RivalName.free, RivalName.mma),
         "bt=oracle": bt.name is AllocatorName.oracle,
+        f"bt.pool={bt.pool}": bt.pool > 1,
         "bt.share_clean_forward=true": bt.share_clean_forward,
         "attack.mode=train": config.attack.mode is AttackMode.train,
     }
@@ -136,6 +137,7 @@ def make_optimizer(
 
 
 def make_plan(config: Config) -> Plan:
+    """The portions of a run are its batches, or pools of them that are attacked at once."""
     recipe = config.recipe
     milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
     schedules = {
@@ -146,7 +148,7 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         seed=config.seed,
         epochs=config.train.epochs,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.batch_size * config.bt.pool,
         lr=recipe.lr,
         schedule=schedules[recipe.schedule],
         crop_padding=recipe.crop_padding,

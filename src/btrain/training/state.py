@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,14 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
 
+    def throw_away_copy(self) -> TrainState:
+        """Of its own in all that training changes, at the beginning of the same epoch."""
+        model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))
+        generator = torch.Generator(self.device)
+        generator.set_state(self.generator.get_state())
+        sums = torch.zeros_like(self.epoch_sums)
+        return TrainState(model, optimizer, generator, memory, sums, sums.clone(), self.epoch)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it."""
         return {
@@ -141,12 +150,21 @@ class TrainState:
             raise ValueError("other settings")
         for parameter, momenta in self.optimizer.state.items():
             for value in momenta.values():
-                if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
-                    raise ValueError("momenta of another shape")
+                if value is not None and not _fits(value, parameter):
+                    raise ValueError("momenta of another shape or kind")
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in group.items() if key != "params"}
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    """Whether it may be a momentum of the parameter, or a count of steps."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.shape in (parameter.shape, ())
+    )
 
 
 def _copy(saved: Tensor, tensor: Tensor) -> None:

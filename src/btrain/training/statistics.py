@@ -41,6 +41,7 @@ class StepStats(NamedTuple):
     bad_logits: Tensor
 
 
+EXAMPLES = StepStats._fields.index("examples")
 UNITS = StepStats._fields.index("units")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,7 @@ class Method:
     Attributes:
         budget: N_O, N_R, N_B, (3,) int64 on the device.
         n_b: N_B again, on the host.
-        patience: of the allocator `early_exit`.
-        mean_steps: of the allocator `gaussian`.
+        patience, mean_steps: of the allocators `early_exit` and `gaussian`.
         fractions: F_B, F_R, F_O of the allocator `random`; None for those of BulletTrain's rule.
         oracle_steps, oracle_step_size: of the attack that tells the allocator `oracle` the truth.
         grad_align_weight: λ of GradAlign's regulariser; 0 for none.
@@ -69,6 +69,27 @@ class Method:
     world: World = ALONE
 
 
+class Generated(NamedTuple):
+    """A batch after line 13 of Algorithm 2, in descending order of steps.
+
+    Attributes:
+        clean_logits, z: as `clean_forward` returns them.
+        perturbed: how many examples took a step.
+        units: what all this has cost.
+        share: of the whole batch, which several processes share.
+    """
+
+    x: Tensor
+    labels: Tensor
+    x_adv: Tensor
+    clean_logits: Tensor | None
+    z: Tensor
+    allocation: Allocation
+    perturbed: int
+    units: float
+    share: float = 1.0
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -85,24 +106,42 @@ def train_step(
     counts to the host, the only copy of a step. Of several processes each gets the whole batch,
     decides the same for it, and from line 13 on works on its share.
     """
+    batch = generate(model, x, labels, robust_fraction, generator, method)
+    return learn(model, optimizer, batch, robust_fraction, generator, method)
+
+
+def generate(
+    model: nn.Module, x: Tensor, labels: Tensor, robust_fraction: Tensor,
+    generator: torch.Generator, method: Method,
+) -> Generated:  # fmt: skip
+    """Lines 11 to 13: finds out who is attacked for how long, and attacks."""
     world, whole = method.world, len(x)
     clean_logits, z = clean_forward(model, x[world.share(whole)], method)  # line 11
     z = world.gathered(z, whole)
-    shared = clean_logits is not None
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
     order, active = world.dealt(*by_steps(allocation.steps))
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
     allocation, m = allocation.ordered(order), len(x)
-    sizes = step_sizes(
-        allocation.steps, n_b=method.n_b, epsilon=method.epsilon, step_size_b=method.step_size_b
+    x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
+    units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
+    units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
+    clean_logits = None if clean_logits is None else clean_logits[order]
+    return Generated(
+        x, labels, x_adv, clean_logits, z, allocation, sum(active[:1]), units, m / whole
     )
-    x_adv, allocation, forwarded = perturb(  # line 13
-        model, x, labels, z, sizes, allocation, active, noise, method
-    )
+
+
+def learn(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Generated, robust_fraction: Tensor,
+    generator: torch.Generator, method: Method,
+) -> tuple[Tensor, StepStats]:  # fmt: skip
+    """Lines 14 to 16: the training passes, the new F_R, the update of the weights."""
+    x, labels, x_adv, clean_logits, z, allocation, perturbed, units, share = batch
+    m = len(x)
     if method.defense.outer_reads_clean:  # line 14
-        clean_logits = model(x) if clean_logits is None else clean_logits[order]
-        rows = rows_to_forward(m if method.forward_unperturbed else sum(active[:1]), m)
+        clean_logits = model(x) if clean_logits is None else clean_logits
+        rows = rows_to_forward(m if method.forward_unperturbed else perturbed, m)
         adv_logits = forward_prefix(model, x_adv, rows, clean_logits)
         trained = m + rows
     else:
@@ -113,20 +152,19 @@ def train_step(
         labels,
         momentum=method.momentum,
         gamma=method.gamma,
-        mean=world.mean,
+        mean=method.world.mean,
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
-    units = 2 * forwarded + 3 * trained
-    units += m if z.shape[1] and not shared else 0
-    units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
+    units += 3 * trained
     if method.grad_align_weight:
         around = torch.empty_like(x).uniform_(-method.epsilon, method.epsilon, generator=generator)
         loss = loss + method.grad_align_weight * misalignment(model, x, labels, around)
         units += 8 * m  # two gradients of the images, one of them differentiated again
-    descend(optimizer, world.weighted(loss, m / whole))
+    descend(optimizer, method.world.weighted(loss, share))
     score = method.metric(z, labels) if z.shape[1] else None
-    stats = step_stats(allocation, loss, z, score, clean_logits, adv_logits, labels, units=units)
-    return robust_fraction, stats
+    return robust_fraction, step_stats(
+        allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
+    )
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -194,7 +232,6 @@ def perturb(
     x: Tensor,
     labels: Tensor,
     z: Tensor,
-    sizes: Tensor,
     allocation: Allocation,
     active: Sequence[int],
     noise: Tensor,
@@ -206,6 +243,8 @@ def perturb(
         Adversarial examples like x, the allocation with the steps really taken, and how many images
         the attack sent through the network.
     """
+    n_b, step = method.n_b, method.step_size_b
+    sizes = step_sizes(allocation.steps, n_b=n_b, epsilon=method.epsilon, step_size_b=step)
     if method.allocator != "early_exit":
         x_adv = attack(model, x, labels, z, sizes, active, noise, method)
         return x_adv, allocation, sum(active)

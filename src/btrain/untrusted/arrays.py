@@ -69,7 +69,7 @@ def _parse(content: bytes) -> Array:
     _check_size(shape, dtype, len(content) - start)
     if dtype.itemsize == 0 or math.prod(shape) == 0:
         return np.empty(shape, dtype)
-    flat = np.frombuffer(content, dtype, count=math.prod(shape), offset=start)
+    flat = np.frombuffer(content, dtype, count=math.prod(shape), offset=start).copy()
     return flat.reshape(shape, order="F" if fortran else "C")
 
 

@@ -9,7 +9,7 @@ import yaml
 from btrain.untrusted import RefusedError
 
 _DEEPEST = 20
-_MOST_NODES = 20_000
+_MOST_NODES = 4_000
 
 
 def parse(text: str) -> Any:

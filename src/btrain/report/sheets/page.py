@@ -137,7 +137,7 @@ def _claims(sheet: Sheet) -> Markup:
     words = (
         "A claim holds if the whole 95 % interval of the difference (Student's t over the seeds) "
         "lies within its limits, fails if the whole interval lies outside, and is undecided "
-        "otherwise."
+        "otherwise, also where the networks are less than twice as good as guessing."
     )
     return html.together(
         element("h2", "Claims"),

@@ -76,6 +76,7 @@ def _legend_above(axes: Axes) -> None:
 
 def _heatmaps(sheet: Sheet) -> Figure | None:
     """Three grids on one scale, and in the fourth quarter what they show."""
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     found = heat.grids(sheet)
@@ -85,13 +86,14 @@ def _heatmaps(sheet: Sheet) -> Figure | None:
     low, high = 5 * int(min(values) // 5), 5 * -int(-max(values) // 5)
     figure = drawing.new(8.4, 8.6, sheet.plan.title, "")
     panels = figure.subplots(2, 2)
-    image = None
+    image, colours = None, colormaps["viridis"].resampled(60)
     for grid, axes, letter in zip(found, panels.flat, "abc", strict=False):
         steps = grid.steps
         table = [[grid.cells.get((x, y), float("nan")) for x in steps] for y in steps]
-        image = axes.imshow(
-            table, cmap="viridis", vmin=low, vmax=max(high, low + 5), origin="lower"
-        )
+        edges = [position - 0.5 for position in range(len(steps) + 1)]
+        top = max(high, low + 5)
+        image = axes.pcolormesh(edges, edges, table, cmap=colours, vmin=low, vmax=top)
+        axes.set_aspect("equal")
         for row, y in enumerate(steps):
             for column, x in enumerate(steps):
                 value = grid.cells.get((x, y))
@@ -118,6 +120,8 @@ def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> Non
     inside = axes.inset_axes((0.05, 0.86, 0.9, 0.06))
     bar = figure.colorbar(image, cax=inside, orientation="horizontal")  # type: ignore[arg-type]
     bar.set_label("robust accuracy (%), mean over seeds")
+    if bar.solids is not None:
+        bar.solids.set_rasterized(False)  # an SVG of shapes alone
     bar.outline.set_visible(False)
     words = [drawing.scale_words(sheet)]
     base = next((line for line in sheet.lines if line.row.name == line.baseline), None)

@@ -21,7 +21,7 @@ def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, 
     """
     plans = plans_in(folder)
     if not plans:
-        raise UserError(f"{folder} holds no plan of a table or figure.")
+        raise UserError(f"{folder} holds no plan of a table or figure; btrain paper writes them.")
     if targets is None:
         return plans
     if wrong := [target for target in targets if target not in plans]:

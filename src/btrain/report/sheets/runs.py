@@ -67,6 +67,17 @@ class Run:
         found = self.evaluation(attack) if self.state == FINISHED else None
         return None if found is None else float(found[1]["accuracy"])
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes the data have, where the settings or an evaluation tell."""
+        known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+        if (name := self.config.get("dataset.name")) in known:
+            return known[str(name)]
+        for path in sorted((self.folder / "eval").glob("*.json")):
+            if isinstance(names := _json(path).get("classes"), list):
+                return len(names)
+        return None
+
     def evaluation_seconds(self) -> float:
         """That all evaluations took."""
         files = sorted((self.folder / "eval").glob("**/*.json"))
@@ -127,7 +138,7 @@ def read_run(folder: Path) -> Run:
             config = flat(run.settings())
         summary = run.summary()
     except UserError as error:
-        return Run(folder, FAILED, str(error), config, {})
+        return Run(folder, FAILED, _reason(str(error), folder), config, {})
     if summary is not None:
         return Run(folder, FINISHED, "", config, summary)
     if is_held(folder / "run.lock"):
@@ -135,8 +146,13 @@ def read_run(folder: Path) -> Run:
     if last := _last_line(folder / "train.log"):
         reason = _TIME.sub("", last)
         if not _GOES_ON.match(reason):
-            return Run(folder, FAILED, reason[:_LONGEST_REASON], config, {})
+            return Run(folder, FAILED, _reason(reason, folder), config, {})
     return Run(folder, UNFINISHED if config else MISSING, "", config, {})
+
+
+def _reason(message: str, folder: Path) -> str:
+    """A message without the place of the folder, which is nobody else's business."""
+    return message.replace(f"{folder}/", "").replace(str(folder), folder.name)[:_LONGEST_REASON]
 
 
 def is_held(lock: Path) -> bool:

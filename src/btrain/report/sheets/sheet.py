@@ -10,7 +10,7 @@ from btrain.eval_schema import PRESETS
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row, read_plan
 from btrain.report.sheets import notes
-from btrain.report.sheets.arithmetic import Paired, Scores, paired, verdict
+from btrain.report.sheets.arithmetic import UNDECIDED, Paired, Scores, paired, spread, verdict
 from btrain.report.sheets.runs import FINISHED, Run, read_run
 
 SUMMARY = ("clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds")
@@ -49,7 +49,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim with its differences by seed."""
+    """A claim with its differences by seed.
+
+    Of networks that hardly learnt, the baseline's or all that the claim is about, it is undecided:
+    their orderings are noise, and often their differences exactly 0.
+    """
 
     claim: Claim
     differences: Values
@@ -73,11 +77,22 @@ class Sheet:
     verdicts: list[Verdict]
 
     @property
+    def pgd_steps(self) -> int | None:
+        """Of the PGD at the end of every run; None where they differ."""
+        runs = (run for line in self.lines for run in line.runs.values() if run.config)
+        steps = {run.config.get("eval.steps") for run in runs}
+        return steps.pop() if len(steps) == 1 else None
+
+    @property
     def attacks(self) -> list[str]:
-        """The attacks with columns of their own: those evaluated, and those the paper tells of."""
+        """The attacks with columns of their own: those evaluated, and those the paper tells of.
+
+        PGD-20 needs none where the runs end with it anyway.
+        """
         told = (metric for line in self.lines for metric in line.row.paper)
         found = dict.fromkeys([*self.plan.attacks, *(key for key in told if key in PRESETS)])
-        return [attack for attack in found if attack != self.robust]
+        same = "pgd20" if self.pgd_steps == 20 and self.robust == "robust_acc" else None
+        return [attack for attack in found if attack not in (self.robust, same)]
 
 
 def read_sheet(path: Path) -> Sheet:
@@ -234,4 +249,15 @@ def _verdict(claim: Claim, lines: Mapping[str, Line]) -> Verdict:
         than = values(claim.than)
         differences = {s: value - than[s] for s, value in differences.items() if s in than}
     found = verdict(differences, at_least=claim.at_least, at_most=claim.at_most)
+    named = [lines[name] for name in (claim.row, claim.than) if name is not None and name in lines]
+    base = [lines[line.baseline] for line in named[:1] if line.baseline is not None]
+    if differences and (all(map(_at_chance, named)) or any(map(_at_chance, base))):
+        found = f"{UNDECIDED} (not trained: clean accuracy near chance)"
     return Verdict(claim, differences, found)
+
+
+def _at_chance(line: Line) -> bool:
+    """Whether a row's networks are less than twice as good as guessing: then nothing is decided."""
+    clean = spread(line.values["clean_acc"])
+    classes = [n for run in line.runs.values() if (n := run.classes) is not None]
+    return clean is not None and bool(classes) and clean.mean < 2 * 100 / min(classes)

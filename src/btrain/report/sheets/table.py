@@ -41,9 +41,7 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
 def metric_name(sheet: Sheet, metric: str) -> str:
     """A metric for people; PGD with the steps that the runs' own evaluation had."""
     if metric == "robust_acc":
-        runs = (run for line in sheet.lines for run in line.runs.values() if run.config)
-        steps = {run.config.get("eval.steps") for run in runs}
-        return f"PGD-{steps.pop()}" if len(steps) == 1 and None not in steps else "PGD"
+        return "PGD" if sheet.pgd_steps is None else f"PGD-{sheet.pgd_steps}"
     return _NAMES.get(metric, metric)
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from typing import Any
+from urllib.parse import quote
 
 from btrain.report.sheets import heat
 from btrain.report.sheets.arithmetic import interval, spread
@@ -27,7 +28,7 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
         picture: the name of a file to show under the table.
     """
     plan = sheet.plan
-    parts = [f"# {_plain(plan.title)}", f"Profile {plan.profile}: {status(sheet)}."]
+    parts = [f"# {_plain(plan.title)}", f"Profile {_plain(plan.profile)}: {status(sheet)}."]
     parts += [_plain(plan.note)] if plan.note else []
     if sheet.notes:
         parts.append(f"**All rows:** {_plain(', '.join(sheet.notes))}.")
@@ -41,17 +42,17 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
             head = [*head, "notes"]
             rows = [[*row, note] for row, note in zip(rows, notes, strict=True)]
         parts.append(_table(head, rows))
-    parts += [" ".join(legend(sheet))]
+    parts += [_plain(" ".join(legend(sheet)))]
     if found := machines(sheet):
         parts.append(f"Trained on: {_plain('; '.join(found))}.")
     if sheet.verdicts:
         claims = [
-            f"**{v.verdict}** – {_plain(v.claim.text)} ({claim_text(sheet, v)})"
+            f"**{v.verdict}** – {_plain(v.claim.text)} ({_plain(claim_text(sheet, v))})"
             for v in sheet.verdicts
         ]
         parts.append("## Claims\n\n" + _list(claims))
     if picture is not None:
-        parts.append(f"![{_plain(plan.title)}]({picture})")
+        parts.append(f"![{_plain(plan.title)}]({quote(picture)})")
     return "\n\n".join(parts) + "\n"
 
 

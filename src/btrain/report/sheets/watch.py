@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -23,14 +24,17 @@ class Progress:
 
     Attributes:
         rows_done, rows: rows of which every seed is done.
-        done, running, failed, runs: runs; done are those trained and evaluated.
-        seconds_left: by the mean training and evaluation of the done; None where none is done.
+        done, trained, running, failed, runs: runs; done are those trained and evaluated, trained
+            those that wait for their evaluation.
+        seconds_left: by the mean times of the done to train and to evaluate; None where none is
+            done.
     """
 
     target: str
     rows_done: int
     rows: int
     done: int
+    trained: int
     running: int
     failed: int
     runs: int
@@ -59,6 +63,7 @@ def progress(plan: Plan, folder: Path) -> Progress:
         rows_done=rows_done,
         rows=len(plan.rows),
         done=len(done),
+        trained=sum(run.state == FINISHED for run in left),
         running=len(running),
         failed=sum(run.state == FAILED for run in runs),
         runs=len(runs),
@@ -71,27 +76,38 @@ def _is_done(run: Run, attacks: Sequence[str]) -> bool:
 
 
 def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> float | None:
-    """Time of the runs that are left, less what their epochs have done, shared by those running."""
+    """What is left of each run, of training by its epochs, shared by those that run at once."""
     if not left:
         return 0.0
-    times = [(run.number("train_seconds") or 0) + run.evaluation_seconds() for run in done]
-    if not times:
+    if not done:
         return None
+    training = statistics.fmean(run.number("train_seconds") or 0.0 for run in done)
+    evaluation = statistics.fmean(run.evaluation_seconds() for run in done)
     work = 0.0
     for run in left:
         epochs, planned = run.epochs
-        work += 1 - min(1.0, epochs / planned) if planned else 1.0
-    return sum(times) / len(times) * work / at_once
+        share = 0.0 if run.state == FINISHED else 1 - min(1.0, epochs / planned) if planned else 1.0
+        work += share * training + evaluation
+    return work / at_once
 
 
 def table(found: Sequence[Progress]) -> str:
     """A line a target."""
-    head = ("target", "rows done", "runs done", "running", "failed", "missing", "time left")
+    head = (
+        "target",
+        "rows done",
+        "runs done",
+        "to evaluate",
+        "running",
+        "failed",
+        "missing",
+        "left",
+    )
     lines = [head]
     for p in found:
-        missing = p.left - p.running
         counts = (f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}")
-        states = (str(p.running), str(p.failed), str(missing))
+        missing = p.left - p.running - p.trained
+        states = (str(p.trained), str(p.running), str(p.failed), str(missing))
         lines.append((p.target, *counts, *states, duration(p.seconds_left)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

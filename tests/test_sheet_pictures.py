@@ -1,0 +1,93 @@
+"""The pictures of the sheets: there for every kind, of the right numbers, the same each time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from btrain.paper.plan import Plan
+from btrain.report.sheets import heat
+from btrain.report.sheets.files import write_sheets
+from btrain.report.sheets.runs import read_run
+from btrain.report.sheets.sheet import make_sheet
+from btrain.report.sheets.training_pictures import read_batch
+from sheets import begun, finished, plan, row
+
+
+def pictured(folder: Path, kind: str) -> Plan:
+    """A plan of a kind with runs that have what it draws."""
+    if kind == "heatmaps":
+        rows = [row("base")]
+        for zero, x, y in (("b", "r", "o"), ("r", "b", "o"), ("o", "b", "r")):
+            for i in range(3):
+                for j in range(3):
+                    swept = {f"bt.n_{x}": str(i), f"bt.n_{y}": str(j)}
+                    rows.append(row(f"no_{zero}-{i}{j}", swept=swept))
+        for number, of in enumerate(rows[:-1]):  # the last cell is missing
+            finished(folder / of.runs[0], robust=10.0 + 3 * number)
+        return plan(rows, kind=kind, target=kind)
+    if kind == "tradeoff":
+        rows = [row("base", 2)]
+        rows += [row(f"bt{value}", 2, swept={"bt.n_r": value}) for value in ("0", "2", "10")]
+        for number, of in enumerate(rows):
+            for path in of.runs.values():
+                finished(folder / path, robust=50.0 + number, theoretical_speedup=3.0 - number / 2)
+        return plan(rows, kind=kind, target=kind, axis="bt.n_r")
+    for seed in range(2):
+        path = begun(folder / f"a-seed{seed}", epochs=5)
+        batch = {
+            "svar": [-0.02, 0.01, 0.05, 0.08],
+            "outcome": ["outlier", "boundary", "boundary", "robust"],
+            "steps": [0, 10, 10, 2],
+            "robust_fraction": 0.3,
+        }
+        (path / "allocation.json").write_text(json.dumps(batch))
+    return plan([row("a", 2)], kind=kind, target=kind, baseline=None)
+
+
+@pytest.mark.parametrize("kind", ["heatmaps", "tradeoff", "fractions", "scores", "allocation"])
+def test_every_kind_has_its_picture(tmp_path: Path, kind: str) -> None:
+    pictured(tmp_path, kind).write(tmp_path)
+    write_sheets(tmp_path, tmp_path / "out")
+    with Image.open(tmp_path / "out" / f"{kind}.png") as picture:
+        assert picture.width >= 800
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50  # more than a blank page
+    assert "<image" not in (tmp_path / "out" / f"{kind}.svg").read_text()  # nothing but lines
+    for path in (tmp_path / "out").iterdir():
+        assert path.stat().st_size < 300_000
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    for kind in ("heatmaps", "tradeoff"):
+        folder = tmp_path / kind
+        pictured(folder, kind).write(folder)
+        for out in ("first", "second"):
+            write_sheets(folder, folder / out)
+        for path in (folder / "first").iterdir():
+            assert path.read_bytes() == (folder / "second" / path.name).read_bytes(), path.name
+
+
+def test_heat_maps_hold_their_own_cells(tmp_path: Path) -> None:
+    grids = heat.grids(make_sheet(pictured(tmp_path, "heatmaps"), tmp_path))
+    assert [(grid.zero, grid.x, grid.y) for grid in grids] == [
+        ("N_B", "N_R", "N_O"), ("N_O", "N_B", "N_R"), ("N_R", "N_B", "N_O"),
+    ]  # fmt: skip
+    no_b, no_o, no_r = grids
+    assert no_b.cells == {(i, j): 13.0 + 3 * (3 * i + j) for i in range(3) for j in range(3)}
+    assert no_r.cells[0, 0] == 10 + 3 * 10
+    assert (2, 2) not in no_o.cells and len(no_o.cells) == 8
+    assert "| 2 | 73.0 | 82.0 | – |" in heat.markdown(no_o)
+
+
+@pytest.mark.parametrize(
+    "change", [{"svar": [0.1]}, {"outcome": ["x"] * 4}, {"steps": ["many"] * 4}, {"svar": None}]
+)
+def test_an_unsound_batch_is_not_drawn(tmp_path: Path, change: dict[str, object]) -> None:
+    pictured(tmp_path, "allocation")
+    path = tmp_path / "a-seed0" / "allocation.json"
+    assert read_batch(read_run(path.parent)) is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert read_batch(read_run(path.parent)) is None

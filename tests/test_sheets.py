@@ -1,0 +1,348 @@
+"""The arithmetic of the sheets against tables computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from btrain.paper.plan import Claim
+from btrain.report.sheets import arithmetic, text
+from btrain.report.sheets.runs import read_run
+from btrain.report.sheets.sheet import Line, Sheet, make_sheet
+from btrain.report.sheets.table import head_and_rows
+from sheets import begun, evaluated, finished, plan, row
+
+
+def cells(sheet: Sheet, name: str) -> dict[str, str]:
+    """A row's cells by their heads; the paper's and the difference behind the metric's name."""
+    head, rows = head_and_rows(sheet)
+    named: list[str] = []
+    for title in head:
+        behind = title in ("paper", "ours − paper")
+        named.append(f"{named[-1].split(' | ')[0]} | {title}" if behind else title)
+    index = [line.row.name for line in sheet.lines].index(name)
+    return dict(zip(named, rows[index], strict=True))
+
+
+def line(sheet: Sheet, name: str) -> Line:
+    return next(line for line in sheet.lines if line.row.name == name)
+
+
+def test_means_deviations_and_differences_are_those_by_hand(tmp_path: Path) -> None:
+    for seed, (clean, robust) in enumerate([(80.0, 50.0), (82.0, 52.0), (87.0, 57.0)]):
+        finished(tmp_path / f"a-seed{seed}", clean=clean, robust=robust)
+    told = {"clean_acc": 84.92, "robust_acc": 52.5, "f_b": 1.0, "theoretical_speedup": 2.3}
+    found = cells(make_sheet(plan([row("a", 3, paper=told)]), tmp_path), "a")
+    # The mean is 83; the squared deviations 9, 1 and 16 add up to 26, divided by 2 (n − 1).
+    assert found["seeds"] == "3 of 3"
+    assert found["clean %"] == "83.00 ± 3.61"
+    assert found["clean % | paper"] == "84.92"
+    assert found["clean % | ours − paper"] == "−1.92"
+    assert found["PGD-20 %"] == "53.00 ± 3.61"
+    assert found["PGD-20 % | ours − paper"] == "+0.50"
+    assert found["F_B / F_R / F_O"] == "0.28 / 0.54 / 0.18"
+    assert found["F_B / F_R / F_O | paper"] == "1.00 / – / –"
+    assert found["speedup, eq. 7"] == "2.25 ± 0.00×"
+    assert found["speedup, eq. 7 | paper"] == "2.3×"
+
+
+def test_speedups_are_paired_by_seed(tmp_path: Path) -> None:
+    for seed, (base, ours) in enumerate([(100.0, 50.0), (120.0, 40.0)]):
+        finished(tmp_path / f"a-seed{seed}", seconds=base, flops=4e12)
+        finished(tmp_path / f"b-seed{seed}", seconds=ours, flops=1e12)
+    finished(tmp_path / "a-seed2", seconds=1.0)  # has no partner
+    sheet = make_sheet(plan([row("a", 3), row("b", 3)]), tmp_path)
+    assert line(sheet, "b").values["speedup_measured"] == {0: 2.0, 1: 3.0}
+    assert cells(sheet, "b")["speedup, measured"] == "2.50 ± 0.71×"
+    assert cells(sheet, "b")["speedup, FLOPs"] == "4.00 ± 0.00×"
+    assert cells(sheet, "b")["seeds"] == "2 of 3"
+    assert line(sheet, "b").notes == ["seed 2 missing"]
+
+
+def test_flops_are_compared_by_the_epoch_over_the_same_images(tmp_path: Path) -> None:
+    finished(tmp_path / "a-seed0", flops=4e12, epochs=10)
+    finished(tmp_path / "b-seed0", flops=1e12, epochs=5)
+    finished(tmp_path / "c-seed0", config={"dataset.train_examples": 3000})
+    sheet = make_sheet(plan([row("a"), row("b"), row("c")]), tmp_path)
+    assert cells(sheet, "b")["speedup, FLOPs"] == "2.00×"
+    assert cells(sheet, "b")["speedup, measured"] == "other length"
+    assert cells(sheet, "c")["speedup, FLOPs"] == "–"
+    assert cells(sheet, "c")["speedup, measured"] == "other length"
+
+
+def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
+    for seed in range(2):
+        finished(tmp_path / f"a-seed{seed}", seconds=100)
+        finished(tmp_path / f"b-seed{seed}", seconds=1, machine="Processor 2")
+        finished(tmp_path / f"c-seed{seed}", seconds=1, machine=None)
+        finished(tmp_path / f"d-seed{seed}", seconds=50, machine=f"Processor {1 + seed}")
+    sheet = make_sheet(plan([row(name, 2) for name in "abcd"]), tmp_path)
+    assert cells(sheet, "b")["speedup, measured"] == "other machine"
+    assert cells(sheet, "c")["speedup, measured"] == "machine unknown"
+    assert cells(sheet, "d")["speedup, measured"] == "2.00×"
+    assert line(sheet, "d").notes == ["times of seed 1 not compared: other machine"]
+    assert "100.00×" not in text.markdown(sheet)
+
+
+def test_a_row_of_other_data_has_their_own_baseline(tmp_path: Path) -> None:
+    rows = [row("a10"), row("b10")]
+    rows += [row(name, original={"dataset": "cifar100"}) for name in ("a100", "b100")]
+    for name, seconds in (("a10", 10), ("b10", 5), ("a100", 30), ("b100", 10)):
+        finished(tmp_path / f"{name}-seed0", seconds=seconds)
+    sheet = make_sheet(plan(rows), tmp_path)
+    assert [cells(sheet, r.name)["speedup, measured"] for r in rows] == [
+        "1.00×", "2.00×", "1.00×", "3.00×",
+    ]  # fmt: skip
+
+
+def test_missing_failed_and_unfinished_seeds_are_told(tmp_path: Path) -> None:
+    finished(tmp_path / "a-seed0", robust=50.0)
+    begun(tmp_path / "a-seed1", log="The loss is not finite in epoch 5.", epochs=4)
+    begun(tmp_path / "a-seed2", log="epoch 4: loss 1.0", epochs=4)
+    begun(tmp_path / "a-seed3", log="stopped by SIGTERM; the same command goes on.", epochs=2)
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "now"}
+    begun(tmp_path / "a-seed4", epochs=3)
+    (tmp_path / "a-seed4" / "run.lock").write_text(json.dumps(holder))
+    finished(tmp_path / "a-seed5", robust=60.0, epochs=7)
+    (finished(tmp_path / "a-seed6") / "summary.json").write_text("{")
+    sheet = make_sheet(plan([row("a", 8), row("b", 2)]), tmp_path)
+    assert line(sheet, "a").notes[:6] == [
+        "seed 1 failed: “The loss is not finite in epoch 5.” (a-seed1/train.log)",
+        "seed 2 unfinished (epoch 4 of 10)",
+        "seed 3 unfinished (epoch 2 of 10)",
+        "seed 4 running (epoch 3 of 10)",
+        "seed 5 ended after 7 of 10 epochs",
+        "seed 6 failed: “summary.json is damaged; delete the folder to start over.” "
+        "(a-seed6/train.log)",
+    ]
+    assert line(sheet, "a").notes[6] == "seed 7 missing"
+    assert cells(sheet, "a")["seeds"] == "2 of 8"
+    assert cells(sheet, "a")["PGD-20 %"] == "55.00 ± 7.07"
+    assert line(sheet, "b").notes == ["missing: no run has begun"]
+    assert set(cells(sheet, "b").values()) == {"b", "0 of 2", "–"}
+
+
+def test_a_lock_whose_process_ended_runs_no_more(tmp_path: Path) -> None:
+    begun(tmp_path / "a", epochs=1)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    holder = {"host": socket.gethostname(), "pid": child.pid, "started": "now"}
+    (tmp_path / "a" / "run.lock").write_text(json.dumps(holder))
+    assert read_run(tmp_path / "a").state == "unfinished"
+    (tmp_path / "a" / "run.lock").write_text(json.dumps(holder | {"host": "elsewhere"}))
+    assert read_run(tmp_path / "a").state == "running"
+    os.utime(tmp_path / "a" / "run.lock", (0, 0))  # silent for decades
+    assert read_run(tmp_path / "a").state == "unfinished"
+
+
+def test_what_all_rows_share_is_said_once(tmp_path: Path) -> None:
+    original = {
+        "dataset": "cifar10", "model": "wrn_34_10", "model.width": 10, "train.epochs": 76,
+        "train.batch_size": 128, "dataset.train_examples": None, "dataset.test_examples": None,
+    }  # fmt: skip
+    finished(tmp_path / "a-seed0")
+    finished(tmp_path / "b-seed0", config={"dataset.name": "imagefolder", "dataset.root": "x/jpeg",
+                                           "dataset.test_examples": 1000})  # fmt: skip
+    rows = [row(name, original=original) for name in "abc"]
+    sheet = make_sheet(plan(rows), tmp_path)
+    assert sheet.notes == [
+        "small_cnn (width 8) instead of wrn_34_10",
+        "10 of 76 epochs",
+        "batches of 100 instead of 128",
+        "6,000 training images",
+    ]
+    assert line(sheet, "a").notes == ["MNIST instead of CIFAR-10"]
+    assert line(sheet, "b").notes[:2] == [
+        "image files (jpeg) instead of CIFAR-10", "1,000 test images",
+    ]  # fmt: skip
+    assert "All rows:** small_cnn (width 8) instead of wrn_34_10, 10 of" in text.markdown(sheet)
+
+
+def test_runs_of_the_papers_scale_need_no_note(tmp_path: Path) -> None:
+    config = {"dataset.name": "cifar10", "dataset.train_examples": None}
+    finished(tmp_path / "a-seed0", config=config)
+    sheet = make_sheet(plan([row("a", original={"dataset": "cifar10"})]), tmp_path)
+    assert (sheet.notes, line(sheet, "a").notes) == ([], [])
+
+
+def test_with_one_seed_the_paired_test_is_mcnemars(tmp_path: Path) -> None:
+    ours = [1, 1, 1, 1, 1, 0, 1, 0]
+    theirs = [0, 0, 0, 0, 1, 1, 1, 0]
+    evaluated(finished(tmp_path / "a-seed0"), "pgd20", theirs)
+    evaluated(finished(tmp_path / "b-seed0"), "pgd20", ours)
+    sheet = make_sheet(plan([row("a"), row("b")]), tmp_path)
+    found = line(sheet, "b").test
+    assert found is not None
+    # Four examples only b gets right, one only a: (4 − 1) / √(4 + 1).
+    assert found.z == pytest.approx(3 / math.sqrt(5))
+    assert found.p == pytest.approx(2 * stats.norm.sf(3 / math.sqrt(5)))
+    assert found.difference == pytest.approx(100 * 3 / 8)
+    assert cells(sheet, "b")["p"] == f"{found.p:.3f}" == "0.180"
+    assert cells(sheet, "a")["p"] == "baseline"
+
+
+def test_seeds_are_averaged_before_the_test(tmp_path: Path) -> None:
+    answers = {
+        ("a", 0): [0, 0, 1, 1], ("a", 1): [0, 1, 1, 1],
+        ("b", 0): [1, 0, 1, 1], ("b", 1): [1, 1, 0, 1], ("b", 2): [0, 0, 0, 0],
+    }  # fmt: skip
+    for (name, seed), correct in answers.items():
+        evaluated(finished(tmp_path / f"{name}-seed{seed}"), "pgd20", correct)
+    found = line(make_sheet(plan([row("a", 2), row("b", 3)]), tmp_path), "b").test
+    assert found is not None
+    # d = 1, 0, −1/2, 0; seed 2 is b's alone.
+    assert found.seeds == 2
+    assert found.z == pytest.approx(0.5 / math.sqrt(1.25))
+
+
+def test_other_test_examples_are_not_compared(tmp_path: Path) -> None:
+    evaluated(finished(tmp_path / "a-seed0"), "pgd20", [1, 0, 1, 0])
+    evaluated(finished(tmp_path / "b-seed0"), "pgd20", [1, 1, 1, 0], data_sha256="other")
+    evaluated(finished(tmp_path / "c-seed0"), "pgd20", [1, 1, 1])
+    evaluated(finished(tmp_path / "d-seed0"), "pgd20", [1, 0, 1, 0])
+    sheet = make_sheet(plan([row(name) for name in "abcd"]), tmp_path)
+    assert [line(sheet, name).test for name in "abc"] == [None] * 3
+    same = line(sheet, "d").test
+    assert same is not None and (same.z, same.p) == (0, 1)
+
+
+def test_corruptions_are_the_robust_accuracy_of_augmix(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        answers = rng.random((3, 5, 8)) < 0.7
+        evaluated(finished(tmp_path / f"{name}-seed0"), "corruptions", answers, regenerated=True)
+        if name == "b":
+            mean = 100 * answers.mean()
+    told = {"corruptions": 88.8}
+    sheet = make_sheet(plan([row("a", paper=told), row("b", paper=told)]), tmp_path)
+    found = cells(sheet, "b")
+    assert found["corruptions %"] == f"{mean:.2f}"
+    assert found["corruptions % | paper"] == "88.80"
+    assert "PGD-20 %" not in found
+    assert line(sheet, "b").test is not None
+    assert "corruptions regenerated by btrain, not the official files" in sheet.notes
+
+
+def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -> None:
+    for seed in range(2):
+        evaluated(finished(tmp_path / f"a-seed{seed}"), "pgd20", [1] * 8)
+    fewer = "eval/dataset.test_examples_4"
+    evaluated(tmp_path / "a-seed0", "autoattack", [1, 1, 0, 0], inside=fewer)
+    finished(tmp_path / "b-seed0")
+    rows = [row("a", 2, paper={"pgd100x10": 54.3}), row("b", attacks=["pgd20"])]
+    sheet = make_sheet(plan(rows, attacks=["pgd20", "autoattack"]), tmp_path)
+    assert line(sheet, "a").notes == [
+        "autoattack not evaluated on seed 1",
+        "autoattack on 4 test images",
+        "pgd100x10 not evaluated",
+    ]
+    assert cells(sheet, "a")["AutoAttack %"] == "50.00"
+    assert cells(sheet, "a")["PGD-100×10 % | paper"] == "54.30"
+    assert line(sheet, "b").notes == ["pgd20 not evaluated"]
+
+
+def test_the_interval_is_students(tmp_path: Path) -> None:
+    ends = arithmetic.interval({0: 1.0, 1: 2.0, 2: 6.0})
+    # Mean 3, deviation √7; t of 2 degrees of freedom is 4.302653.
+    assert ends == pytest.approx((3 - 4.302653 * math.sqrt(7 / 3), 3 + 4.302653 * math.sqrt(7 / 3)))
+    assert ends == pytest.approx(stats.t.interval(0.95, 2, 3, math.sqrt(7 / 3)))
+    assert arithmetic.interval({0: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "at_least", "at_most", "verdict"),
+    [
+        ([2.0, 2.0], 2.0, None, "holds"),  # the interval is a point, on the limit
+        ([2.0, 2.0], None, 2.0, "holds"),
+        ([2.0, 2.0], 2.1, None, "fails"),
+        ([2.0, 2.0], None, 1.9, "fails"),
+        ([2.0, 2.0], 1.0, 3.0, "holds"),
+        ([1.0, 2.0, 6.0], 0.0, None, "undecided"),
+        ([1.0, 2.0, 6.0], -3.6, None, "holds"),  # from −3.57 to 9.57
+        ([1.0, 2.0, 6.0], -3.5, None, "undecided"),
+        ([1.0, 2.0, 6.0], 9.6, None, "fails"),
+        ([1.0, 2.0, 6.0], 9.5, None, "undecided"),
+        ([5.0], 0.0, None, "undecided (one seed)"),
+        ([], 0.0, None, "undecided (no run)"),
+    ],
+)
+def test_verdicts_at_the_edges(
+    values: list[float], at_least: float | None, at_most: float | None, verdict: str
+) -> None:
+    by_seed = dict(enumerate(values))
+    assert arithmetic.verdict(by_seed, at_least=at_least, at_most=at_most) == verdict
+
+
+def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
+    for seed, (theirs, ours) in enumerate([(50.0, 51.0), (60.0, 62.0), (70.0, 73.0)]):
+        finished(tmp_path / f"a-seed{seed}", robust=theirs, seconds=100)
+        finished(tmp_path / f"b-seed{seed}", robust=ours, seconds=50)
+        evaluated(tmp_path / f"b-seed{seed}", "autoattack", [1, 1, 0, 0, 0, 0, 0, 0])
+    finished(tmp_path / "b-seed3", robust=0.0)
+    claims = [
+        Claim("b is above", "robust_acc", "b", "a", at_least=0),
+        Claim("b is twice as fast", "speedup_measured", "b", None, at_least=2, at_most=2),
+        Claim("b withstands", "autoattack", "b", None, at_least=20),
+        Claim("no such row", "robust_acc", "c", "a", at_least=0),
+    ]
+    sheet = make_sheet(plan([row("a", 3), row("b", 4)], claims), tmp_path)
+    above, fast, withstands, none = sheet.verdicts
+    assert above.differences == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert above.verdict == "undecided"  # 2 ± 4.30 · 1/√3
+    assert (fast.differences, fast.verdict) == ({0: 2.0, 1: 2.0, 2: 2.0}, "holds")
+    assert withstands.differences == {0: 25.0, 1: 25.0, 2: 25.0}
+    assert none.verdict == "undecided (no run)"
+    shown = text.markdown(sheet)
+    assert (
+        "**undecided** – b is above (PGD-20, at least 0: +2.00, 95 % interval −0.48 to +4.48"
+        in (shown)
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "ours", "verdict"),
+    [
+        (10.0, 10.0, "undecided (not trained: clean accuracy near chance)"),
+        (19.9, 90.0, "undecided (not trained: clean accuracy near chance)"),
+        (90.0, 10.0, "fails"),  # it collapsed, which is a result
+        (20.0, 20.0, "holds"),
+    ],
+)
+def test_networks_that_learnt_nothing_decide_nothing(
+    tmp_path: Path, base: float, ours: float, verdict: str
+) -> None:
+    for seed in range(2):
+        finished(tmp_path / f"a-seed{seed}", clean=base)
+        finished(tmp_path / f"b-seed{seed}", clean=ours)
+    claims = [Claim("b is not below a", "clean_acc", "b", "a", at_least=0)]
+    sheet = make_sheet(plan([row("a", 2), row("b", 2)], claims), tmp_path)
+    assert sheet.verdicts[0].verdict == verdict
+
+
+def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
+    for seed, robust in enumerate([50.0, 53.0]):
+        finished(tmp_path / f"a-seed{seed}", robust=robust)
+    told = row("a", 3, label='=cmd|"x"', paper={"robust_acc": 52.0})
+    sheet = make_sheet(plan([told], [Claim("c", "robust_acc", "a", at_least=0)]), tmp_path)
+    (found,) = csv.DictReader(io.StringIO(text.comma_separated(sheet)))
+    assert found["label"] == '\'=cmd|"x"'  # no spreadsheet runs it
+    assert (found["robust_acc"], found["robust_acc_n"]) == ("51.5", "2")
+    assert float(found["robust_acc_sd"]) == pytest.approx(math.sqrt(4.5), rel=1e-6)
+    assert float(found["robust_acc_minus_paper"]) == -0.5
+    content = json.loads(text.as_json(sheet))
+    assert content["rows"][0]["numbers"]["robust_acc"]["seeds"] == {"0": 50.0, "1": 53.0}
+    assert content["rows"][0]["states"] == {"0": "finished", "1": "finished", "2": "missing"}
+    assert content["claims"][0]["interval95"] == pytest.approx(
+        [51.5 - 12.7062 * 1.5, 51.5 + 12.7062 * 1.5], rel=1e-5
+    )
