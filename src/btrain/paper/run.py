@@ -15,6 +15,7 @@ from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.target import Profile, Sweep, Target, merged, row_name
 from btrain.schema import Config
 
+_SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 
 
@@ -140,7 +141,7 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
     if target.axis is not None and experiment != target.baseline:
         group, _, key = target.axis.partition(".")
         point = {target.axis: str(getattr(getattr(original, group), key))} | swept
-    values = ", ".join(f"{key} = {value}" for key, value in swept.items())
+    values = ", ".join(f"{_SYMBOLS.get(key, key)} = {value}" for key, value in point.items())
     label = target.labels[experiment]
     return Row(
         name=name,
@@ -165,6 +166,9 @@ def _scale(config: Config) -> dict[str, Any]:
         "dataset.train_examples": config.dataset.train_examples,
         "dataset.test_examples": config.dataset.test_examples,
         "attack.epsilon": config.attack.epsilon,
+        "attack.epsilon_warmup_epochs": config.attack.epsilon_warmup_epochs,
+        "recipe.optimizer": config.recipe.optimizer.name,
+        "recipe.lr": config.recipe.lr,
     }
 
 

@@ -54,7 +54,7 @@ class Profile:
         train: settings of `btrain train` by target, `default` for the others.
         sweep: swept values by target and key, where fewer than the target's are wanted.
         evaluate: evaluations of every run by target; each a list of settings of `btrain eval`.
-        evaluate_more: the same, for some rows by their experiment.
+        evaluate_more: the same, by target and experiment, for some rows alone.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Profile:
     train: dict[str, list[str]]
     sweep: dict[str, dict[str, list[str]]]
     evaluate: dict[str, list[list[str]]]
-    evaluate_more: dict[str, list[list[str]]]
+    evaluate_more: dict[str, dict[str, list[list[str]]]]
 
     def settings(self, target: str) -> list[str]:
         """What the target's runs are given besides their experiment."""
@@ -70,7 +70,8 @@ class Profile:
 
     def evaluations(self, target: str, experiment: str) -> list[list[str]]:
         """The settings of each `btrain eval` of a run."""
-        return self.evaluate.get(target, []) + self.evaluate_more.get(experiment, [])
+        more = self.evaluate_more.get(target, {}).get(experiment, [])
+        return self.evaluate.get(target, []) + more
 
 
 def names(group: str) -> list[str]:

@@ -51,6 +51,8 @@ def _phrase(key: str, ours: Any, theirs: Any, config: Mapping[str, Any]) -> str:
         return f"{model_name(config)} instead of {theirs}"
     if key == "attack.epsilon":
         return f"ε {_number(ours)} instead of {_number(theirs)}"
+    if key == "attack.epsilon_warmup_epochs" and ours and not theirs:
+        return f"ε grows over the first {_number(ours)} epochs"
     if leaf == "batch_size":
         return f"batches of {_number(ours)} instead of {_number(theirs)}"
     if group == "dataset" and leaf in ("train_examples", "test_examples"):
