@@ -373,7 +373,7 @@ def run_folders(folder: Path) -> list[str]:
 
 
 def test_a_sweep_makes_one_folder_for_each_value(here: Path) -> None:
-    assert main(["train", "--multirun", *SMALL, "bt.gamma=0.8,0.5"]) == 0
+    assert main(["train", *SMALL, "--multirun", "bt.gamma=0.8,0.5"]) == 0
     folders = run_folders(here)
     assert len(folders) == 2
     for folder, gamma in zip(folders, (0.5, 0.8), strict=True):
