@@ -105,6 +105,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from btrain import config as configs
 
     args = [_quoted(argument) for argument in args]
+    args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
     if {"-m", "--multirun"} & set(args) and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("torchrun trains one run at a time; please leave --multirun out.")
     if {"-h", "--help"} & set(args):
