@@ -31,7 +31,7 @@ def a_table(folder: Path) -> Plan:
         evaluated(folder / f"a-seed{seed}", "pgd20", [1, 0, 1, 0])
     finished(folder / "b-seed0", robust=48.0, seconds=50)
     evaluated(folder / "b-seed0", "pgd20", [1, 1, 0, 0])
-    begun(folder / "b-seed1", log="The disk is full.", epochs=3)
+    begun(folder / "b-seed1", log="failed: The disk is full.", epochs=3)
     rows = [row("a", 2, paper={"robust_acc": 56.0}), row("b", 2, label="B")]
     claims = [Claim("b is above a", "robust_acc", "b", "a", at_least=0)]
     found = plan(rows, claims)
@@ -57,7 +57,7 @@ def test_a_table_leaves_every_file_and_an_index(tmp_path: Path) -> None:
 
 def test_no_text_of_a_plan_or_log_becomes_markup(tmp_path: Path) -> None:
     finished(tmp_path / "a-seed0")
-    begun(tmp_path / "a-seed1", log=HOSTILE)
+    begun(tmp_path / "a-seed1", log=f"failed: {HOSTILE}")
     hostile = row("a", 2, label=HOSTILE, original={"dataset": HOSTILE})
     claims = [Claim(HOSTILE, HOSTILE, "a", at_least=0)]
     plan([hostile], claims, title=HOSTILE, note=HOSTILE, profile=HOSTILE).write(tmp_path)
@@ -155,7 +155,7 @@ def test_the_watch_counts_and_tells_the_time_left(tmp_path: Path) -> None:
     finished(tmp_path / "b-seed0", seconds=1.0)  # trained, not evaluated yet
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "now"}
     (begun(tmp_path / "b-seed1", epochs=5) / "run.lock").write_text(json.dumps(holder))
-    begun(tmp_path / "c-seed0", log="The disk is full.")
+    begun(tmp_path / "c-seed0", log="failed: The disk is full.")
     rows = [row(name, 2, attacks=["pgd20"]) for name in "abc"]
     found = progress(plan(rows, attacks=["pgd20"]), tmp_path)
     assert (found.rows_done, found.rows, found.done, found.runs) == (1, 3, 2, 6)
@@ -195,7 +195,7 @@ def test_a_live_watch_ends_when_nothing_is_left(
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
-        (waiting / "train.log").write_text("2026-01-01 10:00:00,000 The disk is full.\n")
+        (waiting / "train.log").write_text("2026-01-01 10:00:00,000 failed: The disk is full.\n")
 
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setattr("time.sleep", nap)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from btrain.errors import Interrupted, UserError
 from btrain.paper.plan import Claim
 from btrain.report.sheets import arithmetic, text
 from btrain.report.sheets.runs import read_run
 from btrain.report.sheets.sheet import Line, Sheet, make_sheet
 from btrain.report.sheets.table import head_and_rows
+from btrain.run_folder import RunFolder
 from sheets import begun, evaluated, finished, plan, row
 
 
@@ -108,7 +112,7 @@ def test_a_row_of_other_data_has_their_own_baseline(tmp_path: Path) -> None:
 
 def test_missing_failed_and_unfinished_seeds_are_told(tmp_path: Path) -> None:
     finished(tmp_path / "a-seed0", robust=50.0)
-    begun(tmp_path / "a-seed1", log="The loss is not finite in epoch 5.", epochs=4)
+    begun(tmp_path / "a-seed1", log="failed: The loss is not finite in epoch 5.", epochs=4)
     begun(tmp_path / "a-seed2", log="epoch 4: loss 1.0", epochs=4)
     begun(tmp_path / "a-seed3", log="stopped by SIGTERM; the same command goes on.", epochs=2)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "now"}
@@ -131,6 +135,68 @@ def test_missing_failed_and_unfinished_seeds_are_told(tmp_path: Path) -> None:
     assert cells(sheet, "a")["PGD-20 %"] == "55.00 ± 7.07"
     assert line(sheet, "b").notes == ["missing: no run has begun"]
     assert set(cells(sheet, "b").values()) == {"b", "0 of 2", "–"}
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "PGD accuracy on a training batch fell from 40 to 3 %; stopped.",
+        "logger=wandb failed: no route to host. The run goes on without it.",
+        "a warning\nfailed: of two lines",
+    ],
+)
+def test_a_killed_run_that_warned_last_did_not_fail(tmp_path: Path, log: str) -> None:
+    begun(tmp_path / "a-seed0", log=log)
+    assert read_run(tmp_path / "a-seed0").state == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (UserError("The disk is full."), "failed", "The disk is full."),
+        (RuntimeError("sizes differ\n  at dim 1"), "failed", "RuntimeError: sizes differ at dim 1"),
+        (Interrupted(signal.SIGTERM), "unfinished", ""),
+    ],
+)
+def test_what_ended_a_run_is_read_from_its_log(
+    tmp_path: Path, error: BaseException, state: str, reason: str
+) -> None:
+    folder = begun(tmp_path / "a-seed0")
+    with pytest.raises(type(error)), RunFolder(folder).log_file():
+        logging.getLogger("btrain").info("epoch 1: loss 1.0")
+        raise error
+    found = read_run(folder)
+    assert (found.state, found.reason) == (state, reason)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("dataset.root=/home/ann/data holds nothing.", "dataset.root=… holds nothing."),
+        ("OSError: no space: '/home/ann b/x.pt'", "OSError: no space: …"),
+        (r"C:\Users\ann\x and ~/y, file:///home/ann/z (/a/b)", "… and …, … (…)"),
+        ("{folder}/last.pt is damaged, and/or /x/last.pt", "last.pt is damaged, and/or …"),
+        ("see https://example.org/a/b, 3 / 4", "see https://example.org/a/b, 3 / 4"),
+    ],
+)
+def test_a_reason_tells_no_place(tmp_path: Path, message: str, shown: str) -> None:
+    folder = tmp_path / "a-seed0"
+    begun(folder, log=f"failed: {message.format(folder=folder)}")
+    sheet = make_sheet(plan([row("a", 2)]), tmp_path)
+    assert line(sheet, "a").notes[0] == f"seed 0 failed: “{shown}” (a-seed0/train.log)"
+
+
+def test_of_several_evaluations_that_of_the_most_images_counts(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a-seed0")
+    for n in (4, 1000, 200):
+        correct = [1] * (n // 2) + [0] * (n // 2)
+        evaluated(folder, "pgd100x10", correct, inside=f"eval/dataset.test_examples_{n}")
+    evaluated(folder, "pgd100x10", [1] * 5000, inside="eval/best")  # of another checkpoint
+    found = read_run(folder).evaluation("pgd100x10")
+    assert found is not None and found[1]["n"] == 1000
+    evaluated(folder, "pgd100x10", [1] * 8)  # the run's own images
+    found = read_run(folder).evaluation("pgd100x10")
+    assert found is not None and found[1]["n"] == 8
 
 
 def test_a_lock_whose_process_ended_runs_no_more(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ _MAY_DIFFER = (
 
 _LOCK = "run.lock"
 
+FAILED = "failed: "
+"""What the last line of the `train.log` of a run that failed begins with, behind the time."""
+
 SUMMARY_KEYS = {
     "clean_acc",
     "robust_acc",
@@ -205,7 +208,10 @@ class RunFolder:
 
     @contextmanager
     def log_file(self) -> Iterator[None]:
-        """Sends btrain's log to the terminal and to `train.log`, which its first line makes."""
+        """Sends btrain's log to the terminal and to `train.log`, which its first line makes.
+
+        What ends the run stands in its last line, with `FAILED` before it unless it is a signal.
+        """
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         logger = logging.getLogger("btrain")
@@ -222,9 +228,9 @@ class RunFolder:
         try:
             with logging_redirect_tqdm([logger]):
                 yield
-        except (UserError, Interrupted) as error:
+        except (Exception, Interrupted) as error:
             if self._log.exists():  # the terminal gets it anyway
-                file.handle(logging.makeLogRecord({"msg": str(error)}))
+                file.handle(logging.makeLogRecord({"msg": _ending(error)}))
             raise
         finally:
             for handler in handlers:
@@ -243,6 +249,16 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
+
+
+def _ending(error: BaseException) -> str:
+    """Why a run ended, on one line."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    if isinstance(error, UserError):
+        return f"{FAILED}{error}"
+    words = " ".join(str(error).split())
+    return f"{FAILED}{UserError(f'{type(error).__name__}: {words}')}"  # cut, and printable
 
 
 def _write(path: Path, text: str) -> None:

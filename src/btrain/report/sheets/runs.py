@@ -14,6 +14,7 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.report.json_fields import is_number
+from btrain.run_folder import FAILED as FAILED_BECAUSE
 from btrain.run_folder import RunFolder, flat
 from btrain.untrusted import read_text
 
@@ -23,9 +24,18 @@ UNFINISHED, MISSING = "unfinished", "missing"
 _SILENCE_SECONDS = 45  # the holder of a run's lock touches it every ten
 _LARGEST = 64 << 20  # bytes
 _LONGEST_REASON = 200  # characters
-_TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
-# What the log of a run ends with that was stopped or killed; anything else is why it failed.
-_GOES_ON = re.compile(r"epoch \d+: |.*: \d+ training images|stopped by SIG|\s*$")
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+_FAILURE = re.compile(_TIME + re.escape(FAILED_BECAUSE) + "(.*)")
+_OTHER_CHECKPOINTS = ("best", "previous", "epoch", "damaged")  # have evaluations of their own
+# An address of the net, which may stay, a path between quotation marks, or any other path from a
+# root, a home or a drive on.
+_START = r"(?:file:/|/|~/|[A-Za-z]:[\\/])"
+_PATH = re.compile(
+    r"(?P<address>(?!file:)\b[A-Za-z][\w+.-]+://\S+)"
+    rf"|(?P<mark>['\"])(?={_START})[^'\"]+(?P=mark)"
+    rf"|“(?={_START})[^”]+”"
+    rf"|(?<![\w./~]){_START}[^\s'\"“”()<>\[\],;]*[^\s'\"“”()<>\[\],;.:]"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Run:
 
     Attributes:
         state: finished, running, failed, unfinished (stopped, or killed) or missing.
-        reason: of a failure, the last line of its log.
+        reason: of a failure, as the last line of its log has it.
         config: its settings by their dotted keys; empty where it never began.
         summary: what `summary.json` says; empty unless it is finished.
     """
@@ -52,15 +62,21 @@ class Run:
     def evaluation(self, attack: str) -> tuple[Path, dict[str, Any]] | None:
         """The folder and content of `<attack>.json`; None without one that holds a percentage.
 
-        In `eval`, or where test images other than the run's were asked for, in a folder of it.
+        In `eval`, or where test images other than the run's were asked for, in a folder of it, of
+        several the one of the most images.
         """
         inside = self.folder / "eval"
-        for path in (inside / f"{attack}.json", *sorted(inside.glob(f"*/{attack}.json"))):
-            content = _json(path)
-            accuracy = _number(content.get("accuracy"))
-            if accuracy is not None and 0 <= accuracy <= 100:
-                return path.parent, content
-        return None
+        sound = [
+            (path.parent, content)
+            for path, content in self._evaluations.items()
+            if path.name == f"{attack}.json"
+            and path.parent.name not in _OTHER_CHECKPOINTS
+            and (accuracy := _number(content.get("accuracy"))) is not None
+            and 0 <= accuracy <= 100
+        ]
+        own = [found for found in sound if found[0] == inside]
+        most = max(sound, key=lambda found: _number(found[1].get("n")) or 0.0, default=None)
+        return own[0] if own else most
 
     def evaluated(self, attack: str) -> float | None:
         """The accuracy under an attack, percent; of a finished run only."""
@@ -73,15 +89,21 @@ class Run:
         known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
         if (name := self.config.get("dataset.name")) in known:
             return known[str(name)]
-        for path in sorted((self.folder / "eval").glob("*.json")):
-            if isinstance(names := _json(path).get("classes"), list):
+        for content in self._evaluations.values():
+            if isinstance(names := content.get("classes"), list):
                 return len(names)
         return None
 
     def evaluation_seconds(self) -> float:
         """That all evaluations took."""
-        files = sorted((self.folder / "eval").glob("**/*.json"))
-        return sum(_number(_json(path).get("seconds")) or 0.0 for path in files)
+        return sum(_number(of.get("seconds")) or 0.0 for of in self._evaluations.values())
+
+    @cached_property
+    def _evaluations(self) -> dict[Path, dict[str, Any]]:
+        """The contents of `eval/*.json` and `eval/*/*.json`, as they are when first asked for."""
+        inside = self.folder / "eval"
+        paths = [*sorted(inside.glob("*.json")), *sorted(inside.glob("*/*.json"))]
+        return {path: _json(path) for path in paths}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -143,16 +165,18 @@ def read_run(folder: Path) -> Run:
         return Run(folder, FINISHED, "", config, summary)
     if is_held(folder / "run.lock"):
         return Run(folder, RUNNING, "", config, {})
-    if last := _last_line(folder / "train.log"):
-        reason = _TIME.sub("", last)
-        if not _GOES_ON.match(reason):
-            return Run(folder, FAILED, _reason(reason, folder), config, {})
+    if failure := _FAILURE.fullmatch(_last_line(folder / "train.log")):
+        return Run(folder, FAILED, _reason(failure[1], folder), config, {})
     return Run(folder, UNFINISHED if config else MISSING, "", config, {})
 
 
 def _reason(message: str, folder: Path) -> str:
-    """A message without the place of the folder, which is nobody else's business."""
-    return message.replace(f"{folder}/", "").replace(str(folder), folder.name)[:_LONGEST_REASON]
+    """A message without the places of files, which are nobody else's business.
+
+    Those in the run's folder are named from there on, of others nothing is left.
+    """
+    within = message.replace(f"{folder}/", "").replace(str(folder), folder.name)
+    return _PATH.sub(lambda found: found["address"] or "…", within)[:_LONGEST_REASON]
 
 
 def is_held(lock: Path) -> bool:
