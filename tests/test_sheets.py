@@ -19,6 +19,7 @@ import pytest
 from scipy import stats
 
 from btrain.errors import Interrupted, UserError
+from btrain.evaluation.compare import compare_folders
 from btrain.paper.plan import Claim
 from btrain.report.sheets import arithmetic, text
 from btrain.report.sheets.runs import read_run
@@ -74,15 +75,16 @@ def test_speedups_are_paired_by_seed(tmp_path: Path) -> None:
     assert line(sheet, "b").notes == ["seed 2 missing"]
 
 
-def test_flops_are_compared_by_the_epoch_over_the_same_images(tmp_path: Path) -> None:
+def test_speedups_are_of_an_epoch_over_the_same_images(tmp_path: Path) -> None:
     finished(tmp_path / "a-seed0", flops=4e12, epochs=10)
     finished(tmp_path / "b-seed0", flops=1e12, epochs=5)
     finished(tmp_path / "c-seed0", config={"dataset.train_examples": 3000})
     sheet = make_sheet(plan([row("a"), row("b"), row("c")]), tmp_path)
     assert cells(sheet, "b")["speedup, FLOPs"] == "2.00×"
-    assert cells(sheet, "b")["speedup, measured"] == "other length"
+    assert cells(sheet, "b")["speedup, measured"] == "0.50×"  # 10 s an epoch over 20 s
     assert cells(sheet, "c")["speedup, FLOPs"] == "–"
-    assert cells(sheet, "c")["speedup, measured"] == "other length"
+    assert cells(sheet, "c")["speedup, measured"] == "other images"
+    assert "of an epoch over as many images" in text.markdown(sheet)
 
 
 def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
@@ -252,9 +254,13 @@ def test_with_one_seed_the_paired_test_is_mcnemars(tmp_path: Path) -> None:
     assert found is not None
     # Four examples only b gets right, one only a: (4 − 1) / √(4 + 1).
     assert found.z == pytest.approx(3 / math.sqrt(5))
-    assert found.p == pytest.approx(2 * stats.norm.sf(3 / math.sqrt(5)))
+    # The exact test: twice the chance of four heads or more of five tosses, (5 + 1) / 32.
+    assert found.p == pytest.approx(2 * 6 / 32)
+    folders = tmp_path / "a-seed0", tmp_path / "b-seed0"
+    assert found.p == compare_folders(*folders, "pgd20").p  # and so says btrain eval compare
     assert found.difference == pytest.approx(100 * 3 / 8)
-    assert cells(sheet, "b")["p"] == f"{found.p:.3f}" == "0.180"
+    assert cells(sheet, "b")["p"] == "0.375"
+    assert "McNemar's exact test;" in text.markdown(sheet)
     assert cells(sheet, "a")["p"] == "baseline"
 
 
@@ -270,6 +276,24 @@ def test_seeds_are_averaged_before_the_test(tmp_path: Path) -> None:
     # d = 1, 0, −1/2, 0; seed 2 is b's alone.
     assert found.seeds == 2
     assert found.z == pytest.approx(0.5 / math.sqrt(1.25))
+    assert (found.differing, found.p) == (2, None)  # too few for the normal tail
+
+
+@pytest.mark.parametrize(("differing", "shown"), [(24, "–"), (25, "< 0.001")])
+def test_the_normal_tail_needs_25_differing_examples(
+    tmp_path: Path, differing: int, shown: str
+) -> None:
+    for seed in range(2):
+        evaluated(finished(tmp_path / f"a-seed{seed}"), "pgd20", [0] * 40)
+        right = [1] * differing + [0] * (40 - differing)
+        evaluated(finished(tmp_path / f"b-seed{seed}"), "pgd20", right)
+    sheet = make_sheet(plan([row("a", 2), row("b", 2)]), tmp_path)
+    found = line(sheet, "b").test
+    assert found is not None and found.differing == differing
+    assert found.z == pytest.approx(math.sqrt(differing))
+    assert cells(sheet, "b")["p"] == shown
+    assert "fewer than 25 examples differ" in text.markdown(sheet)
+    assert json.loads(text.as_json(sheet))["rows"][1]["test"]["p"] == pytest.approx(found.p)
 
 
 def test_other_test_examples_are_not_compared(tmp_path: Path) -> None:
@@ -326,11 +350,17 @@ def test_the_interval_is_students(tmp_path: Path) -> None:
     assert arithmetic.interval({0: 1.0}) is None
 
 
+LIMIT = "undecided (all differences are the limit)"
+
+
 @pytest.mark.parametrize(
     ("values", "at_least", "at_most", "verdict"),
     [
-        ([2.0, 2.0], 2.0, None, "holds"),  # the interval is a point, on the limit
-        ([2.0, 2.0], None, 2.0, "holds"),
+        ([2.0, 2.0], 2.0, None, LIMIT),  # as much above as below
+        ([2.0, 2.0], None, 2.0, LIMIT),
+        ([0.0, 0.0, 0.0], 0, None, LIMIT),
+        ([0.0, 0.0, 0.0], -1, None, "holds"),
+        ([2.0, 2.0], 1.9, None, "holds"),
         ([2.0, 2.0], 2.1, None, "fails"),
         ([2.0, 2.0], None, 1.9, "fails"),
         ([2.0, 2.0], 1.0, 3.0, "holds"),
@@ -340,7 +370,7 @@ def test_the_interval_is_students(tmp_path: Path) -> None:
         ([1.0, 2.0, 6.0], 9.6, None, "fails"),
         ([1.0, 2.0, 6.0], 9.5, None, "undecided"),
         ([5.0], 0.0, None, "undecided (one seed)"),
-        ([], 0.0, None, "undecided (no run)"),
+        ([], 0.0, None, "undecided"),
     ],
 )
 def test_verdicts_at_the_edges(
@@ -358,7 +388,7 @@ def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
     finished(tmp_path / "b-seed3", robust=0.0)
     claims = [
         Claim("b is above", "robust_acc", "b", "a", at_least=0),
-        Claim("b is twice as fast", "speedup_measured", "b", None, at_least=2, at_most=2),
+        Claim("b is twice as fast", "speedup_measured", "b", None, at_least=1.9),
         Claim("b withstands", "autoattack", "b", None, at_least=20),
         Claim("no such row", "robust_acc", "c", "a", at_least=0),
     ]
@@ -368,12 +398,44 @@ def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
     assert above.verdict == "undecided"  # 2 ± 4.30 · 1/√3
     assert (fast.differences, fast.verdict) == ({0: 2.0, 1: 2.0, 2: 2.0}, "holds")
     assert withstands.differences == {0: 25.0, 1: 25.0, 2: 25.0}
-    assert none.verdict == "undecided (no run)"
+    assert none.verdict == "undecided (no row c)"
     shown = text.markdown(sheet)
     assert (
         "**undecided** – b is above (PGD-20, at least 0: +2.00, 95 % interval −0.48 to +4.48"
         in (shown)
     )
+
+
+def test_a_claim_without_numbers_tells_why(tmp_path: Path) -> None:
+    for seed in range(2):
+        finished(tmp_path / f"a-seed{seed}")
+        finished(tmp_path / f"b-seed{seed}", machine="Processor 2")
+        finished(tmp_path / f"c-seed{seed}", config={"dataset.train_examples": 3000})
+    finished(tmp_path / "d-seed2")
+    rows = [*(row(name, 2) for name in "abc"), row("d", 3), row("e", 2)]
+    claims = [
+        Claim("another machine", "speedup_measured", "b", at_least=1),
+        Claim("other images", "speedup_measured", "c", at_least=1),
+        Claim("other images' FLOPs", "speedup_flops", "c", at_least=1),
+        Claim("no pair", "speedup_measured", "d", at_least=1),
+        Claim("no pair to subtract", "clean_acc", "d", "a", at_least=0),
+        Claim("no attack", "autoattack", "b", "a", at_least=0),
+        Claim("not begun", "clean_acc", "a", "e", at_least=0),
+        Claim("<b>", "<b>", "a", at_least=0),
+    ]
+    sheet = make_sheet(plan(rows, claims), tmp_path)
+    assert [found.verdict for found in sheet.verdicts] == [
+        f"undecided ({why})"
+        for why in (
+            "other machine", "other images", "other images",
+            "no seed in common with the baseline", "no common seed", "autoattack not evaluated",
+            "no finished run of e", "<b> not evaluated",
+        )
+    ]  # fmt: skip
+    shown = text.markdown(sheet)
+    assert "no run yet" not in shown
+    assert "<b>" not in shown.replace(r"\<b\>", "")
+    assert "not of other test images" in shown
 
 
 @pytest.mark.parametrize(
@@ -382,7 +444,8 @@ def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
         (10.0, 10.0, "undecided (not trained: clean accuracy near chance)"),
         (19.9, 90.0, "undecided (not trained: clean accuracy near chance)"),
         (90.0, 10.0, "fails"),  # it collapsed, which is a result
-        (20.0, 20.0, "holds"),
+        (20.0, 20.5, "holds"),
+        (20.0, 20.0, LIMIT),
     ],
 )
 def test_networks_that_learnt_nothing_decide_nothing(

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from btrain.evaluation.compare import compare
+
+FEWEST_DIFFERING = 25  # examples, for z to be nearly normal
+
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 
 Scores = npt.NDArray[np.float64]
@@ -51,13 +55,14 @@ def verdict(
     """Whether a difference lies in [at_least, at_most], as far as its seeds tell.
 
     It holds if the whole 95 % interval of the mean lies inside, ends included, and fails if the
-    whole interval lies outside.
+    whole interval lies outside. Differences that are all the limit itself, as equal numbers are
+    where one shall be above the other, decide nothing.
     """
-    if not differences:
-        return f"{UNDECIDED} (no run)"
     ends = interval(differences)
     if ends is None:
-        return f"{UNDECIDED} (one seed)"
+        return f"{UNDECIDED} (one seed)" if differences else UNDECIDED
+    if ends[0] == ends[1] and ends[0] in (at_least, at_most):
+        return f"{UNDECIDED} (all differences are the limit)"
     low = -math.inf if at_least is None else at_least
     high = math.inf if at_most is None else at_most
     if low <= ends[0] and ends[1] <= high:
@@ -71,14 +76,17 @@ class Paired:
 
     Attributes:
         difference: of the mean correctness, in points.
-        z, p: z = Σdᵢ / √Σdᵢ², and twice the normal tail beyond it.
+        z: Σdᵢ / √Σdᵢ².
+        p: two-sided; None of too few differing examples for z's normal tail.
         seeds: whose mean correctness was compared.
+        differing: examples with dᵢ ≠ 0.
     """
 
     difference: float
     z: float
-    p: float
+    p: float | None
     seeds: int
+    differing: int
 
 
 def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired | None:
@@ -86,8 +94,9 @@ def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired |
 
     dᵢ is the difference of example i's correctness, each the mean over the seeds that both rows
     have. Under the hypothesis that the sign of every dᵢ is a coin's, Σdᵢ has the variance Σdᵢ².
-    With one seed this is McNemar's z = (b − c) / √(b + c). The test knows nothing of what another
-    seed would have trained.
+    p is twice the normal tail beyond z, from `FEWEST_DIFFERING` examples with dᵢ ≠ 0 on; with one
+    seed and one attack it is that of McNemar's exact test, however few differ. The test knows
+    nothing of what another seed would have trained.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -95,5 +104,10 @@ def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired |
     d = np.mean([ours[seed] - theirs[seed] for seed in seeds], axis=0)
     square = float((d**2).sum())
     z = float(d.sum()) / math.sqrt(square) if square else 0.0
-    p = math.erfc(abs(z) / math.sqrt(2))
-    return Paired(100 * float(d.mean()), z, p, len(seeds))
+    differing = int(np.count_nonzero(d))
+    p = math.erfc(abs(z) / math.sqrt(2)) if differing >= FEWEST_DIFFERING else None
+    if len(seeds) == 1:
+        pair = theirs[seeds[0]], ours[seeds[0]]
+        if all(np.isin(scores, (0, 1)).all() for scores in pair):  # no mean over corruptions
+            p = compare(pair[0] == 1, pair[1] == 1).p
+    return Paired(100 * float(d.mean()), z, p, len(seeds), differing)

@@ -9,6 +9,7 @@ from btrain.report.html import Markup, element
 from btrain.report.sheets import heat
 from btrain.report.sheets.sheet import Sheet
 from btrain.report.sheets.table import (
+    CLAIMS,
     GAP,
     NONE,
     PAPER,
@@ -134,14 +135,9 @@ def _claims(sheet: Sheet) -> Markup:
         )
         for found in sheet.verdicts
     ]
-    words = (
-        "A claim holds if the whole 95 % interval of the difference (Student's t over the seeds) "
-        "lies within its limits, fails if the whole interval lies outside, and is undecided "
-        "otherwise, also where the networks are less than twice as good as guessing."
-    )
     return html.together(
         element("h2", "Claims"),
-        element("p", words, class_="soft"),
+        element("p", CLAIMS, class_="soft"),
         element("ul", *items, class_="checks"),
     )
 

@@ -12,12 +12,16 @@ from btrain.paper.plan import Claim, Plan, Row, read_plan
 from btrain.report.sheets import notes
 from btrain.report.sheets.arithmetic import UNDECIDED, Paired, Scores, paired, spread, verdict
 from btrain.report.sheets.runs import FINISHED, Run, read_run
+from btrain.report.sheets.speedups import (
+    Values,
+    flops_speedup,
+    measured_speedup,
+    pairs,
+    same_images,
+)
 
 SUMMARY = ("clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds")
 FLOPS, MEASURED = "speedup_flops", "speedup_measured"
-
-Values = dict[int, float]
-"""seed -> value"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Line:
         runs: by seed.
         baseline: the name of the row that it is compared with, or None.
         values: metric -> seed -> value; percent, ratios, seconds.
-        refused: why times were not divided: other machine, machine unknown, other length; or None.
+        refused: why times were not divided: other machine, machine unknown, other images; or None.
         test: against the baseline, on the same test examples.
         notes: phrases that are this row's own.
     """
@@ -179,54 +183,11 @@ def _values(runs: Mapping[int, Run], metric: str) -> Values:
     return found
 
 
-def measured_speedup(
-    ours: Mapping[int, Run], theirs: Mapping[int, Run]
-) -> tuple[Values, str | None]:
-    """Baseline's over own training time, paired by seed, and why a pair was refused, if one was.
-
-    Only runs of one machine and of as many epochs are compared.
-    """
-    ratios, refused = {}, None
-    for seed, a, b in _pairs(ours, theirs):
-        times = a.number("train_seconds"), b.number("train_seconds")
-        if None in (a.machine, b.machine):
-            refused = "machine unknown"
-        elif a.machine != b.machine:
-            refused = "other machine"
-        elif a.number("epochs") != b.number("epochs") or not _same_images(a, b):
-            refused = "other length"
-        elif times[0] and times[1]:
-            ratios[seed] = times[1] / times[0]
-    return ratios, refused
-
-
-def flops_speedup(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Values:
-    """Baseline's over own counted FLOPs of one epoch over the same number of images."""
-    ratios = {}
-    for seed, a, b in _pairs(ours, theirs):
-        each = [(run.number("flops"), run.number("epochs")) for run in (a, b)]
-        if _same_images(a, b) and all(flops and epochs for flops, epochs in each):
-            own, base = (flops / epochs for flops, epochs in each if flops and epochs)
-            ratios[seed] = base / own
-    return ratios
-
-
-def _pairs(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> list[tuple[int, Run, Run]]:
-    """The finished runs of the seeds that both rows have."""
-    both = ((seed, run, theirs[seed]) for seed, run in sorted(ours.items()) if seed in theirs)
-    return [(seed, a, b) for seed, a, b in both if a.state == b.state == FINISHED]
-
-
-def _same_images(a: Run, b: Run) -> bool:
-    keys = ("dataset.name", "dataset.train_examples", "dataset.val_examples")
-    return all(a.config.get(key) == b.config.get(key) for key in keys)
-
-
 def _test(ours: Mapping[int, Run], theirs: Mapping[int, Run], attack: str) -> Paired | None:
     """The paired test on per-example correctness; None where the test examples differ."""
     scores: tuple[dict[int, Scores], dict[int, Scores]] = ({}, {})
     examples = set()
-    for seed, *pair in _pairs(ours, theirs):
+    for seed, *pair in pairs(ours, theirs):
         results = [_result(run, attack) for run in pair]
         for found, result in zip(scores, results, strict=True):
             if None not in results and result is not None:
@@ -248,12 +209,47 @@ def _verdict(claim: Claim, lines: Mapping[str, Line]) -> Verdict:
     if claim.than is not None:
         than = values(claim.than)
         differences = {s: value - than[s] for s, value in differences.items() if s in than}
+    if not differences:
+        return Verdict(claim, {}, f"{UNDECIDED} ({_why_none(claim, lines)})")
     found = verdict(differences, at_least=claim.at_least, at_most=claim.at_most)
     named = [lines[name] for name in (claim.row, claim.than) if name is not None and name in lines]
     base = [lines[line.baseline] for line in named[:1] if line.baseline is not None]
-    if differences and (all(map(_at_chance, named)) or any(map(_at_chance, base))):
+    if all(map(_at_chance, named)) or any(map(_at_chance, base)):
         found = f"{UNDECIDED} (not trained: clean accuracy near chance)"
     return Verdict(claim, differences, found)
+
+
+def _why_none(claim: Claim, lines: Mapping[str, Line]) -> str:
+    """Why a claim has no difference: the first that a row lacks, or the seeds."""
+    names = [name for name in (claim.row, claim.than) if name is not None]
+    for name in names:
+        if name not in lines:
+            return f"no row {name}"
+        line = lines[name]
+        if not line.finished:
+            return f"no finished run of {name}"
+        if not line.values.get(claim.metric):
+            return _why_no_value(claim.metric, line, lines)
+    return "no common seed"
+
+
+def _why_no_value(metric: str, line: Line, lines: Mapping[str, Line]) -> str:
+    """Why a row with finished runs has no number."""
+    if metric not in (FLOPS, MEASURED):
+        return f"{metric} not evaluated"
+    if line.baseline is None:
+        return "no baseline" if metric == MEASURED else "not counted"
+    if metric == MEASURED and line.refused is not None:
+        return line.refused
+    base = lines[line.baseline]
+    if not base.finished:
+        return "no finished run of the baseline"
+    both = pairs(line.runs, base.runs)
+    if not both:
+        return "no seed in common with the baseline"
+    if not all(same_images(a, b) for _, a, b in both):
+        return "other images"
+    return "not measured" if metric == MEASURED else "not counted"
 
 
 def _at_chance(line: Line) -> bool:

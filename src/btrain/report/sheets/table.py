@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from btrain.report.sheets.arithmetic import Spread, interval, spread
+from btrain.report.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
 from btrain.report.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
 
 NONE = "–"
@@ -82,6 +82,8 @@ def paper(line: Line, metric: str) -> float | None:
 def _p(line: Line) -> str:
     if line.test is None:
         return "baseline" if line.row.name == line.baseline else NONE
+    if line.test.p is None:
+        return NONE
     return "< 0.001" if line.test.p < 0.001 else f"{line.test.p:.3f}"
 
 
@@ -124,8 +126,8 @@ def legend(sheet: Sheet) -> list[str]:
         labels = {line.row.name: line.row.label for line in sheet.lines}
         sentences.append(
             f"Baseline: {' and '.join(labels[name] for name in baselines)}. Speedups by FLOPs and "
-            "by time are the baseline's over the row's own, seed by seed: counted FLOPs of an "
-            "epoch, seconds of training on the same machine."
+            "by time are the baseline's over the row's own, seed by seed, of an epoch over as many "
+            "images: counted FLOPs, seconds of training on the same machine."
         )
     else:
         sentences.append(
@@ -134,11 +136,34 @@ def legend(sheet: Sheet) -> list[str]:
         )
     if any(line.test for line in sheet.lines):
         sentences.append(
-            f"p: a paired test of {under} against the baseline on the same test examples, "
-            "z = Σd/√Σd² of the examples' differences, each the mean over the common seeds; it "
-            "does not tell what other seeds would give."
+            f"p: a paired test of {under} against the baseline on the same test examples; "
+            f"{_test_words(sheet)}; it does not tell what other seeds would give."
         )
     return sentences
+
+
+def _test_words(sheet: Sheet) -> str:
+    """How the p of the rows were computed."""
+    exact = "McNemar's exact test"
+    several = (
+        "the normal tail of z = Σd/√Σd², d an example's difference in the mean over the common "
+        f"seeds, {NONE} where fewer than {FEWEST_DIFFERING} examples differ"
+    )
+    seeds = {line.test.seeds == 1 for line in sheet.lines if line.test}
+    if seeds == {True} and sheet.robust != "corruptions":
+        return exact
+    if True in seeds and sheet.robust != "corruptions":
+        return f"with one common seed {exact}, with several {several}"
+    return several
+
+
+CLAIMS = (
+    "A claim holds if the whole 95 % interval of the difference (Student's t over the seeds) lies "
+    "within its limits, fails if the whole interval lies outside, and is undecided otherwise, also "
+    "where all differences are the limit itself or the networks are less than twice as good as "
+    "guessing. The interval knows of other seeds only, not of other test images."
+)
+"""What a reader must know to read the verdicts."""
 
 
 def machines(sheet: Sheet) -> list[str]:
@@ -157,7 +182,7 @@ def claim_text(sheet: Sheet, verdict: Verdict) -> str:
     what = metric_name(sheet, verdict.claim.metric)
     limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
     if found is None:
-        return f"{what}, {limits}; no run yet"
+        return f"{what}, {limits}"
     mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}"
     each = ", ".join(f"{value:.2f}".replace("-", "−") for value in verdict.differences.values())
     span = f", 95 % interval {signed(ends[0])} to {signed(ends[1])}" if ends else ""

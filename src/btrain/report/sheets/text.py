@@ -12,6 +12,7 @@ from btrain.report.sheets import heat
 from btrain.report.sheets.arithmetic import interval, spread
 from btrain.report.sheets.sheet import FLOPS, MEASURED, SUMMARY, Line, Sheet
 from btrain.report.sheets.table import (
+    CLAIMS,
     claim_text,
     head_and_rows,
     legend,
@@ -47,10 +48,10 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
         parts.append(f"Trained on: {_plain('; '.join(found))}.")
     if sheet.verdicts:
         claims = [
-            f"**{v.verdict}** – {_plain(v.claim.text)} ({_plain(claim_text(sheet, v))})"
+            f"**{_plain(v.verdict)}** – {_plain(v.claim.text)} ({_plain(claim_text(sheet, v))})"
             for v in sheet.verdicts
         ]
-        parts.append("## Claims\n\n" + _list(claims))
+        parts.append(f"## Claims\n\n{_plain(CLAIMS)}\n\n{_list(claims)}")
     if picture is not None:
         parts.append(f"![{_plain(plan.title)}]({quote(picture)})")
     return "\n\n".join(parts) + "\n"
@@ -181,7 +182,9 @@ def _row(line: Line, few: tuple[str, ...] | None) -> dict[str, Any]:
             if (values or paper(line, key) is not None) and (few is None or key in few)
         },
         "test": test and {"difference": _short(test.difference), "z": _short(test.z),
-                          "p": _short(test.p), "seeds": test.seeds},
+                          "p": _short(test.p),
+                          "seeds": test.seeds,
+                          "differing": test.differing},
         "measured_refused": line.refused,
         "notes": line.notes,
     }  # fmt: skip
