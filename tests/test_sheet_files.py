@@ -18,7 +18,7 @@ from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan
 from btrain.report.sheets import drawing, files
 from btrain.report.sheets.files import write_sheets
-from btrain.report.sheets.watch import duration, progress
+from btrain.report.sheets.watch import Runs, duration, progress
 from sheets import begun, evaluated, finished, plan, row
 
 HOSTILE = "</title><script>alert(1)</script>|*_`$x^2$ <img src=//evil.example onerror=x>"
@@ -157,7 +157,7 @@ def test_the_watch_counts_and_tells_the_time_left(tmp_path: Path) -> None:
     (begun(tmp_path / "b-seed1", epochs=5) / "run.lock").write_text(json.dumps(holder))
     begun(tmp_path / "c-seed0", log="failed: The disk is full.")
     rows = [row(name, 2, attacks=["pgd20"]) for name in "abc"]
-    found = progress(plan(rows, attacks=["pgd20"]), tmp_path)
+    found = progress(plan(rows, attacks=["pgd20"]), tmp_path, Runs())
     assert (found.rows_done, found.rows, found.done, found.runs) == (1, 3, 2, 6)
     assert (found.trained, found.running, found.failed, found.left) == (1, 1, 1, 3)
     # A run takes 120 s to train and 5 s to evaluate; left are b-seed0's evaluation, half of b-seed1
@@ -166,6 +166,24 @@ def test_the_watch_counts_and_tells_the_time_left(tmp_path: Path) -> None:
     assert (duration(None), duration(42), duration(600), duration(7500)) == (
         "–", "42 s", "10 min", "2 h 05 min",
     )  # fmt: skip
+
+
+def test_the_watch_reads_a_finished_run_again_only_when_it_changed(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a-seed0", seconds=100.0)
+    begun(tmp_path / "b-seed0", epochs=5)
+    runs = Runs()
+    first, running = runs.read(folder), runs.read(tmp_path / "b-seed0")
+    assert runs.read(folder) is first
+    assert runs.read(tmp_path / "b-seed0") is not running
+    table = plan([row("a", attacks=["pgd20"])], attacks=["pgd20"])
+    assert progress(table, tmp_path, runs).done == 0
+    evaluated(folder, "pgd20", [1, 0])
+    assert progress(table, tmp_path, runs).done == 1
+    evaluated(folder, "pgd100x10", [1, 0], inside="eval/dataset.test_examples_2")
+    assert runs.read(folder).evaluated("pgd100x10") == 50
+    (folder / "summary.json").unlink()  # it is trained for longer
+    assert runs.read(folder).state == "unfinished"
+    assert progress(table, tmp_path, runs).done == 0
 
 
 @pytest.mark.parametrize("option", ["--watch", "report.watch=true"])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from btrain.paper.plan import Plan
-from btrain.report.sheets import heat
-from btrain.report.sheets.files import write_sheets
+from btrain.report.sheets import drawing, heat, pictures
+from btrain.report.sheets.files import sheet_files, write_sheets
 from btrain.report.sheets.runs import read_run
 from btrain.report.sheets.sheet import make_sheet
 from btrain.report.sheets.training_pictures import read_batch
-from sheets import begun, finished, plan, row
+from sheets import begun, evaluated, finished, plan, row
 
 
 def pictured(folder: Path, kind: str) -> Plan:
@@ -79,7 +80,32 @@ def test_heat_maps_hold_their_own_cells(tmp_path: Path) -> None:
     assert no_b.cells == {(i, j): 13.0 + 3 * (3 * i + j) for i in range(3) for j in range(3)}
     assert no_r.cells[0, 0] == 10 + 3 * 10
     assert (2, 2) not in no_o.cells and len(no_o.cells) == 8
-    assert "| 2 | 73.0 | 82.0 | – |" in heat.markdown(no_o)
+    assert "| 2 | 73.0 | 82.0 | – |" in heat.markdown(no_o, "PGD-20")
+
+
+def test_heat_maps_name_the_attack_and_its_radius(tmp_path: Path) -> None:
+    found = replace(pictured(tmp_path, "heatmaps"), attacks=["pgd100x10"])
+    for index, of in enumerate(found.rows[:-1]):
+        evaluated(tmp_path / of.runs[0], "pgd100x10", [1] * index + [0] * 30, epsilon=0.2)
+    sheet = make_sheet(found, tmp_path)
+    words = "PGD-100×10, ε = 0.2"
+    assert heat.attack_words(sheet) == words
+    shown = sheet_files(sheet)
+    for kind in ("md", "html"):
+        assert shown[f"heatmaps.{kind}"].decode().count(f"%, {words}) with N_") == 3
+    with drawing.styled():
+        figure = pictures.heatmaps(sheet)
+    assert figure is not None
+    assert words in " ".join(figure.get_supxlabel().split())
+    labels = [inside.get_xlabel() for axes in figure.axes for inside in axes.child_axes]
+    assert labels == [f"robust accuracy (%), {words}, mean over seeds"]
+
+
+def test_the_radius_of_a_runs_own_evaluation_is_in_its_settings(tmp_path: Path) -> None:
+    for seed, epsilon in enumerate((0.3, 8 / 255)):
+        finished(tmp_path / f"a-seed{seed}", config={"eval.epsilon": epsilon})
+    sheet = make_sheet(plan([row("a", 2)], kind="heatmaps"), tmp_path)
+    assert heat.attack_words(sheet) == "PGD-20, ε = 0.03137 or 0.3"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from btrain.report.json_fields import is_number
 from btrain.report.sheets.arithmetic import spread
+from btrain.report.sheets.runs import FINISHED
 from btrain.report.sheets.sheet import Line, Sheet
+from btrain.report.sheets.table import metric_name
 
 CLASSES = {"bt.n_b": "N_B", "bt.n_o": "N_O", "bt.n_r": "N_R"}  # in the paper's order
 
@@ -50,10 +53,24 @@ def _swept(line: Line) -> dict[str, int]:
     return {key: int(swept[key]) for key in CLASSES if swept.get(key, "").isdecimal()}
 
 
-def markdown(grid: Grid) -> str:
-    """A grid as a table, the steps of y downwards."""
+def attack_words(sheet: Sheet) -> str:
+    """What the accuracy was measured under: "PGD-20, ε = 0.2"; ε of the evaluations or settings."""
+    radii = set()
+    for run in (run for line in sheet.lines for run in line.runs.values()):
+        if run.state == FINISHED:
+            found = run.evaluation(sheet.robust)
+            told = found[1].get("epsilon") if found else run.config.get("eval.epsilon")
+            radii |= {told} if is_number(told) else set()
+    name = metric_name(sheet, sheet.robust)
+    return (
+        f"{name}, ε = {' or '.join(f'{radius:.4g}' for radius in sorted(radii))}" if radii else name
+    )
+
+
+def markdown(grid: Grid, attack: str) -> str:
+    """A grid as a table, the steps of y downwards; under an attack by its name."""
     lines = [
-        f"Robust accuracy (%) with {grid.zero} = 0",
+        f"Robust accuracy (%, {attack}) with {grid.zero} = 0",
         "",
         f"| {grid.y} ↓ {grid.x} → | {' | '.join(map(str, grid.steps))} |",
         "|---" * (len(grid.steps) + 1) + "|",

@@ -94,7 +94,7 @@ def _cell(ours: str, paper: str = NONE, gap: str = NONE) -> Markup:
 
 
 def _grids(sheet: Sheet) -> Markup:
-    tables = []
+    tables, attack = [], heat.attack_words(sheet)
     for grid in heat.grids(sheet):
         rows = []
         for y in grid.steps:
@@ -106,7 +106,9 @@ def _grids(sheet: Sheet) -> Markup:
         tables.append(
             element(
                 "details",
-                element("summary", f"robust accuracy (%) with {grid.zero} = 0, in numbers"),
+                element(
+                    "summary", f"robust accuracy (%, {attack}) with {grid.zero} = 0, in numbers"
+                ),
                 html.table(columns, rows, class_="lines narrow"),
             )
         )

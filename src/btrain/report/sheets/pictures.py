@@ -23,7 +23,7 @@ def draw(sheet: Sheet) -> dict[str, bytes]:
     matplotlib must be installed.
     """
     kinds: dict[str, Callable[[Sheet], Figure | None]] = {
-        "heatmaps": _heatmaps,
+        "heatmaps": heatmaps,
         "tradeoff": _tradeoff,
         "fractions": training_pictures.fractions,
         "scores": training_pictures.scores,
@@ -74,7 +74,7 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3, fontsize=9)
 
 
-def _heatmaps(sheet: Sheet) -> Figure | None:
+def heatmaps(sheet: Sheet) -> Figure | None:
     """Three grids on one scale, and in the fourth quarter what they show."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
@@ -84,7 +84,8 @@ def _heatmaps(sheet: Sheet) -> Figure | None:
     if not values:
         return None
     low, high = 5 * int(min(values) // 5), 5 * -int(-max(values) // 5)
-    figure = drawing.new(8.4, 8.6, sheet.plan.title, "")
+    below = f"robust accuracy under {heat.attack_words(sheet)}; {drawing.scale_words(sheet)}"
+    figure = drawing.new(8.4, 8.6, sheet.plan.title, below)
     panels = figure.subplots(2, 2)
     image, colours = None, colormaps["viridis"].resampled(60)
     for grid, axes, letter in zip(found, panels.flat, "abc", strict=False):
@@ -115,15 +116,15 @@ def _heatmaps(sheet: Sheet) -> Figure | None:
 
 
 def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> None:
-    """The colour bar, and in words what was trained."""
+    """The colour bar, and what stands beside the colours."""
     axes.axis("off")
     inside = axes.inset_axes((0.05, 0.86, 0.9, 0.06))
     bar = figure.colorbar(image, cax=inside, orientation="horizontal")  # type: ignore[arg-type]
-    bar.set_label("robust accuracy (%), mean over seeds")
+    bar.set_label(f"robust accuracy (%), {heat.attack_words(sheet)}, mean over seeds")
     if bar.solids is not None:
         bar.solids.set_rasterized(False)  # an SVG of shapes alone
     bar.outline.set_visible(False)
-    words = [drawing.scale_words(sheet)]
+    words = []
     base = next((line for line in sheet.lines if line.row.name == line.baseline), None)
     found = spread(base.values[sheet.robust]) if base else None
     if base is not None and found is not None:

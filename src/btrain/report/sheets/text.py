@@ -34,7 +34,7 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
     if sheet.notes:
         parts.append(f"**All rows:** {_plain(', '.join(sheet.notes))}.")
     if plan.kind == "heatmaps":
-        parts += [heat.markdown(grid) for grid in heat.grids(sheet)]
+        parts += [heat.markdown(grid, heat.attack_words(sheet)) for grid in heat.grids(sheet)]
         parts += [_list([f"{_plain(n)}" for n in row_notes(sheet)])] if row_notes(sheet) else []
     else:
         head, rows = head_and_rows(sheet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -46,17 +47,54 @@ class Progress:
         return self.runs - self.done - self.failed
 
 
-def progress(plan: Plan, folder: Path) -> Progress:
+class Runs:
+    """Reads runs; the finished ones again only where something was written since.
+
+    Other targets, and the next look, ask for the same folders.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, tuple[tuple[int, ...], Run]] = {}
+
+    def read(self, folder: Path) -> Run:
+        """A run folder as it is now."""
+        changed = _changed(folder)
+        kept = self._kept.get(folder)
+        if kept is not None and kept[0] == changed:
+            return kept[1]
+        run = read_run(folder)
+        if run.state == FINISHED:
+            self._kept[folder] = changed, run
+        else:
+            self._kept.pop(folder, None)
+        return run
+
+
+def _changed(folder: Path) -> tuple[int, ...]:
+    """When a run's settings, summary and evaluations were last replaced, in nanoseconds.
+
+    Files are replaced by renaming, which changes the time of their folder.
+    """
+    inside = folder / "eval"
+    places = [folder / "config.yaml", folder / "summary.json", inside, *sorted(inside.glob("*/"))]
+    times = []
+    for place in places:
+        with contextlib.suppress(OSError):
+            times.append(place.stat().st_mtime_ns)
+    return tuple(times)
+
+
+def progress(plan: Plan, folder: Path, runs_of: Runs) -> Progress:
     """Where a target's runs stand now."""
-    runs, done, rows_done = [], [], 0
+    runs, done, left, rows_done = [], [], [], 0
     for row in plan.rows:
-        theirs = [read_run(folder / path) for path in row.runs.values()]
+        theirs = [runs_of.read(folder / path) for path in row.runs.values()]
         attacks = expected(theirs, plan, row)
         finished = [run for run in theirs if _is_done(run, attacks)]
+        left += [run for run in theirs if run.state != FAILED and not _is_done(run, attacks)]
         rows_done += len(finished) == len(theirs)
         runs += theirs
         done += finished
-    left = [run for run in runs if run.state != FAILED and run not in done]
     running = [run for run in left if run.state == RUNNING]
     return Progress(
         target=plan.target,
@@ -132,10 +170,10 @@ def watch(folder: Path, targets: Sequence[str] | None = None) -> None:
     Raises:
         UserError: there is no plan, or none of a target's name.
     """
-    live = sys.stdout.isatty()
+    live, runs_of = sys.stdout.isatty(), Runs()
     while True:
         plans = find_plans(folder, targets)  # the runner may write plans meanwhile
-        found = [progress(plan, folder) for plan in plans.values()]
+        found = [progress(plan, folder, runs_of) for plan in plans.values()]
         print((_CLEAR if live else "") + table(found), flush=True)
         if not live or not any(p.left for p in found):
             return
