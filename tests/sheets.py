@@ -11,6 +11,8 @@ import yaml
 
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row
+from btrain.report.sheets.sheet import Line, Sheet
+from btrain.report.sheets.table import head_and_rows
 
 MACHINE = "Processor 1"
 
@@ -125,3 +127,18 @@ def plan(rows: list[Row], claims: list[Claim] | None = None, **fields: Any) -> P
         "axis": None,
     }
     return Plan(**(of | fields), rows=rows, claims=claims or [])
+
+
+def cells(sheet: Sheet, name: str) -> dict[str, str]:
+    """A row's cells by their heads; the paper's and the difference behind the metric's name."""
+    head, rows = head_and_rows(sheet)
+    named: list[str] = []
+    for title in head:
+        behind = title in ("paper", "ours − paper")
+        named.append(f"{named[-1].split(' | ')[0]} | {title}" if behind else title)
+    index = [line.row.name for line in sheet.lines].index(name)
+    return dict(zip(named, rows[index], strict=True))
+
+
+def line(sheet: Sheet, name: str) -> Line:
+    return next(line for line in sheet.lines if line.row.name == name)

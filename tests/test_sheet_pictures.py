@@ -98,7 +98,7 @@ def test_heat_maps_name_the_attack_and_its_radius(tmp_path: Path) -> None:
     assert figure is not None
     assert words in " ".join(figure.get_supxlabel().split())
     labels = [inside.get_xlabel() for axes in figure.axes for inside in axes.child_axes]
-    assert labels == [f"robust accuracy (%), {words}, mean over seeds"]
+    assert labels == [f"robust accuracy (%), mean over seeds,\n{words}"]
 
 
 def test_the_radius_of_a_runs_own_evaluation_is_in_its_settings(tmp_path: Path) -> None:

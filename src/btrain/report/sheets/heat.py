@@ -58,13 +58,14 @@ def attack_words(sheet: Sheet) -> str:
     radii = set()
     for run in (run for line in sheet.lines for run in line.runs.values()):
         if run.state == FINISHED:
-            found = run.evaluation(sheet.robust)
-            told = found[1].get("epsilon") if found else run.config.get("eval.epsilon")
+            told = run.config.get("eval.epsilon")
+            if sheet.robust != "robust_acc":
+                found = run.evaluation(sheet.robust)
+                told = found and found[1].get("epsilon")
             radii |= {told} if is_number(told) else set()
     name = metric_name(sheet, sheet.robust)
-    return (
-        f"{name}, ε = {' or '.join(f'{radius:.4g}' for radius in sorted(radii))}" if radii else name
-    )
+    values = " or ".join(f"{radius:.4g}" for radius in sorted(radii))
+    return f"{name}, ε = {values}" if values else name
 
 
 def markdown(grid: Grid, attack: str) -> str:

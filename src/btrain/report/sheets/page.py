@@ -102,13 +102,12 @@ def _grids(sheet: Sheet) -> Markup:
             shown = ("–" if cell is None else f"{cell:.1f}" for cell in cells)
             head = element("th", str(y), scope="row")
             rows.append(element("tr", head, *(element("td", cell) for cell in shown)))
+        summary = f"robust accuracy (%, {attack}) with {grid.zero} = 0, in numbers"
         columns = [f"{grid.y} ↓ {grid.x} →", *map(str, grid.steps)]
         tables.append(
             element(
                 "details",
-                element(
-                    "summary", f"robust accuracy (%, {attack}) with {grid.zero} = 0, in numbers"
-                ),
+                element("summary", summary),
                 html.table(columns, rows, class_="lines narrow"),
             )
         )

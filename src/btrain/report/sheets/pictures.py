@@ -120,7 +120,7 @@ def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> Non
     axes.axis("off")
     inside = axes.inset_axes((0.05, 0.86, 0.9, 0.06))
     bar = figure.colorbar(image, cax=inside, orientation="horizontal")  # type: ignore[arg-type]
-    bar.set_label(f"robust accuracy (%), {heat.attack_words(sheet)}, mean over seeds")
+    bar.set_label(f"robust accuracy (%), mean over seeds,\n{heat.attack_words(sheet)}")
     if bar.solids is not None:
         bar.solids.set_rasterized(False)  # an SVG of shapes alone
     bar.outline.set_visible(False)
