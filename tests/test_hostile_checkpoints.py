@@ -222,7 +222,7 @@ def test_settings_for_an_enormous_network_make_none(
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (shared(5), "more than 10,000 values"),
+        (shared(5), "more than 1,000 values"),
         (10**400, "is no setting of a run"),
         (torch.zeros(2), "is no setting of a run"),
         ("${oc.env:HOME}", "refers to"),

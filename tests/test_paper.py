@@ -10,8 +10,8 @@ import pytest
 from btrain import cli
 from btrain.config import config_dir
 from btrain.errors import UserError
+from btrain.paper.job import Job, check, make_plan
 from btrain.paper.plan import read_plan
-from btrain.paper.run import Job, check, make_plan
 from btrain.paper.target import merged, names, read_profile, read_target
 
 TARGETS = names("target")
@@ -49,7 +49,8 @@ def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
         header = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
         assert f"experiment={experiment}" in header
         told = {float(number) for number in re.findall(r"\d*\.?\d+", header)}
-        wanted = {paper[key] for key in ("clean_acc", "robust_acc", "corruptions") if key in paper}
+        keys = ("clean_acc", "robust_acc", "corruptions", "pgd100x10", "pgd1000x5")
+        wanted = {paper[key] for key in keys if key in paper}
         assert wanted <= told
 
 
@@ -100,6 +101,39 @@ def test_a_run_that_fails_stops_no_other_and_is_counted(
     assert "1 of table2" in capsys.readouterr().err
 
 
+def test_a_defect_in_one_run_and_an_evaluation_that_fails_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class BadNetworkError(Exception):
+        pass
+
+    def broken(*_: object, **__: object) -> None:
+        raise BadNetworkError("of this test")
+
+    monkeypatch.setattr("btrain.training.setup.models.build", broken)
+    command = ["paper", "table2", "only=table2_bt_nr2", f"out={tmp_path}", *SMALLER]
+    assert cli.main(command) == 1
+    told = capsys.readouterr().err
+    assert "BadNetworkError: of this test" in told
+    assert "2 of table2" in told
+    monkeypatch.undo()
+    monkeypatch.setattr("btrain.evaluation.run.evaluate_checkpoint", broken)
+    assert cli.main(command) == 1
+    assert "2 of table2" in capsys.readouterr().err
+    assert (tmp_path / "report" / "table2.md").is_file()
+
+
+def test_official_corruptions_of_other_data_are_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = "only=table1_cifar10_augmix_bt"
+    root = f"corruptions_root={tmp_path}"
+    assert cli.main(["paper", "table1", only, f"out={tmp_path / 'o'}", root, *SMALLER]) == 1
+    told = capsys.readouterr().err
+    assert "corruptions_root= holds no images of dataset=digits" in told
+    assert "2 of table1" in told
+
+
 def test_corrupted_images_are_made_for_table_1(tmp_path: Path) -> None:
     row = "table1_cifar10_augmix_bt"
     assert cli.main(["paper", "table1", f"only={row}", f"out={tmp_path}", *SMALLER]) == 0
@@ -127,6 +161,10 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
         (["table2", "profile=huge"], ["huge", "smoke"]),
         (["profile=smoke"], ["target"]),
         (["table2", "only=table3_mart"], ["only=table3_mart", "table2_trades"]),
+        (["table2", "seed=5"], ["seed", "table2"]),
+        (["figure6", "bt.gamma=0.5"], ["bt.gamma", "figure6"]),
+        (["table2", "--watch"], ["--watch"]),
+        (["table2", "only="], ["only"]),
         (["table2", "trian.epochs=1"], ["trian", "train"]),
     ],
 )

@@ -88,8 +88,8 @@ def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -
     }
     detail = {
         "fractions": [means["f_b"], means["f_r"], means["f_o"]],
-        "host_copies": seen.host_copies,
-        "kernels": seen.kernels,
+        "host_copies": seen.host_copies / config.bt.pool,
+        "kernels": None if seen.kernels is None else seen.kernels / config.bt.pool,
         "flop_utilisation": flops / median / rate,
         "seconds": taken,
     }
@@ -105,13 +105,13 @@ def spread(values: list[float]) -> float:
 
 
 def _selection_seconds(lane: Lane, device: torch.device) -> float:
-    """How long metric, classes, sort and indexing take; 0 for a method that has none."""
-    if lane.contender is not Contender.bullettrain:
+    """How long metric, classes, sort and indexing of a batch take; 0 for a method that has none."""
+    if lane.contender not in (Contender.bullettrain, Contender.pooled):
         return 0.0
     batch = lane.prepare(0)
     z = deciding_logits(lane.inside, batch.x, lane.method)
     taken = [seconds(lambda: select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
-    return statistics.median(taken[1:])
+    return statistics.median(taken[1:]) / lane.config.bt.pool
 
 
 def _compare(

@@ -66,8 +66,8 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
             _number(detail["speedup_vs_official"], ".2f"),
             f"{row['peak_memory_mb']:.0f}",
             f"{100 * row['selection_share']:.1f} %",
-            detail["host_copies"],
-            _number(detail["kernels"], "d"),
+            f"{detail['host_copies']:g}",
+            _number(detail["kernels"], ".0f"),
             f"{100 * detail['flop_utilisation']:.0f} %",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btrain.errors import UserError
-from btrain.paper.run import Job, check, reproduce
+from btrain.paper.job import Job, check, make_plan
+from btrain.paper.run import reproduce
 from btrain.paper.target import names, read_profile, read_target
 
 HELP = """\
@@ -36,24 +37,45 @@ def run(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP.format(targets=", ".join(names("target"))), end="")
         return
-    targets = [argument for argument in arguments if "=" not in argument]
-    if "all" in targets:
-        targets = names("target")
-    if not targets:
-        raise UserError("paper needs a target; see btrain paper --help.")
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    targets, given = _sorted(arguments)
     profile = read_profile(given.pop("profile", "smoke"))
-    out = Path(given.pop("out", f"runs/paper/{profile.name}"))
+    out = Path(given.pop("out", f"runs/paper/{profile.name}")).expanduser()
     only = [name for name in given.pop("only", "").split(",") if name]
     root = given.pop("corruptions_root", None)
     extra = [f"{key}={value}" for key, value in given.items()]
     jobs = [
-        Job(read_target(name), profile, out, extra, only, None if root is None else Path(root))
-        for name in targets
+        Job(target, profile, out, extra, only, None if root is None else Path(root).expanduser())
+        for target in map(read_target, targets)
     ]
+    _check_only(only, jobs)
     for job in jobs:
         check(job)
-    missing = {job.target.name: reproduce(job) for job in jobs}
+    plans = [make_plan(job) for job in jobs]
+    for plan in plans:  # all ahead of the first run, so that a watch knows what is to come
+        plan.write(out)
+    missing = {job.target.name: reproduce(job, plan) for job, plan in zip(jobs, plans, strict=True)}
     if unfinished := {name: count for name, count in missing.items() if count}:
         told = ", ".join(f"{count} of {name}" for name, count in unfinished.items())
-        raise UserError(f"Runs are missing or failed: {told}; the report says which.")
+        raise UserError(f"Runs are missing, failed or not evaluated: {told}; see the report.")
+
+
+def _sorted(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Targets, each once, and options by their key."""
+    targets = [argument for argument in arguments if "=" not in argument]
+    if wrong := [target for target in targets if target.startswith("-")]:
+        raise UserError(f"paper has no option {wrong[0]}; see btrain paper --help.")
+    if not targets:
+        raise UserError("paper needs a target; see btrain paper --help.")
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    for key in ("profile", "out", "only", "corruptions_root"):
+        if given.get(key) == "":
+            raise UserError(f"{key} needs a value.")
+    return names("target") if "all" in targets else list(dict.fromkeys(targets)), given
+
+
+def _check_only(only: Sequence[str], jobs: Sequence[Job]) -> None:
+    there = {name for job in jobs for sweep in job.sweeps for name in sweep.experiments}
+    for name in only:
+        if name not in there:
+            rows = ", ".join(sorted(there))
+            raise UserError(f"only={name} is no row of what is to be made; there are: {rows}.")

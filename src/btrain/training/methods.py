@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Ca
     `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
     """
 
-    @cache
+    @lru_cache(maxsize=1)  # in bf16 a step holds a copy of the network
     def step(plain: bool, share: float) -> Step:
         return make_step(config, device, warm_up=plain, share=share, world=world)
 
@@ -228,7 +228,7 @@ def attack_method(
         epsilon=share * attack.epsilon,
         start=attack.start.value,
         start_std=attack.start_std,
-        probe=probe_factor(config),
+        probe=probe_factor(config, share),
         attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
@@ -241,7 +241,7 @@ def attack_method(
 _PROBE = 0.3  # ε
 
 
-def probe_factor(config: Config) -> float | None:
+def probe_factor(config: Config, share: float = 1.0) -> float | None:
     """How much further than the start the first gradient is taken in bf16, for a KL divergence.
 
     Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
@@ -253,10 +253,10 @@ def probe_factor(config: Config) -> float | None:
         config.train.precision is Precision.float32
         or not make_defense(config.defense).inner_reads_clean
         or attack.start is not Start.normal
-        or not 0 < attack.start_std < _PROBE * attack.epsilon
+        or not 0 < attack.start_std < _PROBE * share * attack.epsilon
     ):
         return None
-    return _PROBE * attack.epsilon / attack.start_std
+    return _PROBE * share * attack.epsilon / attack.start_std
 
 
 def make_defense(defense: DefenseConfig) -> Defense:

@@ -187,8 +187,9 @@ def joined(device: str) -> Iterator[World]:
             raise
         if world.first:
             raise UserError(
-                "another process of the run is gone; the same command goes on from the last "
-                "checkpoint."
+                "another process of the run is gone "
+                f"({str(error).strip().splitlines()[0].rstrip('.')}); the same command goes on "
+                "from the last checkpoint."
             ) from error
         raise SystemExit(1) from None
     dist.destroy_process_group()

@@ -186,8 +186,7 @@ def _train_epochs(
                 )  # fmt: skip
             if means is not None:
                 check_weights(state, data.train)
-            stop.agree(world)
-            if stop.made():
+            if stop.agreed(world):
                 if record is not None:
                     record.save()
                 stop.obey()

@@ -25,9 +25,17 @@ class StopRequest:
     def made(self) -> bool:
         return self.number is not None
 
-    def agree(self, world: World) -> None:
-        """A signal to one of the processes is one to all."""
-        self.number = world.largest(self.number or 0) or None
+    def agreed(self, world: World) -> bool:
+        """Whether all processes stop here: a signal to one of them is one to all.
+
+        One that comes to a process after it was asked counts the next time.
+        """
+        if world.size == 1:
+            return self.made()
+        number = world.largest(self.number or 0)
+        if number:
+            self.number = number
+        return number > 0
 
     def obey(self) -> None:
         """Raises:

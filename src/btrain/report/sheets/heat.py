@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from btrain.report.json_fields import is_number
 from btrain.report.sheets.arithmetic import spread
@@ -55,14 +56,14 @@ def _swept(line: Line) -> dict[str, int]:
 
 def attack_words(sheet: Sheet) -> str:
     """What the accuracy was measured under: "PGD-20, ε = 0.2"; ε of the evaluations or settings."""
-    radii = set()
+    radii: set[float] = set()
     for run in (run for line in sheet.lines for run in line.runs.values()):
         if run.state == FINISHED:
-            told = run.config.get("eval.epsilon")
+            told: Any = run.config.get("eval.epsilon")
             if sheet.robust != "robust_acc":
                 found = run.evaluation(sheet.robust)
                 told = found and found[1].get("epsilon")
-            radii |= {told} if is_number(told) else set()
+            radii |= {float(told)} if is_number(told) else set()
     name = metric_name(sheet, sheet.robust)
     values = " or ".join(f"{radius:.4g}" for radius in sorted(radii))
     return f"{name}, ε = {values}" if values else name
