@@ -43,7 +43,8 @@ def test_a_run_on_two_processes_is_resumed_by_one_and_again_by_two(here: Path) -
     assert torchrun(2, *mixed, "train.max_seconds=0.01").wait(120) == 0
     assert len(lines("mixed")) == 1
     assert 0 < saved("mixed")["batch"] < 10
-    subprocess.run([sys.executable, *mixed, "train.max_seconds=0.5"], env=ENVIRONMENT, check=True)
+    a_little = f"train.max_seconds={saved('mixed')['train_seconds'] + 1e-4}"  # a batch or so
+    subprocess.run([sys.executable, *mixed, a_little], env=ENVIRONMENT, check=True)
     before = saved("mixed")
     assert torchrun(2, *mixed).wait(120) == 0
     assert (before["epoch"], before["batch"]) < (3, 0)
