@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from btrain.durable import write_file
 from btrain.report import eval_pictures, html
 from btrain.report.eval_files import STANDARD, Attack, Check, Evaluation, read
 from btrain.report.html import Markup, element
@@ -22,7 +23,7 @@ def write_page(folder: Path) -> Path:
     """
     evaluation = read(folder)
     path = folder / "index.html"
-    html.write(path, _page(evaluation))
+    write_file(path, _page(evaluation).encode())
     return path
 
 

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: elements, the frame of a page, and its file.
+"""HTML pages that need nothing but themselves: elements, and the frame of a page.
 
 A string put into an element is escaped unless it is `Markup`, which only this package makes, so
 that a class name or a file name can never become an element.
@@ -6,14 +6,9 @@ that a class name or a file name can never become an element.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from html import escape
 from importlib import resources
-from pathlib import Path
-
-from btrain.errors import UserError
 
 _LONGEST = 1000  # characters of one string; a page stays readable whatever its input
 _UNREADABLE = re.compile(
@@ -76,22 +71,3 @@ def page(title: str, *sections: Markup) -> str:
     )
     body = element("body", element("main", *sections))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
-
-
-def write(path: Path, content: str) -> None:
-    """Replaces a page in one move; a failure leaves the one before it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}).") from error

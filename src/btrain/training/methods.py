@@ -125,8 +125,7 @@ def _make_step(
     if config.defense.name is DefenseName.augmix:
         update = partial(augmix_step, method=augmix_method(config, device, allocator))
     else:
-        method = attack_method(config, device, allocator, share)
-        method = replace(method, world=world)
+        method = attack_method(config, device, allocator, share, world)
         update = partial(train_step, method=method)
         if config.bt.pool > 1:
             update = partial(pooled_step, method=method, batch_size=config.train.batch_size)
@@ -209,7 +208,11 @@ def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
 
 
 def attack_method(
-    config: Config, device: torch.device, allocator: str, share: float = 1.0
+    config: Config,
+    device: torch.device,
+    allocator: str,
+    share: float = 1.0,
+    world: World = ALONE,
 ) -> Method:
     """The choices of the adversarial defenses; `share` is of ε and of the step sizes."""
     bt, attack = config.bt, config.attack
@@ -235,6 +238,7 @@ def attack_method(
         share_clean_forward=bt.share_clean_forward,
         forward_unperturbed=bt.forward_unperturbed,
         grad_align_weight=config.rival.grad_align_weight or 0.0,
+        world=world,
     )
 
 

@@ -128,7 +128,15 @@ def generate(
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
     clean_logits = None if clean_logits is None else clean_logits[order]
     return Generated(
-        x, labels, x_adv, clean_logits, z, allocation, sum(active[:1]), units, m / whole
+        x=x,
+        labels=labels,
+        x_adv=x_adv,
+        clean_logits=clean_logits,
+        z=z,
+        allocation=allocation,
+        perturbed=sum(active[:1]),
+        units=units,
+        share=m / whole,
     )
 
 

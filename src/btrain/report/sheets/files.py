@@ -10,7 +10,7 @@ from pathlib import Path
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.report.sheets import drawing, page, pictures, text
-from btrain.report.sheets.plans import find_plans
+from btrain.report.sheets.plans import chosen, find_plans
 from btrain.report.sheets.sheet import Sheet, make_sheet
 
 
@@ -31,10 +31,10 @@ def write_sheets(folder: Path, out: Path, targets: Sequence[str] | None = None) 
         UserError: there is no plan, or none of a target's name, or `out` cannot be written.
     """
     plans = find_plans(folder)
-    chosen = list(find_plans(folder, targets))
+    wanted = list(chosen(plans, targets, folder))
     sheets = {target: make_sheet(plan, folder) for target, plan in plans.items()}
     contents: dict[str, bytes] = {}
-    for target in chosen:
+    for target in wanted:
         contents |= sheet_files(sheets[target])
     linked = [
         (sheet, f"{target}.html" in contents or (out / f"{target}.html").is_file())
@@ -42,7 +42,7 @@ def write_sheets(folder: Path, out: Path, targets: Sequence[str] | None = None) 
     ]
     contents["index.html"] = page.index_page(linked).encode()
     _replace_all(out, contents)
-    for target in chosen:  # of an earlier report, of which it would now tell a lie
+    for target in wanted:  # of an earlier report, of which it would now tell a lie
         for kind in ("png", "svg"):
             if f"{target}.{kind}" not in contents:
                 (out / f"{target}.{kind}").unlink(missing_ok=True)

@@ -22,6 +22,15 @@ def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, 
     plans = plans_in(folder)
     if not plans:
         raise UserError(f"{folder} holds no plan of a table or figure; btrain paper writes them.")
+    return chosen(plans, targets, folder)
+
+
+def chosen(plans: dict[str, Plan], targets: Sequence[str] | None, folder: Path) -> dict[str, Plan]:
+    """Those of a folder's plans that were asked for; None for all.
+
+    Raises:
+        UserError: there is none of a target's name.
+    """
     if targets is None:
         return plans
     if wrong := [target for target in targets if target not in plans]:
