@@ -29,6 +29,7 @@ _MAY_DIFFER = (
     "device",
     "train.max_seconds",
     "train.checkpoint_every",
+    "train.score_every",
     "bt.probe_every",
     "dataset.download",
 )

@@ -407,6 +407,7 @@ class TrainConfig:
     batch_size: int = MISSING
     max_seconds: float | None = None
     checkpoint_every: int = 1
+    score_every: int | None = None
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     deterministic: bool = False
     precision: Precision = Precision.float32
@@ -416,6 +417,7 @@ class TrainConfig:
         _at_least(1, "train.epochs", self.epochs)
         _at_least(2, "train.batch_size", self.batch_size)
         _at_least(1, "train.checkpoint_every", self.checkpoint_every)
+        _at_least(1, "train.score_every", self.score_every)
         if self.max_seconds is not None:
             _positive("train.max_seconds", self.max_seconds)
 

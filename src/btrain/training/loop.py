@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from btrain.training.nonfinite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.parallel import ALONE, World
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
-from btrain.training.statistics import StepStats, averages
+from btrain.training.statistics import StepStats, averages, scores_by_batch
 
-Averages = dict[str, float | None]
+Averages = dict[str, Any]
 
 Memory = dict[str, Tensor]
 """What a method remembers between batches, F_R and more, by name; a step changes it in place."""
@@ -45,6 +46,7 @@ class Plan:
         max_seconds: of training, over all its sessions; None for no limit.
         skip_nonfinite: whether a step with a number that is not finite is undone instead of ending
             the run.
+        score_every: batches from one whose scores the log shows to the next; None for none.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class Plan:
     flip: bool
     max_seconds: float | None
     skip_nonfinite: bool = False
+    score_every: int | None = None
 
 
 @dataclass
@@ -139,8 +142,9 @@ def train_epoch(
         world: the processes that train together; they stop together, by the clock of the first.
 
     Returns:
-        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch;
-        None when it was stopped or the time was up before its first batch.
+        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch,
+        and `scores`, those of single batches, where the plan asks for them; None when it was
+        stopped or the time was up before its first batch.
 
     Raises:
         NotFiniteError: logits, the loss or a gradient are NaN or infinite, and such steps are not
@@ -186,7 +190,7 @@ def train_epoch(
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, skip=plan.skip_nonfinite)
+            _take(step, state, batch, heartbeat.check, plan)
         if world.first:
             heartbeat.step(state)
         tick()
@@ -200,11 +204,14 @@ def train_epoch(
         "robust_fraction": float(state.memory["robust_fraction"]),
         "train_seconds": state.epoch_seconds,
     }
+    if plan.score_every is not None:
+        means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
-def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, skip: bool) -> None:
+def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan) -> None:
     """One step, undone and counted if it is to be skipped."""
+    skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
     stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
     bad = check.see(state.batch + 1, stats)
@@ -214,6 +221,8 @@ def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, sk
         state.memory["skipped"] += bad
         stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
     state.add(stats)
+    if plan.score_every is not None and (state.batch - 1) % plan.score_every == 0:
+        state.remember(stats)
 
 
 def _skipped(state: TrainState) -> Averages:

@@ -49,7 +49,8 @@ class Record:
             log.warning("epoch %d: %s.", metrics["epoch"], warning)
         self.lock.check()
         self.folder.append_metrics(metrics)
-        self.tracker.log(metrics, metrics["epoch"])
+        of_epoch = {key: value for key, value in metrics.items() if key != "scores"}
+        self.tracker.log(of_epoch, metrics["epoch"])
         log.info(epoch_line(metrics))
 
     @contextmanager

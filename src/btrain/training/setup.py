@@ -155,4 +155,5 @@ def make_plan(config: Config) -> Plan:
         flip=recipe.flip,
         max_seconds=config.train.max_seconds,
         skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
+        score_every=config.train.score_every,
     )
