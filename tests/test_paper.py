@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
     assert wanted <= rows | {None}
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("table")])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
     for experiment, paper in read_target(target).paper.items():
         file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
@@ -52,6 +53,36 @@ def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
         keys = ("clean_acc", "robust_acc", "corruptions", "pgd100x10", "pgd1000x5")
         wanted = {paper[key] for key in keys if key in paper}
         assert wanted <= told
+
+
+EXPERIMENTS = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_an_experiments_header_has_its_command_and_the_time_where_it_was_measured(
+    file: Path,
+) -> None:
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any("btrain train" in line and f"experiment={file.stem}" in line for line in header)
+    (told,) = [line for line in header if line.startswith("# Training ")]
+    seconds = measured_seconds(file.stem)
+    if seconds:
+        expected = f"took {sum(seconds) / len(seconds):.0f} s, the mean of {len(seconds)} runs of"
+        assert expected in told
+    else:
+        assert told == "# Training time: not measured."
+
+
+def measured_seconds(experiment: str) -> list[float]:
+    """Of the runs in results/cpu: those of the experiment alone, else with all swept values."""
+    found: dict[tuple[str, str], float] = {}
+    for path in (Path(config_dir()).parent / "results" / "cpu").glob("*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["experiment"] == experiment and "train_seconds" in row["numbers"]:
+                seeds = row["numbers"]["train_seconds"]["seeds"]
+                found |= {(row["name"], seed): value for seed, value in seeds.items()}
+    alone = [value for (name, _), value in found.items() if name == experiment]
+    return alone or list(found.values())
 
 
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:
@@ -142,8 +173,6 @@ def test_corrupted_images_are_made_for_table_1(tmp_path: Path) -> None:
 
 
 def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
-    import json
-
     assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
     content = json.loads((tmp_path / "figure3-seed0" / "allocation.json").read_text())
     outcomes, steps = content["outcome"], content["steps"]
