@@ -12,8 +12,9 @@ from btrain import cli
 from btrain.config import config_dir
 from btrain.errors import UserError
 from btrain.paper.job import Job, check, make_plan
+from btrain.paper.left import unfinished
 from btrain.paper.plan import read_plan
-from btrain.paper.target import merged, names, read_profile, read_target
+from btrain.paper.target import Sweep, merged, names, read_profile, read_target
 
 TARGETS = names("target")
 
@@ -87,6 +88,10 @@ def measured_seconds(experiment: str) -> list[float]:
 
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:
     assert read_profile("paper").settings("table2") == []
+    cpu = read_profile("cpu")
+    assert cpu.settings("figure4") == cpu.settings("figure3") != cpu.settings("table2")
+    more = cpu.evaluate_more["table2"]
+    assert more["table2_bt_nr2"] == more["table2_trades"] != []
     assert merged(["a=1", "b=2"], ["a=3"]) == ["a=3", "b=2"]
 
 
@@ -107,7 +112,9 @@ def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
-def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> None:
+def test_runs_lie_where_the_plan_says_and_are_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
     assert cli.main(command) == 0
@@ -119,8 +126,29 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> No
     assert all((folder / "summary.json").is_file() for folder in folders)
     assert (out / "table2_bt_nr2-seed0" / "eval" / "pgd20.json").is_file()
     made = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in folders}
+    capsys.readouterr()
     assert cli.main(command) == 0
+    assert "$ btrain train" not in capsys.readouterr().out  # nor launched
+    assert cli.main([*command, "train.batch_size=30"]) == 1
+    assert "belongs to a run with train.batch_size=50, not 30" in capsys.readouterr().err
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
+
+
+def test_only_what_is_left_is_launched(tmp_path: Path) -> None:
+    of = job("figure7", "smoke", tmp_path, SMALLER)
+    unswept, swept = of.sweeps
+    assert unfinished(of, swept) == (swept, [0, 1])
+    assert cli.main(["paper", "figure7", f"out={tmp_path}", *SMALLER]) == 0
+    assert unfinished(of, swept) is None and unfinished(of, unswept) is None
+    assert (
+        unfinished(job("figure7", "smoke", tmp_path, [*SMALLER, "recipe.lr=1"]), swept) is not None
+    )
+    (tmp_path / "table2_bt_nr2-bt.n_r_3-seed1" / "summary.json").unlink()
+    (tmp_path / "table2_bt_nr2-bt.n_r_5-seed1" / "summary.json").unlink()
+    values = {"bt.n_r": ["3", "5"]}
+    assert unfinished(of, swept) == (Sweep(["table2_bt_nr2"], values), [1])
+    longer = job("figure7", "smoke", tmp_path, [*SMALLER, "train.epochs=2"])
+    assert unfinished(longer, unswept) == (unswept, [0, 1])
 
 
 def test_a_run_that_fails_stops_no_other_and_is_counted(
@@ -194,6 +222,9 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
         (["figure6", "bt.gamma=0.5"], ["bt.gamma", "figure6"]),
         (["table2", "--watch"], ["--watch"]),
         (["table2", "only="], ["only"]),
+        (["table2", "plan=maybe"], ["plan", "maybe"]),
+        (["table2", "table3.only=table3_mart"], ["table3.only", "table3"]),
+        (["table2", "table2.trian.epochs=1"], ["trian", "train"]),
         (["table2", "trian.epochs=1"], ["trian", "train"]),
     ],
 )

@@ -83,6 +83,17 @@ def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
     assert "100.00×" not in text.markdown(sheet)
 
 
+def test_times_of_another_load_are_not_divided(tmp_path: Path) -> None:
+    for name, jobs in (("a", 2), ("b", 2), ("c", 1), ("d", None)):
+        finished(tmp_path / f"{name}-seed0", seconds=100 if name == "a" else 50, jobs=jobs)
+    sheet = make_sheet(plan([row(name) for name in "abcd"]), tmp_path)
+    shown = [cells(sheet, name)["speedup, measured"] for name in "abcd"]
+    assert shown == ["1.00×", "2.00×", "other load", "other load"]
+    assert "cpu, torch 2.13.0, Processor 1, 2 cores, 1 thread, 2 at a time (2 runs)" in (
+        text.markdown(sheet)
+    )
+
+
 def test_a_row_of_other_data_has_their_own_baseline(tmp_path: Path) -> None:
     rows = [row("a10"), row("b10")]
     rows += [row(name, original={"dataset": "cifar100"}) for name in ("a100", "b100")]

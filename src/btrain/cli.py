@@ -75,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: list[str]) -> None:
     """Runs `btrain.training.train`, once a job."""
+    from btrain import config as configs
 
     def run(config: Any) -> None:
         from btrain.training import train
 
-        train(config)
+        train(config, jobs=configs.jobs_at_once())
 
     _run_with_hydra("train", args, run)
 

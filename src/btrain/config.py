@@ -142,6 +142,26 @@ where they come from; --config-dir DIR adds a folder of your own options.
 """
 
 
+def jobs_at_once() -> int | None:
+    """How many jobs the launcher of the job that runs now has at a time on this machine.
+
+    1 without a sweep; None where the launcher does not tell.
+    """
+    import os
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    if hydra.mode is not RunMode.MULTIRUN or launcher == "basic":
+        return 1
+    if launcher != "joblib":
+        return None
+    jobs = hydra.launcher.n_jobs or 1
+    return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
+
+
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     """Turns a composed configuration into its task's checked dataclasses; names the run folder.
 

@@ -63,10 +63,15 @@ def check(job: Job) -> None:
     for key in (setting.partition("=")[0].lstrip("+~") for setting in job.extra):
         if key in _OURS or key in swept:
             raise UserError(f"{key} is set by btrain paper itself in {job.target.name}.")
-    settings = [setting for setting in job.settings if not setting.startswith("hydra")]
+    settings = hydra_free(job.settings)
     experiments = dict.fromkeys(name for sweep in job.sweeps for name in sweep.experiments)
     for name in job.wanted(experiments):
         configs.compose([f"experiment={name}", *settings])
+
+
+def hydra_free(settings: Iterable[str]) -> list[str]:
+    """Without those of Hydra itself, such as its launcher."""
+    return [setting for setting in settings if not setting.startswith("hydra")]
 
 
 def make_plan(job: Job) -> Plan:
@@ -135,7 +140,7 @@ def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
     """The names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
     for experiment in experiments:
-        for settings in job.profile.evaluations(job.target.name, experiment):
+        for settings in job.profile.evaluations(job.target, experiment):
             given = dict(setting.split("=", 1) for setting in settings)
             names |= dict.fromkeys(given["attack"].split(","))
     return list(names)

@@ -61,7 +61,12 @@ def data_hash(data: Data) -> str:
 
 
 def extended(
-    path: Path, data: Data, device: torch.device, epoch: int, processes: int = 1
+    path: Path,
+    data: Data,
+    device: torch.device,
+    epoch: int,
+    processes: int = 1,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
     """What `provenance.json` says after this session: the data's hash, and who trained from where.
 
@@ -69,6 +74,7 @@ def extended(
         path: of the file as earlier sessions left it.
         epoch: epochs completed when this session began.
         processes: how many train together.
+        jobs: runs that share the machine, or None.
 
     Raises:
         UserError: the data are not those that the run was begun with.
@@ -90,6 +96,7 @@ def extended(
         "git_dirty": git_dirty(),
         "device": device_name(device),
         "processes": processes,
+        "jobs": jobs,
         "hardware": {
             "processor": processor(),
             "cores": os.cpu_count(),

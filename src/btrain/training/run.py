@@ -38,12 +38,16 @@ from btrain.training.statistics import UNITS
 log = logging.getLogger("btrain")
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
     """Trains, evaluates, and leaves a run folder behind; returns its summary.
 
     A finished run of the same configuration is not repeated; an unfinished one goes on from its
     last checkpoint. Started by torchrun, its processes train one network together; the first one
     writes, the others read the same folder.
+
+    Args:
+        jobs: runs that share the machine, this one included, for `provenance.json`; None where
+            nobody tells.
 
     Raises:
         UserError: bad data, device or folder (then nothing was written), or training had to stop
@@ -51,10 +55,10 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: a signal came; the checkpoint is of that moment.
     """
     with joined(config.device) as world:
-        return _run(config, world)
+        return _run(config, world, jobs)
 
 
-def _run(config: Config, world: World) -> dict[str, Any]:
+def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
     """`train`, by one of the processes."""
     folder, summary = RunFolder(config.run_dir), None
     if world.first:
@@ -76,7 +80,7 @@ def _run(config: Config, world: World) -> dict[str, Any]:
             summary = _finished(config, folder)  # by another command meanwhile
             if world.told(summary) is not None:
                 return summary or {}
-            return _train(config, state, data, folder, lock, world)
+            return _train(config, state, data, folder, lock, world, jobs)
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -112,7 +116,13 @@ def _follow(
 
 
 def _train(
-    config: Config, state: TrainState, data: Data, folder: RunFolder, lock: RunLock, world: World
+    config: Config,
+    state: TrainState,
+    data: Data,
+    folder: RunFolder,
+    lock: RunLock,
+    world: World,
+    jobs: int | None,
 ) -> dict[str, Any]:
     """The run, in a folder of its own."""
     saved, warning = load_newest(folder)
@@ -120,7 +130,7 @@ def _train(
         state.load_state_dict(saved["state"])
     world.wait()  # until the others have read what is changed below
     world.told([state.epoch, state.batch])
-    provenance = extended(folder.provenance, data, state.device, state.epoch, world.size)
+    provenance = extended(folder.provenance, data, state.device, state.epoch, world.size, jobs)
     folder.begin(config, provenance)
     settings, resumed = to_dict(config), saved is not None
     with (

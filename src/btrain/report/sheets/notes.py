@@ -18,6 +18,14 @@ DATA = {
     "digits": "scikit-learn's digits",
 }
 
+IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "mnist": (60_000, 10_000),
+    "digits": (1_442, 355),
+}
+"""For training and for the test."""
+
 
 def scale(original: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """How a run's settings differ from the experiment at the paper's scale.

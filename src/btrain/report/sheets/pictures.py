@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -198,11 +199,11 @@ def _paper_points(axes: Axes, points: list[tuple[Line, float]], axis: str) -> No
     """The numbers that the paper prints of these rows, on axes of their own."""
     for metric, colour, marker in (("clean_acc", VERMILLION, "s"), ("robust_acc", BLUE, "o")):
         for line, x in points:
-            y, swept = paper(line, metric), line.row.swept.get(axis)
+            y, swept = paper(line, metric) or math.nan, line.row.swept.get(axis)
             shape = marker if swept is not None else "*"
             size = 7 if swept is not None else 11
             axes.plot(x, y, shape, color=colour, fillstyle="none", markersize=size)
-            if swept is not None and y is not None:
+            if swept is not None:
                 axes.annotate(
                     swept, (x, y), textcoords="offset points", xytext=(0, 8), ha="center",
                     fontsize=9, color=INK,

@@ -11,6 +11,7 @@ import numpy as np
 from btrain.report.json_fields import is_number
 from btrain.report.sheets import drawing
 from btrain.report.sheets.drawing import CLASSES, GREY, SOFT
+from btrain.report.sheets.notes import IMAGES
 from btrain.report.sheets.runs import Run
 from btrain.report.sheets.sheet import Line, Sheet
 from btrain.untrusted import read_text
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LARGEST = 4 << 20  # bytes
-_TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
 
 
 def fractions(sheet: Sheet) -> Figure | None:
@@ -85,7 +85,7 @@ def _batches(line: Line) -> int | None:
     config = next(run.config for run in line.runs.values() if run.metrics)
     images: Any = config.get("dataset.train_examples")
     if images is None:
-        images = _TRAINING_IMAGES.get(str(config.get("dataset.name")))
+        images, _ = IMAGES.get(str(config.get("dataset.name")), (None, None))
     size: Any = config.get("train.batch_size")
     known = is_number(images) and is_number(size) and size > 0
     return -(-int(images) // int(size)) if known else None
