@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from btrain.config import compose
 from btrain.eval_schema import AUTOATTACKS, PRESETS
-from btrain.paper.job import Job, hydra_free
+from btrain.paper.job import Job, config_of
 from btrain.paper.plan import Plan, Row
 from btrain.report.sheets.notes import IMAGES
 from btrain.schema import AllocatorName, Config, DefenseName, RivalName
@@ -73,8 +72,7 @@ def expected_units(config: Config, fractions: tuple[float, float, float]) -> flo
 
 def cost(job: Job, row: Row) -> Cost:
     """Of each run of a row; its fractions are those that the paper tells of it, or of N_R = 2."""
-    swept = [f"{key}={value}" for key, value in row.swept.items()]
-    config = compose([f"experiment={row.experiment}", *hydra_free(job.settings), *swept])
+    config = config_of(job, row.experiment, row.swept)
     data = config.dataset
     known = IMAGES.get(data.name.name)
     told = tuple(row.paper.get(key) for key in ("f_b", "f_r", "f_o"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from btrain import config as configs
 from btrain.errors import UserError
-from btrain.paper.job import Job, hydra_free
+from btrain.paper.job import Job, config_of
 from btrain.paper.target import Sweep, row_name
 from btrain.run_folder import RunFolder
 from btrain.schema import Config
@@ -25,15 +23,13 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
     """
     left: list[tuple[str, dict[str, str], int]] = []
     for experiment in sweep.experiments:
-        settings = [f"experiment={experiment}", *hydra_free(job.settings)]
-        composed = configs.composed(settings, "train")
         for swept in (swept for name, swept in sweep.rows() if name == experiment):
             folders = {
                 seed: job.out / f"{row_name(experiment, swept)}-seed{seed}"
                 for seed in job.profile.seeds
             }
             ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]
-            config = _with(composed, swept) if ended else None
+            config = config_of(job, experiment, swept) if ended else None
             left += [
                 (experiment, swept, seed)
                 for seed, folder in folders.items()
@@ -48,18 +44,6 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
     }
     experiments = [name for name in sweep.experiments if any(name == e for e, _, _ in left)]
     return replace(sweep, experiments=experiments, values=values), seeds
-
-
-def _with(composed: object, swept: Mapping[str, str]) -> Config:
-    """The configuration of one point of a sweep, whose YAML files are read already."""
-    from omegaconf import DictConfig, OmegaConf
-
-    assert isinstance(composed, DictConfig)
-    point = composed.copy()
-    for key, value in swept.items():
-        OmegaConf.update(point, key, value)
-    config: Config = configs.from_hydra(point, [])
-    return config
 
 
 def _is_finished(folder: Path, config: Config, seed: int) -> bool:

@@ -34,15 +34,16 @@ def reproduce(job: Job, plan: Plan, known: Runs) -> int:
         known: the runs that the reports have read before.
 
     Returns:
-        How many of the wanted runs are not trained, or not evaluated.
+        How many of the wanted runs are not trained, or not evaluated, at the least.
 
     Raises:
         SystemExit: a signal came; the same command goes on from there.
     """
+    failed = 0
     for sweep in job.sweeps:
         wanted_sweep = replace(sweep, experiments=job.wanted(sweep.experiments))
         if (left := unfinished(job, wanted_sweep)) is not None:
-            _command("train", *_training(job, *left))
+            failed += not _command("train", *_training(job, *left))
     wanted = set(job.wanted(row.experiment for row in plan.rows))
     runs = [
         _evaluate(job, plan, row.experiment, job.out / folder)
@@ -52,7 +53,7 @@ def reproduce(job: Job, plan: Plan, known: Runs) -> int:
     ]
     words = f"btrain report {shlex.quote(str(job.out))} target={job.target.name}"
     _guarded(words, lambda: write(job.out, job.out / "report", [job.target.name], known.read))
-    return runs.count(False)
+    return max(runs.count(False), failed)  # a finished run of other settings is not what is wanted
 
 
 def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
