@@ -98,13 +98,10 @@ def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> 
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["defense=augmix"], "defense=augmix"),
         (["rival=free", "defense=pgd"], "rival=free"),
         (["rival=mma", "defense=pgd"], "rival=mma"),
         (["rival=gradalign", "defense=pgd"], "rival=gradalign"),
-        (["bt=oracle"], "bt=oracle"),
         (["bt.share_clean_forward=true"], "bt.share_clean_forward"),
-        (["bt=uniform", "attack.mode=train"], "attack.mode=train"),
         (["train.batch_size=7"], "train.batch_size=7"),
     ],
 )

@@ -53,6 +53,12 @@ class World:
         """Which of so many examples are this process'."""
         return slice(self.rank, examples, self.size)
 
+    def rows(self, examples: int, device: torch.device) -> Tensor | None:
+        """The same as indices, (n,) int64; None where they are all."""
+        if self.size == 1:
+            return None
+        return torch.arange(examples, device=device)[self.share(examples)]
+
     def gathered(self, rows: Tensor, examples: int) -> Tensor:
         """All rows of a batch, in its order, from each process' share. (n, K) -> (examples, K)"""
         if self.size == 1:
@@ -64,6 +70,13 @@ class World:
         if padded.numel():
             dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:examples]
+
+    def attached(self, rows: Tensor, examples: int) -> Tensor:
+        """`gathered`, with a gradient for the rows that are this process'."""
+        own = self.rows(examples, rows.device)
+        if own is None:
+            return rows
+        return self.gathered(rows.detach(), examples).index_copy(0, own, rows)
 
     def dealt(self, order: Tensor, active: Sequence[int]) -> tuple[Tensor, list[int]]:
         """This process' share of a batch in descending order of steps.
