@@ -63,7 +63,7 @@ STEPS = 4
 
 def main(folder: Path) -> None:
     digits = load("digits", Path("unused"), device=CPU)
-    with joined("cpu") as world:
+    with joined() as world:
         done = {name: run(digits, world, *case) for name, case in CASES.items()}
         torch.save(done, folder / f"{world.rank}.pt")
 
