@@ -13,7 +13,8 @@ GRACE_SECONDS = 3.0
 
 def processes() -> int:
     """The size of the world; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
 def check_alone(what: str) -> None:
