@@ -19,7 +19,7 @@ from btrain.config import compose
 from btrain.data import Split, load
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy, evaluate
-from btrain.training import train
+from btrain.training import guards, train
 from btrain.training.parallel import World, joined
 from btrain.training.signals import stop_on_signals
 
@@ -28,7 +28,11 @@ COMMON = [
     "train.epochs=2", "recipe.lr=0.05", "dataset.train_examples=97", "dataset.val_examples=31",
     "eval.steps=3", "eval.batch_size=10", "eval.epsilon=0.05",
 ]  # fmt: skip
-RUNS = {"trades": ["defense=trades"], "augmix": ["defense=augmix"]}
+RUNS = {
+    "trades": ["defense=trades"],
+    "augmix": ["defense=augmix"],
+    "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true"],
+}
 FEW = (1, 2, 5)
 """Examples of evaluations; the processes are three."""
 
@@ -36,6 +40,8 @@ FEW = (1, 2, 5)
 def main(folder: Path) -> None:
     done: dict[str, Any] = {"summaries": {}}
     for name, own in RUNS.items():
+        if name == "collapsed":
+            guards.COLLAPSE = -200.0  # whatever the second epoch does is one
         done["summaries"][name] = train(compose([*COMMON, *own, f"run.dir={folder / name}"]))
         if "mistake" not in done:
             done["mistake"] = mistake(folder / "never")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -107,23 +107,18 @@ def _train(
         state.load_state_dict(saved["state"])
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
-    with (
-        (
-            nullcontext()
-            if lock is None
-            else _recording(config, state, data, data_sha256, folder, lock, world.size, warning)
-        ) as record,
-        stop_on_signals(world) as stop,
-    ):
+    recording: AbstractContextManager[Record | None] = nullcontext()
+    if lock is not None:
+        recording = _recording(config, state, data, data_sha256, folder, lock, world.size, warning)
+    with recording as record, stop_on_signals(world) as stop:
         evaluator = Evaluator(config, world, stop.together)
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         with _evaluation(config, state, stop):
             last, best = final_accuracies(evaluator, state, data, folder)
-        if record is None:
-            summary = {}
-        else:
+        summary = {}
+        if record is not None:
             summary = summarise(config, state, data, folder, last, best)
             summary["data_sha256"] = data_sha256
             record.end(summary)
@@ -143,7 +138,7 @@ def _recording(
     warning: str | None,
 ) -> Iterator[Record]:
     """Begins or takes up what is written of a run; a `warning` is of the state it goes on from."""
-    resumed = state.epoch > 0 or state.batch > 0 or state.collapsed
+    resumed = folder.last.is_file() or folder.previous.is_file()
     device, path = state.device, folder.provenance
     folder.begin(config, extended(path, data_sha256, device, state.epoch, processes))
     with (
