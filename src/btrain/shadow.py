@@ -35,7 +35,7 @@ class InBFloat16(nn.Module):
         super().__init__()
         self.network = network
         self.training = network.training
-        shadow = _Shadow(_bare(network))
+        shadow = _Shadow(bare(network))
         object.__setattr__(self, "shadow", shadow)  # no submodule: it has no mode, no parameters
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,10 +110,10 @@ def attacked(model: nn.Module) -> Iterator[nn.Module]:
     if isinstance(model, InBFloat16):
         yield model.shadow
         return
-    with evaluation_mode(network := _bare(model)):
+    with evaluation_mode(network := bare(model)):
         yield network
 
 
-def _bare(network: nn.Module) -> nn.Module:
-    """Without what averages the gradients of its weights over several processes."""
+def bare(network: nn.Module) -> nn.Module:
+    """The network without what averages the gradients of its weights over several processes."""
     return network.module if isinstance(network, DistributedDataParallel) else network

@@ -14,9 +14,7 @@ from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.schema import (
     AllocatorName,
-    AttackMode,
     Config,
-    DefenseName,
     ModelConfig,
     OnNonfinite,
     OptimizerName,
@@ -60,12 +58,9 @@ def check_shares(config: Config, examples: int, world: World) -> None:
         return
     bt, rival = config.bt, config.rival.name
     alone = {
-        "defense=augmix": config.defense.name is DefenseName.augmix,
         f"rival={rival.name}": rival in (RivalName.gradalign, RivalName.free, RivalName.mma),
-        "bt=oracle": bt.name is AllocatorName.oracle,
-        f"bt.pool={bt.pool}": bt.pool > 1,
-        "bt.share_clean_forward=true": bt.share_clean_forward,
-        "attack.mode=train": config.attack.mode is AttackMode.train,
+        f"bt.share_clean_forward=true with bt={bt.name}": bt.share_clean_forward
+        and bt.name is not AllocatorName.uniform,
     }
     for key, chosen in alone.items():
         if chosen:
