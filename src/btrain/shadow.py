@@ -16,6 +16,7 @@ from btrain.models.wide_resnet import WideBlock
 from btrain.precision import full
 
 _BLOCKS = (PreActBlock, WideBlock)
+_FEW = 16
 _SHORT = (nn.Conv2d, nn.Linear)  # computed in bf16; BatchNorm's weights stay float32
 
 
@@ -102,8 +103,8 @@ class _Frozen(nn.Module):
 class _Compiled(nn.Module):
     """A frozen network whose attack steps are compiled, once for all sizes of a batch.
 
-    Other passes are made as they are, and so are those of a single image, for which the compiler
-    would start over: they would not repay its half minute.
+    Other passes are made as they are, and so are those of a few images, for which torch chooses
+    other convolutions and the compiler would start over: they would not repay its half minute.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -112,7 +113,7 @@ class _Compiled(nn.Module):
         self._compiled = torch.compile(network, dynamic=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        compiled = images.requires_grad and torch.is_grad_enabled() and len(images) > 1
+        compiled = images.requires_grad and torch.is_grad_enabled() and len(images) >= _FEW
         logits: Tensor = (self._compiled if compiled else self.network)(images)
         return logits
 
