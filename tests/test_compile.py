@@ -25,7 +25,8 @@ TINY = ["dataset=digits", "model=small_cnn", "attack.steps=3", "bt.n_r=1", "devi
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, hidden from users
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_steps_are_the_plain_ones_up_to_rounding(
     small_cnn: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:

@@ -114,7 +114,8 @@ class _Compiled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         compiled = images.requires_grad and torch.is_grad_enabled() and len(images) >= _FEW
-        logits: Tensor = (self._compiled if compiled else self.network)(images)
+        # A clone, for the compiler tells a view of the whole batch from one of a part.
+        logits: Tensor = self._compiled(images.clone()) if compiled else self.network(images)
         return logits
 
 
