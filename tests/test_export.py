@@ -347,9 +347,9 @@ def test_help_and_mistakes_answer_before_torch_is_imported(tmp_path: Path) -> No
         assert result.stdout.splitlines()[-1] == f"{status} False"
 
 
-def test_the_readmes_exports_parse() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    commands = [line for line in readme.splitlines() if line.startswith("btrain export ")]
+def test_documented_exports_parse() -> None:
+    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("btrain export ")]
     assert len(commands) >= 3
     for command in commands:
         parse(command.split("#")[0].split()[2:])

@@ -1,4 +1,4 @@
-"""The README's code runs and its commands compose."""
+"""The code of the README and of docs/ runs, its commands compose, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,22 +14,32 @@ from btrain.config import compose
 from btrain.data import Data
 from btrain.eval_config import parse, parse_compare
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+LINES = [line for text in PAGES.values() for line in text.splitlines()]
 COMMANDS = [
     (task, line.split("#")[0].removeprefix(command).strip())
     for task, command in (("train", "btrain train "), ("corrupt", "btrain data corrupt "))
-    for line in README.splitlines()
+    for line in LINES
     if line.startswith(command) and "--help" not in line
 ]
 EVALUATIONS = [
     line.split("#")[0].split("btrain eval ", 1)[1].strip()
-    for line in README.splitlines()
+    for line in LINES
     if line.startswith("btrain eval ")
 ]
 
 
+def python_of(page: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[ROOT / page], re.DOTALL)
+    return code
+
+
 def test_the_library_example_trains(digits: Data) -> None:
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = python_of("README.md")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     images, labels = digits.train.images.float() / 255, digits.train.labels
@@ -44,7 +54,7 @@ def test_the_library_example_trains(digits: Data) -> None:
 
 
 def test_any_module_is_evaluated(digits: Data, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = python_of("docs/evaluation.md")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     images = digits.test.images.float() / 255
@@ -71,3 +81,9 @@ def test_commands_compose(task: str, command: str) -> None:
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 5
     assert len(EVALUATIONS) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+        assert (page.parent / target).exists(), target

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.config import read_yaml, to_dict, to_yaml
-from btrain.durable import append_line, write_file
+from btrain.durable import PARTIAL, append_line, make_folder, write_file
 from btrain.errors import Interrupted, UserError
 from btrain.run_lock import RunLock, locked
 from btrain.schema import Config, DatasetName, Resume
@@ -98,7 +98,7 @@ class RunFolder:
 
     def _is_empty(self) -> bool:
         """Nothing but what a run leaves that was killed before it began."""
-        left = {_LOCK, f"{self._config.name}.tmp", self.last.parent.name}
+        left = {_LOCK, f"{self._config.name}{PARTIAL}", self.last.parent.name}
         names = {path.name for path in self.path.iterdir()}
         checkpoints = self.last.parent
         return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
@@ -124,10 +124,8 @@ class RunFolder:
             UserError: the folder cannot be written, is in use, or is another run's by now.
         """
         fresh = not self._config.exists()
-        try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+        make_folder(self.path, "run.dir")
+        make_folder(self.last.parent)
         with locked(self.path / _LOCK) as lock:
             try:
                 self.check_owner(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from btrain import __version__
 from btrain.bench.measure import Row
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.training.provenance import processor
 
@@ -91,13 +91,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+    make_folder(path.parent)
+    write_file(path, text.encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

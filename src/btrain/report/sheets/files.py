@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from btrain.durable import write_file
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.report.sheets import drawing, page, pictures, text
 from btrain.report.sheets.plans import chosen, find_plans
@@ -75,10 +75,7 @@ def _replace_all(out: Path, contents: dict[str, bytes]) -> None:
     Raises:
         UserError: one cannot be written; then those of before are still there.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
+    make_folder(out)
     staged = {out / name: out / f".{name}.{os.getpid()}.new" for name in contents}
     try:
         for path, temporary in staged.items():
