@@ -105,6 +105,9 @@ def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> 
         (["bt=oracle"], "bt=oracle"),
         (["bt.share_clean_forward=true"], "bt.share_clean_forward"),
         (["bt=uniform", "attack.mode=train"], "attack.mode=train"),
+        (["bt.pool=2"], "bt.pool=2"),
+        (["train.compile=true"], "train.compile=true"),
+        (["train.cuda_graphs=auto"], "train.cuda_graphs=auto"),
         (["train.batch_size=7"], "train.batch_size=7"),
     ],
 )
