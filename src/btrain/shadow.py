@@ -38,7 +38,7 @@ class Shadowed(nn.Module):
         super().__init__()
         self.network = network
         self.training = network.training
-        shadow = self._make_shadow(_bare(network))
+        shadow = self._make_shadow(bare(network))
         if compiled:
             shadow.attacked = _Compiled(shadow.attacked)
         object.__setattr__(self, "shadow", shadow)  # no submodule: it has no mode, no parameters
@@ -182,10 +182,10 @@ def attacked(model: nn.Module) -> Iterator[nn.Module]:
     if isinstance(model, Shadowed):
         yield model.shadow
         return
-    with evaluation_mode(network := _bare(model)):
+    with evaluation_mode(network := bare(model)):
         yield network
 
 
-def _bare(network: nn.Module) -> nn.Module:
-    """Without what averages the gradients of its weights over several processes."""
+def bare(network: nn.Module) -> nn.Module:
+    """The network without what averages the gradients of its weights over several processes."""
     return network.module if isinstance(network, DistributedDataParallel) else network

@@ -182,7 +182,8 @@ def train_epoch(
         lr = plan.lr * plan.schedule(done)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+        if world.first:
+            heartbeat.random_states[state.batch + 1] = state.generator.get_state()
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
@@ -195,7 +196,9 @@ def train_epoch(
     state.epoch_seconds += elapsed
     if state.batch == 0:
         return None
-    means = heartbeat.look(state) | {
+    # The others wait for the first, which keeps a batch that ends the run.
+    means = heartbeat.look(state) if world.first else averages(state.epoch_sums)
+    means |= {
         "lr": state.optimizer.param_groups[0]["lr"],
         "robust_fraction": float(state.memory["robust_fraction"]),
         "train_seconds": state.epoch_seconds,

@@ -127,7 +127,7 @@ def _make_step(
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=augmix_method(config, device, allocator))
+        update = partial(augmix_step, method=augmix_method(config, device, allocator, world))
     else:
         method = attack_method(config, device, allocator, share, world)
         method = replace(method, pgd=paths.pgd, multiple=paths.multiple)
@@ -297,16 +297,19 @@ def _mma_method(config: Config) -> MMAMethod:
     )
 
 
-def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+def augmix_method(
+    config: Config, device: torch.device, allocator: str, world: World = ALONE
+) -> AugMixMethod:
     """The choices of AugMix."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
     assert views is not None
     assert defense.jsd is not None
     assert defense.jsd_weight is not None
 
-    def make_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    def make_views(images: Tensor, generator: torch.Generator, rows: Tensor | None) -> Tensor:
         return augmix(
             images,
+            rows=rows,
             generator=generator,
             severity=views.severity,
             width=views.width,
@@ -324,4 +327,5 @@ def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMi
         jsd_weight=defense.jsd_weight,
         gamma=bt.gamma,
         momentum=bt.momentum,
+        world=world,
     )

@@ -52,6 +52,12 @@ class Record:
         self.tracker.log(metrics, metrics["epoch"])
         log.info(epoch_line(metrics))
 
+    def end(self, summary: dict[str, Any]) -> None:
+        """The summary of a run that came to its end."""
+        self.lock.check()
+        self.folder.write_summary(summary)
+        self.tracker.summarise(summary)
+
     @contextmanager
     def offending_batch_kept(self) -> Iterator[None]:
         """A batch that ended the run is kept beside it."""

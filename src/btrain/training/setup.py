@@ -46,9 +46,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-_NEED_ONE_PROCESS = (
-    *("augmix", "own_step", "oracle", "pool", "shared", "train_mode", "compile", "graphs"),
-)
+_NEED_ONE_PROCESS = ("own_step", "shared_by_groups", "compile", "graphs")
 """Kinds of `Config.choices`."""
 
 

@@ -84,17 +84,6 @@ class TrainState:
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
 
-    def numbers(self) -> dict[str, Any]:
-        """How far the run has come, without its tensors."""
-        return {name: getattr(self, name) for name in _NUMBERS}
-
-    def follow(self, numbers: dict[str, Any]) -> None:
-        """Ends the epoch as the process did that evaluated it; `numbers` are its own."""
-        if not numbers["collapsed"]:
-            self.end_epoch()
-        for name in _NUMBERS:
-            setattr(self, name, numbers[name])
-
     def throw_away_copy(self) -> TrainState:
         """Of its own in all that training changes, at the beginning of the same epoch."""
         model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))

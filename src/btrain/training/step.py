@@ -24,7 +24,7 @@ from btrain.allocation import (
 )
 from btrain.attacks import by_steps, early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
-from btrain.shadow import attacked
+from btrain.shadow import attacked, bare
 from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
@@ -134,7 +134,8 @@ def generate(
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
-    clean_logits = None if clean_logits is None else clean_logits[order]
+    if clean_logits is not None and world.size == 1:
+        clean_logits = clean_logits[order]  # several share them only where all get as many steps
     return Generated(
         x=x,
         labels=labels,
@@ -227,10 +228,13 @@ def allocate(
     if method.allocator == "uniform":
         return uniform(labels, method.budget)
     if method.allocator == "oracle":
-        n = method.oracle_steps
+        n, world, whole = method.oracle_steps, method.world, len(x)
+        own = world.share(whole)
+        x, noise = x[own], noise[own]
         sizes = torch.full((len(x),), method.oracle_step_size, device=x.device)
-        x_adv = attack(model, x, labels, z, sizes, [len(x)] * n, noise, method)
-        classes = true_classes(z, eval_logits(model, x_adv), labels)
+        x_adv = attack(model, x, labels[own], z[own], sizes, [len(x)] * n, noise, method)
+        adv_logits = world.gathered(eval_logits(model, x_adv), whole)
+        classes = true_classes(z, adv_logits, labels)
         return by_class(classes, method.budget)._replace(overhead=n)
     score = method.metric(z, labels)
     if method.allocator == "gaussian":
@@ -304,7 +308,7 @@ def attack(
     method: Method,
 ) -> Tensor:
     """The run's attack on a batch in descending order of steps, with the step sizes (m,)."""
-    with nullcontext(model) if method.attack_in_train_mode else attacked(model) as network:
+    with nullcontext(bare(model)) if method.attack_in_train_mode else attacked(model) as network:
         return method.pgd(
             network,
             x,
