@@ -100,6 +100,8 @@ def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> 
         (["rival=mma", "defense=pgd"], "rival=mma"),
         (["rival=gradalign", "defense=pgd"], "rival=gradalign"),
         (["bt.share_clean_forward=true"], "bt.share_clean_forward"),
+        (["train.compile=true"], "train.compile=true"),
+        (["train.cuda_graphs=auto"], "train.cuda_graphs=auto"),
         (["train.batch_size=7"], "train.batch_size=7"),
     ],
 )

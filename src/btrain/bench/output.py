@@ -56,7 +56,7 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
             row["model"],
             row["batch_size"],
             row["precision"],
-            "channels_last" if row["channels_last"] else "plain",
+            _layout(row),
             row["method"],
             f"{1000 * row['seconds_per_batch']:.1f}",
             f"{1000 * row['seconds_spread']:.1f}",
@@ -72,6 +72,13 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _layout(row: Row) -> str:
+    """The layout of the weights, and what else makes a lane another."""
+    layout = "channels_last" if row["channels_last"] else "plain"
+    layout += ", compiled" if row["compiled"] else ""
+    return layout + (", CUDA graphs" if row["cuda_graphs"] else "")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -110,8 +117,7 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for row, detail in zip(rows, details, strict=True):
         if row["method"] == "bullettrain":
-            layout = ", channels_last" if row["channels_last"] else ""
-            name = f"{row['defense']} {row['model']} {row['precision']}{layout}"
+            name = f"{row['defense']} {row['model']} {row['precision']}, {_layout(row)}"
             point = row["batch_size"], detail["fractions"][0], row["speedup_vs_lean"]
             lines.setdefault(name, []).append((*point, row["flop_bound"]))
     for name, points in lines.items():

@@ -26,8 +26,8 @@ from btrain.schema import (
     RivalName,
     Start,
 )
-from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
+from btrain.training.fast_paths import FastPaths, make_fast_paths
 from btrain.training.loop import Memory, Step
 from btrain.training.parallel import ALONE, World
 from btrain.training.pooled_step import pooled_step
@@ -44,9 +44,11 @@ def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Ca
     `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
     """
 
-    @lru_cache(maxsize=1)  # in bf16 a step holds a copy of the network
+    paths = make_fast_paths(config.train, device)
+
+    @lru_cache(maxsize=1)
     def step(plain: bool, share: float) -> Step:
-        return make_step(config, device, warm_up=plain, share=share, world=world)
+        return make_step(config, device, warm_up=plain, share=share, world=world, paths=paths)
 
     def of_epoch(epoch: int) -> Step:
         share = (epoch + 1) / (config.attack.epsilon_warmup_epochs + 1)
@@ -62,14 +64,16 @@ def make_step(
     warm_up: bool = False,
     share: float = 1.0,
     world: World = ALONE,
+    paths: FastPaths | None = None,
 ) -> Step:
     """What is done with a batch: Algorithm 2's open choices, from the configuration.
 
     `warm_up` asks for the plain defense, whatever the allocator; `share` is of ε and of the step
-    sizes.
+    sizes. `paths` are the configuration's, where several steps share them.
     """
-    step = _make_step(config, device, warm_up=warm_up, share=share, world=world)
-    return in_parallel(in_precision(step, config.train.precision), world)
+    paths = paths or make_fast_paths(config.train, device)
+    step = _make_step(config, device, warm_up=warm_up, share=share, world=world, paths=paths)
+    return in_parallel(in_view(step, paths.view), world)
 
 
 def in_parallel(step: Step, world: World) -> Step:
@@ -91,29 +95,29 @@ def in_parallel(step: Step, world: World) -> Step:
     return together
 
 
-def in_precision(step: Step, precision: Precision) -> Step:
-    """The same step with the network's passes in this precision."""
-    if precision is Precision.float32:
-        return step
-    inside: InBFloat16 | None = None
+def in_view(step: Step, view: Callable[[nn.Module], nn.Module]) -> Step:
+    """The same step with the network as `view` shows it."""
 
-    def short(
+    def viewed(
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         memory: Memory,
         generator: torch.Generator,
     ) -> StepStats:
-        nonlocal inside
-        if inside is None or inside.network is not model:
-            inside = InBFloat16(model)
-        return step(inside.refresh(), optimizer, batch, memory, generator)
+        return step(view(model), optimizer, batch, memory, generator)
 
-    return short
+    return viewed
 
 
 def _make_step(
-    config: Config, device: torch.device, *, warm_up: bool, share: float, world: World
+    config: Config,
+    device: torch.device,
+    *,
+    warm_up: bool,
+    share: float,
+    world: World,
+    paths: FastPaths,
 ) -> Step:
     if config.rival.name is RivalName.free:
         assert config.rival.replays is not None
@@ -126,6 +130,7 @@ def _make_step(
         update = partial(augmix_step, method=augmix_method(config, device, allocator, world))
     else:
         method = attack_method(config, device, allocator, share, world)
+        method = replace(method, pgd=paths.pgd, multiple=paths.multiple)
         update = partial(train_step, method=method)
         if config.bt.pool > 1:
             update = partial(pooled_step, method=method, batch_size=config.train.batch_size)

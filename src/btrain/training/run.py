@@ -17,8 +17,10 @@ from btrain.run_folder import RunFolder
 from btrain.run_lock import RunLock
 from btrain.schema import Config
 from btrain.tracking import open_tracker
+from btrain.training.choice import with_graphs_settled
 from btrain.training.cost import forward_flops, speedups
 from btrain.training.determinism import deterministic
+from btrain.training.fast_paths import check_fast_paths
 from btrain.training.guards import make_input_guard
 from btrain.training.lines import describe, fractions, headline, number
 from btrain.training.loop import Averages, check_weights, train_epoch
@@ -68,6 +70,7 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
     if (summary := world.told(summary)) is not None:
         return summary
     device = find_device(device_of(world, config.device))
+    check_fast_paths(config.train, device)
     with deterministic(config.train.deterministic):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
             with world.first_ahead():
@@ -171,6 +174,7 @@ def _train_epochs(
 ) -> None:
     """All epochs that are left; with their log lines and checkpoints where there is a record."""
     device, plan, world = state.device, make_plan(config), evaluator.world
+    config = with_graphs_settled(config, state, data.train)
     step_of = make_steps(config, device, world)
     guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))

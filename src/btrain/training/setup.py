@@ -13,13 +13,11 @@ from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.schema import (
-    AllocatorName,
     Config,
     ModelConfig,
     OnNonfinite,
     OptimizerName,
     RecipeConfig,
-    RivalName,
     ScheduleName,
 )
 from btrain.training.loop import Plan
@@ -48,6 +46,10 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+_NEED_ONE_PROCESS = ("own_step", "shared_by_groups", "compile", "graphs")
+"""Kinds of `Config.choices`."""
+
+
 def check_shares(config: Config, examples: int, world: World) -> None:
     """Makes sure that this training, on so many examples, can be done by several processes.
 
@@ -56,15 +58,12 @@ def check_shares(config: Config, examples: int, world: World) -> None:
     """
     if world.size == 1:
         return
-    bt, rival = config.bt, config.rival.name
-    alone = {
-        f"rival={rival.name}": rival in (RivalName.gradalign, RivalName.free, RivalName.mma),
-        f"bt.share_clean_forward=true with bt={bt.name}": bt.share_clean_forward
-        and bt.name is not AllocatorName.uniform,
-    }
-    for key, chosen in alone.items():
-        if chosen:
-            raise UserError(f"{key} needs one process; with torchrun there are {world.size}.")
+    chosen = config.choices()
+    for kind in _NEED_ONE_PROCESS:
+        if kind in chosen:
+            raise UserError(
+                f"{chosen[kind]} needs one process; with torchrun there are {world.size}."
+            )
     sizes = [part.stop - part.start for part in batch_slices(examples, config.train.batch_size)]
     if min(sizes) < 2 * world.size:
         raise UserError(

@@ -14,6 +14,7 @@ from btrain.allocation import (
     BOUNDARY,
     Allocation,
     by_class,
+    filled_up,
     gaussian,
     predicted,
     step_sizes,
@@ -43,6 +44,8 @@ class Method:
         probe: what the start's noise is multiplied by where the first gradient is taken; None for
             a gradient at the start itself. See `methods.probe_factor`.
         world: the processes that a batch is dealt out to.
+        pgd: `prefix_pgd`, or what does the same faster.
+        multiple: what the size of a group that takes a step is rounded up to.
     """
 
     defense: Defense
@@ -67,6 +70,8 @@ class Method:
     grad_align_weight: float
     probe: float | None = None
     world: World = ALONE
+    pgd: Callable[..., Tensor] = prefix_pgd
+    multiple: int = 1
 
 
 class Generated(NamedTuple):
@@ -120,7 +125,10 @@ def generate(
     z = world.gathered(z, whole)
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
-    order, active = world.dealt(*by_steps(allocation.steps))
+    order, active = by_steps(allocation.steps, distance_of(z, labels, method))
+    if method.multiple > 1:
+        allocation, active = filled_up(allocation, order, active, method.multiple)
+    order, active = world.dealt(order, active)
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
     allocation, m = allocation.ordered(order), len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
@@ -236,6 +244,16 @@ def allocate(
     )
 
 
+def distance_of(z: Tensor, labels: Tensor, method: Method) -> Tensor | None:
+    """How far from the boundary examples are, (m,): who is next where a group is rounded up.
+
+    None where no group is, or where chance decides, as it does by the batch's order.
+    """
+    if method.multiple == 1 or method.allocator == "random" or not z.shape[1]:
+        return None
+    return method.metric(z, labels).abs()
+
+
 ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
 
 
@@ -291,7 +309,7 @@ def attack(
 ) -> Tensor:
     """The run's attack on a batch in descending order of steps, with the step sizes (m,)."""
     with nullcontext(bare(model)) if method.attack_in_train_mode else attacked(model) as network:
-        return prefix_pgd(
+        return method.pgd(
             network,
             x,
             labels,
