@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from btrain.bench.schema import BenchRun
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
-from btrain.schema import Config, DatasetName
+from btrain.schema import MISSING, Config, DatasetName
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -214,6 +214,21 @@ def to_dict(config: Config) -> dict[str, Any]:
         return value.name if isinstance(value, Enum) else value
 
     return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
+
+
+def defaults(kind: type = Config) -> dict[str, Any]:
+    """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
+    hints = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = defaults(hints[field.name])
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+        elif field.default != MISSING:
+            value = field.default
+            found[field.name] = value.name if isinstance(value, Enum) else value
+    return found
 
 
 def to_yaml(config: Config) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btrain.config import read_yaml, to_dict, to_yaml
+from btrain.config import defaults, read_yaml, to_dict, to_yaml
 from btrain.durable import PARTIAL, append_line, make_folder, write_file
 from btrain.errors import Interrupted, UserError
 from btrain.run_lock import RunLock, locked
@@ -88,7 +88,9 @@ class RunFolder:
         may_differ: tuple[str, ...] = _MAY_DIFFER
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
-        theirs, ours = flat(read_yaml(self._config)), flat(to_dict(config))
+        # A setting that btrain did not have when the run began was at its default.
+        theirs = flat(defaults()) | flat(read_yaml(self._config))
+        ours = flat(to_dict(config))
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):

@@ -1,4 +1,7 @@
-"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in."""
+"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in.
+
+A new setting has a default here, what was done before it: older run folders do not name it.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +220,7 @@ class AttackConfig:
     step_size: float = MISSING
     start: Start = MISSING
     start_std: float = MISSING
-    epsilon_warmup_epochs: int = MISSING
+    epsilon_warmup_epochs: int = 0
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
 
