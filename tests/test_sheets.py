@@ -259,7 +259,7 @@ def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -
         evaluated(finished(tmp_path / f"a-seed{seed}"), "pgd20", [1] * 8)
     fewer = "eval/dataset.test_examples_4"
     evaluated(tmp_path / "a-seed0", "autoattack", [1, 1, 0, 0], inside=fewer)
-    finished(tmp_path / "b-seed0")
+    evaluated(finished(tmp_path / "b-seed0"), "autoattack", [1, 1, 0, 0], inside=fewer)
     rows = [row("a", 2, paper={"pgd100x10": 54.3}), row("b", attacks=["pgd20"])]
     sheet = make_sheet(plan(rows, attacks=["pgd20", "autoattack"]), tmp_path)
     assert line(sheet, "a").notes == [
@@ -269,7 +269,7 @@ def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -
     ]
     assert cells(sheet, "a")["AutoAttack %"] == "50.00"
     assert cells(sheet, "a")["PGD-100×10 % | paper"] == "54.30"
-    assert line(sheet, "b").notes == ["pgd20 not evaluated"]
+    assert line(sheet, "b").notes == ["pgd20 not evaluated", "autoattack on 4 test images"]
 
 
 def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
