@@ -231,6 +231,10 @@ class AttackConfig:
         _at_least(0, "attack.start_std", self.start_std)
         _at_least(0, "attack.epsilon_warmup_epochs", self.epsilon_warmup_epochs)
 
+    def share(self, epoch: int) -> float:
+        """What ε and the step sizes are in an epoch, from 0, as a share of what they will be."""
+        return min(1.0, (epoch + 1) / (self.epsilon_warmup_epochs + 1))
+
 
 @dataclass
 class DefenseConfig:

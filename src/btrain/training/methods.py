@@ -51,8 +51,7 @@ def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Ca
         return make_step(config, device, warm_up=plain, share=share, world=world, paths=paths)
 
     def of_epoch(epoch: int) -> Step:
-        share = (epoch + 1) / (config.attack.epsilon_warmup_epochs + 1)
-        return step(epoch < config.bt.warmup_epochs, min(share, 1.0))
+        return step(epoch < config.bt.warmup_epochs, config.attack.share(epoch))
 
     return of_epoch
 

@@ -176,7 +176,6 @@ def _train_epochs(
     device, plan, world = state.device, make_plan(config), evaluator.world
     config = with_graphs_settled(config, state, data.train)
     step_of = make_steps(config, device, world)
-    guard = make_input_guard(config)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
     probe = Probe(config, data.train)
@@ -192,6 +191,7 @@ def _train_epochs(
             )
 
         while not _is_over(config, vars(state)):
+            guard = make_input_guard(config, state.epoch)
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             if record is not None:
                 record.save_epoch_start()
