@@ -90,8 +90,8 @@ def write(
     out: Path,
     targets: Sequence[str] | None,
     read: Callable[[Path], Run] | None = None,
-) -> None:
-    """Writes the sheets of a folder of plans and shows their tables; see `write_sheets`.
+) -> list[Path]:
+    """Writes the sheets of a folder of plans and shows their tables; returns the files.
 
     Raises:
         UserError: as `write_sheets`.
@@ -106,3 +106,4 @@ def write(
     if not is_available():
         print(NO_MATPLOTLIB)
     print(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
+    return written
