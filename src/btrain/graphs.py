@@ -26,8 +26,8 @@ _LARGEST = 256  # examples; up to here groups are rounded to 8
 def group_multiple(batch_size: int) -> int:
     """What group sizes are rounded up to: 8, or more for a batch above 256.
 
-    So there are at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary examples
-    of 128, on average.
+    So a batch has at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary
+    examples of 128, on average.
     """
     return 8 * max(1, -(-batch_size // _LARGEST))
 
