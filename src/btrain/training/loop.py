@@ -178,15 +178,15 @@ def train_epoch(
         state.memory["skipped"].zero_()
     drawn = draw(state.batch)
     while state.batch < steps_per_epoch and not over():
-        done = (state.epoch * steps_per_epoch + state.batch) / (plan.epochs * steps_per_epoch)
-        lr = plan.lr * plan.schedule(done)
+        done = state.epoch * steps_per_epoch + state.batch
+        lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         heartbeat.random_states[state.batch + 1] = state.generator.get_state()
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, skip=plan.skip_nonfinite)
+            _take(step, state, batch, heartbeat.check, done=done, skip=plan.skip_nonfinite)
         if world.first:
             heartbeat.step(state)
         tick()
@@ -203,8 +203,10 @@ def train_epoch(
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
-def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, skip: bool) -> None:
-    """One step, undone and counted if it is to be skipped."""
+def _take(
+    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, done: int, skip: bool
+) -> None:
+    """One step after `done` others, undone and counted if it is to be skipped."""
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
     stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
     bad = check.see(state.batch + 1, stats)
@@ -213,6 +215,8 @@ def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, sk
         check.forget()
         state.memory["skipped"] += bad
         stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
+    if state.average is not None:
+        state.average.update(done, skipped=bad if skip else None)
     state.add(stats)
 
 

@@ -32,8 +32,9 @@ def after_epoch(
 
     The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
     `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
-    run back to that epoch and ends it, as FAST does. `state` changes last, so that a signal within
-    leaves it where the epoch's training ended.
+    run back to that epoch and ends it, as FAST does. It is that of the weights in training, whose
+    average would show a fall later; all else is scored on `state.evaluated`. `state` changes last,
+    so that a signal within leaves it where the epoch's training ended.
     """
     some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
     batch = Split(data.train.images[some], data.train.labels[some])
@@ -67,14 +68,14 @@ def _validate(
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
-    accuracy = _evaluate(config, state.model, val)
+    accuracy = _evaluate(config, state.evaluated, val)
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
     by_clean = config.defense.name is DefenseName.augmix
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
-        model = {"model": state.model.state_dict(), "epoch": epoch, "val_acc": score}
+        model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
         checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
         state.best_epoch, state.best_val_acc = epoch, score
 
@@ -94,7 +95,7 @@ def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
 
 def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
     """Evaluates the last and, where there is one, the best model on the test set."""
-    last = _evaluate(config, state.model, data.test)
+    last = _evaluate(config, state.evaluated, data.test)
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
@@ -121,8 +122,8 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
     }
     if state.best_epoch is not None:
-        state.model.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
-        best = _evaluate(config, state.model, data.test)
+        state.evaluated.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
+        best = _evaluate(config, state.evaluated, data.test)
         summary |= {
             "best_epoch": state.best_epoch,
             "best_val_acc": state.best_val_acc,
