@@ -39,6 +39,7 @@ SETTINGS = [
     "dataset=digits", "model=small_cnn", "model.width=4", "dataset.train_examples=300",
     "dataset.val_examples=50", "dataset.test_examples=100", "train.batch_size=64",
     f"train.epochs={EPOCHS}", f"train.checkpoint_every={EVERY}", "recipe.crop_padding=1",
+    "train.score_every=2",
     "attack.steps=3", "eval.steps=2", "eval.every_epochs=2", "device=cpu",
 ]  # fmt: skip
 SEEDS = (0, 1)  # of a sweep

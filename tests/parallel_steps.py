@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from btrain import models
 from btrain.config import compose
 from btrain.data import Batch, Data, load
+from btrain.data.augmentation import to_unit
 from btrain.training.methods import make_memory, make_steps
 from btrain.training.parallel import World, joined
 
 CPU = torch.device("cpu")
 MIXED, ONE_PERTURBED = "mixed", "one perturbed"
+AUGMIX = ["defense=augmix"]
 
 CASES = {
     "trades": (["defense=trades"], MIXED, 51),
@@ -35,6 +37,23 @@ CASES = {
     "an empty group of mart's": (["defense=mart", "bt.n_r=0"], ONE_PERTURBED, 8),
     "BatchNorm": (["model=preact_resnet18"], MIXED, 40),
     "BatchNorm, an empty group": (["model=preact_resnet18"], ONE_PERTURBED, 40),
+    "oracle": (["bt=oracle"], MIXED, 51),
+    "attacked in train mode": (["bt=uniform", "attack.steps=2", "attack.mode=train"], MIXED, 51),
+    "fast": (["rival=fast", "defense=pgd"], MIXED, 51),
+    "shared clean forward": (
+        ["bt=uniform", "attack.steps=2", "bt.share_clean_forward=true"],
+        MIXED,
+        51,
+    ),
+    "pool": (["bt.pool=3", "train.batch_size=17"], MIXED, 51),
+    "pool, an empty group": (["bt.pool=3", "train.batch_size=17"], ONE_PERTURBED, 50),
+    "augmix": (AUGMIX, MIXED, 51),
+    "augmix, random": ([*AUGMIX, "bt=random"], MIXED, 51),
+    "augmix, an empty group": (AUGMIX, ONE_PERTURBED, 8),
+    "plain augmix": ([*AUGMIX, "bt=uniform"], MIXED, 51),
+    "augmix without JSD": ([*AUGMIX, "bt=uniform", "defense.jsd=false"], MIXED, 51),
+    "BatchNorm, augmix": ([*AUGMIX, "model=preact_resnet18"], MIXED, 40),
+    "BatchNorm, pool": (["model=preact_resnet18", "bt.pool=2", "train.batch_size=20"], MIXED, 40),
     "bf16": (["model=preact_resnet18", "train.precision=bf16", "bt.warmup_epochs=1"], MIXED, 40),
 }
 """Overrides, labels, examples of a batch."""
@@ -44,7 +63,7 @@ STEPS = 4
 
 def main(folder: Path) -> None:
     digits = load("digits", Path("unused"), device=CPU)
-    with joined("cpu") as world:
+    with joined() as world:
         done = {name: run(digits, world, *case) for name, case in CASES.items()}
         torch.save(done, folder / f"{world.rank}.pt")
 
@@ -58,13 +77,14 @@ def run(
     model = models.build(architecture, width=4, depth=None, classes=10, shape=(1, 8, 8))
     if config.train.precision.name == "float32":
         model.double()
+        model.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     memory = make_memory(config, digits, CPU)
     memory["robust_fraction"] = memory["robust_fraction"] + 0.5
     generator = torch.Generator().manual_seed(0)
     step_of, fractions, stats = make_steps(config, CPU, world), [], []
     for number in range(STEPS):
-        x = digits.train.images[number * m : (number + 1) * m].to(next(model.parameters())) / 255
+        x = to_unit(digits.train.images[number * m : (number + 1) * m])
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
         step = step_of(number // 2)
         sums = step(model.train(), optimizer, batch, memory, generator)

@@ -25,11 +25,12 @@ def finished(
     seconds: float = 100.0,
     flops: float = 2e12,
     machine: str | None = MACHINE,
+    jobs: int | None = None,
     config: dict[str, Any] | None = None,
     **summary: Any,
 ) -> Path:
     """A run that came to its end."""
-    begun(folder, machine=machine, config=config)
+    begun(folder, machine=machine, jobs=jobs, config=config)
     content = {
         "clean_acc": clean,
         "robust_acc": robust,
@@ -52,6 +53,7 @@ def begun(
     folder: Path,
     *,
     machine: str | None = MACHINE,
+    jobs: int | None = None,
     config: dict[str, Any] | None = None,
     log: str | None = None,
     epochs: int = 0,
@@ -74,6 +76,7 @@ def begun(
             "hardware": {"processor": machine, "cores": 2, "threads": 1},
             "versions": {"torch": "2.13.0"},
         }
+        session |= {} if jobs is None else {"jobs": jobs}
         (folder / "provenance.json").write_text(json.dumps({"sessions": [session]}))
     lines = [
         {"epoch": e + 1, "f_b": 0.3, "f_r": 0.1 * e, "f_o": 0.7 - 0.1 * e, "score_boundary": 0.01,

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from btrain.cli import main
 from btrain.config import compose
 from btrain.data import Batch
 from btrain.errors import UserError
-from btrain.schema import Config, Precision
+from btrain.schema import Config, CudaGraphs, Precision
 from btrain.training import train
 from btrain.training.methods import attack_method, make_step
 from test_cost import Flops
@@ -37,9 +37,9 @@ TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu"
 SMALL_CNN = ["dataset=digits", "model.width=4", "device=cpu"]  # of bench.models=[small_cnn]
 FRACTIONS = {"trades": (0.28, 0.54, 0.18), "mart": (0.30, 0.43, 0.27), "augmix": (0.35, 0.65, 0.0)}
 KEYS = {  # as the output is documented
-    "defense", "model", "batch_size", "precision", "channels_last", "compiled", "method",
-    "seconds_per_batch", "seconds_spread", "units_per_example", "speedup_vs_lean", "flop_bound",
-    "peak_memory_mb", "selection_share",
+    "defense", "model", "batch_size", "precision", "channels_last", "compiled",
+    "cuda_graphs", "method", "seconds_per_batch", "seconds_spread", "units_per_example",
+    "speedup_vs_lean", "flop_bound", "peak_memory_mb", "selection_share",
 }  # fmt: skip
 
 
@@ -243,6 +243,50 @@ def test_the_spread_is_between_the_quartiles() -> None:
     assert spread([1.0]) == 0.0
 
 
+class Seen(NamedTuple):
+    method: Contender
+    compiled: bool
+    graphs: bool
+
+
+@pytest.mark.parametrize("defense", FRACTIONS)
+def test_compiled_and_graphed_lanes_are_those_that_exist(
+    defense: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btrain.bench.plan.check_fast_paths", lambda train, device: None)
+    config = compose([*TINY, f"defense={defense}", "train.batch_size=24"])
+    bench = replace(command.compose(), compiled=[False, True], cuda_graphs=[False, True])
+    made = make_lanes(Case(config, FRACTIONS[defense]), bench, CPU)
+    seen = [
+        Seen(lane.contender, lane.config.train.compile,
+             lane.config.train.cuda_graphs is CudaGraphs.always)
+        for lane in made
+    ]  # fmt: skip
+    methods = {Contender.lean, Contender.bullettrain, Contender.masked}
+    methods |= {Contender.official} if defense == "trades" else set()
+    replayed = {Contender.lean, Contender.bullettrain} if defense != "augmix" else set()
+    assert {s.method for s in seen if not s.compiled and not s.graphs} == methods
+    assert {s.method for s in seen if s.compiled} == (methods if replayed else set())
+    assert {s.method for s in seen if s.graphs} == replayed
+    assert not any(s.compiled and s.graphs for s in seen)
+
+
+def test_a_lane_with_recorded_steps_measures_its_rounded_groups() -> None:
+    # On the CPU, where replaying runs the step again.
+    config = compose([*TINY, "train.batch_size=32"])
+    train = replace(config.train, cuda_graphs=CudaGraphs.always)
+    plain = lanes("trades")[Contender.bullettrain]
+    lane = Lane(replace(plain.config, train=train), Contender.bullettrain, plain.workload, CPU)
+    for each in (plain, lane):
+        each.run(each.prepare(0))
+    n_b, n_r, _ = class_counts(FRACTIONS["trades"], 32)
+    ahead = -(-n_b // 8) * 8, min(-(-(n_b + n_r) // 8) * 8, 32)
+    assert int(plain.stats[0].steps) == 2 * (n_b + n_r) + 8 * n_b
+    assert int(lane.stats[0].steps) == 2 * ahead[1] + 8 * ahead[0]
+    assert float(lane.stats[0].units) == 32 + 2 * int(lane.stats[0].steps) + 3 * (32 + ahead[1])
+    assert int(lane.stats[0].boundary) == n_b  # by the rule, as before
+
+
 # The command
 
 QUICK = ["bench.repetitions=1", "bench.batch_sizes=[16,24]", "bench.models=[small_cnn]"]
@@ -318,6 +362,13 @@ def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
         (["bench.precisions=[fp8]"], ["bench.precisions", "fp8"]),
         (["bench.methods=[masked]"], ["bench.methods", "lean"]),
         (["bench.defenses=[]"], ["bench.defenses", "at least one"]),
+        (["bench.compiled=[true]"], ["bench.compiled", "false"]),
+        (["bench.cuda_graphs=[]"], ["bench.cuda_graphs", "at least one"]),
+        (["train.compile=true"], ["train.compile", "bench.compiled"]),
+        (
+            ["device=cpu", "model.width=1", "bench.cuda_graphs=[false,true]"],
+            ["train.cuda_graphs=always", "CUDA device"],
+        ),
         (["bench.repetitions=0"], ["bench.repetitions", "0"]),
         (["bench.fractions.trades=[0.5,0.1,0.1]"], ["bench.fractions.trades", "add up to 1"]),
         (["bench.boundary_fractions=[1.0]"], ["bench.boundary_fractions"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,20 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(
     assert err.startswith("btrain: run belongs to a run with ")
     assert key in err
     assert contents(run.parent) == before
+
+
+def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(
+    run: Path, capsys: Capture
+) -> None:
+    config = run / "config.yaml"
+    text = config.read_text()
+    older = re.sub(r"^  (pool|compile|tags): .*\n", "", text, flags=re.MULTILINE)
+    assert len(older.splitlines()) == len(text.splitlines()) - 3
+    config.write_text(older)
+    assert main(["train", *SMALL, "run.dir=run"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert main(["train", *SMALL, "run.dir=run", "train.compile=true"]) == 1
+    assert "belongs to a run with train.compile=False, not True" in capsys.readouterr().err
 
 
 def test_what_does_not_change_the_result_may_differ(run: Path, capsys: Capture) -> None:

@@ -19,9 +19,10 @@ from btrain.cli import main
 from btrain.config import compose
 from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from btrain.corruptions.generate import generate
-from btrain.corruptions.manifest import CHUNK, MANIFEST, replacing
+from btrain.corruptions.manifest import CHUNK, MANIFEST
 from btrain.corruptions.read import read
 from btrain.data import Data
+from btrain.durable import replacing
 from btrain.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -116,7 +117,7 @@ def test_what_is_there_is_kept_and_the_rest_is_made(made: Path, make: Make, tmp_
     out = tmp_path / "C"
     assert make(out, corruptions=["snow", "contrast"]) == ["snow", "contrast"]
     (out / "contrast.npy").unlink()
-    (out / "contrast.npy.partial").write_bytes(b"what a crash left")
+    (out / "contrast.npy.tmp").write_bytes(b"what a crash left")
     before = (out / "snow.npy").stat().st_mtime_ns
     assert make(out) == ["gaussian_noise", "contrast", "spatter"]
     assert (out / "snow.npy").stat().st_mtime_ns == before
@@ -351,7 +352,7 @@ def test_the_command_takes_image_folders_and_frost(here: Path) -> None:
         (["corrupt.frost=nowhere"], ["nowhere", "frost"]),
         (["dataset.test_examples=999"], ["dataset.test_examples", "355"]),
         (["corrupt.out=file"], ["corrupt.out=file", "is a file"]),
-        (["corrupt.out=file/C"], ["corrupt.out=file/C", "cannot be written"]),
+        (["corrupt.out=file/C"], ["corrupt.out=file/C", "could not be written"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(

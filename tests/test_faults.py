@@ -193,11 +193,11 @@ def test_a_log_that_cannot_be_written_costs_its_lines_only(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_ends_in_a_sentence(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="could not be written"):
         train(tiny(tmp_path / "run"))
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_folder_that_cannot_be_made_ends_in_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"run\.dir=/proc/self/run cannot be written"):
+    with pytest.raises(UserError, match=r"run\.dir=/proc/self/run could not be written"):
         train(tiny(Path("/proc/self/run")))

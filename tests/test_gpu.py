@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks import prefix_pgd
 from btrain.bench import command
 from btrain.bench.measure import measure
 from btrain.bench.plan import Case, make_lanes
 from btrain.config import compose
 from btrain.data import Batch, Data, load
+from btrain.defenses import kl_inner_loss
 from btrain.evaluation import robust_accuracy
+from btrain.graphs import CudaGraphs as Recorder
+from btrain.graphs import ReplayedPGD
+from btrain.precision import to_channels_last
 from btrain.schema import Precision
+from btrain.shadow import InBFloat16, Shadowed
 from btrain.training import train
 from btrain.training.methods import make_step
 
@@ -110,3 +116,126 @@ def test_bf16_on_the_gpu_learns_what_float32_does(tmp_path: Path) -> None:
         for p in ("float32", "bf16")
     )
     assert short["robust_acc"] == pytest.approx(plain["robust_acc"], abs=8)
+
+
+# CUDA graphs
+
+
+def graphed_network(wrap: type[Shadowed]) -> Shadowed:
+    torch.manual_seed(0)
+    network = models.build("preact_resnet18", width=16, depth=None, classes=10, shape=(3, 32, 32))
+    return wrap(to_channels_last(network.cuda()).train())
+
+
+def attacked_by(
+    attack: object, seen: Shadowed, images: Tensor, active: list[int], probed: bool
+) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(1)
+    m = len(images)
+    noise = 0.001 * torch.randn(images.shape, generator=generator, device="cuda")
+    with torch.no_grad():
+        z = seen.shadow(images)
+    result: Tensor = attack(  # type: ignore[operator]
+        seen.shadow, images, torch.arange(m, device="cuda") % 10, z, active=active,
+        step_size=torch.linspace(0.005, 0.02, m, device="cuda"), inner_loss=kl_inner_loss,
+        epsilon=8 / 255, noise=noise, probe=10 * noise if probed else None,
+    )  # fmt: skip
+    return result
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("wrap", [Shadowed, InBFloat16])
+def test_graphs_make_the_eager_examples_and_are_recorded_once(
+    wrap: type[Shadowed], probed: bool
+) -> None:
+    seen = graphed_network(wrap)
+    optimizer = torch.optim.SGD(seen.parameters(), lr=0.05, momentum=0.9)
+    recorders: list[Recorder] = []
+
+    def recorder() -> Recorder:
+        recorders.append(Recorder(torch.device("cuda")))
+        return recorders[-1]
+
+    replayed = ReplayedPGD(recorder, 128)
+    images = torch.rand(128, 3, 32, 32, device="cuda")
+    sizes = ([104, 104, 40, 40, 40], [112, 112, 32, 32], [104, 104, 32], [128] * 3, [])
+    for _ in range(3):
+        for active in sizes:
+            ours, eager = (
+                attacked_by(attack, seen.refresh(), images, active, probed)
+                for attack in (replayed, prefix_pgd)
+            )
+            # A gradient that rounds to the other side of zero moves a pixel the other way.
+            same = ((ours - eager).abs() < 1e-5).float().mean()
+            assert same > (0.98 if wrap is Shadowed else 0.9)
+            assert (ours - images).abs().max() <= 8 / 255 + 1e-6
+            assert torch.equal(ours[sum(active[:1]) :], images[sum(active[:1]) :])
+        assert replayed.recorded == 5  # 128, 112, 104, 40, 32; none after the first turn
+        nn.functional.cross_entropy(seen(images), torch.arange(128, device="cuda") % 10).backward()
+        optimizer.step()  # in place: the next turn is of other weights
+        optimizer.zero_grad()
+    (recorder_of_all,) = recorders
+    assert len({graph.pool() for graph in recorder_of_all.graphs}) == 1
+
+
+def test_graphs_add_no_copy_to_the_host() -> None:
+    device = torch.device("cuda")
+    config = compose(
+        ["dataset=digits", "model=preact_resnet18", "model.width=8", "device=cuda",
+         "train.cuda_graphs=always", "train.batch_size=64"]
+    )  # fmt: skip
+    step_of_run = make_step(config, device)
+    model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.rand(64, 1, 8, 8, device=device)
+    with torch.no_grad():
+        labels = model.eval()(x).argmax(dim=1)
+    batch = Batch(x, labels, torch.arange(64, device=device))
+
+    def step() -> None:
+        # F_R = 0: every example is a boundary or an outlier; the sizes stay those of one group.
+        memory = {"robust_fraction": torch.zeros((), device=device)}
+        step_of_run(model.eval(), optimizer, batch, memory, torch.Generator(device).manual_seed(0))
+
+    step()  # records
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("choice", ["always", "auto"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_with_graphs_learns_what_one_without_does(
+    tmp_path: Path, precision: str, choice: str
+) -> None:
+    common = ["dataset=digits", "model=preact_resnet18", "model.width=8", "train.epochs=10",
+              "attack.epsilon=0.1", "device=cuda", "train.channels_last=true",
+              f"train.precision={precision}"]  # fmt: skip
+    plain, graphs = (
+        train(compose([*common, f"train.cuda_graphs={c}", f"run.dir={tmp_path / c}"]))
+        for c in ("never", choice)
+    )
+    assert graphs["robust_acc"] == pytest.approx(plain["robust_acc"], abs=8)
+    assert ("CUDA graphs:" in (tmp_path / choice / "train.log").read_text()) == (choice == "auto")
+
+
+def test_the_bench_measures_with_and_without_graphs() -> None:
+    config = compose(["dataset=digits", "model=preact_resnet18", "model.width=8", "device=cuda",
+                      "train.batch_size=64"])  # fmt: skip
+    bench = dataclasses.replace(command.compose(), cuda_graphs=[False, True], repetitions=2)
+    device = torch.device("cuda")
+    lanes = make_lanes(Case(config, (0.25, 0.5, 0.25)), bench, device)
+    rows, details = measure(lanes, 2, device, lambda line: None)
+    graphs = {row["method"]: d for row, d in zip(rows, details, strict=True) if row["cuda_graphs"]}
+    plain = {row["method"]: d for row, d in zip(rows, details, strict=True)
+             if not row["cuda_graphs"]}  # fmt: skip
+    assert set(graphs) == {"lean", "bullettrain"}
+    for method, detail in graphs.items():
+        assert detail["host_copies"] == plain[method]["host_copies"]
+        assert detail["kernels"] < plain[method]["kernels"]

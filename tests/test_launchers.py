@@ -35,8 +35,12 @@ SUBMITIT = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
 
 
 @installed
-@pytest.mark.parametrize("launcher", [JOBLIB, SUBMITIT], ids=["joblib", "submitit_local"])
-def test_a_bad_job_says_so_once_and_leaves_the_good_one(launcher: list[str], here: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "jobs"), [(JOBLIB, 2), (SUBMITIT, None)], ids=["joblib", "submitit_local"]
+)
+def test_a_bad_job_says_so_once_and_leaves_the_good_one(
+    launcher: list[str], jobs: int | None, here: Path
+) -> None:
     settings = ["dataset.train_examples=100", "train.epochs=1", "run.dir=runs/${bt.gamma}"]
     done = subprocess.run(
         [*SWEEP, *launcher, *settings, "bt.gamma=2,0.8"], capture_output=True, text=True
@@ -47,6 +51,8 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(launcher: list[str], her
     assert "Traceback" not in said
     assert json.loads(Path("runs/0.8/summary.json").read_text())["epochs"] == 1
     assert not Path("runs/2").exists()
+    (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
+    assert session["jobs"] == jobs
 
 
 @installed

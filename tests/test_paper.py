@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from btrain import cli
 from btrain.config import config_dir
 from btrain.errors import UserError
 from btrain.paper.job import Job, check, make_plan
+from btrain.paper.left import unfinished
 from btrain.paper.plan import read_plan
-from btrain.paper.target import merged, names, read_profile, read_target
+from btrain.paper.target import Sweep, merged, names, read_profile, read_target
 
 TARGETS = names("target")
 
@@ -42,7 +44,7 @@ def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
     assert wanted <= rows | {None}
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("table")])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
     for experiment, paper in read_target(target).paper.items():
         file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
@@ -54,8 +56,42 @@ def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
         assert wanted <= told
 
 
+EXPERIMENTS = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_an_experiments_header_has_its_command_and_the_time_where_it_was_measured(
+    file: Path,
+) -> None:
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any("btrain train" in line and f"experiment={file.stem}" in line for line in header)
+    (told,) = [line for line in header if line.startswith("# Training ")]
+    seconds = measured_seconds(file.stem)
+    if seconds:
+        expected = f"took {sum(seconds) / len(seconds):.0f} s, the mean of {len(seconds)} runs of"
+        assert expected in told
+    else:
+        assert told == "# Training time: not measured."
+
+
+def measured_seconds(experiment: str) -> list[float]:
+    """Of the runs in results/cpu: those of the experiment alone, else with all swept values."""
+    found: dict[tuple[str, str], float] = {}
+    for path in (Path(config_dir()).parent / "results" / "cpu").glob("*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["experiment"] == experiment and "train_seconds" in row["numbers"]:
+                seeds = row["numbers"]["train_seconds"]["seeds"]
+                found |= {(row["name"], seed): value for seed, value in seeds.items()}
+    alone = [value for (name, _), value in found.items() if name == experiment]
+    return alone or list(found.values())
+
+
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:
     assert read_profile("paper").settings("table2") == []
+    cpu = read_profile("cpu")
+    assert cpu.settings("figure4") == cpu.settings("figure3") != cpu.settings("table2")
+    more = cpu.evaluate_more["table2"]
+    assert more["table2_bt_nr2"] == more["table2_trades"] != []
     assert merged(["a=1", "b=2"], ["a=3"]) == ["a=3", "b=2"]
 
 
@@ -76,7 +112,9 @@ def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
-def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> None:
+def test_runs_lie_where_the_plan_says_and_are_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
     assert cli.main(command) == 0
@@ -88,8 +126,29 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(tmp_path: Path) -> No
     assert all((folder / "summary.json").is_file() for folder in folders)
     assert (out / "table2_bt_nr2-seed0" / "eval" / "pgd20.json").is_file()
     made = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in folders}
+    capsys.readouterr()
     assert cli.main(command) == 0
+    assert "$ btrain train" not in capsys.readouterr().out  # nor launched
+    assert cli.main([*command, "train.batch_size=30"]) == 1
+    assert "belongs to a run with train.batch_size=50, not 30" in capsys.readouterr().err
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
+
+
+def test_only_what_is_left_is_launched(tmp_path: Path) -> None:
+    of = job("figure7", "smoke", tmp_path, SMALLER)
+    unswept, swept = of.sweeps
+    assert unfinished(of, swept) == (swept, [0, 1])
+    assert cli.main(["paper", "figure7", f"out={tmp_path}", *SMALLER]) == 0
+    assert unfinished(of, swept) is None and unfinished(of, unswept) is None
+    assert (
+        unfinished(job("figure7", "smoke", tmp_path, [*SMALLER, "recipe.lr=1"]), swept) is not None
+    )
+    (tmp_path / "table2_bt_nr2-bt.n_r_3-seed1" / "summary.json").unlink()
+    (tmp_path / "table2_bt_nr2-bt.n_r_5-seed1" / "summary.json").unlink()
+    values = {"bt.n_r": ["3", "5"]}
+    assert unfinished(of, swept) == (Sweep(["table2_bt_nr2"], values), [1])
+    longer = job("figure7", "smoke", tmp_path, [*SMALLER, "train.epochs=2"])
+    assert unfinished(longer, unswept) == (unswept, [0, 1])
 
 
 def test_a_run_that_fails_stops_no_other_and_is_counted(
@@ -142,8 +201,6 @@ def test_corrupted_images_are_made_for_table_1(tmp_path: Path) -> None:
 
 
 def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
-    import json
-
     assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
     content = json.loads((tmp_path / "figure3-seed0" / "allocation.json").read_text())
     outcomes, steps = content["outcome"], content["steps"]
@@ -165,6 +222,9 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
         (["figure6", "bt.gamma=0.5"], ["bt.gamma", "figure6"]),
         (["table2", "--watch"], ["--watch"]),
         (["table2", "only="], ["only"]),
+        (["table2", "plan=maybe"], ["plan", "maybe"]),
+        (["table2", "table3.only=table3_mart"], ["table3.only", "table3"]),
+        (["table2", "table2.trian.epochs=1"], ["trian", "train"]),
         (["table2", "trian.epochs=1"], ["trian", "train"]),
     ],
 )

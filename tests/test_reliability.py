@@ -27,7 +27,7 @@ from btrain.tracking import Tracker
 from btrain.training import run as run_module
 from btrain.training import train
 from btrain.training.determinism import deterministic
-from btrain.training.guards import InputGuard, epoch_warnings, is_above
+from btrain.training.guards import InputGuard, epoch_warnings, is_above, make_input_guard
 from btrain.training.memory import explained_memory
 from btrain.training.nonfinite import Snapshot
 from btrain.training.provenance import data_hash
@@ -604,13 +604,26 @@ def test_images_outside_the_ball_or_the_box_are_reported(
     assert words is None or any(words in warning for warning in found)
 
 
+def test_the_ball_is_that_of_the_epoch(tmp_path: Path, digits: Data, small_cnn: nn.Module) -> None:
+    config = tiny(tmp_path, "attack.epsilon=0.3", "attack.epsilon_warmup_epochs=2")
+    x = digits.train.images[:20].float() / 255
+    small_cnn.train()
+    found = []
+    for epoch in range(4):
+        guard = make_input_guard(config, epoch)
+        with guard.over(small_cnn, x):
+            small_cnn(torch.where(x > 0.5, x - 0.15, x + 0.15))
+        found.append(bool(guard.warnings()))
+    assert found == [True, False, False, False]  # 0.1, 0.2, 0.3, 0.3
+
+
 def test_a_broken_attack_is_reported_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     from btrain.training import step
 
-    pgd = step.prefix_pgd
-    monkeypatch.setattr(step, "prefix_pgd", lambda *a, **k: pgd(*a, **k) + 0.9)
+    attack = step.attack
+    monkeypatch.setattr(step, "attack", lambda *a, **k: attack(*a, **k) + 0.9)
     train(tiny(tmp_path, "train.epochs=1", "bt=uniform"))
     (line,) = metrics(tmp_path)
     assert any("leave the pixel box" in warning for warning in line["warnings"])

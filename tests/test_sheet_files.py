@@ -16,9 +16,10 @@ from btrain.cli import main
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan
-from btrain.report.sheets import drawing, files
+from btrain.report.sheets import drawing, files, runs
 from btrain.report.sheets.files import write_sheets
-from btrain.report.sheets.watch import Runs, duration, progress
+from btrain.report.sheets.runs import Runs, read_run
+from btrain.report.sheets.watch import duration, progress
 from sheets import begun, evaluated, finished, plan, row
 
 HOSTILE = "</title><script>alert(1)</script>|*_`$x^2$ <img src=//evil.example onerror=x>"
@@ -147,6 +148,29 @@ def test_mistakes_are_named(
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_sheets_share_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(folder: Path) -> runs.Run:
+        read.append(folder.name)
+        return read_run(folder)
+
+    monkeypatch.setattr(runs, "read_run", counted)
+    for name in "abc":
+        finished(tmp_path / f"{name}-seed0")
+    plan([row("a"), row("b")]).write(tmp_path)
+    replace(plan([row("b"), row("c")]), target="table8").write(tmp_path)
+    known = Runs()
+    for target in ("table8", "table9"):
+        write_sheets(tmp_path, tmp_path / "out", [target], known.read)
+    assert sorted(read) == ["a-seed0", "b-seed0", "c-seed0"]
+    evaluated(tmp_path / "b-seed0", "pgd20", [1, 0])
+    write_sheets(tmp_path, tmp_path / "out", read=known.read)
+    assert sorted(read) == ["a-seed0", "b-seed0", "b-seed0", "c-seed0"]
 
 
 def test_the_watch_counts_and_tells_the_time_left(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from btrain.paper.plan import Plan
-from btrain.report.sheets import drawing, heat, pictures
+from btrain.report.sheets import drawing, heat, pictures, training_pictures
 from btrain.report.sheets.files import sheet_files, write_sheets
 from btrain.report.sheets.runs import read_run
 from btrain.report.sheets.sheet import make_sheet
@@ -106,6 +106,34 @@ def test_the_radius_of_a_runs_own_evaluation_is_in_its_settings(tmp_path: Path) 
         finished(tmp_path / f"a-seed{seed}", config={"eval.epsilon": epsilon})
     sheet = make_sheet(plan([row("a", 2)], kind="heatmaps"), tmp_path)
     assert heat.attack_words(sheet) == "PGD-20, ε = 0.03137 or 0.3"
+
+
+@pytest.mark.parametrize("logged", [2, 1, 0])
+def test_scores_are_drawn_by_batch_where_all_runs_logged_batches(
+    tmp_path: Path, logged: int
+) -> None:
+    found = pictured(tmp_path, "scores")
+    for seed in range(logged):
+        path = tmp_path / f"a-seed{seed}" / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            first = 60 * (line["epoch"] - 1) + 1
+            rows = [[first, 0.01, 0.04 + seed, None], [first + 30, 0.02, 0.05 + seed, -0.01], "x"]
+            line["scores"] = rows
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with drawing.styled():
+        figure = training_pictures.scores(make_sheet(found, tmp_path))
+    assert figure is not None
+    below, curves = figure.get_supxlabel(), figure.axes[0].get_lines()
+    curve = {str(line.get_label()).split(" ")[0]: line.get_xydata().tolist() for line in curves}
+    if logged == 2:
+        assert "a point is one mini-batch" in below
+        assert curve["robust"][:2] == [[1, pytest.approx(0.54)], [31, pytest.approx(0.55)]]
+        assert [x for x, _ in curve["outlier"]] == [31, 91, 151, 211, 271]
+    else:
+        assert "the mean of an epoch, for the runs logged no" in " ".join(below.split())
+        assert [x for x, _ in curve["robust"]] == [60, 120, 180, 240, 300]  # 6,000 images by 100
+    assert figure.axes[0].get_xlabel() == "training iterations"
 
 
 @pytest.mark.parametrize(

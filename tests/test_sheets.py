@@ -83,6 +83,17 @@ def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
     assert "100.00×" not in text.markdown(sheet)
 
 
+def test_times_of_another_load_are_not_divided(tmp_path: Path) -> None:
+    for name, jobs in (("a", 2), ("b", 2), ("c", 1), ("d", None)):
+        finished(tmp_path / f"{name}-seed0", seconds=100 if name == "a" else 50, jobs=jobs)
+    sheet = make_sheet(plan([row(name) for name in "abcd"]), tmp_path)
+    shown = [cells(sheet, name)["speedup, measured"] for name in "abcd"]
+    assert shown == ["1.00×", "2.00×", "other load", "other load"]
+    assert "cpu, torch 2.13.0, Processor 1, 2 cores, 1 thread, 2 at a time (2 runs)" in (
+        text.markdown(sheet)
+    )
+
+
 def test_a_row_of_other_data_has_their_own_baseline(tmp_path: Path) -> None:
     rows = [row("a10"), row("b10")]
     rows += [row(name, original={"dataset": "cifar100"}) for name in ("a100", "b100")]
@@ -248,7 +259,7 @@ def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -
         evaluated(finished(tmp_path / f"a-seed{seed}"), "pgd20", [1] * 8)
     fewer = "eval/dataset.test_examples_4"
     evaluated(tmp_path / "a-seed0", "autoattack", [1, 1, 0, 0], inside=fewer)
-    finished(tmp_path / "b-seed0")
+    evaluated(finished(tmp_path / "b-seed0"), "autoattack", [1, 1, 0, 0], inside=fewer)
     rows = [row("a", 2, paper={"pgd100x10": 54.3}), row("b", attacks=["pgd20"])]
     sheet = make_sheet(plan(rows, attacks=["pgd20", "autoattack"]), tmp_path)
     assert line(sheet, "a").notes == [
@@ -258,7 +269,7 @@ def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -
     ]
     assert cells(sheet, "a")["AutoAttack %"] == "50.00"
     assert cells(sheet, "a")["PGD-100×10 % | paper"] == "54.30"
-    assert line(sheet, "b").notes == ["pgd20 not evaluated"]
+    assert line(sheet, "b").notes == ["pgd20 not evaluated", "autoattack on 4 test images"]
 
 
 def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_starts(start: str, low: float, high: float) -> None:
 
 def augmix_method(allocator: str, **changes: object) -> AugMixMethod:
     chosen = AugMixMethod(
-        make_views=lambda images, generator: augmix(images, generator=generator),
+        make_views=lambda images, generator, rows: augmix(images, generator=generator, rows=rows),
         allocator=allocator,
         metric=METRICS["svar"],
         budget=torch.tensor([0, 0, 1]),
@@ -283,9 +283,9 @@ def test_augmix_makes_and_forwards_views_of_boundary_examples_only(
         predicted = copy.deepcopy(preact)(x).argmax(dim=1)
     made: list[int] = []
 
-    def make_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    def make_views(images: Tensor, generator: torch.Generator, rows: Tensor | None) -> Tensor:
         made.append(len(images))
-        return augmix(images, generator=generator)
+        return augmix(images, generator=generator, rows=rows)
 
     chosen = augmix_method("bullettrain", make_views=make_views)
     sizes, stats = augmix_forwards(preact, (x, predicted), chosen)

@@ -72,12 +72,16 @@ def test_a_signal_to_all_ends_the_run_with_a_checkpoint_and_one_sentence(here: P
     assert saved("run")["epoch"] >= 1
 
 
-def test_a_signal_to_one_process_ends_all(here: Path) -> None:
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(here: Path) -> None:
     run = started_run()
-    os.kill(json.loads(Path("run/run.lock").read_text())["pid"], signal.SIGTERM)
+    first = json.loads(Path("run/run.lock").read_text())["pid"]
+    (other,) = [process for process in children(run.pid) if process != first]
+    os.kill(other, signal.SIGTERM)
     _, said = run.communicate(timeout=90)
     assert run.returncode != 0
     assert said.count("btrain: stopped by SIGTERM") == 1
+    lines_then = lines("run")
+    assert lines_then[-1]["epoch"] <= saved("run")["epoch"] + 1
 
 
 def test_a_killed_process_ends_the_others(here: Path) -> None:
@@ -95,10 +99,11 @@ def test_a_killed_process_ends_the_others(here: Path) -> None:
 
 
 def test_a_mistake_is_said_once_and_ends_all(here: Path) -> None:
-    run = torchrun(2, *RUN, "run.dir=run", "defense=augmix", stderr=subprocess.PIPE)
+    rival = ["rival=free", "defense=pgd", "bt=uniform"]
+    run = torchrun(2, *RUN, "run.dir=run", *rival, stderr=subprocess.PIPE)
     _, said = run.communicate(timeout=90)
     assert run.returncode == 1
-    assert said.count("btrain: defense=augmix needs one process") == 1
+    assert said.count("btrain: rival=free needs one process") == 1
     assert not Path("run").exists()
 
 

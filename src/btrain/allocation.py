@@ -8,7 +8,7 @@ copies from the device to the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -147,6 +147,30 @@ class Allocation(NamedTuple):
 def by_class(classes: Tensor, budget: Tensor) -> Allocation:
     """N_O, N_R or N_B steps; `budget` (3,) is indexed by OUTLIER, ROBUST, BOUNDARY."""
     return Allocation(classes, budget[classes])
+
+
+def filled_up(
+    allocation: Allocation, order: Tensor, active: Sequence[int], multiple: int
+) -> tuple[Allocation, list[int]]:
+    """Rounds up how many examples take each step; the next in the order take the longer budget.
+
+    No group grows by as many as `multiple`, nor beyond the batch, and an empty one stays empty. The
+    classes remain those of the rule.
+
+    Args:
+        order: of descending step counts, (m,).
+        active: how many examples take the first step, the second, …
+
+    Returns:
+        The allocation with the steps that follow, in the batch's order, and the counts.
+    """
+    m = len(order)
+    active = [min(-(-n // multiple) * multiple, m) for n in active]
+    steps = torch.zeros_like(allocation.steps)
+    for n in set(active):
+        steps[:n] += active.count(n)
+    steps = torch.empty_like(steps).index_copy_(0, order, steps)
+    return allocation._replace(steps=steps), active
 
 
 def uniform(labels: Tensor, budget: Tensor) -> Allocation:

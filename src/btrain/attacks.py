@@ -64,12 +64,17 @@ def pgd(
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
 
 
-def by_steps(steps: Tensor) -> tuple[Tensor, list[int]]:
+def by_steps(steps: Tensor, distance: Tensor | None = None) -> tuple[Tensor, list[int]]:
     """The order of descending step count, and how many examples take the first step, the second, ….
 
-    One copy from the device to the host. (m,) -> (m,) and a list
+    Of equal counts those with the smallest distance come first, if one is given, (m,); else they
+    stay as they were. One copy from the device to the host. (m,) -> (m,) and a list
     """
-    order = torch.argsort(steps, descending=True, stable=True)
+    if distance is None:
+        order = torch.argsort(steps, descending=True, stable=True)
+    else:
+        nearest = torch.argsort(distance, stable=True)
+        order = nearest[torch.argsort(steps[nearest], descending=True, stable=True)]
     return order, active_counts(steps[order].tolist())
 
 

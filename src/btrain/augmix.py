@@ -24,6 +24,7 @@ def augmix(
     width: int = 3,
     depth: int | None = None,
     all_ops: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """One AugMix view of each image, drawn from the generator alone.
 
@@ -37,9 +38,10 @@ def augmix(
         width: how many chains of operations are mixed.
         depth: how many operations a chain has; None or -1: one to three, drawn for each chain.
         all_ops: whether to draw from colour, contrast, brightness and sharpness as well.
+        rows: the images whose views are wanted, (n,) int64; what is drawn is the same for all m.
 
     Returns:
-        (m, C, H, W) float32 in [0, 1], not quantised.
+        (m, C, H, W), or (n, C, H, W) of `rows`, float32 in [0, 1], not quantised.
     """
     draws = draw(
         len(images),
@@ -49,6 +51,8 @@ def augmix(
         lengths=(1, 3) if depth is None or depth < 1 else (depth, depth),
         kinds=len(OPERATIONS) if all_ops else DEFAULT_OPERATIONS,
     )
+    if rows is not None:
+        images, draws = images[rows], Draws._make(drawn[rows] for drawn in draws)
     pixels = (images * 255).round().to(torch.uint8)
     return mix(images, run_chains(pixels, draws.operations, draws.levels), draws)
 

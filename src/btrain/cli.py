@@ -16,6 +16,7 @@ from typing import Any
 
 from btrain import __version__
 from btrain.errors import Interrupted, UserError
+from btrain.launched import check_alone, processes
 
 USAGE = """\
 usage: btrain <command> …
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"btrain: there is no command {args[0]}; see btrain --help.", file=sys.stderr)
         return 2
     try:
+        if args[0] != "train":
+            check_alone(f"btrain {args[0]}")
         COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"btrain: {error}", file=sys.stderr)
@@ -75,11 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: list[str]) -> None:
     """Runs `btrain.training.train`, once a job."""
+    from btrain import config as configs
 
     def run(config: Any) -> None:
         from btrain.training import train
 
-        train(config)
+        train(config, jobs=configs.jobs_at_once())
 
     _run_with_hydra("train", args, run)
 
@@ -106,8 +110,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
 
     args = [_quoted(argument) for argument in args]
     args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
-    if {"-m", "--multirun"} & set(args) and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError("torchrun trains one run at a time; please leave --multirun out.")
+    if {"-m", "--multirun"} & set(args):
+        check_alone("--multirun")
     if {"-h", "--help"} & set(args):
         print(configs.help_text([argument for argument in args if "=" in argument], task))
         return
@@ -127,13 +131,15 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
         configs.register()
         hydra_config = HydraConfig.get()
         try:
+            if hydra_config.mode is not RunMode.RUN:
+                check_alone("a sweep")
             run(configs.from_hydra(cfg, hydra_config.overrides.task))
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
                 raise
             print(f"btrain: {error}", file=sys.stderr)
-            if hydra_config.mode is RunMode.RUN:
+            if hydra_config.mode is RunMode.RUN or processes() > 1:
                 sys.exit(1)
             raise  # Hydra goes on with the sweep and raises this again at its end
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from btrain.bench.schema import BenchRun
 from btrain.corruptions.schema import CorruptConfig
 from btrain.errors import UserError
-from btrain.schema import Config, DatasetName
+from btrain.schema import MISSING, Config, DatasetName
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -142,6 +142,26 @@ where they come from; --config-dir DIR adds a folder of your own options.
 """
 
 
+def jobs_at_once() -> int | None:
+    """How many jobs the launcher of the job that runs now has at a time on this machine.
+
+    1 without a sweep; None where the launcher does not tell.
+    """
+    import os
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    if hydra.mode is not RunMode.MULTIRUN or launcher == "basic":
+        return 1
+    if launcher != "joblib":
+        return None
+    jobs = hydra.launcher.n_jobs or 1
+    return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
+
+
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     """Turns a composed configuration into its task's checked dataclasses; names the run folder.
 
@@ -196,6 +216,21 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
 
 
+def defaults(kind: type = Config) -> dict[str, Any]:
+    """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
+    hints = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = defaults(hints[field.name])
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+        elif field.default != MISSING:
+            value = field.default
+            found[field.name] = value.name if isinstance(value, Enum) else value
+    return found
+
+
 def to_yaml(config: Config) -> str:
     """The text of a run folder's `config.yaml`."""
     from omegaconf import OmegaConf
@@ -222,7 +257,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 # Settings that name the run already, or that do not change its result.
 _NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|bt\.probe_every)\b"
+    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every)\b"
 )
 _LONGEST_NAME = 150  # bytes; file systems take 255
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btrain.config import read_yaml, to_dict, to_yaml
-from btrain.durable import append_line, write_file
+from btrain.config import defaults, read_yaml, to_dict, to_yaml
+from btrain.durable import PARTIAL, append_line, make_folder, write_file
 from btrain.errors import Interrupted, UserError
 from btrain.run_lock import RunLock, locked
 from btrain.schema import Config, DatasetName, Resume
@@ -29,6 +29,7 @@ _MAY_DIFFER = (
     "device",
     "train.max_seconds",
     "train.checkpoint_every",
+    "train.score_every",
     "bt.probe_every",
     "dataset.download",
 )
@@ -87,7 +88,9 @@ class RunFolder:
         may_differ: tuple[str, ...] = _MAY_DIFFER
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
-        theirs, ours = flat(read_yaml(self._config)), flat(to_dict(config))
+        # A setting that btrain did not have when the run began was at its default.
+        theirs = flat(defaults()) | flat(read_yaml(self._config))
+        ours = flat(to_dict(config))
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
@@ -98,7 +101,7 @@ class RunFolder:
 
     def _is_empty(self) -> bool:
         """Nothing but what a run leaves that was killed before it began."""
-        left = {_LOCK, f"{self._config.name}.tmp", self.last.parent.name}
+        left = {_LOCK, f"{self._config.name}{PARTIAL}", self.last.parent.name}
         names = {path.name for path in self.path.iterdir()}
         checkpoints = self.last.parent
         return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
@@ -124,10 +127,8 @@ class RunFolder:
             UserError: the folder cannot be written, is in use, or is another run's by now.
         """
         fresh = not self._config.exists()
-        try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+        make_folder(self.path, "run.dir")
+        make_folder(self.last.parent)
         with locked(self.path / _LOCK) as lock:
             try:
                 self.check_owner(config)

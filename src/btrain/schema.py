@@ -1,8 +1,12 @@
-"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in."""
+"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in.
+
+A new setting has a default here, what was done before it: older run folders do not name it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -90,6 +94,12 @@ class ScheduleName(Enum):
 class Precision(Enum):
     float32 = "float32"
     bf16 = "bf16"
+
+
+class CudaGraphs(Enum):
+    never = "never"
+    auto = "auto"
+    always = "always"
 
 
 class LoggerName(Enum):
@@ -210,7 +220,7 @@ class AttackConfig:
     step_size: float = MISSING
     start: Start = MISSING
     start_std: float = MISSING
-    epsilon_warmup_epochs: int = MISSING
+    epsilon_warmup_epochs: int = 0
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
 
@@ -220,6 +230,10 @@ class AttackConfig:
         _positive("attack.step_size", self.step_size)
         _at_least(0, "attack.start_std", self.start_std)
         _at_least(0, "attack.epsilon_warmup_epochs", self.epsilon_warmup_epochs)
+
+    def share(self, epoch: int) -> float:
+        """What ε and the step sizes are in an epoch, from 0, as a share of what they will be."""
+        return min(1.0, (epoch + 1) / (self.epsilon_warmup_epochs + 1))
 
 
 @dataclass
@@ -409,15 +423,19 @@ class TrainConfig:
     batch_size: int = MISSING
     max_seconds: float | None = None
     checkpoint_every: int = 1
+    score_every: int | None = None
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     deterministic: bool = False
     precision: Precision = Precision.float32
     channels_last: bool = False
+    compile: bool = False
+    cuda_graphs: CudaGraphs = CudaGraphs.never
 
     def __post_init__(self) -> None:
         _at_least(1, "train.epochs", self.epochs)
         _at_least(2, "train.batch_size", self.batch_size)
         _at_least(1, "train.checkpoint_every", self.checkpoint_every)
+        _at_least(1, "train.score_every", self.score_every)
         if self.max_seconds is not None:
             _positive("train.max_seconds", self.max_seconds)
 
@@ -445,6 +463,29 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _no_null("run.dir", self.dir)
+
+
+_NO_POOL = {
+    "rival": "a rival is run as published",
+    "augmix": "there is no attack",
+    "oracle": "it attacks every batch by itself to know the classes",
+    "train_mode": "the batches would share BatchNorm's statistics",
+    "shared": "the loss needs the logits of newer weights",
+}
+_NO_COMPILER = {
+    "own_step": "its step has another attack",
+    "augmix": "there is no attack",
+    "train_mode": "only an attack in eval mode is compiled",
+}
+_NO_GRAPHS = {
+    "own_step": "its step has another attack",
+    "augmix": "there is no attack",
+    "early_exit": "its groups shrink by what the attack finds",
+    "pool": "the groups of its batches would be rounded up as one",
+    "train_mode": "only an attack in eval mode is recorded",
+    "compile": "choose one of them",
+}
+"""By the kinds of `Config.choices`."""
 
 
 @dataclass
@@ -492,24 +533,50 @@ class Config:
         for key in ("share_clean_forward", "forward_unperturbed"):
             if getattr(bt, key) and defense in (DefenseName.pgd, DefenseName.augmix):
                 raise UserError(f"bt.{key} has no meaning with defense={defense.name}.")
-        if bt.pool > 1:
-            self._check_pool()
+        self._check_switches()
         bt.check_order()
 
-    def _check_pool(self) -> None:
-        with_what, why = None, ""
-        if self.rival.name is not RivalName.none:
-            with_what, why = f"rival={self.rival.name.name}", "a rival is run as published"
-        elif self.defense.name is DefenseName.augmix:
-            with_what, why = "defense=augmix", "there is no attack"
-        elif self.bt.name is AllocatorName.oracle:
-            with_what, why = "bt=oracle", "it attacks every batch by itself to know the classes"
-        elif self.attack.mode is AttackMode.train:
-            with_what, why = "attack.mode=train", "the batches would share BatchNorm's statistics"
-        elif self.bt.share_clean_forward:
-            with_what, why = "bt.share_clean_forward", "the loss needs the logits of newer weights"
-        if with_what:
-            raise UserError(f"bt.pool={self.bt.pool} does not go with {with_what}: {why}.")
+    def _check_switches(self) -> None:
+        if self.bt.pool > 1:
+            self.refuse(f"bt.pool={self.bt.pool}", _NO_POOL)
+        if self.train.compile:
+            self.refuse("train.compile=true", _NO_COMPILER)
+        if self.train.cuda_graphs is not CudaGraphs.never:
+            self.refuse(f"train.cuda_graphs={self.train.cuda_graphs.name}", _NO_GRAPHS)
+
+    def refuse(self, switch: str, reasons: Mapping[str, str]) -> None:
+        """Refuses a switch for what else was chosen: kinds of `choices`, and why not with those.
+
+        Raises:
+            UserError: something was.
+        """
+        chosen = self.choices()
+        for kind, why in reasons.items():
+            if kind in chosen:
+                raise UserError(f"{switch} does not go with {chosen[kind]}: {why}.")
+
+    def choices(self) -> dict[str, str]:
+        """What was chosen that some switches do not go with: its kind, and as it is written."""
+        bt, rival, train = self.bt, self.rival.name, self.train
+        own_step = rival in (RivalName.gradalign, RivalName.free, RivalName.mma)
+        compiled, graphs = train.compile, train.cuda_graphs
+        kinds = {
+            "rival": (f"rival={rival.name}", rival is not RivalName.none),
+            "own_step": (f"rival={rival.name}", own_step),
+            "augmix": ("defense=augmix", self.defense.name is DefenseName.augmix),
+            "oracle": ("bt=oracle", bt.name is AllocatorName.oracle),
+            "early_exit": ("bt=early_exit", bt.name is AllocatorName.early_exit),
+            "pool": (f"bt.pool={bt.pool}", bt.pool > 1),
+            "train_mode": ("attack.mode=train", self.attack.mode is AttackMode.train),
+            "shared": ("bt.share_clean_forward=true", bt.share_clean_forward),
+            "shared_by_groups": (
+                f"bt.share_clean_forward=true with bt={bt.name.name}",
+                bt.share_clean_forward and bt.name is not AllocatorName.uniform,
+            ),
+            "compile": ("train.compile=true", compiled),
+            "graphs": (f"train.cuda_graphs={graphs.name}", graphs is not CudaGraphs.never),
+        }
+        return {kind: written for kind, (written, chosen) in kinds.items() if chosen}
 
     def _check_rival(self) -> None:
         rival, defense, bt = self.rival.name, self.defense.name, self.bt

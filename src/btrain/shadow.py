@@ -1,4 +1,4 @@
-"""A network's passes in bf16, and the frozen copy of it that is attacked between two updates."""
+"""The frozen network that is attacked between two updates, and a network's passes in bf16."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from btrain.models.wide_resnet import WideBlock
 from btrain.precision import full
 
 _BLOCKS = (PreActBlock, WideBlock)
+_FEW = 16
 _SHORT = (nn.Conv2d, nn.Linear)  # computed in bf16; BatchNorm's weights stay float32
 
 
-class InBFloat16(nn.Module):
-    """A network whose passes run in bf16 and whose logits are float32 again.
+class Shadowed(nn.Module):
+    """A network beside which another one is attacked: in eval mode and frozen.
 
-    It shares the network's weights, which stay float32, and its mode at the start. What is done
-    with the logits (losses, SVar) is outside of autocast.
+    It shares the network's weights and its mode at the start. Here the other one does so, too: an
+    update of the weights is one of both. Frozen, because the compiler would otherwise compute
+    gradients of the weights in the attack, and because a CUDA graph must not know of them.
 
     Attributes:
         shadow: for passes in eval mode without gradients of the weights, after `refresh`.
@@ -31,29 +33,100 @@ class InBFloat16(nn.Module):
 
     shadow: nn.Module
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, compiled: bool = False) -> None:
+        """`compiled` is of the shadow's passes whose gradient reaches the images."""
         super().__init__()
         self.network = network
         self.training = network.training
-        shadow = _Shadow(_bare(network))
+        shadow = self._make_shadow(bare(network))
+        if compiled:
+            shadow.attacked = _Compiled(shadow.attacked)
         object.__setattr__(self, "shadow", shadow)  # no submodule: it has no mode, no parameters
 
-    def forward(self, images: Tensor) -> Tensor:
-        return _short_pass(self.network, images)
+    def _make_shadow(self, network: nn.Module) -> _Frozen:
+        return _Frozen(_twin(network))
 
-    def refresh(self) -> InBFloat16:
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+    def refresh(self) -> Shadowed:
         """Brings the shadow up to the weights and statistics of now."""
         self.shadow.refresh()  # type: ignore[operator]
         return self
 
 
-def _short_pass(network: nn.Module, images: Tensor) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16):
+class InBFloat16(Shadowed):
+    """A network whose passes run in bf16 and whose logits are float32 again.
+
+    Its weights stay float32; the shadow is a copy. What is done with the logits (losses, SVar) is
+    outside of autocast.
+    """
+
+    def _make_shadow(self, network: nn.Module) -> _Frozen:
+        return _Shadow(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _short_pass(self.network, images)
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """The same weights and statistics in a network of its own, frozen and in eval mode."""
+    memo: dict[int, Tensor] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()
+    }
+    memo |= {id(buffer): buffer for buffer in network.buffers()}
+    return copy.deepcopy(network, memo).eval()
+
+
+class _Frozen(nn.Module):
+    """A frozen network in eval mode.
+
+    Attributes:
+        network: itself.
+        attacked: what its passes go through, itself or compiled.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.attacked = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.attacked(images)
+        return logits
+
+    def refresh(self) -> None:
+        """There is nothing to do for weights that are the network's own."""
+
+
+class _Compiled(nn.Module):
+    """A frozen network whose attack steps are compiled, once for all sizes of a batch.
+
+    Other passes are made as they are, and so are those of a few images, for which torch chooses
+    other convolutions and the compiler would start over: they would not repay its half minute.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._compiled = torch.compile(network, dynamic=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        compiled = images.requires_grad and torch.is_grad_enabled() and len(images) >= _FEW
+        # A clone, for the compiler tells a view of the whole batch from one of a part.
+        logits: Tensor = self._compiled(images.clone()) if compiled else self.network(images)
+        return logits
+
+
+def _short_pass(network: nn.Module, images: Tensor, *, frozen: bool = False) -> Tensor:
+    """A frozen network has no weights to cast, and a CUDA graph must not find others' casts."""
+    with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=not frozen):
         logits: Tensor = network(images)
     return full(logits)
 
 
-class _Shadow(nn.Module):
+class _Shadow(_Frozen):
     """The network in eval mode with weights in bf16, which autocast need not cast in every pass.
 
     In a pre-activated block the first convolution feeds a BatchNorm and nothing else, so in eval
@@ -61,8 +134,7 @@ class _Shadow(nn.Module):
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        super().__init__(copy.deepcopy(network).eval().requires_grad_(False))
         self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
         self._folded: list[Tensor] = []
         for ours, theirs in zip(network.modules(), self.network.modules(), strict=True):
@@ -81,7 +153,7 @@ class _Shadow(nn.Module):
         self.refresh()
 
     def forward(self, images: Tensor) -> Tensor:
-        return _short_pass(self.network, images)
+        return _short_pass(self.attacked, images, frozen=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -106,14 +178,14 @@ def _fold(block: PreActBlock | WideBlock) -> list[Tensor]:
 
 @contextmanager
 def attacked(model: nn.Module) -> Iterator[nn.Module]:
-    """The network in eval mode, to be attacked: itself, or in bf16 its shadow."""
-    if isinstance(model, InBFloat16):
+    """The network in eval mode, to be attacked: itself, or its shadow where it has one."""
+    if isinstance(model, Shadowed):
         yield model.shadow
         return
-    with evaluation_mode(network := _bare(model)):
+    with evaluation_mode(network := bare(model)):
         yield network
 
 
-def _bare(network: nn.Module) -> nn.Module:
-    """Without what averages the gradients of its weights over several processes."""
+def bare(network: nn.Module) -> nn.Module:
+    """The network without what averages the gradients of its weights over several processes."""
     return network.module if isinstance(network, DistributedDataParallel) else network

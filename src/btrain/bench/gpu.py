@@ -72,6 +72,7 @@ def measure_set(
         batch_sizes=list(batch_sizes),
         precisions=[Precision.bf16],
         channels_last=[True],
+        cuda_graphs=[False, True] if device == "cuda" else [False],
         repetitions=repetitions,
     )
     cases: list[Case] = []
@@ -80,7 +81,7 @@ def measure_set(
         cases += make_cases(_only(bench, defense, model), more)
     result = measure_cases(cases, bench, tell)
     result["epoch_seconds"] = [
-        {key: row[key] for key in ("defense", "model", "batch_size", "method")}
+        {key: row[key] for key in ("defense", "model", "batch_size", "method", "cuda_graphs")}
         | {"seconds": row["seconds_per_batch"] * math.ceil(_TRAINING_IMAGES / row["batch_size"])}
         for row in result["rows"]
     ]
@@ -134,7 +135,8 @@ def write_results(result: Mapping[str, Any], folder: Path, date: str) -> Path:
 def markdown(result: Mapping[str, Any], name: str, date: str) -> str:
     """The tables for a reader."""
     epochs = [
-        f"| {row['defense']} | {row['model']} | {row['batch_size']} | {row['method']} "
+        f"| {row['defense']} | {row['model']} | {row['batch_size']} | {row['method']}"
+        f"{', CUDA graphs' if row['cuda_graphs'] else ''} "
         f"| {row['seconds']:.1f} |"
         for row in result["epoch_seconds"]
     ]

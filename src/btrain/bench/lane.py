@@ -17,11 +17,11 @@ from btrain.bench.official import official_step
 from btrain.bench.schema import Contender
 from btrain.data import Batch
 from btrain.precision import to_channels_last
-from btrain.schema import Config, DefenseName, Precision
-from btrain.shadow import InBFloat16
+from btrain.schema import Config, DefenseName
 from btrain.training.augmix_step import AugMixMethod
+from btrain.training.fast_paths import FastPaths, make_fast_paths
 from btrain.training.loop import Memory, Step
-from btrain.training.methods import attack_method, augmix_method, in_precision, make_step
+from btrain.training.methods import attack_method, augmix_method, in_view, make_step
 from btrain.training.setup import make_optimizer
 from btrain.training.statistics import StepStats
 from btrain.training.step import Method
@@ -75,16 +75,15 @@ class Lane:
         self.optimizer = make_optimizer(self.config.recipe, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        short = self.config.train.precision is Precision.bf16
-        self._short = InBFloat16(self.model) if short else None
+        self._paths = make_fast_paths(self.config.train, self.device)
         self.method = _method(self.config, self.device, "bullettrain")
-        self.step = _step(self.config, self.contender, self.device)
+        self.step = _step(self.config, self.contender, self.device, self._paths)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     @property
     def inside(self) -> nn.Module:
         """The network as the step sees it."""
-        return self.model if self._short is None else self._short.refresh()
+        return self._paths.view(self.model)
 
     def prepare(self, repetition: int) -> Batch:
         """The batch of a repetition, and F_R and the classes in `memory`; not to be timed.
@@ -127,13 +126,13 @@ def _method(config: Config, device: torch.device, allocator: str) -> Method | Au
     return attack_method(config, device, allocator)
 
 
-def _step(config: Config, contender: Contender, device: torch.device) -> Step:
+def _step(config: Config, contender: Contender, device: torch.device, paths: FastPaths) -> Step:
     if contender in (Contender.lean, Contender.bullettrain, Contender.pooled):
-        return make_step(config, device)
+        return make_step(config, device, paths=paths)
     method = _method(config, device, "uniform")
     if contender is Contender.masked:
-        return in_precision(masked_step(method), config.train.precision)
+        return in_view(masked_step(method), paths.view)
     assert isinstance(method, Method)
     assert config.defense.beta is not None
     step = partial(official_step, method=method, beta=config.defense.beta)
-    return in_precision(step, config.train.precision)
+    return in_view(step, paths.view)

@@ -94,7 +94,7 @@ def _masked_views(
 ) -> StepStats:
     x, labels, _ = batch
     allocation = by_class(memory["classes"], method.budget)
-    views = method.make_views(x.repeat(2, 1, 1, 1), generator)
+    views = method.make_views(x.repeat(2, 1, 1, 1), generator, None)
     clean, view1, view2 = model(torch.cat([x, views])).chunk(3)
     seen = (allocation.classes == BOUNDARY)[:, None]
     view1, view2 = torch.where(seen, view1, clean), torch.where(seen, view2, clean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from btrain.bench.lane import Lane
 from btrain.bench.look import MEGABYTE, look
 from btrain.bench.schema import Contender
 from btrain.bench.selection import select
-from btrain.schema import Precision
+from btrain.schema import CudaGraphs, Precision
 from btrain.training.cost import forward_flops
 from btrain.training.statistics import averages
 
@@ -78,7 +79,8 @@ def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -
         "batch_size": m,
         "precision": config.train.precision.value,
         "channels_last": config.train.channels_last,
-        "compiled": False,
+        "compiled": config.train.compile,
+        "cuda_graphs": config.train.cuda_graphs is CudaGraphs.always,
         "method": lane.contender.value,
         "seconds_per_batch": median,
         "seconds_spread": spread(taken),
@@ -120,7 +122,8 @@ def _compare(
     """Adds the ratios: the median over the repetitions, in each of which both took a step."""
     for lane, taken, (row, detail) in zip(lanes, times, results, strict=True):
         lean = _index(lanes, Contender.lean, lane.config.train)
-        official = _index(lanes, Contender.official, lane.config.train)
+        eager = replace(lane.config.train, cuda_graphs=CudaGraphs.never)
+        official = _index(lanes, Contender.official, eager)
         assert lean is not None
         ratios = _ratios(times[lean], taken)
         row["speedup_vs_lean"] = statistics.median(ratios)
@@ -135,6 +138,7 @@ def _compare(
             if other.contender is Contender.official
             and other.config.train.precision is Precision.float32
             and not other.config.train.channels_last
+            and not other.config.train.compile
         ]
         detail["speedup_vs_plain_official"] = (
             statistics.median(_ratios(times[plain[0]], taken)) if plain else None
@@ -142,7 +146,7 @@ def _compare(
 
 
 def _index(lanes: Sequence[Lane], contender: Contender, like: Any) -> int | None:
-    """The lane of that method at the precision and layout of `like`."""
+    """The lane of that method at the precision and layout of `like`, compiled or not as it is."""
     for i, lane in enumerate(lanes):
         if lane.contender is contender and lane.config.train == like:
             return i

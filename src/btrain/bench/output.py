@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from btrain import __version__
 from btrain.bench.measure import Row
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.training.provenance import processor
 
@@ -56,7 +56,7 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
             row["model"],
             row["batch_size"],
             row["precision"],
-            "channels_last" if row["channels_last"] else "plain",
+            _layout(row),
             row["method"],
             f"{1000 * row['seconds_per_batch']:.1f}",
             f"{1000 * row['seconds_spread']:.1f}",
@@ -74,6 +74,13 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _layout(row: Row) -> str:
+    """The layout of the weights, and what else makes a lane another."""
+    layout = "channels_last" if row["channels_last"] else "plain"
+    layout += ", compiled" if row["compiled"] else ""
+    return layout + (", CUDA graphs" if row["cuda_graphs"] else "")
+
+
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -84,13 +91,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)  # noqa: PTH105
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+    make_folder(path.parent)
+    write_file(path, text.encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -115,8 +117,7 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for row, detail in zip(rows, details, strict=True):
         if row["method"] == "bullettrain":
-            layout = ", channels_last" if row["channels_last"] else ""
-            name = f"{row['defense']} {row['model']} {row['precision']}{layout}"
+            name = f"{row['defense']} {row['model']} {row['precision']}, {_layout(row)}"
             point = row["batch_size"], detail["fractions"][0], row["speedup_vs_lean"]
             lines.setdefault(name, []).append((*point, row["flop_bound"]))
     for name, points in lines.items():

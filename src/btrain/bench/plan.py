@@ -17,7 +17,8 @@ from btrain.config import compose
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import image_shape, load_run
-from btrain.schema import AllocatorName, Config, DefenseName, Precision
+from btrain.schema import AllocatorName, Config, CudaGraphs, DefenseName, TrainConfig
+from btrain.training.fast_paths import check_fast_paths
 from btrain.training.methods import plain_defense
 from btrain.training.setup import load_data, make_model
 
@@ -28,6 +29,8 @@ _OWN_KEYS = {
     "train.batch_size": "bench.batch_sizes",
     "train.precision": "bench.precisions",
     "train.channels_last": "bench.channels_last",
+    "train.compile": "bench.compiled",
+    "train.cuda_graphs": "bench.cuda_graphs",
 }
 """Settings of a run that the bench goes through itself, by its own lists."""
 
@@ -107,27 +110,45 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
     if Contender.pooled in bench.methods and case.config.bt.pool == 1:
         raise UserError("The method pooled of bench.methods needs a bt.pool above 1.")
     workload = _workload(case, bench, device)
-    return [
-        Lane(_variant(case.config, contender, precision, layout), contender, workload, device)
-        for precision, layout, contender in product(
-            bench.precisions, bench.channels_last, bench.methods
+    layouts = product(bench.precisions, bench.channels_last, bench.compiled, bench.cuda_graphs)
+    trains = [
+        replace(
+            case.config.train,
+            precision=precision,
+            channels_last=channels_last,
+            compile=compiled,
+            cuda_graphs=CudaGraphs.always if graphs else CudaGraphs.never,
         )
-        if contender is not Contender.official or case.config.defense.name is DefenseName.trades
+        for precision, channels_last, compiled, graphs in layouts
+    ]
+    for train in trains:
+        check_fast_paths(train, device)
+    return [
+        Lane(_variant(case.config, contender, train), contender, workload, device)
+        for train, contender in product(trains, bench.methods)
+        if _exists(case.config.defense.name, contender, train)
     ]
 
 
-def _variant(
-    config: Config, contender: Contender, precision: Precision, channels_last: bool
-) -> Config:
+def _exists(defense: DefenseName, contender: Contender, train: TrainConfig) -> bool:
+    """Whether the defense has the method, and that the compiler or the graphs."""
+    if train.cuda_graphs is CudaGraphs.always:
+        replayed = contender in (Contender.lean, Contender.bullettrain)
+        return replayed and not train.compile and defense is not DefenseName.augmix
+    if train.compile and defense is DefenseName.augmix:
+        return False
+    return contender is not Contender.official or defense is DefenseName.trades
+
+
+def _variant(config: Config, contender: Contender, train: TrainConfig) -> Config:
     """The configuration of a lane: what is not BulletTrain takes the plain attack's steps.
 
     Only `pooled` attacks the batches of `bt.pool` at once.
     """
-    train = replace(config.train, precision=precision, channels_last=channels_last)
-    config = replace(config, train=train)
-    if contender is Contender.bullettrain:
-        return replace(config, bt=replace(config.bt, pool=1))
-    return config if contender is Contender.pooled else plain_defense(config)
+    pool = config.bt.pool if contender is Contender.pooled else 1
+    config = replace(config, train=train, bt=replace(config.bt, pool=pool))
+    bullettrain = contender in (Contender.bullettrain, Contender.pooled)
+    return config if bullettrain else plain_defense(config)
 
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:

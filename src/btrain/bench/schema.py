@@ -25,6 +25,8 @@ class BenchConfig:
     batch_sizes: list[int] = MISSING
     precisions: list[Precision] = MISSING
     channels_last: list[bool] = MISSING
+    compiled: list[bool] = MISSING
+    cuda_graphs: list[bool] = MISSING
     methods: list[Contender] = MISSING
     fractions: dict[str, list[float]] = MISSING
     boundary_fractions: list[float] | None = None
@@ -34,9 +36,13 @@ class BenchConfig:
     plot: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("defenses", "models", "batch_sizes", "precisions", "channels_last", "methods"):
+        lists = ("defenses", "models", "batch_sizes", "precisions", "channels_last", "compiled")
+        for key in (*lists, "cuda_graphs", "methods"):
             if not getattr(self, key):
                 raise UserError(f"bench.{key} must name at least one.")
+        for key in ("compiled", "cuda_graphs"):
+            if False not in getattr(self, key):
+                raise UserError(f"bench.{key} must name false: what does without is measured, too.")
         if Contender.lean not in self.methods:
             raise UserError("bench.methods must name lean: speedups are ratios to it.")
         for size in self.batch_sizes:
@@ -74,6 +80,7 @@ COLUMNS: dict[str, Any] = {
     "precision": str,
     "channels_last": bool,
     "compiled": bool,
+    "cuda_graphs": bool,
     "method": str,
     "seconds_per_batch": float,
     "seconds_spread": float,

@@ -30,8 +30,9 @@ from btrain.corruptions import (
 )
 from btrain.corruptions.arrays import Images
 from btrain.corruptions.frost import photographs
-from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe, replacing
+from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
 from btrain.corruptions.schema import CorruptConfig
+from btrain.durable import make_folder, replacing
 from btrain.errors import UserError
 
 _BYTE_LABELS = 256
@@ -120,10 +121,7 @@ def generate(
     manifest = describe(images, labels, source=source, classes=classes, seed=seed, frost=frost)
     check_owner(out, manifest)
     wanted = [name for name in corruptions if not (out / f"{name}.npy").is_file()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"corrupt.out={out} cannot be written ({error.strerror}).") from error
+    make_folder(out, "corrupt.out")
     with replacing(out / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     with replacing(out / "labels.npy") as file:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
-from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from btrain.errors import UserError
+from btrain.durable import make_folder, write_file
 from btrain.untrusted import read_text
 
 _LARGEST = 16 << 20  # bytes of a JSON file
@@ -25,7 +23,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         UserError: the folder cannot be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, lambda file: file.write(text.encode()))
+    make_folder(path.parent)
+    write_file(path, text.encode())
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
@@ -34,7 +33,10 @@ def write_arrays(path: Path, **arrays: Any) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    make_folder(path.parent)
+    write_file(path, content.getbuffer())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -53,19 +55,3 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

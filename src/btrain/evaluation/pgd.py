@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain import precision
 from btrain.attacks import evaluation_mode, prefix_pgd
@@ -23,6 +24,22 @@ class Accuracy:
     robust: float
 
 
+class Processes(Protocol):
+    """Those that share an evaluation.
+
+    Attributes:
+        rank: this process', from 0.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors."""
+        ...
+
+
 def evaluate(
     model: nn.Module,
     split: Split,
@@ -33,6 +50,8 @@ def evaluate(
     batch_size: int,
     seed: int,
     show_progress: bool = False,
+    processes: Processes | None = None,
+    ahead: Callable[[], None] = lambda: None,
 ) -> Accuracy:
     """Clean and PGD accuracy in eval mode and float32.
 
@@ -43,16 +62,22 @@ def evaluate(
     Args:
         epsilon, step_size: in [0, 1] pixel units.
         seed: of the random start.
+        processes: each attacks its share of the examples, and each returns the same.
+        ahead: called ahead of each batch, by all processes equally often.
     """
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     device = split.images.device
     generator = torch.Generator().manual_seed(seed)
-    clean_correct = torch.zeros((), dtype=torch.int64, device=device)
-    robust_correct = clean_correct.clone()
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
     with evaluation_mode(model), precision.exactly_float32(device):
-        for begin in _progress(range(0, len(split), batch_size), show_progress):
-            part = slice(begin, begin + batch_size)
-            x, labels = to_unit(split.images[part]), split.labels[part]
-            noise = torch.rand(x.shape, generator=generator).to(device) * (2 * epsilon) - epsilon
+        for begin in _progress(range(0, len(split), batch_size * size), show_progress):
+            ahead()
+            part = slice(begin, begin + batch_size * size)
+            images, labels = split.images[part], split.labels[part][rank::size]
+            noise = torch.rand(images.shape, generator=generator)[rank::size].to(device)
+            if not len(labels):  # the last examples are fewer than the processes
+                continue
+            x, noise = to_unit(images[rank::size]), noise * (2 * epsilon) - epsilon
             with torch.no_grad():
                 clean_logits = model(x)
             x_adv = prefix_pgd(
@@ -68,12 +93,10 @@ def evaluate(
             )
             with torch.no_grad():
                 adv_logits = model(x_adv)
-            clean_correct += (clean_logits.argmax(dim=1) == labels).sum()
-            robust_correct += (adv_logits.argmax(dim=1) == labels).sum()
-    return Accuracy(
-        clean=100 * clean_correct.item() / len(split),
-        robust=100 * robust_correct.item() / len(split),
-    )
+            predicted = torch.stack([clean_logits.argmax(dim=1), adv_logits.argmax(dim=1)])
+            correct += (predicted == labels).sum(dim=1)
+    clean, robust = (correct if processes is None else processes.sum(correct)).tolist()
+    return Accuracy(clean=100 * clean / len(split), robust=100 * robust / len(split))
 
 
 def _progress(starts: Iterable[int], show: bool) -> Iterable[int]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import nn
 
+from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
 from btrain.models.wide_resnet import WideResNet
@@ -52,8 +52,8 @@ def write(
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
     try:
-        with _replacing(path) as temporary:
-            write_to(temporary)
+        with replacing(path) as file:
+            write_to(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
@@ -61,7 +61,7 @@ def write(
 
 def _writer(
     model: nn.Module, format: str, shape: tuple[int, int, int], sub_block1: bool
-) -> Callable[[Path], None]:
+) -> Callable[[IO[bytes]], Any]:
     """What writes the file, once it is known that it can."""
     if format == "onnx":
         _require("onnx", "onnx", "onnxscript")
@@ -88,37 +88,25 @@ def _require(format: str, *packages: str) -> None:
         )
 
 
-def _write_safetensors(model: nn.Module, path: Path) -> None:
+def _write_safetensors(model: nn.Module, file: IO[bytes]) -> None:
     from safetensors.torch import save
 
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    path.write_bytes(save(weights, metadata={"format": "pt"}))
+    file.write(save(weights, metadata={"format": "pt"}))
 
 
-def _write_onnx(model: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
+def _write_onnx(model: nn.Module, shape: tuple[int, int, int], file: IO[bytes]) -> None:
     example = torch.zeros(2, *shape)  # one image would be taken for a constant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own insides
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (example,),
-            path,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` at the end, and goes on an error."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    assert program is not None  # of dynamo=True
+    file.write(program.model_proto.SerializeToString())

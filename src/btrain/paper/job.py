@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,30 @@ def check(job: Job) -> None:
     for key in (setting.partition("=")[0].lstrip("+~") for setting in job.extra):
         if key in _OURS or key in swept:
             raise UserError(f"{key} is set by btrain paper itself in {job.target.name}.")
-    settings = [setting for setting in job.settings if not setting.startswith("hydra")]
     experiments = dict.fromkeys(name for sweep in job.sweeps for name in sweep.experiments)
     for name in job.wanted(experiments):
-        configs.compose([f"experiment={name}", *settings])
+        config_of(job, name, {})
+
+
+def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
+    """The configuration of a run, but for its seed and folder.
+
+    Raises:
+        UserError: the experiment does not take its settings.
+    """
+    from omegaconf import OmegaConf
+
+    own = (setting for setting in job.settings if not setting.startswith("hydra"))
+    point = _composed(f"experiment={experiment}", *own).copy()
+    for key, value in swept.items():
+        OmegaConf.update(point, key, value)
+    config: Config = configs.from_hydra(point, [])
+    return config
+
+
+@lru_cache(maxsize=64)  # for a sweep has many points
+def _composed(*settings: str) -> Any:
+    return configs.composed(settings, "train")
 
 
 def make_plan(job: Job) -> Plan:
@@ -135,7 +156,7 @@ def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
     """The names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
     for experiment in experiments:
-        for settings in job.profile.evaluations(job.target.name, experiment):
+        for settings in job.profile.evaluations(job.target, experiment):
             given = dict(setting.split("=", 1) for setting in settings)
             names |= dict.fromkeys(given["attack"].split(","))
     return list(names)

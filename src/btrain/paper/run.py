@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from btrain import cli
 from btrain import config as configs
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job
+from btrain.paper.left import unfinished
 from btrain.paper.plan import Plan
 from btrain.paper.target import Sweep, row_name
+from btrain.report.command import write
+from btrain.report.sheets.runs import Runs
 from btrain.run_folder import RunFolder
 
+_T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 
 
-def reproduce(job: Job, plan: Plan) -> int:
+def reproduce(job: Job, plan: Plan, known: Runs) -> int:
     """Trains and evaluates what is not there yet, and reports.
 
     A run that fails leaves its log and stops no other.
 
+    Args:
+        known: the runs that the reports have read before.
+
     Returns:
-        How many of the wanted runs are not trained, or not evaluated.
+        How many of the wanted runs are not trained, or not evaluated, at the least.
 
     Raises:
         SystemExit: a signal came; the same command goes on from there.
     """
+    failed = 0
     for sweep in job.sweeps:
-        if experiments := job.wanted(sweep.experiments):
-            _command("train", *_training(job, replace(sweep, experiments=experiments)))
+        wanted_sweep = replace(sweep, experiments=job.wanted(sweep.experiments))
+        if (left := unfinished(job, wanted_sweep)) is not None:
+            failed += not _command("train", *_training(job, *left))
     wanted = set(job.wanted(row.experiment for row in plan.rows))
     runs = [
         _evaluate(job, plan, row.experiment, job.out / folder)
@@ -42,16 +51,17 @@ def reproduce(job: Job, plan: Plan) -> int:
         if row.experiment in wanted
         for folder in row.runs.values()
     ]
-    _command("report", str(job.out), f"target={job.target.name}")
-    return runs.count(False)
+    words = f"btrain report {shlex.quote(str(job.out))} target={job.target.name}"
+    _guarded(words, lambda: write(job.out, job.out / "report", [job.target.name], known.read))
+    return max(runs.count(False), failed)  # a finished run of other settings is not what is wanted
 
 
-def _training(job: Job, sweep: Sweep) -> list[str]:
+def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     """The arguments of the multirun that makes a sweep's runs, all of one seed before the next."""
     name = row_name("${hydra:runtime.choices.experiment}", {k: f"${{{k}}}" for k in sweep.values})
     return [
         "--multirun",
-        f"seed={','.join(map(str, job.profile.seeds))}",
+        f"seed={','.join(map(str, seeds))}",
         f"experiment={','.join(sweep.experiments)}",
         *job.settings,
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
@@ -68,7 +78,7 @@ def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path) -> bool:
     try:
         done = [
             _command("eval", f"checkpoint={folder}", *_corruptions(job, folder, settings))
-            for settings in job.profile.evaluations(job.target.name, experiment)
+            for settings in job.profile.evaluations(job.target, experiment)
         ]
         if plan.kind == "allocation":
             from btrain.paper.batch import write_allocation
@@ -118,14 +128,21 @@ def _command(*arguments: str) -> bool:
     Raises:
         SystemExit: a signal ended it.
     """
-    print(f"$ btrain {shlex.join(arguments)}", flush=True)
-    try:
-        status = cli.main(list(arguments))
-    except (Interrupted, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a defect in one run is no reason to lose the others
-        print(f"btrain: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    if status > _FROM_SIGNALS:
+    status = _guarded(f"btrain {shlex.join(arguments)}", lambda: cli.main(list(arguments)))
+    if status is not None and status > _FROM_SIGNALS:
         raise SystemExit(status)
     return status == 0
+
+
+def _guarded(words: str, what: Callable[[], _T]) -> _T | None:
+    """Says and does it; a mistake or a defect is told, and is no reason to lose other runs."""
+    print(f"$ {words}", flush=True)
+    try:
+        return what()
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except UserError as error:
+        print(f"btrain: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"btrain: {type(error).__name__}: {error}", file=sys.stderr)
+    return None

@@ -31,7 +31,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Target:
-    """A file of `configs/paper/target`; see `btrain.paper.plan.Plan` for what its fields mean."""
+    """A file of `configs/paper/target`; see `btrain.paper.plan.Plan` for what its fields mean.
+
+    Attributes:
+        evaluate: evaluations of every run; each a list of settings of `btrain eval`.
+    """
 
     name: str
     title: str
@@ -42,6 +46,7 @@ class Target:
     sweeps: list[Sweep]
     labels: dict[str, str]
     paper: dict[str, dict[str, float]]
+    evaluate: list[list[str]]
     claims: list[dict[str, Any]]
 
 
@@ -51,27 +56,28 @@ class Profile:
 
     Attributes:
         seeds: of every row.
-        train: settings of `btrain train` by target, `default` for the others.
+        train: settings of `btrain train` by target, `default` for the others; in the file a name
+            stands for that target's.
         sweep: swept values by target and key, where fewer than the target's are wanted.
-        evaluate: evaluations of every run by target; each a list of settings of `btrain eval`.
-        evaluate_more: the same, by target and experiment, for some rows alone.
+        evaluate_more: evaluations of some rows alone, beside the target's, by target and
+            experiment; in the file a name stands for that experiment's.
+        tflops: what a device of this scale is taken to do in a second, for estimates; or None.
     """
 
     name: str
     seeds: list[int]
     train: dict[str, list[str]]
     sweep: dict[str, dict[str, list[str]]]
-    evaluate: dict[str, list[list[str]]]
     evaluate_more: dict[str, dict[str, list[list[str]]]]
+    tflops: float | None
 
     def settings(self, target: str) -> list[str]:
         """What the target's runs are given besides their experiment."""
         return self.train.get(target, self.train["default"])
 
-    def evaluations(self, target: str, experiment: str) -> list[list[str]]:
+    def evaluations(self, target: Target, experiment: str) -> list[list[str]]:
         """The settings of each `btrain eval` of a run."""
-        more = self.evaluate_more.get(target, {}).get(experiment, [])
-        return self.evaluate.get(target, []) + more
+        return target.evaluate + self.evaluate_more.get(target.name, {}).get(experiment, [])
 
 
 def names(group: str) -> list[str]:
@@ -98,6 +104,7 @@ def read_target(name: str) -> Target:
             sweeps=[_sweep(run) for run in content["runs"]],
             labels={row: fields["label"] for row, fields in rows.items()},
             paper={row: fields.get("paper", {}) for row, fields in rows.items()},
+            evaluate=content.get("evaluate", []),
             claims=content.get("claims", []),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -115,16 +122,23 @@ def read_profile(name: str) -> Profile:
         return Profile(
             name=name,
             seeds=[int(seed) for seed in content["seeds"]],
-            train={target: list(settings) for target, settings in content["train"].items()},
+            train=_by_name(content["train"]),
             sweep={
                 target: {key: [str(v) for v in some] for key, some in values.items()}
                 for target, values in content.get("sweep", {}).items()
             },
-            evaluate=dict(content.get("evaluate", {})),
-            evaluate_more=dict(content.get("evaluate_more", {})),
+            evaluate_more={
+                target: _by_name(of) for target, of in content.get("evaluate_more", {}).items()
+            },
+            tflops=None if content.get("tflops") is None else float(content["tflops"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no profile: {error!r} is wrong in it.") from error
+
+
+def _by_name(lists: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists by their names, where a name instead of a list stands for the list of that name."""
+    return {name: list(lists[of] if isinstance(of, str) else of) for name, of in lists.items()}
 
 
 def row_name(experiment: str, swept: Mapping[str, Any]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from btrain.errors import UserError
+
+if TYPE_CHECKING:
+    from btrain.report.sheets.runs import Run
 
 HELP = """\
 usage: btrain report [--merge-seeds] RUN [RUN …]
@@ -46,7 +50,7 @@ def run(args: Sequence[str]) -> None:
 
             watch(paths[0], targets)
             return
-        _write(paths[0], Path(options.get("out") or paths[0] / "report"), targets)
+        write(paths[0], Path(options.get("out") or paths[0] / "report"), targets)
         return
     from btrain.report.compare import compare
 
@@ -81,11 +85,21 @@ def _holds_plans(paths: Sequence[Path]) -> bool:
     return any(plans_in(path) for path in paths)
 
 
-def _write(folder: Path, out: Path, targets: list[str] | None) -> None:
+def write(
+    folder: Path,
+    out: Path,
+    targets: Sequence[str] | None,
+    read: Callable[[Path], Run] | None = None,
+) -> None:
+    """Writes the sheets of a folder of plans and shows their tables; see `write_sheets`.
+
+    Raises:
+        UserError: there is no plan, or none of a target's name, or `out` cannot be written.
+    """
     from btrain.report.sheets.drawing import NO_MATPLOTLIB, is_available
     from btrain.report.sheets.files import write_sheets
 
-    written = write_sheets(folder, out, targets)
+    written = write_sheets(folder, out, targets, read)
     for path in written:
         if path.suffix == ".md":
             print(path.read_text(encoding="utf-8"))

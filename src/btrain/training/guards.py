@@ -65,9 +65,9 @@ class InputGuard:
         return found
 
 
-def make_input_guard(config: Config) -> InputGuard:
-    """The radius of the method's attack; none for AugMix, whose views are no attack."""
-    epsilon, rival = config.attack.epsilon, config.rival
+def make_input_guard(config: Config, epoch: int) -> InputGuard:
+    """The radius of the attack in an epoch, from 0; none for AugMix, whose views are no attack."""
+    epsilon, rival = config.attack.share(epoch) * config.attack.epsilon, config.rival
     if config.defense.name is DefenseName.augmix:
         return InputGuard(None)
     if rival.name is RivalName.mma:

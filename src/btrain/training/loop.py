@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from btrain.training.nonfinite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.parallel import ALONE, World
 from btrain.training.schedule import Schedule
 from btrain.training.state import TrainState
-from btrain.training.statistics import StepStats, averages
+from btrain.training.statistics import StepStats, averages, scores_by_batch
 
-Averages = dict[str, float | None]
+Averages = dict[str, Any]
 
 Memory = dict[str, Tensor]
 """What a method remembers between batches, F_R and more, by name; a step changes it in place."""
@@ -45,6 +46,7 @@ class Plan:
         max_seconds: of training, over all its sessions; None for no limit.
         skip_nonfinite: whether a step with a number that is not finite is undone instead of ending
             the run.
+        score_every: batches from one whose scores the log shows to the next; None for none.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class Plan:
     flip: bool
     max_seconds: float | None
     skip_nonfinite: bool = False
+    score_every: int | None = None
 
 
 @dataclass
@@ -139,8 +142,9 @@ def train_epoch(
         world: the processes that train together; they stop together, by the clock of the first.
 
     Returns:
-        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch;
-        None when it was stopped or the time was up before its first batch.
+        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch,
+        and `scores`, those of single batches, where the plan asks for them; None when it was
+        stopped or the time was up before its first batch.
 
     Raises:
         NotFiniteError: logits, the loss or a gradient are NaN or infinite, and such steps are not
@@ -182,11 +186,12 @@ def train_epoch(
         lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+        if world.first:
+            heartbeat.random_states[state.batch + 1] = state.generator.get_state()
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, done=done, skip=plan.skip_nonfinite)
+            _take(step, state, batch, heartbeat.check, plan, done)
         if world.first:
             heartbeat.step(state)
         tick()
@@ -195,18 +200,23 @@ def train_epoch(
     state.epoch_seconds += elapsed
     if state.batch == 0:
         return None
-    means = heartbeat.look(state) | {
+    # The others wait for the first, which keeps a batch that ends the run.
+    means: Averages = heartbeat.look(state) if world.first else averages(state.epoch_sums)
+    means |= {
         "lr": state.optimizer.param_groups[0]["lr"],
         "robust_fraction": float(state.memory["robust_fraction"]),
         "train_seconds": state.epoch_seconds,
     }
+    if plan.score_every is not None:
+        means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
 def _take(
-    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, *, done: int, skip: bool
+    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan, done: int
 ) -> None:
-    """One step after `done` others, undone and counted if it is to be skipped."""
+    """One step after `done` others of the run, undone and counted if it is to be skipped."""
+    skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
     stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
     bad = check.see(state.batch + 1, stats)
@@ -218,6 +228,8 @@ def _take(
     if state.average is not None:
         state.average.update(done, skipped=bad if skip else None)
     state.add(stats)
+    if plan.score_every is not None and (state.batch - 1) % plan.score_every == 0:
+        state.remember(stats)
 
 
 def _skipped(state: TrainState) -> Averages:

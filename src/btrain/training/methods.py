@@ -26,8 +26,8 @@ from btrain.schema import (
     RivalName,
     Start,
 )
-from btrain.shadow import InBFloat16
 from btrain.training.augmix_step import AugMixMethod, augmix_step
+from btrain.training.fast_paths import FastPaths, make_fast_paths
 from btrain.training.loop import Memory, Step
 from btrain.training.parallel import ALONE, World
 from btrain.training.pooled_step import pooled_step
@@ -44,13 +44,14 @@ def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Ca
     `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
     """
 
-    @lru_cache(maxsize=1)  # in bf16 a step holds a copy of the network
+    paths = make_fast_paths(config.train, device)
+
+    @lru_cache(maxsize=1)
     def step(plain: bool, share: float) -> Step:
-        return make_step(config, device, warm_up=plain, share=share, world=world)
+        return make_step(config, device, warm_up=plain, share=share, world=world, paths=paths)
 
     def of_epoch(epoch: int) -> Step:
-        share = (epoch + 1) / (config.attack.epsilon_warmup_epochs + 1)
-        return step(epoch < config.bt.warmup_epochs, min(share, 1.0))
+        return step(epoch < config.bt.warmup_epochs, config.attack.share(epoch))
 
     return of_epoch
 
@@ -62,14 +63,16 @@ def make_step(
     warm_up: bool = False,
     share: float = 1.0,
     world: World = ALONE,
+    paths: FastPaths | None = None,
 ) -> Step:
     """What is done with a batch: Algorithm 2's open choices, from the configuration.
 
     `warm_up` asks for the plain defense, whatever the allocator; `share` is of ε and of the step
-    sizes.
+    sizes. `paths` are the configuration's, where several steps share them.
     """
-    step = _make_step(config, device, warm_up=warm_up, share=share, world=world)
-    return in_parallel(in_precision(step, config.train.precision), world)
+    paths = paths or make_fast_paths(config.train, device)
+    step = _make_step(config, device, warm_up=warm_up, share=share, world=world, paths=paths)
+    return in_parallel(in_view(step, paths.view), world)
 
 
 def in_parallel(step: Step, world: World) -> Step:
@@ -91,29 +94,29 @@ def in_parallel(step: Step, world: World) -> Step:
     return together
 
 
-def in_precision(step: Step, precision: Precision) -> Step:
-    """The same step with the network's passes in this precision."""
-    if precision is Precision.float32:
-        return step
-    inside: InBFloat16 | None = None
+def in_view(step: Step, view: Callable[[nn.Module], nn.Module]) -> Step:
+    """The same step with the network as `view` shows it."""
 
-    def short(
+    def viewed(
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         memory: Memory,
         generator: torch.Generator,
     ) -> StepStats:
-        nonlocal inside
-        if inside is None or inside.network is not model:
-            inside = InBFloat16(model)
-        return step(inside.refresh(), optimizer, batch, memory, generator)
+        return step(view(model), optimizer, batch, memory, generator)
 
-    return short
+    return viewed
 
 
 def _make_step(
-    config: Config, device: torch.device, *, warm_up: bool, share: float, world: World
+    config: Config,
+    device: torch.device,
+    *,
+    warm_up: bool,
+    share: float,
+    world: World,
+    paths: FastPaths,
 ) -> Step:
     if config.rival.name is RivalName.free:
         assert config.rival.replays is not None
@@ -123,9 +126,10 @@ def _make_step(
     allocator = "uniform" if warm_up else config.bt.name.value
     update: Callable[..., tuple[Tensor, StepStats]]
     if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=augmix_method(config, device, allocator))
+        update = partial(augmix_step, method=augmix_method(config, device, allocator, world))
     else:
         method = attack_method(config, device, allocator, share, world)
+        method = replace(method, pgd=paths.pgd, multiple=paths.multiple)
         update = partial(train_step, method=method)
         if config.bt.pool > 1:
             update = partial(pooled_step, method=method, batch_size=config.train.batch_size)
@@ -292,16 +296,19 @@ def _mma_method(config: Config) -> MMAMethod:
     )
 
 
-def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMixMethod:
+def augmix_method(
+    config: Config, device: torch.device, allocator: str, world: World = ALONE
+) -> AugMixMethod:
     """The choices of AugMix."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
     assert views is not None
     assert defense.jsd is not None
     assert defense.jsd_weight is not None
 
-    def make_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    def make_views(images: Tensor, generator: torch.Generator, rows: Tensor | None) -> Tensor:
         return augmix(
             images,
+            rows=rows,
             generator=generator,
             severity=views.severity,
             width=views.width,
@@ -319,4 +326,5 @@ def augmix_method(config: Config, device: torch.device, allocator: str) -> AugMi
         jsd_weight=defense.jsd_weight,
         gamma=bt.gamma,
         momentum=bt.momentum,
+        world=world,
     )

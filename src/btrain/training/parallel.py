@@ -9,6 +9,7 @@ nothing is sent and everything is as it was.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import os
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from btrain.errors import Interrupted, UserError
+from btrain.launched import GRACE_SECONDS, processes
 
-_PATIENCE = timedelta(days=7)  # of a process that waits while the first one evaluates
-_GRACE_SECONDS = 3.0
+_PATIENCE = timedelta(days=7)  # of a process that waits while the first one downloads or writes
 _T = TypeVar("_T")
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFERS: Any = {"forward_sync_buffers" if _NEW else "broadcast_buffers": False}  # torch 2.13
@@ -53,6 +54,12 @@ class World:
         """Which of so many examples are this process'."""
         return slice(self.rank, examples, self.size)
 
+    def rows(self, examples: int, device: torch.device) -> Tensor | None:
+        """The same as indices, (n,) int64; None where they are all."""
+        if self.size == 1:
+            return None
+        return torch.arange(examples, device=device)[self.share(examples)]
+
     def gathered(self, rows: Tensor, examples: int) -> Tensor:
         """All rows of a batch, in its order, from each process' share. (n, K) -> (examples, K)"""
         if self.size == 1:
@@ -64,6 +71,13 @@ class World:
         if padded.numel():
             dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:examples]
+
+    def attached(self, rows: Tensor, examples: int) -> Tensor:
+        """`gathered`, with a gradient for the rows that are this process'."""
+        own = self.rows(examples, rows.device)
+        if own is None:
+            return rows
+        return self.gathered(rows.detach(), examples).index_copy(0, own, rows)
 
     def dealt(self, order: Tensor, active: Sequence[int]) -> tuple[Tensor, list[int]]:
         """This process' share of a batch in descending order of steps.
@@ -116,6 +130,13 @@ class World:
         means = self.sum(torch.cat(running)) / self.size
         torch._foreach_copy_(running, torch.split(means, [len(t) for t in running]))
 
+    def copy_weights(self, network: nn.Module) -> None:
+        """The first process' weights and buffers, in all."""
+        for tensor in network.state_dict().values() if self.size > 1 else ():
+            copy = tensor.contiguous()
+            dist.broadcast(copy, 0)
+            tensor.copy_(copy)
+
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers, on the host."""
         if self.size == 1:
@@ -137,9 +158,15 @@ class World:
         dist.broadcast(letters, 0)
         return json.loads(letters.numpy().tobytes())  # type: ignore[no-any-return]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.largest(0)
+    def heard(self, content: _T) -> list[_T]:
+        """What each process says, plain containers for JSON."""
+        if self.size == 1:
+            return [content]
+        text = json.dumps(content).encode()
+        letters = torch.zeros(1, self.largest(len(text)), dtype=torch.uint8)
+        letters[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        rows = self.gathered(letters, self.size)
+        return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows]
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
@@ -155,7 +182,7 @@ ALONE = World()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined() -> Iterator[World]:
     """The world that torchrun started this process in, by its environment; else a world of one.
 
     When a process fails the others end as well: torchrun sees to that, and those that notice first
@@ -164,13 +191,15 @@ def joined(device: str) -> Iterator[World]:
     Raises:
         UserError: a process failed, or is gone.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "MASTER_ADDR" not in os.environ:
+    size = processes()
+    if size == 1:
         yield ALONE
         return
     world = World(int(os.environ["RANK"]), size)
-    cuda = device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    if not dist.is_initialized():  # a group lasts for all trainings of a process
+        cuda = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
         yield world
     except Interrupted as stop:
@@ -180,7 +209,7 @@ def joined(device: str) -> Iterator[World]:
     except UserError as error:
         if world.first:
             raise
-        time.sleep(_GRACE_SECONDS)  # torchrun ends us here if the first process said the same
+        time.sleep(GRACE_SECONDS)  # torchrun ends us here if the first process said the same
         raise UserError(f"process {world.rank} of {size}: {error}") from error
     except RuntimeError as error:
         if not _is_lost(error):
@@ -192,7 +221,7 @@ def joined(device: str) -> Iterator[World]:
                 "from the last checkpoint."
             ) from error
         raise SystemExit(1) from None
-    dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def _is_lost(error: RuntimeError) -> bool:

@@ -6,6 +6,8 @@ small ones. Its weights are those ahead of the pool's first update.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +63,10 @@ def generate_pool(
     Each batch has its own percentile (eq. 6) and gets the classes that it would get alone. One copy
     to the host, of the step counts.
     """
-    batches = batch_slices(len(x), batch_size)
-    _, z = clean_forward(model, x, method)
+    world, whole = method.world, len(x)
+    batches = batch_slices(whole, batch_size)
+    _, z = clean_forward(model, x[world.share(whole)], method)
+    z = world.gathered(z, whole)
     noise = start_noise(x, method, generator)
     allocations = [
         allocate(
@@ -74,28 +78,43 @@ def generate_pool(
         torch.cat([each.classes for each in allocations]),
         torch.cat([each.steps for each in allocations]),
     )
+    # This process' share of every batch, as that batch alone would deal it out.
     steps: list[int] = allocation.steps.tolist()
-    order = torch.argsort(allocation.steps, descending=True, stable=True)
-    ordered = (x[order], labels[order], z[order], allocation.ordered(order))
-    x_adv, allocation, forwarded = perturb(
-        model, *ordered, active_counts(sorted(steps, reverse=True)), noise[order], method
+    dealt = [
+        sorted(range(whole)[own], key=lambda i: -steps[i])[world.share(own.stop - own.start)]
+        for own in batches
+    ]
+    ends = list(accumulate(map(len, dealt)))
+    mine = torch.tensor([i for each in dealt for i in each], device=x.device)
+    # All of it in descending order of steps, for the attack.
+    order = torch.argsort(allocation.steps[mine], descending=True, stable=True)
+    together = mine[order]
+    active = active_counts(sorted((steps[i] for each in dealt for i in each), reverse=True))
+    x_adv, attacked, forwarded = perturb(
+        model,
+        x[together],
+        labels[together],
+        z[together],
+        allocation.ordered(together),
+        active,
+        noise[together],
+        method,
     )
     # Back to the batches, in each of which the order of descending steps remains.
-    number = torch.arange(len(x), device=x.device) // batch_size
-    number = number.clamp_(max=len(batches) - 1)  # of a single last example
-    back = torch.argsort(number[order], stable=True)
-    order, x_adv, allocation = order[back], x_adv[back], allocation.ordered(back)
-    spent = 2 * forwarded / len(x) + (1 if z.shape[1] else 0)
+    back = torch.argsort(order)
+    x_adv, attacked = x_adv[back], attacked.ordered(back)
+    spent = 2 * forwarded / len(mine) + (1 if z.shape[1] else 0)
     return [
         Generated(
-            x=x[order[own]],
-            labels=labels[order[own]],
+            x=x[mine[own]],
+            labels=labels[mine[own]],
             x_adv=x_adv[own],
             clean_logits=None,
-            z=z[order[own]],
-            allocation=Allocation(allocation.classes[own], allocation.steps[own]),
-            perturbed=sum(step > 0 for step in steps[own]),
-            units=spent * len(steps[own]),
+            z=z[mine[own]],
+            allocation=Allocation(attacked.classes[own], attacked.steps[own]),
+            perturbed=sum(steps[i] > 0 for i in each),
+            units=spent * len(each),
+            share=len(each) / (batch.stop - batch.start),
         )
-        for own in batches
+        for batch, each, own in zip(batches, dealt, map(slice, [0, *ends], ends), strict=True)
     ]

@@ -37,7 +37,9 @@ class Probe:
         # An epoch of Free is many epochs of others, and so is its time.
         free = config.rival.name is RivalName.free
         self._every = 0 if free else config.bt.probe_every or 0
-        self._plan = replace(make_plan(plain_defense(config)), lr=0.0, max_seconds=None)
+        self._plan = replace(
+            make_plan(plain_defense(config)), lr=0.0, max_seconds=None, score_every=None
+        )
         self._trained = self._spent = 0.0
         self._step: float | None = None
 

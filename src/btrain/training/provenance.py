@@ -16,6 +16,7 @@ import torch
 from btrain import __version__
 from btrain.data import Data
 from btrain.errors import UserError
+from btrain.training.parallel import World
 from btrain.untrusted import read_text
 
 _LARGEST = 16 << 20  # bytes of the file
@@ -60,15 +61,37 @@ def data_hash(data: Data) -> str:
     return digest.hexdigest()
 
 
+def check_same_data(world: World, data_sha256: str) -> None:
+    """Makes sure that all processes hold the same data.
+
+    Raises:
+        UserError: one does not; every process raises it.
+    """
+    (host, digest), *others = world.heard((platform.node(), data_sha256))
+    for rank, (their_host, theirs) in enumerate(others, start=1):
+        if theirs != digest:
+            raise UserError(
+                f"Process {rank} on {their_host} has other data than process 0 on {host}: their "
+                f"hash is {theirs[:12]}…, not {digest[:12]}…; please bring the same everywhere."
+            )
+
+
 def extended(
-    path: Path, data: Data, device: torch.device, epoch: int, processes: int = 1
+    path: Path,
+    data_sha256: str,
+    device: torch.device,
+    epoch: int,
+    processes: int = 1,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
     """What `provenance.json` says after this session: the data's hash, and who trained from where.
 
     Args:
         path: of the file as earlier sessions left it.
+        data_sha256: of the data now.
         epoch: epochs completed when this session began.
         processes: how many train together.
+        jobs: runs that share the machine, or None.
 
     Raises:
         UserError: the data are not those that the run was begun with.
@@ -78,10 +101,9 @@ def extended(
         known, sessions = str(before["data_sha256"]), list(before["sessions"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         known, sessions = None, []
-    now = data_hash(data)
-    if known not in (None, now):
+    if known not in (None, data_sha256):
         raise UserError(
-            f"{path.parent} was begun with other data: their hash is {now[:12]}…, not "
+            f"{path.parent} was begun with other data: their hash is {data_sha256[:12]}…, not "
             f"{known[:12]}…; please bring the old data back or name another run.dir."
         )
     session = {
@@ -90,6 +112,7 @@ def extended(
         "git_dirty": git_dirty(),
         "device": device_name(device),
         "processes": processes,
+        "jobs": jobs,
         "hardware": {
             "processor": processor(),
             "cores": os.cpu_count(),
@@ -104,7 +127,7 @@ def extended(
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         },
     }
-    return {"data_sha256": now, "sessions": [*sessions, session]}
+    return {"data_sha256": data_sha256, "sessions": [*sessions, session]}
 
 
 def device_name(device: torch.device) -> str:

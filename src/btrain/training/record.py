@@ -49,8 +49,15 @@ class Record:
             log.warning("epoch %d: %s.", metrics["epoch"], warning)
         self.lock.check()
         self.folder.append_metrics(metrics)
-        self.tracker.log(metrics, metrics["epoch"])
+        of_epoch = {key: value for key, value in metrics.items() if key != "scores"}
+        self.tracker.log(of_epoch, metrics["epoch"])
         log.info(epoch_line(metrics))
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """The summary of a run that came to its end."""
+        self.lock.check()
+        self.folder.write_summary(summary)
+        self.tracker.summarise(summary)
 
     @contextmanager
     def offending_batch_kept(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 from btrain import checkpoint
 from btrain.errors import UserError
 from btrain.run_folder import RunFolder
+from btrain.training.parallel import World
 from btrain.training.state import TrainState
 
 
@@ -27,6 +28,17 @@ def load_newest(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
             raise
         why = str(error).split(";")[0] + "."
     return checkpoint.load(folder.previous), f"{why} The run goes on from {folder.previous}."
+
+
+def check_same_folder(world: World, folder: RunFolder, state: TrainState) -> None:
+    """Makes sure that all processes go on from the same checkpoints.
+
+    Raises:
+        UserError: they do not; every process raises it.
+    """
+    found = world.heard([state.epoch, state.batch, state.best_epoch])
+    if any(theirs != found[0] for theirs in found):
+        raise UserError(f"run.dir={folder.path} must be one folder for all machines; it is not.")
 
 
 def set_damaged_aside(folder: RunFolder) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from btrain.schema import Config, DefenseName
 from btrain.training.cost import forward_flops, speedups
 from btrain.training.guards import epoch_warnings, fell, is_above
 from btrain.training.loop import epoch_order
+from btrain.training.parallel import World
 from btrain.training.provenance import device_name, git_commit, git_dirty
 from btrain.training.state import TrainState
 from btrain.training.statistics import UNITS, averages
@@ -25,10 +28,45 @@ from btrain.training.statistics import UNITS, averages
 log = logging.getLogger("btrain")
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """The evaluations of a run, whose examples its processes share.
+
+    Attributes:
+        ahead: called ahead of each batch; a signal that one process got ends all of them there.
+    """
+
+    config: Config
+    world: World
+    ahead: Callable[[], None]
+
+    def __call__(self, model: nn.Module, split: Split) -> Accuracy:
+        """The accuracies under the run's own PGD, in all processes the same."""
+        settings = self.config.eval
+        return evaluate(
+            model,
+            split,
+            epsilon=settings.epsilon,
+            step_size=settings.step_size,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            seed=self.config.seed,
+            show_progress=self.world.first,
+            processes=self.world,
+            ahead=self.ahead,
+        )
+
+
 def after_epoch(
-    config: Config, state: TrainState, data: Data, folder: RunFolder, metrics: dict[str, Any]
+    evaluator: Evaluator,
+    state: TrainState,
+    data: Data,
+    folder: RunFolder,
+    metrics: dict[str, Any],
 ) -> None:
     """Evaluates a complete epoch and counts it; adds to `metrics`.
+
+    All processes decide the same, the first one writes.
 
     The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
     `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
@@ -36,9 +74,10 @@ def after_epoch(
     average would show a fall later; all else is scored on `state.evaluated`. `state` changes last,
     so that a signal within leaves it where the epoch's training ended.
     """
+    config, world = evaluator.config, evaluator.world
     some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
     batch = Split(data.train.images[some], data.train.labels[some])
-    before, watched = state.watched_acc, _evaluate(config, state.model, batch)
+    before, watched = state.watched_acc, evaluator(state.model, batch)
     metrics["pgd_acc_train_batch"] = watched.robust
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
     if fell(before, watched.robust) and config.recipe.early_stop_on_collapse:
@@ -47,11 +86,13 @@ def after_epoch(
             before,
             watched.robust,
         )
-        state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
+        if world.first:
+            state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
+        world.copy_weights(state.evaluated)  # all that the others still need
         state.collapsed = True
         return
     if data.val is not None and _due(config, state.epoch + 1):
-        _validate(config, state, data.val, folder, metrics)
+        _validate(evaluator, state, data.val, folder, metrics)
     state.watched_acc = watched.robust
     state.end_epoch()
 
@@ -62,40 +103,51 @@ def _due(config: Config, epoch: int) -> bool:
 
 
 def _validate(
-    config: Config, state: TrainState, val: Split, folder: RunFolder, metrics: dict[str, Any]
+    evaluator: Evaluator,
+    state: TrainState,
+    val: Split,
+    folder: RunFolder,
+    metrics: dict[str, Any],
 ) -> None:
     """Scores the held-out part and keeps the best epoch by its robust accuracy.
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
-    accuracy = _evaluate(config, state.evaluated, val)
+    config, accuracy = evaluator.config, evaluator(state.evaluated, val)
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
     by_clean = config.defense.name is DefenseName.augmix
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
-        model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
-        checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
+        if evaluator.world.first:
+            model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
+            checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
         state.best_epoch, state.best_val_acc = epoch, score
 
 
-def _evaluate(config: Config, model: nn.Module, split: Split) -> Accuracy:
-    return evaluate(
-        model,
-        split,
-        epsilon=config.eval.epsilon,
-        step_size=config.eval.step_size,
-        steps=config.eval.steps,
-        batch_size=config.eval.batch_size,
-        seed=config.seed,
-        show_progress=True,
-    )
+def final_accuracies(
+    evaluator: Evaluator, state: TrainState, data: Data, folder: RunFolder
+) -> tuple[Accuracy, Accuracy | None]:
+    """On the test set, of the last and, where there is one, of the best model, which stays."""
+    last = evaluator(state.evaluated, data.test)
+    if state.best_epoch is None:
+        return last, None
+    if evaluator.world.first:
+        state.evaluated.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
+    evaluator.world.copy_weights(state.evaluated)
+    return last, evaluator(state.evaluated, data.test)
 
 
-def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) -> dict[str, Any]:
-    """Evaluates the last and, where there is one, the best model on the test set."""
-    last = _evaluate(config, state.evaluated, data.test)
+def summarise(
+    config: Config,
+    state: TrainState,
+    data: Data,
+    folder: RunFolder,
+    last: Accuracy,
+    best: Accuracy | None,
+) -> dict[str, Any]:
+    """What `summary.json` says of a run with these accuracies."""
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
@@ -121,9 +173,7 @@ def summarise(config: Config, state: TrainState, data: Data, folder: RunFolder) 
         "git_dirty": git_dirty(),
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
     }
-    if state.best_epoch is not None:
-        state.evaluated.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
-        best = _evaluate(config, state.evaluated, data.test)
+    if best is not None:
         summary |= {
             "best_epoch": state.best_epoch,
             "best_val_acc": state.best_val_acc,

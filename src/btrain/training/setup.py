@@ -13,15 +13,11 @@ from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.schema import (
-    AllocatorName,
-    AttackMode,
     Config,
-    DefenseName,
     ModelConfig,
     OnNonfinite,
     OptimizerName,
     RecipeConfig,
-    RivalName,
     ScheduleName,
 )
 from btrain.training.loop import Plan
@@ -50,6 +46,10 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+_NEED_ONE_PROCESS = ("own_step", "shared_by_groups", "compile", "graphs")
+"""Kinds of `Config.choices`."""
+
+
 def check_shares(config: Config, examples: int, world: World) -> None:
     """Makes sure that this training, on so many examples, can be done by several processes.
 
@@ -58,18 +58,12 @@ def check_shares(config: Config, examples: int, world: World) -> None:
     """
     if world.size == 1:
         return
-    bt, rival = config.bt, config.rival.name
-    alone = {
-        "defense=augmix": config.defense.name is DefenseName.augmix,
-        f"rival={rival.name}": rival in (RivalName.gradalign, RivalName.free, RivalName.mma),
-        "bt=oracle": bt.name is AllocatorName.oracle,
-        f"bt.pool={bt.pool}": bt.pool > 1,
-        "bt.share_clean_forward=true": bt.share_clean_forward,
-        "attack.mode=train": config.attack.mode is AttackMode.train,
-    }
-    for key, chosen in alone.items():
-        if chosen:
-            raise UserError(f"{key} needs one process; with torchrun there are {world.size}.")
+    chosen = config.choices()
+    for kind in _NEED_ONE_PROCESS:
+        if kind in chosen:
+            raise UserError(
+                f"{chosen[kind]} needs one process; with torchrun there are {world.size}."
+            )
     sizes = [part.stop - part.start for part in batch_slices(examples, config.train.batch_size)]
     if min(sizes) < 2 * world.size:
         raise UserError(
@@ -155,4 +149,5 @@ def make_plan(config: Config) -> Plan:
         flip=recipe.flip,
         max_seconds=config.train.max_seconds,
         skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
+        score_every=config.train.score_every,
     )

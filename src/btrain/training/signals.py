@@ -16,23 +16,28 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """What signals have asked for so far."""
+    """What signals have asked for so far.
 
-    def __init__(self) -> None:
+    Attributes:
+        number: of the signal; None before one.
+    """
+
+    def __init__(self, world: World = ALONE) -> None:
         self.number: int | None = None
+        self._world = world
         self._waits = True
 
     def made(self) -> bool:
         return self.number is not None
 
-    def agreed(self, world: World) -> bool:
+    def agreed(self) -> bool:
         """Whether all processes stop here: a signal to one of them is one to all.
 
         One that comes to a process after it was asked counts the next time.
         """
-        if world.size == 1:
+        if self._world.size == 1:
             return self.made()
-        number = world.largest(self.number or 0)
+        number = self._world.largest(self.number or 0)
         if number:
             self.number = number
         return number > 0
@@ -46,13 +51,26 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that can be repeated, such as evaluation: a signal ends it where it is."""
-        self._waits = False
+        """For work that can be repeated, such as evaluation: a signal ends it where it is.
+
+        Of several processes it ends all where they call `together` next.
+        """
         try:
-            self.obey()
+            if self._world.size == 1:
+                self._waits = False
+                self.obey()
             yield
         finally:
             self._waits = True
+
+    def together(self) -> None:
+        """Where several processes end at once when one of them got a signal.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self._world.size > 1 and self.agreed():
+            self.obey()
 
     def receive(self, number: int) -> None:
         """Notes a signal."""
@@ -70,7 +88,7 @@ def stop_on_signals(world: World = ALONE) -> Iterator[StopRequest]:
     A signal that is ignored, as under nohup, stays so. In a thread, which gets no signals, nothing
     changes.
     """
-    request = StopRequest()
+    request = StopRequest(world)
     before: dict[int, Any] = {}
 
     def restore() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class TrainState:
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
+        batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
+            show, by the number of the batch from 1; float64 on the device.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class TrainState:
     watched_acc: float | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
+    batch_sums: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def fresh(
@@ -84,7 +87,11 @@ class TrainState:
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""
         self.batch += 1
-        self.epoch_sums += torch.stack([value.double() for value in stats])
+        self.epoch_sums += _stacked(stats)
+
+    def remember(self, stats: StepStats) -> None:
+        """Keeps the statistics of the batch that was counted last, for the log."""
+        self.batch_sums[self.batch] = _stacked(stats)
 
     def end_epoch(self) -> None:
         """Counts one more epoch and clears its sums."""
@@ -93,17 +100,7 @@ class TrainState:
         self.epoch_seconds = 0.0
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
-
-    def numbers(self) -> dict[str, Any]:
-        """How far the run has come, without its tensors."""
-        return {name: getattr(self, name) for name in _NUMBERS}
-
-    def follow(self, numbers: dict[str, Any]) -> None:
-        """Ends the epoch as the process did that evaluated it; `numbers` are its own."""
-        if not numbers["collapsed"]:
-            self.end_epoch()
-        for name in _NUMBERS:
-            setattr(self, name, numbers[name])
+        self.batch_sums.clear()
 
     def throw_away_copy(self) -> TrainState:
         """Of its own in all that training changes, at the beginning of the same epoch."""
@@ -122,6 +119,7 @@ class TrainState:
             "generator": self.generator.get_state(),
             "device": self.device.type,
             "memory": self.memory,
+            "batch_sums": self.batch_sums,
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
@@ -154,6 +152,16 @@ class TrainState:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
             setattr(self, name, saved[name])
+        self._load_batch_sums(saved.get("batch_sums", {}))
+
+    def _load_batch_sums(self, saved: dict[int, Tensor]) -> None:
+        """Raises ValueError for sums that are not those of batches of the epoch."""
+        self.batch_sums.clear()
+        for number, sums in saved.items():
+            if type(number) is not int or not 0 < number <= self.batch:
+                raise ValueError("no batch of the epoch")
+            self.batch_sums[number] = torch.empty_like(self.epoch_sums)
+            _copy(sums, self.batch_sums[number])
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Raises ValueError for settings or momenta that are not those of this optimizer."""
@@ -165,6 +173,10 @@ class TrainState:
             for value in momenta.values():
                 if value is not None and not _fits(value, parameter):
                     raise ValueError("momenta of another shape or kind")
+
+
+def _stacked(stats: StepStats) -> Tensor:
+    return torch.stack([value.double() for value in stats])
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, type]:

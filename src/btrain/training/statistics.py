@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +136,30 @@ def averages(sums: Tensor) -> dict[str, float | None]:
         "score_robust": _ratio(total.score_stood, stood),
         "score_outlier": _ratio(total.score_wrong, total.wrong),
     }
+
+
+def scores_by_batch(sums: Mapping[int, Tensor], before: int) -> list[list[float | None]]:
+    """The mean scores of single batches: [iteration, boundary, robust, outlier] each.
+
+    One copy from the device. The classes are those of `averages`; None where a batch has none.
+
+    Args:
+        sums: `StepStats` by the number of the batch in its epoch, from 1.
+        before: batches of the epochs before.
+    """
+    if not sums:
+        return []
+    means = [averages(row) for row in torch.stack([*sums.values()]).cpu()]
+    keys = ("score_boundary", "score_robust", "score_outlier")
+    return [
+        [before + number, *(_rounded(of[key]) for key in keys)]
+        for number, of in zip(sums, means, strict=True)
+    ]
+
+
+def _rounded(value: float | None) -> float | None:
+    """Four digits: more than a batch's mean tells, and logs stay small."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _ratio(part: Any, whole: Any) -> float | None:

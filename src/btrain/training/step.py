@@ -14,6 +14,7 @@ from btrain.allocation import (
     BOUNDARY,
     Allocation,
     by_class,
+    filled_up,
     gaussian,
     predicted,
     step_sizes,
@@ -23,7 +24,7 @@ from btrain.allocation import (
 )
 from btrain.attacks import by_steps, early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
-from btrain.shadow import attacked
+from btrain.shadow import attacked, bare
 from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
@@ -43,6 +44,8 @@ class Method:
         probe: what the start's noise is multiplied by where the first gradient is taken; None for
             a gradient at the start itself. See `methods.probe_factor`.
         world: the processes that a batch is dealt out to.
+        pgd: `prefix_pgd`, or what does the same faster.
+        multiple: what the size of a group that takes a step is rounded up to.
     """
 
     defense: Defense
@@ -67,6 +70,8 @@ class Method:
     grad_align_weight: float
     probe: float | None = None
     world: World = ALONE
+    pgd: Callable[..., Tensor] = prefix_pgd
+    multiple: int = 1
 
 
 class Generated(NamedTuple):
@@ -120,13 +125,17 @@ def generate(
     z = world.gathered(z, whole)
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
-    order, active = world.dealt(*by_steps(allocation.steps))
+    order, active = by_steps(allocation.steps, distance_of(z, labels, method))
+    if method.multiple > 1:
+        allocation, active = filled_up(allocation, order, active, method.multiple)
+    order, active = world.dealt(order, active)
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
     allocation, m = allocation.ordered(order), len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
-    clean_logits = None if clean_logits is None else clean_logits[order]
+    if clean_logits is not None and world.size == 1:
+        clean_logits = clean_logits[order]  # several share them only where all get as many steps
     return Generated(
         x=x,
         labels=labels,
@@ -219,10 +228,13 @@ def allocate(
     if method.allocator == "uniform":
         return uniform(labels, method.budget)
     if method.allocator == "oracle":
-        n = method.oracle_steps
+        n, world, whole = method.oracle_steps, method.world, len(x)
+        own = world.share(whole)
+        x, noise = x[own], noise[own]
         sizes = torch.full((len(x),), method.oracle_step_size, device=x.device)
-        x_adv = attack(model, x, labels, z, sizes, [len(x)] * n, noise, method)
-        classes = true_classes(z, eval_logits(model, x_adv), labels)
+        x_adv = attack(model, x, labels[own], z[own], sizes, [len(x)] * n, noise, method)
+        adv_logits = world.gathered(eval_logits(model, x_adv), whole)
+        classes = true_classes(z, adv_logits, labels)
         return by_class(classes, method.budget)._replace(overhead=n)
     score = method.metric(z, labels)
     if method.allocator == "gaussian":
@@ -230,6 +242,16 @@ def allocate(
     return predicted(
         method.allocator, score, robust_fraction, method.budget, generator, method.fractions
     )
+
+
+def distance_of(z: Tensor, labels: Tensor, method: Method) -> Tensor | None:
+    """How far from the boundary examples are, (m,): who is next where a group is rounded up.
+
+    None where no group is, or where chance decides, as it does by the batch's order.
+    """
+    if method.multiple == 1 or method.allocator == "random" or not z.shape[1]:
+        return None
+    return method.metric(z, labels).abs()
 
 
 ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
@@ -286,8 +308,8 @@ def attack(
     method: Method,
 ) -> Tensor:
     """The run's attack on a batch in descending order of steps, with the step sizes (m,)."""
-    with nullcontext(model) if method.attack_in_train_mode else attacked(model) as network:
-        return prefix_pgd(
+    with nullcontext(bare(model)) if method.attack_in_train_mode else attacked(model) as network:
+        return method.pgd(
             network,
             x,
             labels,

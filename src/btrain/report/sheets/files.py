@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from btrain.durable import write_file
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.report.sheets import drawing, page, pictures, text
 from btrain.report.sheets.plans import chosen, find_plans
+from btrain.report.sheets.runs import Run, Runs
 from btrain.report.sheets.sheet import Sheet, make_sheet
 
 
-def write_sheets(folder: Path, out: Path, targets: Sequence[str] | None = None) -> list[Path]:
+def write_sheets(
+    folder: Path,
+    out: Path,
+    targets: Sequence[str] | None = None,
+    read: Callable[[Path], Run] | None = None,
+) -> list[Path]:
     """Writes for every plan `<target>.md`, `.csv`, `.json`, `.html`, `.png` and `.svg`, and
     `index.html` with a line for each.
 
@@ -26,13 +32,15 @@ def write_sheets(folder: Path, out: Path, targets: Sequence[str] | None = None) 
         folder: holds the plans, and the runs that they name.
         out: is made where there is none.
         targets: these alone; None for all.
+        read: makes a run of its folder; None reads each folder once, also if targets share it.
 
     Raises:
         UserError: there is no plan, or none of a target's name, or `out` cannot be written.
     """
     plans = find_plans(folder)
     wanted = list(chosen(plans, targets, folder))
-    sheets = {target: make_sheet(plan, folder) for target, plan in plans.items()}
+    read = read or Runs().read
+    sheets = {target: make_sheet(plan, folder, read) for target, plan in plans.items()}
     contents: dict[str, bytes] = {}
     for target in wanted:
         contents |= sheet_files(sheets[target])
@@ -75,10 +83,7 @@ def _replace_all(out: Path, contents: dict[str, bytes]) -> None:
     Raises:
         UserError: one cannot be written; then those of before are still there.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
+    make_folder(out)
     staged = {out / name: out / f".{name}.{os.getpid()}.new" for name in contents}
     try:
         for path, temporary in staged.items():

@@ -18,6 +18,14 @@ DATA = {
     "digits": "scikit-learn's digits",
 }
 
+IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "mnist": (60_000, 10_000),
+    "digits": (1_442, 355),
+}
+"""For training and for the test."""
+
 
 def scale(original: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """How a run's settings differ from the experiment at the paper's scale.
@@ -133,12 +141,18 @@ def expected(runs: Iterable[Run], plan: Plan, row: Row) -> list[str]:
 
 
 def evaluations(runs: Mapping[int, Run], plan: Plan, row: Row) -> list[str]:
-    """The evaluations that finished runs lack, and those of fewer test images than the run's."""
+    """The evaluations that finished runs lack, and those of fewer test images than the run's.
+
+    Lacking is what all were to have, and what one has that stands in the table.
+    """
     finished = {seed: run for seed, run in sorted(runs.items()) if run.state == FINISHED}
     told = [attack for attack in row.paper if attack in PRESETS or attack == "corruptions"]
     phrases = []
-    for attack in dict.fromkeys([*expected(runs.values(), plan, row), *told]):
+    wanted = dict.fromkeys([*expected(runs.values(), plan, row), *told])
+    for attack in dict.fromkeys([*wanted, *plan.attacks]):
         found = {seed: run.evaluation(attack) for seed, run in finished.items()}
+        if attack not in wanted and not any(found.values()):
+            continue
         if lacking := [seed for seed, evaluation in found.items() if evaluation is None]:
             which = "" if len(lacking) == len(found) else f" on seed {_several(lacking)}"
             phrases.append(f"{attack} not evaluated{which}")

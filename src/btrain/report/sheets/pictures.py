@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -129,7 +130,9 @@ def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> Non
     found = spread(base.values[sheet.robust]) if base else None
     if base is not None and found is not None:
         deviation = "" if found.sd is None else f" ± {found.sd:.1f}"
-        words.append(f"{base.row.label}: {found.mean:.1f}{deviation} % (triangle)")
+        theirs = paper(base, "robust_acc")
+        told = "" if theirs is None else f"; the paper’s: {theirs:g} %"
+        words.append(f"{base.row.label}: {found.mean:.1f}{deviation} % (triangle){told}")
         inside.plot(
             found.mean, 1, "v", color=INK, clip_on=False, transform=inside.get_xaxis_transform()
         )
@@ -148,8 +151,13 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     axis = sheet.plan.axis or ""
     named = {"bt.gamma": "γ", "bt.n_r": "N_R", "bt.n_b": "N_B"}.get(axis, axis)
     below = f"beside the points: {named}, bars: standard deviation; {drawing.scale_words(sheet)}"
-    figure = drawing.new(8, 5, sheet.plan.title, below)
-    axes = figure.add_subplot()
+    theirs = _printed(sheet)
+    figure = drawing.new(9.6 if theirs else 8, 5, sheet.plan.title, below)
+    axes, *beside = figure.subplots(
+        1, 2 if theirs else 1, squeeze=False, width_ratios=[2.6, 1] if theirs else None
+    ).flat
+    for panel in beside:
+        _paper_points(panel, theirs, axis)
     swept = [(line, x) for line, x in known if axis in line.row.swept]
     swept.sort(key=lambda point: _value(point[0].row.swept[axis]))
     for metric, name, colour, marker, style in (
@@ -170,6 +178,40 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     axes.margins(x=0.07, y=0.12)
     _legend_above(axes)
     return figure
+
+
+def _printed(sheet: Sheet) -> list[tuple[Line, float]]:
+    """The rows of which the paper prints both accuracies, with its speedup by eq. 7."""
+    found = []
+    for line in sheet.lines:
+        speedup = line.row.paper.get("theoretical_speedup")
+        if speedup is None and line.row.name == line.baseline:
+            speedup = 1.0
+        if speedup is not None and None not in (
+            paper(line, "clean_acc"),
+            paper(line, "robust_acc"),
+        ):
+            found.append((line, speedup))
+    return sorted(found, key=lambda point: point[1])
+
+
+def _paper_points(axes: Axes, points: list[tuple[Line, float]], axis: str) -> None:
+    """The numbers that the paper prints of these rows, on axes of their own."""
+    for metric, colour, marker in (("clean_acc", VERMILLION, "s"), ("robust_acc", BLUE, "o")):
+        for line, x in points:
+            y, swept = paper(line, metric) or math.nan, line.row.swept.get(axis)
+            shape = marker if swept is not None else "*"
+            size = 7 if swept is not None else 11
+            axes.plot(x, y, shape, color=colour, fillstyle="none", markersize=size)
+            if swept is not None:
+                axes.annotate(
+                    swept, (x, y), textcoords="offset points", xytext=(0, 8), ha="center",
+                    fontsize=9, color=INK,
+                )  # fmt: skip
+    axes.set_title("the paper’s numbers")
+    axes.set_xlabel("speedup, eq. 7 (×)")
+    axes.grid(axis="y")
+    axes.margins(x=0.2, y=0.12)
 
 
 def _series(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -127,6 +128,18 @@ class Run:
         return done, planned if isinstance(planned, int) else None
 
     @cached_property
+    def jobs(self) -> int | None:
+        """How many runs shared the machine, at most; None where a session does not tell."""
+        sessions = _json(self.folder / "provenance.json").get("sessions")
+        known: list[int] = []
+        for session in sessions if isinstance(sessions, list) else []:
+            told = session.get("jobs") if isinstance(session, dict) else None
+            if type(told) is not int:
+                return None
+            known.append(told)
+        return max(known, default=None)
+
+    @cached_property
     def machine(self) -> tuple[str, ...] | None:
         """What its training time depends on, or None where it does not tell.
 
@@ -168,6 +181,43 @@ def read_run(folder: Path) -> Run:
     if failure := _FAILURE.fullmatch(_last_line(folder / "train.log")):
         return Run(folder, FAILED, _reason(failure[1], folder), config, {})
     return Run(folder, UNFINISHED if config else MISSING, "", config, {})
+
+
+class Runs:
+    """Reads runs; the finished ones again only where something was written since.
+
+    Other targets, the next report and the next look ask for the same folders.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, tuple[tuple[int, ...], Run]] = {}
+
+    def read(self, folder: Path) -> Run:
+        """A run folder as it is now."""
+        changed = _changed(folder)
+        kept = self._kept.get(folder)
+        if kept is not None and kept[0] == changed:
+            return kept[1]
+        run = read_run(folder)
+        if run.state == FINISHED:
+            self._kept[folder] = changed, run
+        else:
+            self._kept.pop(folder, None)
+        return run
+
+
+def _changed(folder: Path) -> tuple[int, ...]:
+    """When a run's settings, summary and evaluations were last replaced, in nanoseconds.
+
+    Files are replaced by renaming, which changes the time of their folder.
+    """
+    inside = folder / "eval"
+    places = [folder / "config.yaml", folder / "summary.json", inside, *sorted(inside.glob("*/"))]
+    times = []
+    for place in places:
+        with contextlib.suppress(OSError):
+            times.append(place.stat().st_mtime_ns)
+    return tuple(times)
 
 
 def _reason(message: str, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class Line:
         runs: by seed.
         baseline: the name of the row that it is compared with, or None.
         values: metric -> seed -> value; percent, ratios, seconds.
-        refused: why times were not divided: other machine, machine unknown, other images; or None.
+        refused: why times were not divided: other machine, machine unknown, other load (not as many
+            runs at a time), other images; or None.
         test: against the baseline, on the same test examples.
         notes: phrases that are this row's own.
     """
@@ -108,9 +109,12 @@ def read_sheet(path: Path) -> Sheet:
     return make_sheet(read_plan(path), path.parent)
 
 
-def make_sheet(plan: Plan, folder: Path) -> Sheet:
-    """The plan's numbers from the runs under `folder`."""
-    runs = {row.name: _runs(row, folder) for row in plan.rows}
+def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run) -> Sheet:
+    """The plan's numbers from the runs under `folder`; `read` makes a run of its folder."""
+    runs = {
+        row.name: {seed: read(folder / path) for seed, path in sorted(row.runs.items())}
+        for row in plan.rows
+    }
     robust = _robust(plan)
     scale = {row.name: notes.unlike(runs[row.name].values(), row.original) for row in plan.rows}
     begun = [row.name for row in plan.rows if any(run.config for run in runs[row.name].values())]
@@ -131,10 +135,6 @@ def _robust(plan: Plan) -> str:
     if any("corruptions" in row.paper for row in plan.rows):
         return "corruptions"
     return plan.attacks[0] if plan.kind == "heatmaps" and plan.attacks else "robust_acc"
-
-
-def _runs(row: Row, folder: Path) -> dict[int, Run]:
-    return {seed: read_run(folder / path) for seed, path in sorted(row.runs.items())}
 
 
 def _line(

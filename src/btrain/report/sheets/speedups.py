@@ -15,7 +15,7 @@ def measured_speedup(
 ) -> tuple[Values, str | None]:
     """Baseline's over own training time of an epoch, by seed, and why a pair was refused, if so.
 
-    Only runs of one machine and of the same training images are compared.
+    Only runs of one machine, made as many at a time, and of the same training images are compared.
     """
     ratios, refused = {}, None
     for seed, a, b in pairs(ours, theirs):
@@ -24,6 +24,8 @@ def measured_speedup(
             refused = "machine unknown"
         elif a.machine != b.machine:
             refused = "other machine"
+        elif a.jobs != b.jobs:
+            refused = "other load"
         elif not same_images(a, b):
             refused = "other images"
         elif own and base:

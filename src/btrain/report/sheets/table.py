@@ -127,7 +127,8 @@ def legend(sheet: Sheet) -> list[str]:
         sentences.append(
             f"Baseline: {' and '.join(labels[name] for name in baselines)}. Speedups by FLOPs and "
             "by time are the baseline's over the row's own, seed by seed, of an epoch over as many "
-            "images: counted FLOPs, seconds of training on the same machine."
+            "images: counted FLOPs, seconds of training on the same machine, as many runs at a "
+            "time where their folders tell that."
         )
     else:
         sentences.append(
@@ -171,6 +172,7 @@ def machines(sheet: Sheet) -> list[str]:
     counts: dict[str, int] = {}
     for run in (run for line in sheet.lines for run in line.runs.values() if run.summary):
         name = ", ".join(run.machine) if run.machine else str(run.summary.get("device"))
+        name += "" if run.jobs is None else f", {run.jobs} at a time"
         counts[name] = counts.get(name, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [f"{name} ({count} run{'s' if count > 1 else ''})" for name, count in ordered]

@@ -11,6 +11,7 @@ import numpy as np
 from btrain.report.json_fields import is_number
 from btrain.report.sheets import drawing
 from btrain.report.sheets.drawing import CLASSES, GREY, SOFT
+from btrain.report.sheets.notes import IMAGES
 from btrain.report.sheets.runs import Run
 from btrain.report.sheets.sheet import Line, Sheet
 from btrain.untrusted import read_text
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LARGEST = 4 << 20  # bytes
-_TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
 
 
 def fractions(sheet: Sheet) -> Figure | None:
@@ -30,7 +30,8 @@ def fractions(sheet: Sheet) -> Figure | None:
 
 
 def scores(sheet: Sheet) -> Figure | None:
-    """The mean signed prediction variance of each class; a point is an epoch's mean."""
+    """The mean signed prediction variance of each class: of single batches, where all runs logged
+    them (`train.score_every`), else of epochs."""
     keys = {name: f"score_{name}" for name in CLASSES}
     return _over_training(sheet, keys, "mean signed prediction variance", iterations=True)
 
@@ -41,7 +42,12 @@ def _over_training(
     lines = [line for line in sheet.lines if any(run.metrics for run in line.runs.values())][:4]
     if not lines:
         return None
+    single = iterations and all(map(_logs_batches, lines))
     below = f"lines: mean over seeds, bands: lowest to highest; {drawing.scale_words(sheet)}"
+    if single:
+        below = f"a point is one mini-batch; {below}"
+    elif iterations:
+        below = f"a point is the mean of an epoch, for the runs logged no single batches; {below}"
     columns = min(len(lines), 2)
     rows = -(-len(lines) // columns)
     figure = drawing.new(8, 1.0 + 3.6 * rows, sheet.plan.title, below)
@@ -51,8 +57,10 @@ def _over_training(
     for line, axes in zip(lines, panels.flat, strict=False):
         batches = _batches(line) if iterations else None
         for name, key in keys.items():
-            _band(axes, line, name, key, batches or 1)
-        axes.set_xlabel("training iterations" if batches else "epoch")
+            _band(
+                axes, name, _by_batch(line, name) if single else _by_epoch(line, key, batches or 1)
+            )
+        axes.set_xlabel("training iterations" if batches or single else "epoch")
         if len(lines) > 1:
             axes.set_title(line.row.label)
         if iterations:
@@ -77,22 +85,46 @@ def _batches(line: Line) -> int | None:
     config = next(run.config for run in line.runs.values() if run.metrics)
     images: Any = config.get("dataset.train_examples")
     if images is None:
-        images = _TRAINING_IMAGES.get(str(config.get("dataset.name")))
+        images, _ = IMAGES.get(str(config.get("dataset.name")), (None, None))
     size: Any = config.get("train.batch_size")
     known = is_number(images) and is_number(size) and size > 0
     return -(-int(images) // int(size)) if known else None
 
 
-def _band(axes: Axes, line: Line, name: str, key: str, batches: int) -> None:
-    """One class over training; an epoch counts where any seed knows it."""
-    by_epoch: dict[int, list[float]] = {}
-    for run in line.runs.values():
-        for metrics in run.metrics:
-            if is_number(metrics.get(key)):
-                by_epoch.setdefault(int(metrics["epoch"]), []).append(float(metrics[key]))
+def _logs_batches(line: Line) -> bool:
+    """Whether all runs that have begun logged the scores of single batches."""
+    return all("scores" in run.metrics[0] for run in line.runs.values() if run.metrics)
+
+
+def _by_batch(line: Line, name: str) -> dict[int, list[float]]:
+    """A class' mean scores by iteration, of the seeds that know it; what is unsound is left out."""
+    column, points = 1 + list(CLASSES).index(name), dict[int, list[float]]()
+    for metrics in (metrics for run in line.runs.values() for metrics in run.metrics):
+        rows = metrics.get("scores")
+        for row in rows if isinstance(rows, list) else []:
+            if (
+                isinstance(row, list)
+                and len(row) == 4
+                and all(map(is_number, (row[0], row[column])))
+            ):
+                points.setdefault(int(row[0]), []).append(float(row[column]))
+    return points
+
+
+def _by_epoch(line: Line, key: str, batches: int) -> dict[int, list[float]]:
+    """A number of the epochs by what was done at their ends, of the seeds that know it."""
+    points: dict[int, list[float]] = {}
+    for metrics in (metrics for run in line.runs.values() for metrics in run.metrics):
+        if is_number(metrics.get(key)):
+            points.setdefault(int(metrics["epoch"]) * batches, []).append(float(metrics[key]))
+    return points
+
+
+def _band(axes: Axes, name: str, points: dict[int, list[float]]) -> None:
+    """One class over training."""
     title, colour, marker, style = CLASSES[name]
-    x = np.array(sorted(by_epoch)) * batches
-    values = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    x = np.array(sorted(points))
+    values = [points[place] for place in sorted(points)]
     if not values:
         return
     sparse = max(1, len(x) // 12)

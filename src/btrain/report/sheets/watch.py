@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from btrain.paper.plan import Plan
 from btrain.report.sheets.notes import expected
 from btrain.report.sheets.plans import find_plans
-from btrain.report.sheets.runs import FAILED, FINISHED, RUNNING, Run, read_run
+from btrain.report.sheets.runs import FAILED, FINISHED, RUNNING, Run, Runs
 
 REFRESH_SECONDS = 3.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -45,43 +44,6 @@ class Progress:
     def left(self) -> int:
         """Runs that are neither done nor failed."""
         return self.runs - self.done - self.failed
-
-
-class Runs:
-    """Reads runs; the finished ones again only where something was written since.
-
-    Other targets, and the next look, ask for the same folders.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[Path, tuple[tuple[int, ...], Run]] = {}
-
-    def read(self, folder: Path) -> Run:
-        """A run folder as it is now."""
-        changed = _changed(folder)
-        kept = self._kept.get(folder)
-        if kept is not None and kept[0] == changed:
-            return kept[1]
-        run = read_run(folder)
-        if run.state == FINISHED:
-            self._kept[folder] = changed, run
-        else:
-            self._kept.pop(folder, None)
-        return run
-
-
-def _changed(folder: Path) -> tuple[int, ...]:
-    """When a run's settings, summary and evaluations were last replaced, in nanoseconds.
-
-    Files are replaced by renaming, which changes the time of their folder.
-    """
-    inside = folder / "eval"
-    places = [folder / "config.yaml", folder / "summary.json", inside, *sorted(inside.glob("*/"))]
-    times = []
-    for place in places:
-        with contextlib.suppress(OSError):
-            times.append(place.stat().st_mtime_ns)
-    return tuple(times)
 
 
 def progress(plan: Plan, folder: Path, runs_of: Runs) -> Progress:

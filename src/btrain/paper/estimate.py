@@ -1,0 +1,157 @@
+"""What the runs of a table or figure will cost, from their settings alone: nothing is trained.
+
+A unit is one forward pass of one image; see `btrain.training.cost`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from btrain.eval_schema import AUTOATTACKS, PRESETS
+from btrain.paper.job import Job, config_of
+from btrain.paper.plan import Plan, Row
+from btrain.report.sheets.notes import IMAGES
+from btrain.schema import AllocatorName, Config, DefenseName, RivalName
+from btrain.training.cost import forward_flops
+from btrain.training.methods import make_defense
+from btrain.training.setup import make_model
+
+_SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
+           "digits": (1, 8, 8)}  # fmt: skip
+_FRACTIONS = (0.28, 0.54, 0.18)  # F_B, F_R, F_O of the paper's BT with N_R = 2
+_CORRUPTIONS = 15 * 5
+# Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.
+_AUTOATTACK = 2 * 1000 + 3 * 900 + 5000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run.
+
+    Attributes:
+        settings: what makes it large or small, for people.
+        training: FLOPs; None where the images or the method are not known here.
+        evaluation: FLOPs at most, were no example to fall early; None likewise.
+    """
+
+    settings: str
+    training: float | None
+    evaluation: float | None
+
+
+def expected_units(config: Config, fractions: tuple[float, float, float]) -> float | None:
+    """Units an example of a training step with these F_B, F_R, F_O; None for Free and MMA.
+
+    What `units_per_example` of a log will be where its fractions are these, but for batches whose
+    single perturbed example takes another one along.
+    """
+    bt, defense = config.bt, config.defense
+    if config.rival.name in (RivalName.free, RivalName.mma):
+        return None
+    plain = bt.name is AllocatorName.uniform
+    shares = (1.0, 0.0, 0.0) if plain else fractions
+    if defense.name is DefenseName.augmix:
+        return 3 + 6 * shares[0] if defense.jsd else 3
+    budget = (bt.n_b, bt.n_r, bt.n_o)
+    steps = sum(share * n for share, n in zip(shares, budget, strict=True))
+    attacked = sum(share for share, n in zip(shares, budget, strict=True) if n)
+    loss = make_defense(defense)
+    shared = bt.share_clean_forward or (
+        config.attack.mode.name == "train" and loss.inner_reads_clean
+    )
+    scores = 1 if (loss.inner_reads_clean or not plain) and not shared else 0
+    training = 3 + 3 * (1 if bt.forward_unperturbed else attacked)
+    training = training if loss.outer_reads_clean else 3
+    oracle = 2 * bt.oracle_steps + 1 if bt.name is AllocatorName.oracle else 0
+    penalty = 8 if config.rival.grad_align_weight else 0
+    return 2 * steps + scores + training + oracle + penalty
+
+
+def cost(job: Job, row: Row) -> Cost:
+    """Of each run of a row; its fractions are those that the paper tells of it, or of N_R = 2."""
+    config = config_of(job, row.experiment, row.swept)
+    data = config.dataset
+    known = IMAGES.get(data.name.name)
+    told = tuple(row.paper.get(key) for key in ("f_b", "f_r", "f_o"))
+    boundary, robust, outlier = (
+        share if share is not None else usual for share, usual in zip(told, _FRACTIONS, strict=True)
+    )
+    units = expected_units(config, (boundary, robust, outlier))
+    images = data.train_examples or (known and known[0] - data.val_examples)
+    tested = data.test_examples or (known and known[1])
+    settings = (
+        f"{config.model.name} of width {config.model.width}, {config.train.epochs} epochs of "
+        f"{'?' if images is None else f'{images:,}'} images, batches of {config.train.batch_size}"
+    )
+    if images is None or tested is None or data.name.name not in _SHAPES:
+        return Cost(settings, None, None)
+    unit = _forward_flops(config)
+    training = None if units is None else units * images * config.train.epochs * unit
+    own = 2 * config.eval.steps + 2
+    passes = own * (tested + config.train.batch_size * config.train.epochs)
+    for attacks in job.profile.evaluations(job.target, row.experiment):
+        given = dict(setting.split("=", 1) for setting in attacks)
+        n = int(given.get("dataset.test_examples", tested))
+        passes += n * sum(map(_attack_units, given["attack"].split(",")))
+    return Cost(settings, training, passes * unit)
+
+
+def _attack_units(attack: str) -> int:
+    """Units an image of an evaluation, at most."""
+    if attack in PRESETS:
+        return 1 + PRESETS[attack].restarts * (2 * PRESETS[attack].steps + 1)
+    return 1 + {"corruptions": _CORRUPTIONS}.get(attack, _AUTOATTACK * (attack in AUTOATTACKS))
+
+
+def _forward_flops(config: Config) -> int:
+    """Of one image, by torch's counter, on a network without memory of its own."""
+    name = config.dataset.name.name
+    meta = torch.device("meta")
+    with meta:
+        network = make_model(config.model, 100 if name == "cifar100" else 10, _SHAPES[name])
+    return forward_flops(network, _SHAPES[name], meta)
+
+
+def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
+    """The rows of each target with what one run of them costs, and the target's sum over seeds.
+
+    Runs that targets share are counted in each of them.
+    """
+    lines = []
+    for job, plan in jobs:
+        rows = [row for row in plan.rows if job.wanted([row.experiment])]
+        lines += [f"{plan.target}, profile {plan.profile}: {plan.title}"]
+        costs = [(row, cost(job, row)) for row in rows]
+        for row, found in costs:
+            lines.append(
+                f"  {row.name}: {found.settings}; {len(row.runs)} seeds of "
+                f"{_peta(found.training)} PFLOP to train, {_peta(found.evaluation)} to evaluate"
+            )
+        lines.append(f"  {_total(job, costs)}")
+    return "\n".join(lines)
+
+
+def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
+    """The sum of what is known, and how long a device of the profile would be busy with it."""
+    known = [
+        len(row.runs) * (found.training + found.evaluation)
+        for row, found in costs
+        if found.training is not None and found.evaluation is not None
+    ]
+    unknown = len(costs) - len(known)
+    words = f"all: {_peta(sum(known))} PFLOP"
+    words += f" without {unknown} rows of unknown cost" if unknown else ""
+    if job.profile.tflops is not None:
+        minutes = sum(known) / (job.profile.tflops * 1e12) / 60
+        words += (
+            f"; {minutes:,.0f} min at {job.profile.tflops:g} TFLOP/s: estimated from counted FLOPs "
+            "at an assumed rate, not measured"
+        )
+    return words
+
+
+def _peta(flops: float | None) -> str:
+    return "unknown" if flops is None else f"{flops / 1e15:.3g}"

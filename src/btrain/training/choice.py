@@ -1,0 +1,69 @@
+"""`train.cuda_graphs=auto`: whether graphs pay, found out by a few steps on copies."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from btrain.data import Split
+from btrain.data.augmentation import to_unit
+from btrain.schema import Config, CudaGraphs
+from btrain.training.state import TrainState
+
+log = logging.getLogger("btrain")
+
+_FRACTIONS = (0.28, 0.54, 0.18)  # F_B, F_R, F_O of a trained network, which a fresh one has not
+_WARM_UP, _TIMED = 3, 7  # steps
+
+
+def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Config:
+    """The configuration with `always` or `never` for `auto`; one line in the log says which.
+
+    On a CPU it is `never`. Nothing of the run moves: the steps are those of the bench.
+    """
+    if config.train.cuda_graphs is not CudaGraphs.auto:
+        return config
+    if state.device.type != "cuda":
+        return _with(config, CudaGraphs.never)
+    return _with(config, faster(config, state, split))
+
+
+def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
+    """`always` if a step with graphs takes less time than one without, by the medians of seven."""
+    from btrain.bench.clock import seconds  # here, for the bench imports what trains
+    from btrain.bench.lane import Lane, Workload
+    from btrain.bench.schema import Contender
+
+    device = state.device
+    images = to_unit(split.images[: config.train.batch_size])
+    workload = Workload(state.model, lambda repetition: images, None, _FRACTIONS)
+    choices = (CudaGraphs.never, CudaGraphs.always)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            lanes = [
+                Lane(_with(config, choice), Contender.bullettrain, workload, device)
+                for choice in choices
+            ]
+            times: list[list[float]] = [[] for _ in lanes]
+            for repetition in range(_WARM_UP + _TIMED):
+                for lane, taken in zip(lanes, times, strict=True):
+                    batch = lane.prepare(repetition)
+                    taken.append(seconds(partial(lane.run, batch), device))
+    except RuntimeError as error:  # no memory for two more networks, or what a graph cannot hold
+        log.warning("CUDA graphs: not used (%s).", str(error).strip().split("\n")[0])
+        return CudaGraphs.never
+    plain, graphs = (statistics.median(taken[_WARM_UP:]) for taken in times)
+    choice = CudaGraphs.always if graphs < plain else CudaGraphs.never
+    log.info(
+        "CUDA graphs: %s, %.2f ms a step with them and %.2f without",
+        "used" if choice is CudaGraphs.always else "not used", 1000 * graphs, 1000 * plain,
+    )  # fmt: skip
+    return choice
+
+
+def _with(config: Config, choice: CudaGraphs) -> Config:
+    return replace(config, train=replace(config.train, cuda_graphs=choice))

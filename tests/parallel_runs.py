@@ -1,0 +1,97 @@
+"""Started by `test_parallel_runs.py` with torchrun: all that processes of a run tell each other.
+
+`python -m parallel_runs FOLDER` leaves FOLDER/<rank>.json and two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrain import models
+from btrain.config import compose
+from btrain.data import Split, load
+from btrain.errors import Interrupted, UserError
+from btrain.evaluation import Accuracy, evaluate
+from btrain.training import guards, train
+from btrain.training.parallel import World, joined
+from btrain.training.signals import stop_on_signals
+
+COMMON = [
+    "dataset=digits", "model=small_cnn", "model.width=4", "device=cpu", "train.batch_size=48",
+    "train.epochs=2", "recipe.lr=0.05", "dataset.train_examples=97", "dataset.val_examples=31",
+    "eval.steps=3", "eval.batch_size=10", "eval.epsilon=0.05",
+]  # fmt: skip
+RUNS = {
+    "trades": ["defense=trades"],
+    "augmix": ["defense=augmix"],
+    "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true"],
+}
+FEW = (1, 2, 5)
+"""Examples of evaluations; the processes are three."""
+
+
+def main(folder: Path) -> None:
+    done: dict[str, Any] = {"summaries": {}}
+    for name, own in RUNS.items():
+        if name == "collapsed":
+            guards.COLLAPSE = -200.0  # whatever the second epoch does is one
+        done["summaries"][name] = train(compose([*COMMON, *own, f"run.dir={folder / name}"]))
+        if "mistake" not in done:
+            done["mistake"] = mistake(folder / "never")
+    with joined() as world:
+        done["accuracies"] = [asdict(accuracy_of(few, world)) for few in FEW]
+        done["stopped"] = stopped_by_one(world)
+        (folder / f"{world.rank}.json").write_text(json.dumps(done))
+
+
+def mistake(run_dir: Path) -> str:
+    """What a run says whose last process has other data."""
+    with joined() as world:
+        examples = 96 if world.rank == world.size - 1 else 97
+    other = f"dataset.train_examples={examples}"
+    try:
+        train(compose([*COMMON, other, f"run.dir={run_dir}"]))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def accuracy_of(examples: int, world: World | None) -> Accuracy:
+    """An untrained network's, on so many digits in batches of two a process."""
+    digits = load("digits", Path("unused"), device=torch.device("cpu"))
+    torch.manual_seed(0)
+    network = models.build("small_cnn", width=4, depth=None, classes=10, shape=(1, 8, 8))
+    return evaluate(
+        network,
+        Split(digits.test.images[:examples], digits.test.labels[:examples]),
+        epsilon=0.1,
+        step_size=0.05,
+        steps=2,
+        batch_size=2,
+        seed=0,
+        processes=world,
+    )
+
+
+def stopped_by_one(world: World) -> list[Any]:
+    """A signal to the last process: what all agree on ahead of it and after it."""
+    with stop_on_signals(world) as stop:
+        before = stop.agreed()
+        if world.rank == world.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            stop.together()
+        except Interrupted as interrupted:
+            return [before, stop.made(), interrupted.number]
+    return [before]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,99 @@
+"""What a table will cost, told ahead of it: against what runs have logged."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from btrain import cli
+from btrain.config import config_dir
+from btrain.paper.estimate import cost, expected_units, listing
+from btrain.paper.job import Job, make_plan
+from btrain.paper.target import read_profile, read_target
+from btrain.training import train
+from test_training import tiny
+
+SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
+
+
+def job(target: str, profile: str, *extra: str) -> Job:
+    return Job(read_target(target), read_profile(profile), Path("runs"), list(extra), [], None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["bt=uniform"],
+        ["bt.n_r=1"],
+        ["bt.n_r=0"],
+        ["defense=mart"],
+        ["defense=pgd", "bt=oracle", "bt.n_o=1"],
+        ["bt.share_clean_forward=true"],
+        ["bt.forward_unperturbed=true"],
+        ["rival=fast", "bt.n_b=2"],
+        ["defense=mart", "rival=yopo"],
+        ["defense=augmix", "attack.steps=2"],
+    ],
+    ids=str,
+)
+def test_the_units_of_a_step_are_those_of_the_log(tmp_path: Path, settings: list[str]) -> None:
+    config = tiny(tmp_path, "train.epochs=2", "train.batch_size=100", *settings)
+    summary = train(config)
+    units = expected_units(config, (summary["f_b"], summary["f_r"], summary["f_o"]))
+    assert units == pytest.approx(summary["units_per_example"], rel=0.02)
+
+
+@pytest.mark.parametrize("rival", ["free", "mma"])
+def test_of_a_rival_of_another_kind_nothing_is_told(tmp_path: Path, rival: str) -> None:
+    assert expected_units(tiny(tmp_path, "defense=pgd", f"rival={rival}"), (1, 0, 0)) is None
+
+
+def test_the_flops_of_a_row_are_those_that_its_run_counts(tmp_path: Path) -> None:
+    command = ["paper", "table4", "only=table2_trades", f"out={tmp_path}", *SMALLER]
+    assert cli.main(command) == 0
+    summary = json.loads((tmp_path / "table2_trades-seed1" / "summary.json").read_text())
+    of = job("table4", "smoke", *SMALLER)
+    row = next(row for row in make_plan(of).rows if row.name == "table2_trades")
+    found = cost(of, row)
+    assert found.training == pytest.approx(summary["flops"])
+    assert "1 epochs of 60 images, batches of 50" in found.settings
+    unit = summary["flops"] / (27 * 60)
+    # The run's own PGD-5 on 20 test images and after its epoch on a batch; PGD-20.
+    own, twenty = 12 * (20 + 50), 42 * 20
+    assert found.evaluation == pytest.approx((own + twenty) * unit)
+
+
+@pytest.mark.parametrize("target", ["table1", "table2", "table3", "table4", "figure6", "figure7"])
+def test_on_a_gpu_a_table_takes_the_half_hour_that_the_profile_tells(target: str) -> None:
+    of = job(target, "gpu")
+    minutes = int(re.findall(r"; (\d+) min at 100 TFLOP/s", listing([(of, make_plan(of))]))[0])
+    assert minutes <= 30
+    header = (Path(config_dir()) / "paper" / "profile" / "gpu.yaml").read_text()
+    name, number = target[:-1].capitalize(), target[-1]
+    assert f"{name} {number} {minutes}" in header.replace(" min", "")
+
+
+def test_a_plan_is_told_and_nothing_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "table1",
+        "table3",
+        "table1.dataset=imagefolder",
+        f"table1.dataset.root={tmp_path}",
+    ]
+    arguments += ["table3.train.epochs=9", "only=table3_mart", "table1.only=table1_cifar10_augmix"]
+    out = tmp_path / "out"
+    assert cli.main(["paper", *arguments, "plan=true", f"out={out}"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert not out.exists()
+    assert [line.split(":")[0].strip() for line in told] == [
+        "table1, profile smoke", "table1_cifar10_augmix", "all",
+        "table3, profile smoke", "table3_mart", "all",
+    ]  # fmt: skip
+    assert "2 epochs" in told[1] and "unknown PFLOP" in told[1]  # another folder's images
+    assert "9 epochs of 300 images" in told[4]
+    assert "without 1 rows of unknown cost" in told[2]

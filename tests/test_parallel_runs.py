@@ -1,0 +1,126 @@
+"""What the processes of a run tell each other, and one run after another."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btrain import launched
+from btrain.cli import main
+from btrain.config import compose
+from btrain.evaluation import Accuracy, evaluate
+from btrain.training.setup import load_data, make_model
+from parallel_runs import COMMON, FEW, RUNS, accuracy_of
+from torchrun import torchrun
+
+CPU, PROCESSES = torch.device("cpu"), 3
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what three processes have left."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = str(Path(__file__).with_name("parallel_runs.py"))
+    assert torchrun(PROCESSES, script, str(folder)).wait(300) == 0
+    return folder
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_second_training_follows_and_accuracies_are_those_of_one_process(
+    done: Path, run: str
+) -> None:
+    config = compose([*COMMON, *RUNS[run]])
+    data = load_data(config, CPU)
+    network = make_model(config.model, len(data.classes), data.shape)
+
+    def accuracy(file: str, *, test: bool) -> Accuracy:
+        content = torch.load(done / run / "checkpoints" / file, weights_only=True)
+        network.load_state_dict(content["state"]["model"])
+        return evaluate(
+            network,
+            data.test if test else data.val or data.test,
+            epsilon=config.eval.epsilon,
+            step_size=config.eval.step_size,
+            steps=config.eval.steps,
+            batch_size=500,
+            seed=config.seed,
+        )
+
+    first, *others = [each["summaries"][run] for each in said(done)]
+    assert others == [first] * 2
+    last, best = accuracy("last.pt", test=True), accuracy("best.pt", test=True)
+    assert (first["clean_acc"], first["robust_acc"]) == (last.clean, last.robust)
+    assert (first["best_clean_acc"], first["best_robust_acc"]) == (best.clean, best.robust)
+    lines = [json.loads(line) for line in (done / run / "metrics.jsonl").read_text().splitlines()]
+    kept = lines[first["epochs"] - 1]  # of two epochs, or of one and one that was thrown away
+    held_out = accuracy("last.pt", test=False)
+    assert (kept["val_clean_acc"], kept["val_robust_acc"]) == (held_out.clean, held_out.robust)
+    assert (first["epochs"], len(lines)) == (1 if run == "collapsed" else 2, 2)
+
+
+def test_an_evaluation_may_have_fewer_examples_than_processes(done: Path) -> None:
+    alone = [asdict(accuracy_of(few, None)) for few in FEW]
+    for each in said(done):
+        assert each["accuracies"] == alone
+
+
+def test_other_data_are_refused_by_all_in_one_sentence(done: Path) -> None:
+    first, *others = [each["mistake"] for each in said(done)]
+    assert first.startswith("Process 2 on ")
+    assert "has other data than process 0 on" in first
+    for rank, other in enumerate(others, start=1):
+        assert other == f"process {rank} of {PROCESSES}: {first}"
+    assert not (done / "never").exists()
+
+
+def test_a_signal_to_one_process_is_one_to_all(done: Path) -> None:
+    for each in said(done):
+        assert each["stopped"] == [False, True, signal.SIGTERM]
+
+
+# What is not for several processes
+
+
+@pytest.fixture
+def of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The variables that torchrun gives the first of two processes."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--multirun", "seed=0,1"],
+        ["train", "hydra.mode=MULTIRUN", "seed=0,1"],
+        ["eval", "checkpoint=runs/A"],
+        ["paper", "table1"],
+        ["report", "runs/A"],
+    ],
+)
+def test_what_several_processes_do_not_share_is_refused(
+    command: list[str],
+    of_two: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_two.chdir(tmp_path)
+    assert main([*command]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "needs one process, and torchrun started 2" in told[0]
+    of_two.setenv("RANK", "1")
+    of_two.setattr(launched, "GRACE_SECONDS", 0)
+    assert main([*command]) == 1
+    assert capsys.readouterr().err == ""
