@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +17,18 @@ from torch import nn
 
 from btrain.bench import command, gpu
 from btrain.bench.forced import class_counts, force, robust_fraction_for
-from btrain.bench.lane import Lane
+from btrain.bench.lane import Lane, Workload
 from btrain.bench.look import look
 from btrain.bench.masked import masked_step
-from btrain.bench.measure import spread
+from btrain.bench.measure import _timed_step, spread
 from btrain.bench.official import official_step
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.bench.schema import COLUMNS, Contender
 from btrain.cli import main
 from btrain.config import compose
-from btrain.data import Batch
+from btrain.data import Batch, Data
 from btrain.errors import UserError
+from btrain.graphs import ReplayedPGD
 from btrain.schema import Config, CudaGraphs, Precision
 from btrain.training import train
 from btrain.training.methods import attack_method, make_step
@@ -285,6 +287,39 @@ def test_a_lane_with_recorded_steps_measures_its_rounded_groups() -> None:
     assert int(lane.stats[0].steps) == 2 * ahead[1] + 8 * ahead[0]
     assert float(lane.stats[0].units) == 32 + 2 * int(lane.stats[0].steps) + 3 * (32 + ahead[1])
     assert int(lane.stats[0].boundary) == n_b  # by the rule, as before
+
+
+def test_nothing_is_recorded_while_a_batch_is_timed(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As trained: other groups in every repetition.
+    plain = lanes("trades", "attack.steps=3")[Contender.bullettrain]
+    config = replace(plain.config, train=replace(plain.config.train, cuda_graphs=CudaGraphs.always))
+    network = copy.deepcopy(plain.model).eval()
+    images = [digits.train.images[32 * r :][:32].float() / 255 for r in range(4)]
+    labels = []
+    for r, x in enumerate(images):
+        predicted = network(x).argmax(dim=1)
+        wrong = torch.arange(32) < 9 * r  # so many outliers
+        labels.append(torch.where(wrong, (predicted + 1) % 10, predicted))
+    workload = Workload(network, images.__getitem__, labels.__getitem__, None, 0.0)
+    lane = Lane(config, Contender.bullettrain, workload, CPU)
+    recorded: list[int] = []
+
+    def clock(work: Callable[[], None], device: torch.device) -> float:
+        pgd = lane._paths.pgd
+        assert isinstance(pgd, ReplayedPGD)
+        before = pgd.recorded
+        work()
+        assert pgd.recorded == before
+        recorded.append(before)
+        return 1.0
+
+    monkeypatch.setattr("btrain.bench.measure.seconds", clock)
+    for repetition in range(4):
+        assert _timed_step(lane, repetition, CPU) == 1
+    assert recorded[-1] > recorded[0]
+    assert len(lane.stats) == 4
 
 
 # The command

@@ -6,11 +6,13 @@ import copy
 import os
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from btrain import models
 from btrain.config import compose
 from btrain.data import Batch
 from btrain.errors import UserError
@@ -64,6 +66,24 @@ def test_compiled_steps_are_the_plain_ones_up_to_rounding(
     torch.testing.assert_close(loss, compiled_loss, rtol=1e-3, atol=1e-3)
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_group_as_large_as_the_images_are_high_is_no_other_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.utils import counters
+
+    # Without generating code, which takes its time and changes no graph.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    network = models.build("small_cnn", width=2, depth=None, classes=10, shape=(3, 32, 32))
+    counters.clear()
+    with attacked(Shadowed(network, compiled=True)) as shadow:
+        for n in (32, 24, 40):
+            images = torch.rand(n, 3, 32, 32).requires_grad_()
+            torch.autograd.grad(shadow(images).square().sum(), [images])
     assert counters["stats"]["unique_graphs"] == 1
 
 

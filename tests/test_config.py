@@ -617,6 +617,7 @@ NOT_IN_NAME = (
     "dataset.download",
     "train.max_seconds",
     "train.checkpoint_every",
+    "train.score_every",
     "bt.probe_every",
 )
 

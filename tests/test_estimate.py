@@ -94,6 +94,9 @@ def test_a_plan_is_told_and_nothing_made(
         "table1, profile smoke", "table1_cifar10_augmix", "all",
         "table3, profile smoke", "table3_mart", "all",
     ]  # fmt: skip
-    assert "2 epochs" in told[1] and "unknown PFLOP" in told[1]  # another folder's images
+    assert (
+        "2 epochs" in told[1] and "seeds of unknown to train" in told[1]
+    )  # another folder's images
     assert "9 epochs of 300 images" in told[4]
-    assert "without 1 rows of unknown cost" in told[2]
+    assert "without 1 row of unknown cost" in told[2]
+    assert re.search(r"\d GFLOP to train, \d\S* GFLOP to evaluate", told[4])

@@ -20,8 +20,7 @@ from btrain.config import compose
 from btrain.data import Batch, Data, load
 from btrain.defenses import kl_inner_loss
 from btrain.evaluation import robust_accuracy
-from btrain.graphs import CudaGraphs as Recorder
-from btrain.graphs import ReplayedPGD
+from btrain.graphs import GraphRecorder, ReplayedPGD
 from btrain.precision import to_channels_last
 from btrain.schema import Precision
 from btrain.shadow import InBFloat16, Shadowed
@@ -150,10 +149,10 @@ def test_graphs_make_the_eager_examples_and_are_recorded_once(
 ) -> None:
     seen = graphed_network(wrap)
     optimizer = torch.optim.SGD(seen.parameters(), lr=0.05, momentum=0.9)
-    recorders: list[Recorder] = []
+    recorders: list[GraphRecorder] = []
 
-    def recorder() -> Recorder:
-        recorders.append(Recorder(torch.device("cuda")))
+    def recorder() -> GraphRecorder:
+        recorders.append(GraphRecorder(torch.device("cuda")))
         return recorders[-1]
 
     replayed = ReplayedPGD(recorder, 128)
@@ -176,6 +175,20 @@ def test_graphs_make_the_eager_examples_and_are_recorded_once(
         optimizer.zero_grad()
     (recorder_of_all,) = recorders
     assert len({graph.pool() for graph in recorder_of_all.graphs}) == 1
+
+
+def test_what_cannot_be_recorded_leaves_the_stream_as_it_was() -> None:
+    device, before = torch.device("cuda"), torch.cuda.current_stream()
+    number = torch.ones((), device=device)
+    trials: list[float] = []
+
+    def step() -> None:
+        trials.append(number.item())  # a copy to the host, which no graph holds
+
+    with pytest.raises(RuntimeError):
+        GraphRecorder(device)(step)
+    assert trials
+    assert torch.cuda.current_stream() == before
 
 
 def test_graphs_add_no_copy_to_the_host() -> None:

@@ -189,6 +189,15 @@ def test_a_defect_in_one_run_and_an_evaluation_that_fails_are_counted(
     assert (tmp_path / "report" / "table2.md").is_file()
 
 
+def test_a_report_that_cannot_be_written_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report").write_text("in the way")
+    assert cli.main(["paper", "table2", "only=table2_bt_nr0", f"out={tmp_path}", *SMALLER]) == 1
+    assert (tmp_path / "table2_bt_nr0-seed1" / "summary.json").is_file()
+    assert "no report of table2" in capsys.readouterr().err
+
+
 def test_official_corruptions_of_other_data_are_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +227,20 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
     assert all(s == 0 for s, o in zip(steps, outcomes, strict=True) if o == "outlier")
 
 
+def test_a_log_that_is_damaged_costs_figure_5_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
+    made = tmp_path / "figure3-seed1" / "allocation.json"
+    made.unlink()
+    (tmp_path / "figure3-seed0" / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    capsys.readouterr()
+    assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 1
+    told = capsys.readouterr().err
+    assert "metrics.jsonl cannot be read" in told and "1 of figure5" in told
+    assert made.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -233,6 +256,8 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
         (["table2", "table3.only=table3_mart"], ["table3.only", "table3"]),
         (["table2", "table2.trian.epochs=1"], ["trian", "train"]),
         (["table2", "trian.epochs=1"], ["trian", "train"]),
+        (["table2", "table9.dataset.root=x"], ["no target table9"]),
+        (["table1", "corruptions_root=nowhere"], ["corruptions_root=nowhere is no folder"]),
     ],
 )
 def test_mistakes_are_one_sentence(

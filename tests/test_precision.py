@@ -22,9 +22,10 @@ from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.shadow import InBFloat16, attacked
 from btrain.training import train
-from btrain.training.methods import make_memory, make_step, probe_factor
+from btrain.training.methods import attack_method, make_memory, make_step, probe_factor
 from btrain.training.setup import make_state
 from btrain.training.statistics import StepStats
+from btrain.training.step import generate
 
 CPU = torch.device("cpu")
 DEFENSES = ["trades", "mart", "pgd", "augmix"]
@@ -138,6 +139,23 @@ def test_the_shadow_is_the_network_of_the_last_refresh(
         torch.testing.assert_close(short.shadow.network(tiles), model(tiles), rtol=1e-4, atol=1e-4)
         model.train()
         assert not torch.allclose(before, short.shadow.network(tiles), rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Tensor) -> None:
+    model = network().train()
+    short = InBFloat16(model)
+    config = compose(["attack.steps=2", "bt.n_r=1", "bt.share_clean_forward=true"])
+    method = attack_method(config, CPU, "bullettrain")
+    labels, draws = torch.arange(24) % 10, torch.Generator().manual_seed(0)
+    generate(short, tiles, labels, torch.tensor(0.5), draws, method)
+    (first, *_), (theirs, *_) = (
+        [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+        for net in (model, short.shadow)
+    )
+    assert first.running_mean is not None
+    assert theirs.running_mean is not None
+    assert first.running_mean.any()
+    assert torch.equal(first.running_mean, theirs.running_mean)
 
 
 def test_the_attack_has_no_gradients_of_weights_and_no_casts_of_them(tiles: Tensor) -> None:

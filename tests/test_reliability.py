@@ -634,6 +634,21 @@ def test_a_healthy_run_has_no_warnings(whole: Path) -> None:
     assert all(line["warnings"] == [] for line in metrics(whole))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["bt=uniform", "attack.mode=train"],  # whose start beside the images is not projected
+        ["bt=uniform", "attack.mode=train", "train.precision=bf16"],
+        ["defense=pgd", "rival=gradalign"],  # whose penalty looks at noise
+    ],
+    ids=str,
+)
+def test_what_is_not_trained_on_may_leave_the_box(tmp_path: Path, settings: list[str]) -> None:
+    train(tiny(tmp_path, "train.epochs=1", *settings))
+    (line,) = metrics(tmp_path)
+    assert line["warnings"] == []
+
+
 MEANS = {"f_b": 0.5, "f_r": 0.3, "f_o": 0.2, "robust_acc_train": 60.0}
 
 

@@ -127,6 +127,30 @@ def test_the_command_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFix
     assert "there are: table10, table9" in capsys.readouterr().err
 
 
+def test_a_damaged_plan_is_named_and_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table2.json").write_text('{"target": "table2", ')
+    for arguments in ([], ["target=table2"], ["--watch"]):
+        assert main(["report", str(tmp_path), *arguments]) == 1
+        assert "table2.json is no plan" in capsys.readouterr().err
+    a_table(tmp_path)
+    assert main(["report", str(tmp_path)]) == 1  # and is not left out without a word
+    assert not (tmp_path / "report").exists()
+    assert main(["report", str(tmp_path), "target=table9"]) == 0
+    assert (tmp_path / "report" / "table9.md").is_file()
+
+
+def test_a_report_does_not_replace_the_plans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_table(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'a' / '..'}"]) == 1
+    assert "holds the plans" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -19,7 +19,7 @@ import pytest
 
 from btrain.errors import Interrupted, UserError
 from btrain.paper.plan import Claim
-from btrain.report.sheets import text
+from btrain.report.sheets import notes, text
 from btrain.report.sheets.runs import read_run
 from btrain.report.sheets.sheet import make_sheet
 from btrain.run_folder import RunFolder
@@ -205,6 +205,27 @@ def test_a_lock_whose_process_ended_runs_no_more(tmp_path: Path) -> None:
     assert read_run(tmp_path / "a").state == "running"
     os.utime(tmp_path / "a" / "run.lock", (0, 0))  # silent for decades
     assert read_run(tmp_path / "a").state == "unfinished"
+
+
+def test_what_a_user_or_a_profile_changed_is_told_in_words() -> None:
+    original = {
+        "train.epochs": 10, "train.precision": "float32", "model": "wrn_34_10", "model.width": 10,
+        "attack.steps": 10, "recipe.lr": 0.1, "defense.beta": 6.0, "eval.steps": 20,
+    }  # fmt: skip
+    same = {key: value for key, value in original.items() if key != "model"}
+    same |= {"model.name": "wrn_34_10"}
+    assert notes.scale(original, same) == []
+    changed = {"train.epochs": 20, "train.precision": "bf16", "model.width": 2, "attack.steps": 5,
+               "recipe.lr": 0.05, "defense.beta": 1.0, "eval.steps": 5}  # fmt: skip
+    assert notes.scale(original, same | changed) == [
+        "20 instead of 10 epochs",
+        "precision bf16 instead of float32",
+        "network width 2 instead of 10",
+        "attack steps 5 instead of 10",
+        "learning rate 0.05 instead of 0.1",
+        "1/λ 1 instead of 6",
+        "PGD-5 instead of PGD-20",
+    ]
 
 
 def test_what_all_rows_share_is_said_once(tmp_path: Path) -> None:

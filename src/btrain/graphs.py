@@ -26,8 +26,8 @@ _LARGEST = 256  # examples; up to here groups are rounded to 8
 def group_multiple(batch_size: int) -> int:
     """What group sizes are rounded up to: 8, or more for a batch above 256.
 
-    So there are at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary examples
-    of 128, on average.
+    So a batch has at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary
+    examples of 128, on average.
     """
     return 8 * max(1, -(-batch_size // _LARGEST))
 
@@ -138,7 +138,7 @@ def repeated(step: Callable[[], None]) -> Callable[[], None]:
     return step
 
 
-class CudaGraphs:
+class GraphRecorder:
     """Records CUDA graphs that share one pool of memory.
 
     They may: nothing of one is read after another ran, and two never run at once. What torch asks
@@ -154,8 +154,9 @@ class CudaGraphs:
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         """Runs the step `_TRIALS` times, then records it, which does not run it."""
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
+        # The stream is set to bring it back: torch does not where a recording fails.
+        with torch.cuda.device(self._device), torch.cuda.stream(current):
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 for _ in range(_TRIALS):  # cuDNN and cuBLAS choose and allocate
@@ -174,4 +175,4 @@ _TRIALS = 3
 def replayed_pgd(device: torch.device, examples: int) -> ReplayedPGD:
     """For batches of up to so many examples on this device."""
     cuda = device.type == "cuda"
-    return ReplayedPGD((lambda: CudaGraphs(device)) if cuda else (lambda: repeated), examples)
+    return ReplayedPGD((lambda: GraphRecorder(device)) if cuda else (lambda: repeated), examples)

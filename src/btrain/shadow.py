@@ -114,8 +114,12 @@ class _Compiled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         compiled = images.requires_grad and torch.is_grad_enabled() and len(images) >= _FEW
-        # A clone, for the compiler tells a view of the whole batch from one of a part.
-        logits: Tensor = self._compiled(images.clone()) if compiled else self.network(images)
+        if compiled:
+            # A clone, for the compiler tells a view of the whole batch from one of a part; marked,
+            # for it would take a group as large as the images are high for one that always is.
+            images = images.clone()
+            torch._dynamo.maybe_mark_dynamic(images, 0)
+        logits: Tensor = (self._compiled if compiled else self.network)(images)
         return logits
 
 

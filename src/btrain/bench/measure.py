@@ -57,6 +57,7 @@ def measure(
 
 
 def _timed_step(lane: Lane, repetition: int, device: torch.device) -> float:
+    lane.rehearse(repetition)
     batch = lane.prepare(repetition)
     return seconds(lambda: lane.run(batch), device) / lane.config.bt.pool
 

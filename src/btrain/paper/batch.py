@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ def write_allocation(folder: Path) -> Path:
     data = load_data(config, cpu)
     first = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
     x, labels = to_unit(data.train.images[first]), data.train.labels[first]
-    robust_fraction = torch.tensor(_last_line(folder / "metrics.jsonl")["robust_fraction"])
+    robust_fraction = torch.tensor(_last_robust_fraction(folder / "metrics.jsonl"))
     method = attack_method(config, cpu, "oracle")
     generator = torch.Generator().manual_seed(config.seed)
     z = eval_logits(model, x)
@@ -58,9 +57,9 @@ def write_allocation(folder: Path) -> Path:
     return path
 
 
-def _last_line(path: Path) -> dict[str, Any]:
+def _last_robust_fraction(path: Path) -> float:
+    """F_R at the end of a run, from the last line of its log."""
     try:
-        line: dict[str, Any] = json.loads(read_text(path, _LARGEST).splitlines()[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path} cannot be read.") from error
-    return line
+        return float(json.loads(read_text(path, _LARGEST).splitlines()[-1])["robust_fraction"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: it does not end with an epoch.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from btrain.paper.job import Job, check, make_plan
 from btrain.paper.run import reproduce
 from btrain.paper.target import names, read_profile, read_target
 from btrain.report.sheets.runs import Runs
+
+_OF_A_TARGET = re.compile(r"(table|figure)\d*\.")
 
 HELP = """\
 usage: btrain paper TARGET [TARGET …] [profile=smoke|cpu|gpu|paper] [option=value …]
@@ -35,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     """Makes the targets that the command line names, one after the other.
 
     Raises:
-        UserError: a target, profile or option is wrong, or runs are missing in the end.
+        UserError: a target, profile or option is wrong, or runs or a report are missing in the end.
     """
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP.format(targets=", ".join(names("target"))), end="")
@@ -48,6 +51,8 @@ def run(arguments: Sequence[str]) -> None:
     out = Path(given.pop("out", f"runs/paper/{profile.name}")).expanduser()
     root = given.pop("corruptions_root", None)
     corruptions_root = None if root is None else Path(root).expanduser()
+    if corruptions_root is not None and not corruptions_root.is_dir():
+        raise UserError(f"corruptions_root={root} is no folder.")
     jobs = []
     for target in map(read_target, targets):
         settings = given | own.get(target.name, {})
@@ -66,12 +71,14 @@ def run(arguments: Sequence[str]) -> None:
     for plan in plans:  # all ahead of the first run, so that a watch knows what is to come
         plan.write(out)
     runs = Runs()
-    missing = {
+    done = {
         job.target.name: reproduce(job, plan, runs) for job, plan in zip(jobs, plans, strict=True)
     }
-    if unfinished := {name: count for name, count in missing.items() if count}:
+    if unfinished := {name: count for name, (count, _) in done.items() if count}:
         told = ", ".join(f"{count} of {name}" for name, count in unfinished.items())
         raise UserError(f"Runs are missing, failed or not evaluated: {told}; see the report.")
+    if unreported := [name for name, (_, reported) in done.items() if not reported]:
+        raise UserError(f"There is no report of {', '.join(unreported)}; see above.")
 
 
 def _sorted(
@@ -89,8 +96,10 @@ def _sorted(
             raise UserError(f"{key} needs a value.")
     chosen = names("target") if "all" in targets else list(dict.fromkeys(targets))
     own: dict[str, dict[str, str]] = {}
-    for key in [key for key in given if key.split(".")[0] in names("target")]:
+    for key in [key for key in given if _OF_A_TARGET.match(key)]:
         target, _, option = key.partition(".")
+        if target not in names("target"):
+            raise UserError(f"{key}: there is no target {target}; see btrain paper --help.")
         if target not in chosen:
             raise UserError(f"{key} is of {target}, which is not to be made.")
         own.setdefault(target, {})[option] = given.pop(key)

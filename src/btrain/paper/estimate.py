@@ -23,6 +23,7 @@ _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28)
            "digits": (1, 8, 8)}  # fmt: skip
 _FRACTIONS = (0.28, 0.54, 0.18)  # F_B, F_R, F_O of the paper's BT with N_R = 2
 _CORRUPTIONS = 15 * 5
+_UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 # Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.
 _AUTOATTACK = 2 * 1000 + 3 * 900 + 5000
 
@@ -128,7 +129,7 @@ def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
         for row, found in costs:
             lines.append(
                 f"  {row.name}: {found.settings}; {len(row.runs)} seeds of "
-                f"{_peta(found.training)} PFLOP to train, {_peta(found.evaluation)} to evaluate"
+                f"{_work(found.training)} to train, {_work(found.evaluation)} to evaluate"
             )
         lines.append(f"  {_total(job, costs)}")
     return "\n".join(lines)
@@ -142,8 +143,10 @@ def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
         if found.training is not None and found.evaluation is not None
     ]
     unknown = len(costs) - len(known)
-    words = f"all: {_peta(sum(known))} PFLOP"
-    words += f" without {unknown} rows of unknown cost" if unknown else ""
+    words = f"all: {_work(sum(known))}"
+    words += (
+        f" without {unknown} row{'s' if unknown > 1 else ''} of unknown cost" if unknown else ""
+    )
     if job.profile.tflops is not None:
         minutes = sum(known) / (job.profile.tflops * 1e12) / 60
         words += (
@@ -153,5 +156,9 @@ def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
     return words
 
 
-def _peta(flops: float | None) -> str:
-    return "unknown" if flops is None else f"{flops / 1e15:.3g}"
+def _work(flops: float | None) -> str:
+    """FLOPs with three digits, in the unit that suits them."""
+    if flops is None:
+        return "unknown"
+    size, name = next((unit for unit in _UNITS if flops >= unit[0]), _UNITS[-1])
+    return f"{flops / size:.3g} {name}"

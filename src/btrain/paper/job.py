@@ -142,12 +142,15 @@ def _scale(config: Config) -> dict[str, Any]:
         "model.width": config.model.width,
         "train.epochs": config.train.epochs,
         "train.batch_size": config.train.batch_size,
+        "train.precision": config.train.precision.name,
         "dataset.train_examples": config.dataset.train_examples,
         "dataset.test_examples": config.dataset.test_examples,
         "attack.epsilon": config.attack.epsilon,
+        "attack.steps": config.attack.steps,
         "attack.epsilon_warmup_epochs": config.attack.epsilon_warmup_epochs,
         "recipe.optimizer": config.recipe.optimizer.name,
         "recipe.lr": config.recipe.lr,
+        "defense.beta": config.defense.beta,
         "eval.steps": config.eval.steps,
     }
 

@@ -25,7 +25,7 @@ _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 
 
-def reproduce(job: Job, plan: Plan, known: Runs) -> int:
+def reproduce(job: Job, plan: Plan, known: Runs) -> tuple[int, bool]:
     """Trains and evaluates what is not there yet, and reports.
 
     A run that fails leaves its log and stops no other.
@@ -34,7 +34,8 @@ def reproduce(job: Job, plan: Plan, known: Runs) -> int:
         known: the runs that the reports have read before.
 
     Returns:
-        How many of the wanted runs are not trained, or not evaluated, at the least.
+        How many of the wanted runs are not trained, or not evaluated, at the least; and whether the
+        report was written.
 
     Raises:
         SystemExit: a signal came; the same command goes on from there.
@@ -52,8 +53,11 @@ def reproduce(job: Job, plan: Plan, known: Runs) -> int:
         for folder in row.runs.values()
     ]
     words = f"btrain report {shlex.quote(str(job.out))} target={job.target.name}"
-    _guarded(words, lambda: write(job.out, job.out / "report", [job.target.name], known.read))
-    return max(runs.count(False), failed)  # a finished run of other settings is not what is wanted
+    reported = _guarded(
+        words, lambda: write(job.out, job.out / "report", [job.target.name], known.read)
+    )
+    # A finished run of other settings is not what is wanted.
+    return max(runs.count(False), failed), reported is not None
 
 
 def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:

@@ -80,9 +80,9 @@ def _sorted(args: Sequence[str]) -> tuple[set[str], dict[str, str], list[Path]]:
 
 
 def _holds_plans(paths: Sequence[Path]) -> bool:
-    from btrain.report.sheets.plans import plans_in
+    from btrain.report.sheets.plans import damaged, plans_in
 
-    return any(plans_in(path) for path in paths)
+    return any((plans := plans_in(path)) or damaged(plans, path) for path in paths)
 
 
 def write(
@@ -90,11 +90,11 @@ def write(
     out: Path,
     targets: Sequence[str] | None,
     read: Callable[[Path], Run] | None = None,
-) -> None:
-    """Writes the sheets of a folder of plans and shows their tables; see `write_sheets`.
+) -> list[Path]:
+    """Writes the sheets of a folder of plans and shows their tables; returns the files.
 
     Raises:
-        UserError: there is no plan, or none of a target's name, or `out` cannot be written.
+        UserError: as `write_sheets`.
     """
     from btrain.report.sheets.drawing import NO_MATPLOTLIB, is_available
     from btrain.report.sheets.files import write_sheets
@@ -106,3 +106,4 @@ def write(
     if not is_available():
         print(NO_MATPLOTLIB)
     print(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
+    return written

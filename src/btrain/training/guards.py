@@ -22,7 +22,8 @@ class InputGuard:
     """Whether the images that a network is trained on lie in the box and the ε-ball.
 
     It looks at the inputs themselves, whatever made them: in one batch, at the first 32 images of
-    each train-mode pass, each against the nearest clean image of the batch.
+    each train-mode pass, each against the nearest clean image of the batch. The passes of an attack
+    in train mode are none of training; where they begin may lie outside.
     """
 
     def __init__(self, radius: float | None, box_slack: float = 0.0) -> None:
@@ -36,9 +37,11 @@ class InputGuard:
         clean = x.detach().float().flatten(1)
 
         def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not module.training:
+            (images,) = inputs
+            of_an_attack = images.requires_grad and images.is_leaf  # its gradient is asked for
+            if not module.training or of_an_attack:
                 return
-            seen = inputs[0].detach()[:_EXAMPLES].float().flatten(1)
+            seen = images.detach()[:_EXAMPLES].float().flatten(1)
             box = torch.maximum(-seen.amin(), seen.amax() - 1)
             ball = torch.cdist(seen, clean, p=torch.inf).amin(dim=1).amax()
             self._outside.append(torch.stack([box, ball]))
@@ -73,9 +76,8 @@ def make_input_guard(config: Config, epoch: int) -> InputGuard:
     if rival.name is RivalName.mma:
         assert rival.max_margin is not None
         return InputGuard(1.05 * rival.max_margin)
-    # GradAlign's noise leaves the box, and so does what Free brings from the batch before.
-    leaves = rival.name in (RivalName.gradalign, RivalName.free)
-    return InputGuard(epsilon, box_slack=epsilon if leaves else 0.0)
+    # What Free brings from the batch before leaves the box.
+    return InputGuard(epsilon, box_slack=epsilon if rival.name is RivalName.free else 0.0)
 
 
 def epoch_warnings(

@@ -24,7 +24,7 @@ from btrain.allocation import (
 )
 from btrain.attacks import by_steps, early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
-from btrain.shadow import attacked, bare
+from btrain.shadow import Shadowed, attacked, bare
 from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
@@ -201,6 +201,8 @@ def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor |
         method.attack_in_train_mode and method.defense.inner_reads_clean
     ):
         clean_logits = model(x)
+        if isinstance(model, Shadowed):  # whose attack then has BatchNorm's statistics of before
+            model.refresh()
         return clean_logits, clean_logits.detach()
     if method.defense.inner_reads_clean or method.allocator != "uniform":
         return None, eval_logits(model, x)

@@ -10,7 +10,7 @@ from pathlib import Path
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.report.sheets import drawing, page, pictures, text
-from btrain.report.sheets.plans import chosen, find_plans
+from btrain.report.sheets.plans import chosen, plans_in
 from btrain.report.sheets.runs import Run, Runs
 from btrain.report.sheets.sheet import Sheet, make_sheet
 
@@ -35,10 +35,13 @@ def write_sheets(
         read: makes a run of its folder; None reads each folder once, also if targets share it.
 
     Raises:
-        UserError: there is no plan, or none of a target's name, or `out` cannot be written.
+        UserError: there is no plan, or none of a target's name, or it is damaged, or `out` is the
+            plans' own folder or cannot be written.
     """
-    plans = find_plans(folder)
+    plans = plans_in(folder)
     wanted = list(chosen(plans, targets, folder))
+    if out.resolve() == folder.resolve():
+        raise UserError(f"out={out} holds the plans, whose files the report's would replace.")
     read = read or Runs().read
     sheets = {target: make_sheet(plan, folder, read) for target, plan in plans.items()}
     contents: dict[str, bytes] = {}

@@ -27,6 +27,17 @@ IMAGES = {
 """For training and for the test."""
 
 
+_WORDS = {
+    "attack.steps": "attack steps",
+    "defense.beta": "1/λ",
+    "model.width": "network width",
+    "recipe.lr": "learning rate",
+    "recipe.optimizer": "optimizer",
+    "train.precision": "precision",
+}
+"""Settings for people."""
+
+
 def scale(original: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """How a run's settings differ from the experiment at the paper's scale.
 
@@ -66,9 +77,12 @@ def _phrase(key: str, ours: Any, theirs: Any, config: Mapping[str, Any]) -> str:
     if group == "dataset" and leaf in ("train_examples", "test_examples"):
         what = "training images" if leaf == "train_examples" else "test images"
         return f"{_number(ours)}{of} {what}" if is_number(ours) else f"all {what} instead{of}"
-    if leaf == "epochs" and is_number(ours) and is_number(theirs) and ours < theirs:
-        return f"{_number(ours)}{of} epochs"
-    return f"{key} {_number(ours)} instead of {_number(theirs)}"
+    if leaf == "epochs" and is_number(ours) and is_number(theirs):
+        fewer = ours < theirs
+        return f"{_number(ours)}{of if fewer else f' instead{of}'} epochs"
+    if key == "eval.steps":
+        return f"PGD-{_number(ours)} instead of PGD-{_number(theirs)}"
+    return f"{_WORDS.get(key, key)} {_number(ours)} instead of {_number(theirs)}"
 
 
 def data_name(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from btrain.errors import UserError
 from btrain.paper.plan import Plan, read_plan
+from btrain.paper.target import names
 
 
 def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, Plan]:
@@ -17,20 +18,21 @@ def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, 
         targets: these alone; None for all.
 
     Raises:
-        UserError: there is none, or none of a target's name.
+        UserError: there is none, or none of a target's name, or it is damaged.
     """
-    plans = plans_in(folder)
-    if not plans:
-        raise UserError(f"{folder} holds no plan of a table or figure; btrain paper writes them.")
-    return chosen(plans, targets, folder)
+    return chosen(plans_in(folder), targets, folder)
 
 
 def chosen(plans: dict[str, Plan], targets: Sequence[str] | None, folder: Path) -> dict[str, Plan]:
     """Those of a folder's plans that were asked for; None for all.
 
     Raises:
-        UserError: there is none of a target's name.
+        UserError: there is none, or none of a target's name, or it is damaged.
     """
+    if wrong := [t for t in damaged(plans, folder) if targets is None or t in targets]:
+        raise UserError(f"{folder / wrong[0]}.json is no plan of a table or figure.")
+    if not plans:
+        raise UserError(f"{folder} holds no plan of a table or figure; btrain paper writes them.")
     if targets is None:
         return plans
     if wrong := [target for target in targets if target not in plans]:
@@ -47,3 +49,9 @@ def plans_in(folder: Path) -> dict[str, Plan]:
             if plan.target == path.stem:
                 plans[plan.target] = plan
     return plans
+
+
+def damaged(plans: dict[str, Plan], folder: Path) -> list[str]:
+    """The paper's targets of which there is a file, but no plan in it."""
+    missing = (name for name in names("target") if name not in plans)
+    return [name for name in missing if (folder / f"{name}.json").is_file()]
