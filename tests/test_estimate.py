@@ -59,10 +59,10 @@ def test_the_flops_of_a_row_are_those_that_its_run_counts(tmp_path: Path) -> Non
     row = next(row for row in make_plan(of).rows if row.name == "table2_trades")
     found = cost(of, row)
     assert found.training == pytest.approx(summary["flops"])
-    assert "1 epochs of 60 images, batches of 50" in found.settings
+    assert "1 epochs of 60 images, batches of 20" in found.settings
     unit = summary["flops"] / (27 * 60)
-    # The run's own PGD-5 on 20 test images and after its epoch on a batch; PGD-20.
-    own, twenty = 12 * (20 + 50), 42 * 20
+    # The run's own PGD-20 on 20 test images and after its epoch on a batch of 20; PGD-20.
+    own, twenty = 42 * (20 + 20), 42 * 20
     assert found.evaluation == pytest.approx((own + twenty) * unit)
 
 
@@ -95,8 +95,8 @@ def test_a_plan_is_told_and_nothing_made(
         "table3, profile smoke", "table3_mart", "all",
     ]  # fmt: skip
     assert (
-        "2 epochs" in told[1] and "seeds of unknown to train" in told[1]
+        "4 epochs" in told[1] and "seeds of unknown to train" in told[1]
     )  # another folder's images
-    assert "9 epochs of 300 images" in told[4]
+    assert "9 epochs of 400 images" in told[4]
     assert "without 1 row of unknown cost" in told[2]
     assert re.search(r"\d GFLOP to train, \d\S* GFLOP to evaluate", told[4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from btrain import cli
 from btrain.config import config_dir
 from btrain.errors import UserError
+from btrain.evaluation.autoattack import LIBRARIES
 from btrain.paper.job import Job, check, make_plan
 from btrain.paper.left import unfinished
 from btrain.paper.plan import read_plan
@@ -137,7 +139,7 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(
     assert cli.main(command) == 0
     assert "$ btrain train" not in capsys.readouterr().out  # nor launched
     assert cli.main([*command, "train.batch_size=30"]) == 1
-    assert "belongs to a run with train.batch_size=50, not 30" in capsys.readouterr().err
+    assert "belongs to a run with train.batch_size=20, not 30" in capsys.readouterr().err
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
 
 
@@ -220,7 +222,7 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
     assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
     content = json.loads((tmp_path / "figure3-seed0" / "allocation.json").read_text())
     outcomes, steps = content["outcome"], content["steps"]
-    assert len(outcomes) == len(steps) == len(content["svar"]) == 50
+    assert len(outcomes) == len(steps) == len(content["svar"]) == 20
     assert set(outcomes) <= {"boundary", "robust", "outlier"}
     # What is misclassified is an outlier, truly and by prediction, and gets no step.
     assert [o == "outlier" for o in outcomes] == [svar < 0 for svar in content["svar"]]
@@ -266,3 +268,15 @@ def test_mistakes_are_one_sentence(
     assert cli.main(["paper", *arguments, f"out={tmp_path / 'out'}"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("btrain:")]
     assert all(name in line for name in named)
+
+
+def test_a_missing_library_is_told_ahead_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in LIBRARIES:
+        monkeypatch.setitem(sys.modules, name, None)
+    out = tmp_path / "out"
+    assert cli.main(["paper", "table2", f"out={out}"]) == 1
+    assert "AutoAttack is not installed" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main(["paper", "table2", f"out={out}", "plan=true"]) == 0

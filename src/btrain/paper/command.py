@@ -8,6 +8,7 @@ from pathlib import Path
 
 from btrain.errors import UserError
 from btrain.paper.job import Job, check, make_plan
+from btrain.paper.plan import Plan
 from btrain.paper.run import reproduce
 from btrain.paper.target import names, read_profile, read_target
 from btrain.report.sheets.runs import Runs
@@ -68,6 +69,7 @@ def run(arguments: Sequence[str]) -> None:
 
         print(listing(zip(jobs, plans, strict=True)))
         return
+    _check_installed(jobs, plans)
     for plan in plans:  # all ahead of the first run, so that a watch knows what is to come
         plan.write(out)
     runs = Runs()
@@ -104,6 +106,20 @@ def _sorted(
             raise UserError(f"{key} is of {target}, which is not to be made.")
         own.setdefault(target, {})[option] = given.pop(key)
     return chosen, given, own
+
+
+def _check_installed(jobs: Sequence[Job], plans: Sequence[Plan]) -> None:
+    """Makes sure, ahead of the training, that AutoAttack is there if a row wants it."""
+    wanted = (
+        row.attacks or ()
+        for job, plan in zip(jobs, plans, strict=True)
+        for row in plan.rows
+        if job.wanted([row.experiment])
+    )
+    if any("autoattack" in attacks for attacks in wanted):
+        from btrain.evaluation.autoattack import library
+
+        library()
 
 
 def _check_only(jobs: Sequence[Job]) -> None:
