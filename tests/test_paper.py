@@ -77,7 +77,14 @@ def test_an_experiments_header_has_its_command_and_the_time_where_it_was_measure
 
 
 def measured_seconds(experiment: str) -> list[float]:
-    """Of the runs in results/cpu: those of the experiment alone, else with all swept values."""
+    """Of the runs in results/cpu: those of the experiment alone, else with all swept values.
+
+    An experiment that is no row of the paper has a file of its own in results/mnist.
+    """
+    own = Path(config_dir()).parent / "results" / "mnist" / f"{experiment}.jsonl"
+    if own.is_file():
+        lines = [json.loads(line) for line in own.read_text().splitlines()]
+        return [x["train_seconds"] for x in lines if x["run"].startswith(f"{experiment}-seed")]
     found: dict[tuple[str, str], float] = {}
     for path in (Path(config_dir()).parent / "results" / "cpu").glob("*.json"):
         for row in json.loads(path.read_text())["rows"]:

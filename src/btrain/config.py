@@ -56,7 +56,7 @@ def register() -> None:
     ConfigStore.instance().store(name="bench_schema", node=BenchRun)
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
-    OmegaConf.register_new_resolver("per_replay", _per_replay, replace=True)
+    OmegaConf.register_new_resolver("divided", _divided, replace=True)
 
 
 def _scale(length: float, factor: float, divisor: float) -> float:
@@ -69,9 +69,9 @@ def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
     return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
 
 
-def _per_replay(epochs: int, replays: int) -> int:
-    """The epochs in which every example is trained on as often as in `epochs` without replays."""
-    return math.ceil(epochs / replays)
+def _divided(count: int, divisor: float) -> int:
+    """`${divided:10,1.5}` = 7, rounded up: fewer epochs or a smaller batch than a recipe's."""
+    return math.ceil(count / divisor)
 
 
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:

@@ -380,6 +380,7 @@ class RecipeConfig:
     crop_padding: int = MISSING
     flip: bool = MISSING
     early_stop_on_collapse: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(1, "recipe.epochs", self.epochs)
@@ -404,6 +405,7 @@ class RecipeConfig:
             rolls or not self.nesterov, "recipe.nesterov", "false without SGD's momentum", True
         )
         _at_least(0, "recipe.crop_padding", self.crop_padding)
+        _require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
 
 
 @dataclass

@@ -182,8 +182,8 @@ def train_epoch(
         state.memory["skipped"].zero_()
     drawn = draw(state.batch)
     while state.batch < steps_per_epoch and not over():
-        done = (state.epoch * steps_per_epoch + state.batch) / (plan.epochs * steps_per_epoch)
-        lr = plan.lr * plan.schedule(done)
+        done = state.epoch * steps_per_epoch + state.batch
+        lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         if world.first:
@@ -191,7 +191,7 @@ def train_epoch(
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, plan)
+            _take(step, state, batch, heartbeat.check, plan, done)
         if world.first:
             heartbeat.step(state)
         tick()
@@ -212,8 +212,10 @@ def train_epoch(
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
-def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan) -> None:
-    """One step, undone and counted if it is to be skipped."""
+def _take(
+    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan, done: int
+) -> None:
+    """One step after `done` others of the run, undone and counted if it is to be skipped."""
     skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
     stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
@@ -223,6 +225,8 @@ def _take(step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan:
         check.forget()
         state.memory["skipped"] += bad
         stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
+    if state.average is not None:
+        state.average.update(done, skipped=bad if skip else None)
     state.add(stats)
     if plan.score_every is not None and (state.batch - 1) % plan.score_every == 0:
         state.remember(stats)

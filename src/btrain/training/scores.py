@@ -70,8 +70,9 @@ def after_epoch(
 
     The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
     `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
-    run back to that epoch and ends it, as FAST does. `state` changes last, so that a signal within
-    leaves it where the epoch's training ended.
+    run back to that epoch and ends it, as FAST does. It is that of the weights in training, whose
+    average would show a fall later; all else is scored on `state.evaluated`. `state` changes last,
+    so that a signal within leaves it where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
     some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
@@ -87,7 +88,7 @@ def after_epoch(
         )
         if world.first:
             state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
-        world.copy_weights(state.model)  # all that the others still need
+        world.copy_weights(state.evaluated)  # all that the others still need
         state.collapsed = True
         return
     if data.val is not None and _due(config, state.epoch + 1):
@@ -112,7 +113,7 @@ def _validate(
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
-    config, accuracy = evaluator.config, evaluator(state.model, val)
+    config, accuracy = evaluator.config, evaluator(state.evaluated, val)
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
@@ -120,7 +121,7 @@ def _validate(
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
-            model = {"model": state.model.state_dict(), "epoch": epoch, "val_acc": score}
+            model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
             checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
         state.best_epoch, state.best_val_acc = epoch, score
 
@@ -129,13 +130,13 @@ def final_accuracies(
     evaluator: Evaluator, state: TrainState, data: Data, folder: RunFolder
 ) -> tuple[Accuracy, Accuracy | None]:
     """On the test set, of the last and, where there is one, of the best model, which stays."""
-    last = evaluator(state.model, data.test)
+    last = evaluator(state.evaluated, data.test)
     if state.best_epoch is None:
         return last, None
     if evaluator.world.first:
-        state.model.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
-    evaluator.world.copy_weights(state.model)
-    return last, evaluator(state.model, data.test)
+        state.evaluated.load_state_dict(checkpoint.load(folder.best)["state"]["model"])
+    evaluator.world.copy_weights(state.evaluated)
+    return last, evaluator(state.evaluated, data.test)
 
 
 def summarise(

@@ -94,7 +94,7 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     skips = config.train.on_nonfinite is OnNonfinite.skip
     optimizer = make_optimizer(config.recipe, model, steps_on_device=skips)
     memory = make_memory(config, data, device)
-    return TrainState.fresh(model, optimizer, memory, config.seed, device)
+    return TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
 
 
 def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.training.averaging import WeightAverage
 from btrain.training.statistics import StepStats
 
 
@@ -30,6 +31,7 @@ class TrainState:
         best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
+        average: of the model's weights, with `recipe.ema`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
     """
@@ -48,6 +50,7 @@ class TrainState:
     best_val_acc: float | None = None
     watched_acc: float | None = None
     collapsed: bool = False
+    average: WeightAverage | None = None
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -57,8 +60,9 @@ class TrainState:
         memory: dict[str, Tensor],
         seed: int,
         device: torch.device,
+        ema: float = 0.0,
     ) -> TrainState:
-        """The state of a run that has not begun."""
+        """The state of a run that has not begun; `ema` is the decay of its average, 0 for none."""
         sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
         return TrainState(
             model=model,
@@ -67,12 +71,18 @@ class TrainState:
             memory=memory,
             epoch_sums=sums,
             total_sums=sums.clone(),
+            average=WeightAverage(model, ema) if ema else None,
         )
 
     @property
     def device(self) -> torch.device:
         """Where the run trains."""
         return self.generator.device
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is scored and handed on: the average, where there is one."""
+        return self.model if self.average is None else self.average.network
 
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""
@@ -103,7 +113,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it."""
         return {
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
+            **({} if self.average is None else {"trained_model": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "device": self.device.type,
@@ -130,7 +141,9 @@ class TrainState:
             raise UserError("The checkpoint does not hold the state of a run like this.") from error
 
     def _load(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
+        self.evaluated.load_state_dict(saved["model"])
+        if self.average is not None:
+            self.model.load_state_dict(saved["trained_model"])
         self._load_optimizer(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
         for name, tensor in self.memory.items():

@@ -1,0 +1,42 @@
+"""experiment=fastest: settings without a data set, which every data set's recipe takes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from btrain.config import compose
+from btrain.schema import ScheduleName
+from btrain.training import train
+from test_training import metrics
+
+HERE = {"imagefolder": ["dataset.root=photos"]}
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "digits", "cifar10", "cifar100", "imagefolder"])
+def test_follows_the_recipe_of_the_data_set(dataset: str) -> None:
+    options = [f"dataset={dataset}", *HERE.get(dataset, [])]
+    plain, fastest = compose(options), compose(["experiment=fastest", *options])
+    assert fastest.dataset == plain.dataset
+    assert fastest.recipe.name == plain.recipe.name
+    assert fastest.recipe.lr == plain.recipe.lr
+    assert fastest.recipe.schedule is ScheduleName.cyclic
+    assert fastest.train.epochs == math.ceil(plain.train.epochs / 1.5)
+    assert fastest.train.batch_size == plain.train.batch_size // 2
+    assert fastest.bt.step_size_b == pytest.approx(1.7 * plain.attack.epsilon / fastest.bt.n_b)
+
+
+def test_learns_digits_for_a_fraction_of_the_work(tmp_path: Path) -> None:
+    config = compose(
+        ["experiment=fastest", "dataset=digits", "model=small_cnn", "model.width=8",
+         "train.epochs=6", "eval.steps=5", "device=cpu", f"run.dir={tmp_path}"]
+    )  # fmt: skip
+    summary = train(config)
+    assert summary["clean_acc"] > 70
+    assert summary["robust_acc"] > 30
+    assert summary["speedup_flops"] > 2.5
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert max(rates) < config.recipe.lr
+    assert rates[-1] < 0.05 * max(rates)
