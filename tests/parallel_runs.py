@@ -30,8 +30,9 @@ COMMON = [
 ]  # fmt: skip
 RUNS = {
     "trades": ["defense=trades"],
+    "averaged": ["defense=trades", "recipe.ema=0.9"],
     "augmix": ["defense=augmix"],
-    "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true"],
+    "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true", "recipe.ema=0.9"],
 }
 FEW = (1, 2, 5)
 """Examples of evaluations; the processes are three."""
