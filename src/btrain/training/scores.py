@@ -22,6 +22,7 @@ from btrain.training.guards import epoch_warnings, fell, is_above
 from btrain.training.loop import epoch_order
 from btrain.training.parallel import World
 from btrain.training.provenance import device_name, git_commit, git_dirty
+from btrain.training.resume import adopt_best
 from btrain.training.state import TrainState
 from btrain.training.statistics import UNITS, averages
 
@@ -88,6 +89,7 @@ def after_epoch(
         )
         if world.first:
             state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
+            adopt_best(state, folder)  # as the others have it
         world.copy_weights(state.evaluated)  # all that the others still need
         state.collapsed = True
         return
