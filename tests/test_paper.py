@@ -17,6 +17,7 @@ from btrain.paper.job import Job, check, make_plan
 from btrain.paper.left import unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
+from btrain.report.sheets.sheet import make_sheet
 
 TARGETS = names("target")
 
@@ -280,3 +281,16 @@ def test_a_missing_library_is_told_ahead_of_the_training(
     assert "AutoAttack is not installed" in capsys.readouterr().err
     assert not out.exists()
     assert cli.main(["paper", "table2", f"out={out}", "plan=true"]) == 0
+
+
+def test_the_users_own_settings_are_told(tmp_path: Path) -> None:
+    told = [
+        "dataset.root=x",
+        "device=cpu",
+        "train.epochs=1",
+        "model.width=4",
+        "hydra/launcher=joblib",
+    ]
+    plan = make_plan(job("table2", "smoke", tmp_path, [*told, "bt.gamma=0.7", "model.mean=[0.5]"]))
+    assert plan.chosen == ["bt.gamma=0.7", "model.mean=[0.5]"]
+    assert make_sheet(plan, tmp_path).notes == plan.chosen

@@ -15,6 +15,8 @@ from btrain.paper.target import Profile, Sweep, Target, merged, row_name
 from btrain.schema import Config
 
 _SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
+_PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")
+"""How the keys begin that change nothing of what is learnt."""
 _OURS = ("experiment", "seed", "run.dir", "logger.group", "logger.tags")
 
 
@@ -97,9 +99,10 @@ def make_plan(job: Job) -> Plan:
         UserError: an experiment is unknown or wrong.
     """
     target = job.target
-    rows = [row for sweep in job.sweeps for row in sweep.rows()]
-    experiments = dict.fromkeys(experiment for experiment, _ in rows)
+    points = [row for sweep in job.sweeps for row in sweep.rows()]
+    experiments = dict.fromkeys(experiment for experiment, _ in points)
     originals = {name: configs.compose([f"experiment={name}"]) for name in experiments}
+    rows = [_row(job, name, swept, originals[name]) for name, swept in points]
     return Plan(
         target=target.name,
         kind=target.kind,
@@ -109,9 +112,16 @@ def make_plan(job: Job) -> Plan:
         baseline=target.baseline,
         attacks=_attacks(job, list(experiments)),
         axis=target.axis,
-        rows=[_row(job, name, swept, originals[name]) for name, swept in rows],
+        rows=rows,
         claims=[Claim(**claim) for claim in target.claims],
+        chosen=_chosen(job, rows[0].original),
     )
+
+
+def _chosen(job: Job, told: Iterable[str]) -> list[str]:
+    """The user's settings that change what is learnt, but for those that a row's scale tells."""
+    keys = {setting: setting.partition("=")[0].lstrip("+~") for setting in job.extra}
+    return [s for s, key in keys.items() if key not in told and not key.startswith(_PLACES)]
 
 
 def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> Row:

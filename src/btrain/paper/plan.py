@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from btrain.durable import write_file
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.untrusted import read_text
 
@@ -80,6 +80,7 @@ class Plan:
         axis: of a tradeoff, the swept key; of heat maps unused.
         rows: see `Row`.
         claims: see `Claim`.
+        chosen: settings of the user's own that change the runs, as written: `bt.gamma=0.7`.
     """
 
     target: str
@@ -92,6 +93,7 @@ class Plan:
     axis: str | None
     rows: list[Row]
     claims: list[Claim]
+    chosen: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
         """Writes `<folder>/<target>.json`.
@@ -100,10 +102,7 @@ class Plan:
             UserError: it cannot be written.
         """
         path = folder / f"{self.target}.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}).") from error
+        make_folder(folder)
         content = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         write_file(path, content.encode() + b"\n")
         return path

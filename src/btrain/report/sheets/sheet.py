@@ -127,7 +127,7 @@ def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run)
         lines.append(_line(plan, row, runs, list(attacks), robust, own))
     by_name = {line.row.name: line for line in lines}
     verdicts = [_verdict(claim, by_name) for claim in plan.claims]
-    return Sheet(plan, robust, lines, common, verdicts)
+    return Sheet(plan, robust, lines, [*common, *plan.chosen], verdicts)
 
 
 def _robust(plan: Plan) -> str:
