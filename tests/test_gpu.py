@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_a_run_on_the_gpu_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
     assert gpu["robust_acc"] == pytest.approx(cpu["robust_acc"], abs=8)
 
 
+def synchronisations(step: Callable[[], None]) -> int:
+    """How often the host waits for the device in a step."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return len([w for w in caught if "synchroniz" in str(w.message)])
+
+
 def test_a_step_copies_to_the_host_once() -> None:
     device = torch.device("cuda")
     train_step = make_step(compose(["dataset=digits", "model=preact_resnet18"]), device)
@@ -60,14 +73,7 @@ def test_a_step_copies_to_the_host_once() -> None:
         train_step(model, optimizer, batch, memory, generator)
 
     step()  # warms up
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    assert synchronisations(step) == 1
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "pgd100x10", "autoattack"])
@@ -212,14 +218,7 @@ def test_graphs_add_no_copy_to_the_host() -> None:
         step_of_run(model.eval(), optimizer, batch, memory, torch.Generator(device).manual_seed(0))
 
     step()  # records
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    assert synchronisations(step) == 1
 
 
 @pytest.mark.parametrize("choice", ["always", "auto"])

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,8 +148,6 @@ def jobs_at_once() -> int | None:
 
     1 without a sweep; None where the launcher does not tell.
     """
-    import os
-
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -538,13 +538,13 @@ class Config:
 
     def _check_switches(self) -> None:
         if self.bt.pool > 1:
-            self.refuse(f"bt.pool={self.bt.pool}", _NO_POOL)
+            self._refuse(f"bt.pool={self.bt.pool}", _NO_POOL)
         if self.train.compile:
-            self.refuse("train.compile=true", _NO_COMPILER)
+            self._refuse("train.compile=true", _NO_COMPILER)
         if self.train.cuda_graphs is not CudaGraphs.never:
-            self.refuse(f"train.cuda_graphs={self.train.cuda_graphs.name}", _NO_GRAPHS)
+            self._refuse(f"train.cuda_graphs={self.train.cuda_graphs.name}", _NO_GRAPHS)
 
-    def refuse(self, switch: str, reasons: Mapping[str, str]) -> None:
+    def _refuse(self, switch: str, reasons: Mapping[str, str]) -> None:
         """Refuses a switch for what else was chosen: kinds of `choices`, and why not with those.
 
         Raises:
@@ -559,7 +559,6 @@ class Config:
         """What was chosen that some switches do not go with: its kind, and as it is written."""
         bt, rival, train = self.bt, self.rival.name, self.train
         own_step = rival in (RivalName.gradalign, RivalName.free, RivalName.mma)
-        compiled, graphs = train.compile, train.cuda_graphs
         kinds = {
             "rival": (f"rival={rival.name}", rival is not RivalName.none),
             "own_step": (f"rival={rival.name}", own_step),
@@ -573,8 +572,11 @@ class Config:
                 f"bt.share_clean_forward=true with bt={bt.name.name}",
                 bt.share_clean_forward and bt.name is not AllocatorName.uniform,
             ),
-            "compile": ("train.compile=true", compiled),
-            "graphs": (f"train.cuda_graphs={graphs.name}", graphs is not CudaGraphs.never),
+            "compile": ("train.compile=true", train.compile),
+            "graphs": (
+                f"train.cuda_graphs={train.cuda_graphs.name}",
+                train.cuda_graphs is not CudaGraphs.never,
+            ),
         }
         return {kind: written for kind, (written, chosen) in kinds.items() if chosen}
 

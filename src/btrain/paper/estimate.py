@@ -15,13 +15,12 @@ from btrain.paper.job import Job, config_of
 from btrain.paper.plan import Plan, Row
 from btrain.report.sheets.notes import IMAGES
 from btrain.schema import AllocatorName, Config, DefenseName, RivalName
-from btrain.training.cost import forward_flops
+from btrain.training.cost import PAPER_FRACTIONS, forward_flops
 from btrain.training.methods import make_defense
 from btrain.training.setup import make_model
 
 _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
            "digits": (1, 8, 8)}  # fmt: skip
-_FRACTIONS = (0.28, 0.54, 0.18)  # F_B, F_R, F_O of the paper's BT with N_R = 2
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 # Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.
@@ -78,7 +77,8 @@ def cost(job: Job, row: Row) -> Cost:
     known = IMAGES.get(data.name.name)
     told = tuple(row.paper.get(key) for key in ("f_b", "f_r", "f_o"))
     boundary, robust, outlier = (
-        share if share is not None else usual for share, usual in zip(told, _FRACTIONS, strict=True)
+        share if share is not None else usual
+        for share, usual in zip(told, PAPER_FRACTIONS, strict=True)
     )
     units = expected_units(config, (boundary, robust, outlier))
     images = data.train_examples or (known and known[0] - data.val_examples)

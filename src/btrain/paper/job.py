@@ -11,7 +11,7 @@ from typing import Any
 from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan, Row
-from btrain.paper.target import Profile, Sweep, Target, merged, row_name
+from btrain.paper.target import Profile, Sweep, Target, merged, row_name, run_name
 from btrain.schema import Config
 
 _SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
@@ -139,7 +139,7 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
         swept=point,
         paper={} if swept else target.paper[experiment],
         original=_scale(original),
-        runs={seed: f"{name}-seed{seed}" for seed in job.profile.seeds},
+        runs={seed: run_name(name, seed) for seed in job.profile.seeds},
         attacks=_attacks(job, [experiment]),
     )
 

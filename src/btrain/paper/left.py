@@ -7,7 +7,7 @@ from pathlib import Path
 
 from btrain.errors import UserError
 from btrain.paper.job import Job, config_of
-from btrain.paper.target import Sweep, row_name
+from btrain.paper.target import Sweep, row_name, run_name
 from btrain.run_folder import RunFolder
 from btrain.schema import Config
 
@@ -25,7 +25,7 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
     for experiment in sweep.experiments:
         for swept in (swept for name, swept in sweep.rows() if name == experiment):
             folders = {
-                seed: job.out / f"{row_name(experiment, swept)}-seed{seed}"
+                seed: job.out / run_name(row_name(experiment, swept), seed)
                 for seed in job.profile.seeds
             }
             ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]

@@ -15,7 +15,7 @@ from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job
 from btrain.paper.left import unfinished
 from btrain.paper.plan import Plan
-from btrain.paper.target import Sweep, row_name
+from btrain.paper.target import Sweep, row_name, run_name
 from btrain.report.command import write
 from btrain.report.sheets.runs import Runs
 from btrain.run_folder import RunFolder
@@ -71,7 +71,7 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
         f"logger.group={configs.quoted(name)}",
         f"logger.tags=[{job.target.name},{job.profile.name}]",
-        f"run.dir={configs.quoted(str(job.out / (name + '-seed${seed}')))}",
+        f"run.dir={configs.quoted(str(job.out / run_name(name, '${seed}')))}",
     ]
 
 

@@ -146,6 +146,11 @@ def row_name(experiment: str, swept: Mapping[str, Any]) -> str:
     return "-".join([experiment, *(f"{key}_{value}" for key, value in swept.items())])
 
 
+def run_name(row: str, seed: int | str) -> str:
+    """The folder of a row's run: `table2_bt_nr2-bt.gamma_0.65-seed0`."""
+    return f"{row}-seed{seed}"
+
+
 def merged(*settings: Sequence[str]) -> list[str]:
     """`key=value` settings of which the last of a key counts, in the order of first mention."""
     by_key: dict[str, str] = {}

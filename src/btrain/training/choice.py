@@ -12,11 +12,11 @@ import torch
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
 from btrain.schema import Config, CudaGraphs
+from btrain.training.cost import PAPER_FRACTIONS
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
 
-_FRACTIONS = (0.28, 0.54, 0.18)  # F_B, F_R, F_O of a trained network, which a fresh one has not
 _WARM_UP, _TIMED = 3, 7  # steps
 
 
@@ -40,7 +40,8 @@ def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
 
     device = state.device
     images = to_unit(split.images[: config.train.batch_size])
-    workload = Workload(state.model, lambda repetition: images, None, _FRACTIONS)
+    # The fractions of a trained network, which a fresh one has not.
+    workload = Workload(state.model, lambda repetition: images, None, PAPER_FRACTIONS)
     choices = (CudaGraphs.never, CudaGraphs.always)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -16,6 +16,9 @@ from btrain.attacks import evaluation_mode
 from btrain.schema import AttackMode, Config, DefenseName, RivalName
 from btrain.training.methods import make_defense
 
+PAPER_FRACTIONS = (0.28, 0.54, 0.18)
+"""F_B, F_R, F_O of the paper's TRADES + BT with N_R = 2 (Table 2)."""
+
 
 def forward_flops(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> int:
     """Floating-point operations of one image's forward pass, by torch's counter.
