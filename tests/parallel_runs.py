@@ -1,11 +1,13 @@
 """Started by `test_parallel_runs.py` with torchrun: all that processes of a run tell each other.
 
-`python -m parallel_runs FOLDER` leaves FOLDER/<rank>.json and two runs.
+`python -m parallel_runs FOLDER` leaves FOLDER/<rank>.json, FOLDER/<rank>.threads and the runs.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -39,6 +41,7 @@ FEW = (1, 2, 5)
 
 
 def main(folder: Path) -> None:
+    atexit.register(leave_threads, folder)  # the first one here is the last one called
     done: dict[str, Any] = {"summaries": {}}
     for name, own in RUNS.items():
         if name == "collapsed":
@@ -50,6 +53,12 @@ def main(folder: Path) -> None:
         done["accuracies"] = [asdict(accuracy_of(few, world)) for few in FEW]
         done["stopped"] = stopped_by_one(world)
         (folder / f"{world.rank}.json").write_text(json.dumps(done))
+
+
+def leave_threads(folder: Path) -> None:
+    """Writes the names of this process' threads."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    (folder / f"{os.environ['RANK']}.threads").write_text("".join(names))
 
 
 def mistake(run_dir: Path) -> str:

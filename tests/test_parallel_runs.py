@@ -68,6 +68,12 @@ def test_a_second_training_follows_and_accuracies_are_those_of_one_process(
     assert (first["epochs"], len(lines)) == (1 if run == "collapsed" else 2, 2)
 
 
+def test_no_thread_of_the_group_outlives_it(done: Path) -> None:
+    """One that did would now and then abort a process that has done all its work."""
+    for rank in range(PROCESSES):
+        assert "gloo" not in (done / f"{rank}.threads").read_text()
+
+
 def test_an_evaluation_may_have_fewer_examples_than_processes(done: Path) -> None:
     alone = [asdict(accuracy_of(few, None)) for few in FEW]
     for each in said(done):

@@ -10,6 +10,7 @@ nothing is sent and everything is as it was.
 from __future__ import annotations
 
 import atexit
+import importlib
 import inspect
 import json
 import os
@@ -197,6 +198,9 @@ def joined() -> Iterator[World]:
         return
     world = World(int(os.environ["RANK"]), size)
     if not dist.is_initialized():  # a group lasts for all trainings of a process
+        # Imported any later (DistributedDataParallel does), it would hold the group for good, and
+        # gloo's threads, which abort a process where they outlive the interpreter.
+        importlib.import_module("torch.distributed.nn.functional")
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
