@@ -60,7 +60,9 @@ def test_several_processes_learn_what_one_learns(
         torch.testing.assert_close(several[name], tensor, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", ["BatchNorm", "BatchNorm, an empty group", "bf16"])
+@pytest.mark.parametrize(
+    "case", ["BatchNorm", "BatchNorm, an empty group", "BatchNorm, shared", "bf16"]
+)
 def test_batch_norm_sees_each_share_by_itself_and_learns_about_the_same(
     steps: dict[int, list[dict[str, Any]]], case: str
 ) -> None:
@@ -99,7 +101,6 @@ def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> 
         (["rival=free", "defense=pgd"], "rival=free"),
         (["rival=mma", "defense=pgd"], "rival=mma"),
         (["rival=gradalign", "defense=pgd"], "rival=gradalign"),
-        (["bt.share_clean_forward=true"], "bt.share_clean_forward"),
         (["train.compile=true"], "train.compile=true"),
         (["train.cuda_graphs=auto"], "train.cuda_graphs=auto"),
         (["train.batch_size=7"], "train.batch_size=7"),

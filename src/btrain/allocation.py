@@ -139,8 +139,8 @@ class Allocation(NamedTuple):
     steps: Tensor
     overhead: int = 0
 
-    def ordered(self, order: Tensor) -> Allocation:
-        """The same in another order of the examples."""
+    def ordered(self, order: Tensor | slice) -> Allocation:
+        """The same in another order of the examples, or of some of them."""
         return self._replace(classes=self.classes[order], steps=self.steps[order])
 
 

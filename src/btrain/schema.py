@@ -568,10 +568,6 @@ class Config:
             "pool": (f"bt.pool={bt.pool}", bt.pool > 1),
             "train_mode": ("attack.mode=train", self.attack.mode is AttackMode.train),
             "shared": ("bt.share_clean_forward=true", bt.share_clean_forward),
-            "shared_by_groups": (
-                f"bt.share_clean_forward=true with bt={bt.name.name}",
-                bt.share_clean_forward and bt.name is not AllocatorName.uniform,
-            ),
             "compile": ("train.compile=true", train.compile),
             "graphs": (
                 f"train.cuda_graphs={train.cuda_graphs.name}",

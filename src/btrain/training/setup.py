@@ -46,7 +46,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-_NEED_ONE_PROCESS = ("own_step", "shared_by_groups", "compile", "graphs")
+_NEED_ONE_PROCESS = ("own_step", "compile", "graphs")
 """Kinds of `Config.choices`."""
 
 

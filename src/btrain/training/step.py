@@ -109,7 +109,8 @@ def train_step(
 
     From line 13 on the batch is in the order of descending step count; the sort copies the m step
     counts to the host, the only copy of a step. Of several processes each gets the whole batch,
-    decides the same for it, and from line 13 on works on its share.
+    decides the same for it, and from line 13 on works on its share: of every group as many examples
+    as the others, or with a shared clean forward those that it has forwarded.
     """
     batch = generate(model, x, labels, robust_fraction, generator, method)
     return learn(model, optimizer, batch, robust_fraction, generator, method)
@@ -121,21 +122,26 @@ def generate(
 ) -> Generated:  # fmt: skip
     """Lines 11 to 13: finds out who is attacked for how long, and attacks."""
     world, whole = method.world, len(x)
-    clean_logits, z = clean_forward(model, x[world.share(whole)], method)  # line 11
+    own = world.share(whole)
+    clean_logits, z = clean_forward(model, x[own], method)  # line 11
     z = world.gathered(z, whole)
     noise = start_noise(x, method, generator)
     allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
+    if clean_logits is not None:  # an example stays where its graph is
+        x, labels, z, noise = x[own], labels[own], z[own], noise[own]
+        allocation = allocation.ordered(own)
     order, active = by_steps(allocation.steps, distance_of(z, labels, method))
     if method.multiple > 1:
         allocation, active = filled_up(allocation, order, active, method.multiple)
-    order, active = world.dealt(order, active)
+    if clean_logits is None:
+        order, active = world.dealt(order, active)
     x, labels, z, noise = x[order], labels[order], z[order], noise[order]
     allocation, m = allocation.ordered(order), len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
-    if clean_logits is not None and world.size == 1:
-        clean_logits = clean_logits[order]  # several share them only where all get as many steps
+    if clean_logits is not None:
+        clean_logits = clean_logits[order]
     return Generated(
         x=x,
         labels=labels,
