@@ -22,10 +22,10 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        activated = F.relu_(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return out + shortcut
+        out: Tensor = self.conv2(F.relu_(self.bn2(self.conv1(activated))))
+        return out.add_(shortcut)
 
 
 class PreActResNet(nn.Module):
@@ -55,6 +55,6 @@ class PreActResNet(nn.Module):
         self.fc = nn.Linear(in_channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.bn(self.blocks(self.conv1(self.normalise(x)))))
+        features = F.relu_(self.bn(self.blocks(self.conv1(self.normalise(x)))))
         logits: Tensor = self.fc(features.mean(dim=(2, 3)))
         return logits

@@ -24,10 +24,10 @@ class WideBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        activated = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return out + shortcut
+        out: Tensor = self.conv2(F.relu_(self.bn2(self.conv1(activated))))
+        return out.add_(shortcut)
 
 
 class Stage(nn.Module):
@@ -72,6 +72,6 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.block3(self.block2(self.block1(self.conv1(self.normalise(x)))))
-        pooled = F.relu(self.bn1(features)).mean(dim=(2, 3))
+        pooled = F.relu_(self.bn1(features)).mean(dim=(2, 3))
         logits: Tensor = self.fc(pooled)
         return logits
