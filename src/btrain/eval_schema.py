@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.schema.checks import at_least, seed_in_range
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 PRECISIONS = ("float32", "bf16")
@@ -75,12 +76,11 @@ class EvalSettings:
         _check_range("epsilon", self.epsilon, 0, 1, " ([0, 1] pixel units, like 8/255)")
         _check_range("attack.step_size", self.pgd.get("step_size"), 0, 2, "")
         for key in ("steps", "restarts"):
-            _at_least_one(f"attack.{key}", self.pgd.get(key, 1))
-        _at_least_one("eval.batch_size", self.batch_size)
+            at_least(1, f"attack.{key}", self.pgd.get(key))
+        at_least(1, "eval.batch_size", self.batch_size)
         _one_of("attack.loss", self.pgd.get("loss", "ce"), LOSSES)
         _one_of("precision", self.precision, PRECISIONS)
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be in [0, 2^63), not {self.seed}.")
+        seed_in_range("seed", self.seed)
         if self.pgd and not any(name in PRESETS or name == "custom" for name in self.attacks):
             raise UserError(
                 f"attack.{next(iter(self.pgd))} is a setting of PGD; it does not go with "
@@ -132,11 +132,6 @@ def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
         close = get_close_matches(value, options, n=1)
         meant = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"{key}={value} is no option; there are: {', '.join(options)}.{meant}")
-
-
-def _at_least_one(key: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{key} must be at least 1, not {value}.")
 
 
 def _check_range(key: str, value: float | None, low: float, high: float, why: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.schema import MISSING, DefenseName, Precision
+from btrain.schema.checks import at_least, require
 
 
 class Contender(Enum):
@@ -46,15 +47,12 @@ class BenchConfig:
         if Contender.lean not in self.methods:
             raise UserError("bench.methods must name lean: speedups are ratios to it.")
         for size in self.batch_sizes:
-            if size < 4:
-                raise UserError(f"bench.batch_sizes must be at least 4, not {size}.")
-        if self.repetitions < 1:
-            raise UserError(f"bench.repetitions must be at least 1, not {self.repetitions}.")
+            at_least(4, "bench.batch_sizes", size)
+        at_least(1, "bench.repetitions", self.repetitions)
         for defense, fractions in self.fractions.items():
             self._check_fractions(defense, fractions)
         for share in self.boundary_fractions or []:
-            if not 0 <= share < 1:
-                raise UserError(f"bench.boundary_fractions must be in [0, 1), not {share}.")
+            require(0 <= share < 1, "bench.boundary_fractions", "in [0, 1)", share)
 
     @staticmethod
     def _check_fractions(defense: str, fractions: list[float]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, check_name
 from btrain.errors import UserError
 from btrain.schema import MISSING, DatasetConfig, DatasetName
+from btrain.schema.checks import at_least, seed_in_range
 
 _SETS = {"standard": CORRUPTIONS, "all": CORRUPTIONS + EXTRA_CORRUPTIONS}
 
@@ -22,10 +23,8 @@ class CorruptionSettings:
     frost: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"corrupt.seed must be in [0, 2^63), not {self.seed}.")
-        if self.processes is not None and self.processes < 1:
-            raise UserError(f"corrupt.processes must be at least 1, not {self.processes}.")
+        seed_in_range("corrupt.seed", self.seed)
+        at_least(1, "corrupt.processes", self.processes)
         if not self.names:
             raise UserError("corrupt.corruptions names none.")
         for name in self.names:

@@ -1,0 +1,50 @@
+"""The rules that values keep; each raises a UserError that names the key of one that does not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+from btrain.errors import UserError
+
+MISSING: Any = "???"  # OmegaConf's mark for a value that the user or a YAML file must give
+
+
+def require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
+        raise UserError(f"{key} must be {rule}, not {value}.")
+
+
+def finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def no_null(key: str, path: str | None) -> None:
+    require("\0" not in (path or ""), key, "a path, without a null character", repr(path))
+
+
+def positive(key: str, value: float) -> None:
+    require(value > 0 and finite(value), key, "finite and greater than 0", value)
+
+
+def at_least(least: float, key: str, value: float | None) -> None:
+    if value is not None:
+        require(value >= least and finite(value), key, f"at least {least}", value)
+
+
+def seed_in_range(key: str, value: int | None) -> None:
+    """What torch and NumPy both take for a seed."""
+    if value is not None:
+        require(0 <= value < 2**63, key, "in [0, 2^63)", value)
+
+
+def check_settings(group: str, node: Any, wanted: set[str]) -> None:
+    """Each setting but the name is given where the option has it, and only there."""
+    for key in (item.name for item in fields(node) if item.name != "name"):
+        if (getattr(node, key) is not None) != (key in wanted):
+            what = "needs a value" if key in wanted else "is no setting"
+            raise UserError(f"{group}.{key} {what} with {group}={node.name.name}.")
