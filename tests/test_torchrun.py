@@ -107,6 +107,34 @@ def test_a_mistake_is_said_once_and_ends_all(here: Path) -> None:
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("wrong", ["rival=free", "train.epochs=few"])
+def test_a_mistake_in_the_settings_is_said_once(here: Path, wrong: str) -> None:
+    run = torchrun(2, *RUN, wrong, stderr=subprocess.PIPE)
+    _, said = run.communicate(timeout=90)
+    assert run.returncode == 1
+    assert said.count("btrain: ") == 1
+    assert wrong.partition("=")[0] in said
+
+
+NAMES_OF_THREADS = """
+import atexit, os, sys
+from pathlib import Path
+def leave():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(os.environ["RANK"] + ".threads").write_text("".join(names))
+atexit.register(leave)
+import btrain.__main__
+"""
+
+
+def test_a_failing_run_leaves_no_thread_to_the_end_of_its_interpreter(here: Path) -> None:
+    """One of the group's would now and then abort a process that has just said why it ends."""
+    run = torchrun(2, "-c", NAMES_OF_THREADS, *RUN[2:], "run.dir=run", "run.resume=must")
+    assert run.wait(90) != 0
+    for path in here.glob("*.threads"):  # where the interpreter came to its end
+        assert "gloo" not in path.read_text()
+
+
 def started_run() -> subprocess.Popen[str]:
     """A run on two processes that has left a checkpoint and goes on."""
     run = torchrun(2, *RUN, "run.dir=run", "train.epochs=2000", stderr=subprocess.PIPE)

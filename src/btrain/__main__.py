@@ -1,7 +1,5 @@
 """`python -m btrain` is the command `btrain`."""
 
-import sys
+from btrain.cli import run_command
 
-from btrain.cli import main
-
-sys.exit(main())
+run_command()

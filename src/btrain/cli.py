@@ -12,11 +12,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from btrain import __version__
 from btrain.errors import Interrupted, UserError
-from btrain.launched import check_alone, processes
+from btrain.launched import check_alone, first_complains, is_first, processes
 
 USAGE = """\
 usage: btrain <command> …
@@ -65,15 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # how Hydra's help and a job with a mistake end
         return end.code if isinstance(end.code, int) else 1
     except Interrupted as stop:
-        print(f"btrain: {stop}", file=sys.stderr)
+        if is_first():
+            print(f"btrain: {stop}", file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
-        print(
-            "btrain: interrupted; the same command goes on from what is done.",
-            file=sys.stderr,
-        )
+        if is_first():
+            print(
+                "btrain: interrupted; the same command goes on from what is done.",
+                file=sys.stderr,
+            )
         return 130
     return 0
+
+
+def run_command() -> NoReturn:
+    """Runs the command of this process, and ends the process."""
+    status = main()
+    if status and processes() > 1:
+        # gloo's threads are left running, for they could not be waited for: another process may
+        # have failed. In an interpreter that takes itself apart they now and then abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _train(args: list[str]) -> None:
@@ -133,7 +147,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
         try:
             if hydra_config.mode is not RunMode.RUN:
                 check_alone("a sweep")
-            run(configs.from_hydra(cfg, hydra_config.overrides.task))
+            with first_complains():
+                config = configs.from_hydra(cfg, hydra_config.overrides.task)
+            run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
@@ -153,7 +169,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         if full_error or _OF_A_JOB in vars(error):
             raise
-        raise configs.explain(error, args, task) from None
+        with first_complains():
+            raise configs.explain(error, args, task) from None
     except UserError as error:
         # Where jobs write to files of their own, what the job has said was not heard here.
         if full_error or str(vars(error).get(_OF_A_JOB)).startswith("submitit"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from btrain.errors import UserError
 
@@ -17,6 +19,29 @@ def processes() -> int:
     return int(size) if size.isdecimal() and {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks for all; without torchrun it is."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def first_complains() -> Iterator[None]:
+    """What is wrong with what all processes were given is said by the first one.
+
+    Raises:
+        UserError: a mistake; a moment later than in the first process, and with its number, in one
+            that torchrun has not ended by then.
+    """
+    try:
+        yield
+    except UserError as error:
+        if is_first():
+            raise
+        time.sleep(GRACE_SECONDS)
+        where = f"process {os.environ['RANK']} of {processes()}"
+        raise UserError(f"{where}: {error}") from error
+
+
 def check_alone(what: str) -> None:
     """Makes sure that what is not for several processes is done by one.
 
@@ -26,7 +51,7 @@ def check_alone(what: str) -> None:
     """
     if processes() == 1:
         return
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         time.sleep(GRACE_SECONDS)
         raise SystemExit(1)
     raise UserError(

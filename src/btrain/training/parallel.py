@@ -14,7 +14,6 @@ import importlib
 import inspect
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from btrain.errors import Interrupted, UserError
-from btrain.launched import GRACE_SECONDS, processes
+from btrain.launched import first_complains, processes
 
 _PATIENCE = timedelta(days=7)  # of a process that waits while the first one downloads or writes
 _T = TypeVar("_T")
@@ -205,16 +204,12 @@ def joined() -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
-        yield world
+        with first_complains():
+            yield world
     except Interrupted as stop:
         if world.first:
             raise
         raise SystemExit(128 + stop.number) from None
-    except UserError as error:
-        if world.first:
-            raise
-        time.sleep(GRACE_SECONDS)  # torchrun ends us here if the first process said the same
-        raise UserError(f"process {world.rank} of {size}: {error}") from error
     except RuntimeError as error:
         if not _is_lost(error):
             raise
