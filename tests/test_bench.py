@@ -23,6 +23,7 @@ from btrain.bench.masked import masked_step
 from btrain.bench.measure import _timed_step, spread
 from btrain.bench.official import official_step
 from btrain.bench.plan import Case, make_cases, make_lanes
+from btrain.bench.run import run_bench
 from btrain.bench.schema import COLUMNS, Contender
 from btrain.cli import main
 from btrain.config import compose
@@ -330,7 +331,7 @@ QUICK = ["bench.repetitions=1", "bench.batch_sizes=[16,24]", "bench.models=[smal
 def test_the_output_has_the_documented_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.svg"
+    out, plot = tmp_path / "new, à b" / "bench.json", tmp_path / "à b.svg"
     arguments = [*SMALL_CNN, *QUICK, "bench.precisions=[float32,bf16]", f"bench.out={out}"]
     assert main(["bench", *arguments, f"bench.plot={plot}"]) == 0
     printed = capsys.readouterr().out
@@ -424,6 +425,30 @@ def test_a_mistake_is_one_sentence(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("bench.out=file/bench.json", ["bench.out", "file"]),
+        ("bench.out=folder", ["bench.out", "is a folder"]),
+        ("bench.plot=bench.json", ["bench.plot", ".png"]),
+        ("bench.plot=folder/file/bench.png", ["bench.plot", "file"]),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_ahead_of_the_measurement(
+    place: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for file in (Path("file"), Path("folder/file")):
+        file.touch()
+    bench, settings = command.parse([*SMALL_CNN, *QUICK, place])
+    measured: list[str] = []
+    with pytest.raises(UserError) as error:
+        run_bench(bench, settings, measured.append)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not measured
 
 
 def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_a_plan_is_told_and_nothing_made(
         "table1",
         "table3",
         "table1.dataset=imagefolder",
-        f"table1.dataset.root={tmp_path}",
+        f"table1.dataset.root={tmp_path}/their images, 3",
     ]
     arguments += ["table3.train.epochs=9", "only=table3_mart", "table1.only=table1_cifar10_augmix"]
     out = tmp_path / "out"

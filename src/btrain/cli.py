@@ -122,7 +122,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     """Composes the task's configuration with Hydra and runs it, once a job."""
     from btrain import config as configs
 
-    args = [_quoted(argument) for argument in args]
+    args = [configs.with_path_quoted(argument) for argument in args]
     args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
@@ -217,18 +217,6 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 _NO_RESULT = ("TerminatedWorkerError", "UncompletedJobError")
 """What joblib's and submitit's launcher raise when a job's process is gone."""
-
-_PATHS = ("dataset.root", "run.dir", "corrupt.out", "corrupt.frost")
-
-
-def _quoted(argument: str) -> str:
-    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
-    from btrain import config as configs
-
-    key, _, value = argument.partition("=")
-    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
-        return argument
-    return f"{key}={configs.quoted(os.path.expanduser(value))}"  # noqa: PTH111
 
 
 def _report(args: list[str]) -> None:

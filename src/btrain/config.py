@@ -110,6 +110,20 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+_PATHS = (
+    *("dataset.root", "run.dir", "corrupt.out", "corrupt.frost"),
+    *("bench.checkpoint", "bench.out", "bench.plot"),
+)
+
+
+def with_path_quoted(argument: str) -> str:
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    key, _, value = argument.partition("=")
+    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
+        return argument
+    return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
+
+
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
     """What a command's --help shows: the options of each group and the settings they come to.
 

@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
     fields: dict[str, Any] = {"config": {}, "pgd": {}}
     for key, value in given.items():
         if key in _CONFIG_KEYS:
-            fields["config"][key] = value
+            fields["config"][key] = _path(key, value) if key == "dataset.root" else value
             continue
         name, convert = _SETTINGS[key]
         where, _, leaf = name.rpartition(".")
@@ -111,7 +111,7 @@ def compose(overrides: Mapping[str, str]) -> Config:
     """
     from btrain import config as configs
 
-    quoted = [f"{key}={_quoted(key, value)}" for key, value in overrides.items()]
+    quoted = [configs.with_path_quoted(f"{key}={value}") for key, value in overrides.items()]
     config: Config = configs.compose(quoted)
     return config
 
@@ -133,12 +133,6 @@ def _merged(kind: type, node: Any, group: str, overrides: Mapping[str, str]) -> 
     except OmegaConfBaseException as error:
         explained = str(configs.explain(error, ()))
         raise UserError(f"{group}.{explained}") from error
-
-
-def _quoted(key: str, value: str) -> str:
-    from btrain import config as configs
-
-    return value if key != "dataset.root" or value[0] in "'\"" else configs.quoted(value)
 
 
 def _did_you_mean(key: str) -> str:

@@ -54,10 +54,11 @@ def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
     Raises:
         UserError: a setting of the bench is unknown, of another type or out of range.
     """
-    own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]
     for argument in args:
         if "=" not in argument:
             raise UserError(f"{argument} is not of the form key=value; see btrain bench --help.")
+    args = [configs.with_path_quoted(argument) for argument in args]
+    own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]
     return compose(own), [argument for argument in args if argument not in own]
 
 

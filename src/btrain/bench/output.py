@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +88,27 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def check_places(out: str | None, plot: str | None) -> None:
+    """Makes sure, ahead of the measurement, that its results can be written.
+
+    Raises:
+        UserError: a folder cannot be made or written, or there is no way to draw.
+    """
+    for key, name in (("bench.out", out), ("bench.plot", plot)):
+        if name is not None:
+            folder = Path(name).parent
+            make_folder(folder, f"the folder of {key}")
+            if Path(name).is_dir():
+                raise UserError(f"{key}={name} is a folder; please name a file.")
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"{key}={name} cannot be written (Permission denied).")
+    if plot is not None:
+        if Path(plot).suffix not in (".png", ".svg"):
+            raise UserError(f"bench.plot={plot} must end in .png or .svg.")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError('bench.plot needs the extra: pip install "btrain[report]".')
+
+
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all.
 
@@ -104,12 +128,10 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     """BulletTrain's speedup against batch size and against F_B, beside the bound.
 
     Raises:
-        UserError: matplotlib is missing, or the file's format is none of its.
+        UserError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError('bench.plot needs the extra: pip install "btrain[report]".') from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -129,10 +151,7 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     axes[0].set(xlabel="batch size", ylabel="times as fast as the plain defense", xscale="log")
     axes[1].set(xlabel="F_B (dotted: bound by FLOPs)")
     axes[0].legend(fontsize="small")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"bench.plot={path} cannot be written ({error}).") from error
-    finally:
-        pyplot.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
+    pyplot.close(figure)
+    write_file(path, picture.getbuffer())

@@ -28,6 +28,7 @@ def run_bench(
         UserError: a setting is wrong, or a file cannot be read or written.
     """
     cases = make_cases(bench, settings)
+    output.check_places(bench.out, bench.plot)
     result = measure_cases(cases, bench, tell)
     if bench.out is not None:
         output.write_json(Path(bench.out), result)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.job import Job, check, make_plan
 from btrain.paper.plan import Plan
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     for target in map(read_target, targets):
         settings = given | own.get(target.name, {})
         only = [name for name in settings.pop("only", "").split(",") if name]
-        extra = [f"{key}={value}" for key, value in settings.items()]
+        extra = [configs.with_path_quoted(f"{key}={value}") for key, value in settings.items()]
         jobs.append(Job(target, profile, out, extra, only, corruptions_root))
     _check_only(jobs)
     for job in jobs:
