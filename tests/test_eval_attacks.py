@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -212,6 +213,16 @@ def test_python_callers_get_a_sentence(
     with pytest.raises(UserError) as caught:
         robust_accuracy(plain_net, **arguments)
     assert words in str(caught.value)
+
+
+def test_a_network_of_other_numbers_than_float32_is_told_what_to_do(
+    plain_net: nn.Module, digits: Data
+) -> None:
+    images, labels = digits.test.images[:20], digits.test.labels[:20]
+    double = copy.deepcopy(plain_net).double()
+    with pytest.raises(UserError, match=r"its weights are torch.float64; please pass model.float"):
+        robust_accuracy(double, images, labels, epsilon=0.1)
+    assert robust_accuracy(double.float(), images, labels, epsilon=0.1).correct.shape == (20,)
 
 
 class WithoutGradient(nn.Module):

@@ -243,4 +243,11 @@ def test_two_runs_are_compared(runs_here: Path, capsys: Capture) -> None:
     assert f"difference {100 * (b.mean() - a.mean()):+.2f} points" in out
     assert "McNemar" in out
     assert main(["eval", "compare", "A", "B"]) == 1
-    assert "B holds no finished evaluation pgd20" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "B holds no finished evaluation pgd20" in said
+    assert f"please name one of other conditions: {Path('B', 'eval', 'seed_0')}." in said
+    assert main(["eval", "compare", "A", "B", "attack=clean"]) == 1
+    assert main(["eval", "compare", "A", "B", "attack=autoattack"]) == 1
+    assert "run btrain eval checkpoint=A attack=autoattack" in capsys.readouterr().err
+    assert main(["eval", "compare", str(other), "A", "attack=autoattack"]) == 1
+    assert f"checkpoint={other}" not in capsys.readouterr().err  # which is no run

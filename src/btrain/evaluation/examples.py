@@ -144,10 +144,10 @@ def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tenso
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"The model cannot take images of {_shape(x)}: {reason.rstrip('.')}."
-        ) from error
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        others = {weight.dtype for weight in model.parameters()} - {x.dtype}
+        hint = f" (its weights are {others.pop()}; please pass model.float())" if others else ""
+        raise UserError(f"The model cannot take images of {_shape(x)}: {reason}{hint}.") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         raise UserError("The model must return logits (m, K), a row for each image.")
     if not torch.isfinite(logits).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shlex
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -150,10 +151,13 @@ def read_result(folder: Path, attack: str) -> Result:
     files = [path for place in (folder / "eval", folder) for path in place.glob("*.json")]
     there = sorted({path.stem for path in files if path.with_suffix(".npz").is_file()})
     have = f" (there are: {', '.join(there)})" if there else ""
-    raise UserError(
-        f"{folder} holds no finished evaluation {attack}{have}; "
-        f"run btrain eval checkpoint={folder} attack={attack}."
-    )
+    if others := sorted(str(path.parent) for path in folder.glob(f"eval/*/{attack}.npz")):
+        how = f"please name one of other conditions: {', '.join(others)}"
+    elif (folder / "config.yaml").is_file():
+        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} attack={attack}"
+    else:
+        how = "btrain eval makes one in a run folder"
+    raise UserError(f"{folder} holds no finished evaluation {attack}{have}; {how}.")
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
