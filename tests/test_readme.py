@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_benches_have_cases(command: str) -> None:
 
 @pytest.mark.parametrize("command", PLANS)
 def test_papers_rows_are_planned(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["paper", *shlex.split(command), "plan=true"]) == 0
+    few = [] if "only=" in command else ["only=table2_bt_nr2"]
+    assert main(["paper", *shlex.split(command), *few, "plan=true"]) == 0
     assert "FLOP" in capsys.readouterr().out
 
 
@@ -118,6 +120,28 @@ def test_there_are_commands() -> None:
     assert {task for task, _ in COMMANDS} == {task for task, _ in BEGINNINGS}
     assert all(commands(beginning) for _, beginning in BEGINNINGS)
     assert min(map(len, (BENCHES, EVALUATIONS, PLANS, GOALS))) >= 2
+
+
+def test_the_readmes_table_is_what_was_measured() -> None:
+    """Rows of results/cpu/table2.csv as the README writes them."""
+    with (ROOT / "results/cpu/table2.csv").open(encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+
+    def spread(row: dict[str, str], key: str, digits: int) -> str:
+        return f"{float(row[key]):.{digits}f} ± {float(row[key + '_sd']):.{digits}f}"
+
+    def fraction(row: dict[str, str], key: str) -> str:
+        return "1" if float(row[key]) == 1 else f"{float(row[key]):.2f}".removeprefix("0")
+
+    names = ("trades", "trades_fast", "yopo", "bt_nr0", "bt_nr2")
+    for row in (rows[f"table2_{name}"] for name in names):
+        cells = [spread(row, "clean_acc", 2), spread(row, "pgd20", 2), spread(row, "autoattack", 1)]
+        fractions = [fraction(row, f"f_{group}") for group in "bro"]
+        cells.append(" / ".join("0" if share == ".00" else share for share in fractions))
+        if row["name"] != row["baseline"]:
+            cells += [f"{float(row[key]):.2f}" for key in ("theoretical_speedup", "speedup_flops")]
+            cells.append(spread(row, "speedup_measured", 2))
+        assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "README.md"].replace("**", "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
