@@ -55,7 +55,7 @@ def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
                     batch = lane.prepare(repetition)
                     taken.append(seconds(partial(lane.run, batch), device))
     except RuntimeError as error:  # no memory for two more networks, or what a graph cannot hold
-        log.warning("CUDA graphs: not used (%s).", str(error).strip().split("\n")[0])
+        log.warning("CUDA graphs: not used (%s).", str(_first(error)).strip().split("\n")[0])
         return CudaGraphs.never
     plain, graphs = (statistics.median(taken[_WARM_UP:]) for taken in times)
     choice = CudaGraphs.always if graphs < plain else CudaGraphs.never
@@ -64,6 +64,11 @@ def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
         "used" if choice is CudaGraphs.always else "not used", 1000 * graphs, 1000 * plain,
     )  # fmt: skip
     return choice
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong inside of a recording, whose end then fails for that."""
+    return error if error.__context__ is None else _first(error.__context__)
 
 
 def _with(config: Config, choice: CudaGraphs) -> Config:
