@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.bench.command import parse as parse_bench
+from btrain.bench.plan import make_cases
+from btrain.cli import main
 from btrain.config import compose
 from btrain.data import Data
 from btrain.eval_config import parse, parse_compare
@@ -20,17 +24,29 @@ PAGES = {
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 LINES = [line for text in PAGES.values() for line in text.splitlines()]
+
+
+def commands(beginning: str) -> list[str]:
+    """What follows this beginning on the pages' lines, without remarks."""
+    found = [re.fullmatch(rf"{beginning}( [^#]*)?(#.*)?", line) for line in LINES]
+    return [(match[1] or "").strip() for match in found if match]
+
+
+BEGINNINGS = (
+    ("train", "btrain train"),
+    ("train", "torchrun [^#]* -m btrain train"),
+    ("corrupt", "btrain data corrupt"),
+)
 COMMANDS = [
-    (task, line.split("#")[0].removeprefix(command).strip())
-    for task, command in (("train", "btrain train "), ("corrupt", "btrain data corrupt "))
-    for line in LINES
-    if line.startswith(command) and "--help" not in line
+    (task, command)
+    for task, beginning in BEGINNINGS
+    for command in commands(beginning)
+    if command != "--help"
 ]
-EVALUATIONS = [
-    line.split("#")[0].split("btrain eval ", 1)[1].strip()
-    for line in LINES
-    if line.startswith("btrain eval ")
-]
+BENCHES = commands("btrain bench")
+EVALUATIONS = commands("btrain eval")
+PLANS = [command for command in commands("btrain paper") if not command.startswith("all ")]
+GOALS = sorted({*commands("make")})
 
 
 def python_of(page: str) -> str:
@@ -78,9 +94,54 @@ def test_commands_compose(task: str, command: str) -> None:
     compose([re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides], task)
 
 
+@pytest.mark.parametrize("command", BENCHES)
+def test_benches_have_cases(command: str) -> None:
+    assert make_cases(*parse_bench(shlex.split(command)))
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_papers_rows_are_planned(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [] if "only=" in command else ["only=table2_bt_nr2"]
+    assert main(["paper", *shlex.split(command), *few, "plan=true"]) == 0
+    assert "FLOP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", GOALS)
+def test_make_knows_its_goals(command: str) -> None:
+    goal, *variables = command.split()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^(PAPER := .*\b{goal}\b|{goal}:)", makefile, re.MULTILINE)
+    for name, value in (variable.split("=") for variable in variables):
+        assert f"$({name})" in makefile
+        assert name != "PROFILE" or (ROOT / "configs/paper/profile" / f"{value}.yaml").is_file()
+
+
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 5
-    assert len(EVALUATIONS) >= 5
+    assert {task for task, _ in COMMANDS} == {task for task, _ in BEGINNINGS}
+    assert all(commands(beginning) for _, beginning in BEGINNINGS)
+    assert min(map(len, (BENCHES, EVALUATIONS, PLANS, GOALS))) >= 2
+
+
+def test_the_readmes_table_is_what_was_measured() -> None:
+    """Rows of results/cpu/table2.csv as the README writes them."""
+    with (ROOT / "results/cpu/table2.csv").open(encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+
+    def spread(row: dict[str, str], key: str, digits: int) -> str:
+        return f"{float(row[key]):.{digits}f} ± {float(row[key + '_sd']):.{digits}f}"
+
+    def fraction(row: dict[str, str], key: str) -> str:
+        return "1" if float(row[key]) == 1 else f"{float(row[key]):.2f}".removeprefix("0")
+
+    names = ("trades", "trades_fast", "yopo", "bt_nr0", "bt_nr2")
+    for row in (rows[f"table2_{name}"] for name in names):
+        cells = [spread(row, "clean_acc", 2), spread(row, "pgd20", 2), spread(row, "autoattack", 1)]
+        fractions = [fraction(row, f"f_{group}") for group in "bro"]
+        cells.append(" / ".join("0" if share == ".00" else share for share in fractions))
+        if row["name"] != row["baseline"]:
+            cells += [f"{float(row[key]):.2f}" for key in ("theoretical_speedup", "speedup_flops")]
+            cells.append(spread(row, "speedup_measured", 2))
+        assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "README.md"].replace("**", "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,9 +14,8 @@ from btrain.eval_schema import AUTOATTACKS, PRESETS
 from btrain.paper.job import Job, config_of
 from btrain.paper.plan import Plan, Row
 from btrain.report.sheets.notes import IMAGES
-from btrain.schema import AllocatorName, Config, DefenseName, RivalName
-from btrain.training.cost import PAPER_FRACTIONS, forward_flops
-from btrain.training.methods import make_defense
+from btrain.schema import Config
+from btrain.training.cost import PAPER_FRACTIONS, expected_units, forward_flops
 from btrain.training.setup import make_model
 
 _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
@@ -40,34 +39,6 @@ class Cost:
     settings: str
     training: float | None
     evaluation: float | None
-
-
-def expected_units(config: Config, fractions: tuple[float, float, float]) -> float | None:
-    """Units an example of a training step with these F_B, F_R, F_O; None for Free and MMA.
-
-    What `units_per_example` of a log will be where its fractions are these, but for batches whose
-    single perturbed example takes another one along.
-    """
-    bt, defense = config.bt, config.defense
-    if config.rival.name in (RivalName.free, RivalName.mma):
-        return None
-    plain = bt.name is AllocatorName.uniform
-    shares = (1.0, 0.0, 0.0) if plain else fractions
-    if defense.name is DefenseName.augmix:
-        return 3 + 6 * shares[0] if defense.jsd else 3
-    budget = (bt.n_b, bt.n_r, bt.n_o)
-    steps = sum(share * n for share, n in zip(shares, budget, strict=True))
-    attacked = sum(share for share, n in zip(shares, budget, strict=True) if n)
-    loss = make_defense(defense)
-    shared = bt.share_clean_forward or (
-        config.attack.mode.name == "train" and loss.inner_reads_clean
-    )
-    scores = 1 if (loss.inner_reads_clean or not plain) and not shared else 0
-    training = 3 + 3 * (1 if bt.forward_unperturbed else attacked)
-    training = training if loss.outer_reads_clean else 3
-    oracle = 2 * bt.oracle_steps + 1 if bt.name is AllocatorName.oracle else 0
-    penalty = 8 if config.rival.grad_align_weight else 0
-    return 2 * steps + scores + training + oracle + penalty
 
 
 def cost(job: Job, row: Row) -> Cost:

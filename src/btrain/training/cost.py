@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from btrain.allocation import theoretical_speedup
 from btrain.attacks import evaluation_mode
-from btrain.schema import AttackMode, Config, DefenseName, RivalName
-from btrain.training.methods import make_defense
+from btrain.schema import AllocatorName, AttackMode, Config, DefenseName, RivalName
+from btrain.training.methods import make_defense, plain_defense
 
 PAPER_FRACTIONS = (0.28, 0.54, 0.18)
 """F_B, F_R, F_O of the paper's TRADES + BT with N_R = 2 (Table 2)."""
@@ -30,15 +30,39 @@ def forward_flops(model: nn.Module, shape: tuple[int, int, int], device: torch.d
     return int(counter.get_total_flops())
 
 
+def expected_units(config: Config, fractions: tuple[float, float, float]) -> float | None:
+    """Units an example of a training step with these F_B, F_R, F_O; None for Free and MMA.
+
+    What `units_per_example` of a log will be where its fractions are these, but for batches whose
+    single perturbed example takes another one along.
+    """
+    bt, defense = config.bt, config.defense
+    if config.rival.name in (RivalName.free, RivalName.mma):
+        return None
+    plain = bt.name is AllocatorName.uniform
+    shares = (1.0, 0.0, 0.0) if plain else fractions
+    if defense.name is DefenseName.augmix:
+        return 3 + 6 * shares[0] if defense.jsd else 3
+    budget = (bt.n_b, bt.n_r, bt.n_o)
+    steps = sum(share * n for share, n in zip(shares, budget, strict=True))
+    attacked = sum(share for share, n in zip(shares, budget, strict=True) if n)
+    loss = make_defense(defense)
+    shared = bt.share_clean_forward or (
+        config.attack.mode is AttackMode.train and loss.inner_reads_clean
+    )
+    scores = 1 if (loss.inner_reads_clean or not plain) and not shared else 0
+    training = 3 + 3 * (1 if bt.forward_unperturbed else attacked)
+    training = training if loss.outer_reads_clean else 3
+    oracle = 2 * bt.oracle_steps + 1 if bt.name is AllocatorName.oracle else 0
+    penalty = 8 if config.rival.grad_align_weight else 0
+    return 2 * steps + scores + training + oracle + penalty
+
+
 def lean_units(config: Config) -> float:
     """Units an example of the plain defense with these settings costs, without wasted work."""
-    if config.defense.name is DefenseName.augmix:
-        return 9 if config.defense.jsd else 3
-    defense = make_defense(config.defense)
-    shared = config.bt.share_clean_forward or config.attack.mode is AttackMode.train
-    target = 1 if defense.inner_reads_clean and not shared else 0
-    training = 6 if defense.outer_reads_clean else 3
-    return 2 * config.attack.steps + target + training
+    units = expected_units(plain_defense(config), (1, 0, 0))
+    assert units is not None
+    return units
 
 
 def official_units(config: Config) -> float | None:
