@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btrain.attacks import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
+from btrain.bench.look import look
 from btrain.data import Data
 from btrain.defenses import ce_inner_loss, kl_inner_loss
 
@@ -127,11 +128,18 @@ def test_early_exit_stops_some_time_after_misclassification(
     noise = 0.001 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     noise = (x + noise).clamp(0, 1) - x
     _, active = by_steps(steps)
-    x_adv, taken, forwarded = early_exit_pgd(
-        model, x, labels, model(x), steps=steps, active=active, exits=exits, patience=patience,
-        step_size=torch.full((40,), 0.03, dtype=x.dtype), inner_loss=ce_inner_loss, epsilon=0.3,
-        noise=noise,
-    )  # fmt: skip
+    clean_logits = model(x).detach()
+
+    def run() -> tuple[Tensor, Tensor, int]:
+        return early_exit_pgd(
+            model, x, labels, clean_logits, steps=steps, active=active, exits=exits,
+            patience=patience, step_size=torch.full((40,), 0.03, dtype=x.dtype),
+            inner_loss=ce_inner_loss, epsilon=0.3, noise=noise,
+        )  # fmt: skip
+
+    x_adv, taken, forwarded = run()
+    # After steps 2, 3, where the shorter budget ends, 4 and 8.
+    assert look(run, x.device).host_copies <= 4
     for i, most in enumerate(steps.tolist()):
         one = slice(i, i + 1)
         expected, n = exit_one(

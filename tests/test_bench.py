@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -481,8 +481,10 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
         ("augmix", "wrn_40_2"),
     }
     assert all(row["precision"] == "bf16" and row["channels_last"] for row in result["rows"])
-    assert [row["model"] for row in result["evaluation_seconds"]] == list(MINIATURE)
+    assert [row["model"] for row in result["evaluation_seconds"]] == list(MINIATURE)[::-1]
     assert all(row["seconds"] > 0 for row in result["evaluation_seconds"])
+    assert all(row["images"] == 6 for row in result["evaluation_seconds"])
+    assert result["left_out"] == []
     for row, epoch in zip(result["rows"], result["epoch_seconds"], strict=True):
         assert epoch["seconds"] == row["seconds_per_batch"] * 6250  # 50,000 / 8
     result["hardware"]["gpu"] = "NVIDIA H200"
@@ -490,6 +492,36 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
     assert path.name == "nvidia-h200-2030-01-02.json"
     assert json.loads(path.read_text())["rows"] == result["rows"]
     assert path.with_suffix(".md").read_text().count("bullettrain") == 2 * 3
+
+
+def test_what_fails_of_the_gpu_s_set_or_comes_too_late_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gpu.measure_cases
+
+    def short_of_memory(cases: Sequence[Case], *more: Any) -> dict[str, Any]:
+        if cases[0].config.model.name == "preact_resnet18":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+        return whole(cases, *more)
+
+    monkeypatch.setattr(gpu, "measure_cases", short_of_memory)
+    kept: list[int] = []
+    result = gpu.measure_set(
+        lambda line: None, device="cpu", batch_sizes=(8,), evaluated=6, repetitions=1,
+        settings=MINIATURE, keep=lambda found: kept.append(len(found["rows"])),
+    )  # fmt: skip
+    assert {row["model"] for row in result["rows"]} == {"wrn_34_10", "wrn_40_2"}
+    assert kept == [4, 4, 7, 7, 7, 7]
+    (left_out,) = result["left_out"]
+    assert left_out["part"] == "trades preact_resnet18 batch 8"
+    path = gpu.write_results(result, tmp_path, "2030-01-02")
+    assert "9 GiB).\n" in path.with_suffix(".md").read_text()
+
+    late = gpu.measure_set(
+        lambda line: None, device="cpu", batch_sizes=(8,), evaluated=6, settings=MINIATURE, limit=0
+    )
+    assert late["rows"] == late["evaluation_seconds"] == []
+    assert [one["why"] for one in late["left_out"]] == ["no time was left"] * 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

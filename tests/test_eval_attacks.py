@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from btrain.bench.look import look
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate, robust_accuracy
@@ -128,6 +129,24 @@ def test_restarts_keep_the_worst_case_and_only_attack_what_stands(
     # The first restart drops what falls on the way; later ones see the standing only.
     assert forwards[0] < 0.8 * 22 * len(examples)
     assert forwards[2] < 4 * 22 * int(stands[0].sum()) + forwards[0]
+
+
+def test_a_step_of_an_evaluation_copies_to_the_host_once(
+    plain_net: nn.Module, digits: Data
+) -> None:
+    examples = digits_examples(digits, 60)
+    stands = torch.ones(60, dtype=torch.bool)
+
+    def copies(steps: int) -> int:
+        attack = Pgd(epsilon=0.1, step_size=0.01, steps=steps)
+
+        def run() -> None:
+            left = pgd_stands(plain_net, examples, stands, attack, batch_size=60)
+            assert 0 < left.sum() < 60
+
+        return look(run, torch.device("cpu")).host_copies
+
+    assert copies(8) - copies(3) <= 5
 
 
 def test_results_do_not_depend_on_the_batch_size(preact: nn.Module, digits: Data) -> None:

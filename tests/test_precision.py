@@ -126,7 +126,7 @@ def test_the_shadow_is_the_network_of_the_last_refresh(
             nn.init.normal_(layer.bias)
     model(tiles)  # statistics
     # In float32, so that nothing but the folding differs.
-    monkeypatch.setattr("btrain.shadow._SHORT", ())
+    monkeypatch.setattr(nn.Module, "bfloat16", lambda module: module)
     short = InBFloat16(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -156,6 +156,34 @@ def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Te
     assert theirs.running_mean is not None
     assert first.running_mean.any()
     assert torch.equal(first.running_mean, theirs.running_mean)
+    folded = [weight.clone() for weight in short.shadow.parameters()]
+    short.refresh()
+    assert all(map(torch.equal, folded, short.shadow.parameters()))
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_a_refresh_is_one_copy_of_short_weights(architecture: str) -> None:
+    """On a GPU one launch for all tensors, if they are of one kind and laid out alike."""
+    model = models.build(architecture, width=2, depth=10, classes=10, shape=(3, 32, 32))
+    short = InBFloat16(to_channels_last(model).train())
+    copies: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            assert "copy" not in func.__name__ or func is torch.ops.aten._foreach_copy_.default
+            if func is torch.ops.aten._foreach_copy_.default:
+                copies.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        short.refresh()
+    ((targets, sources),) = copies
+    assert {t.dtype for t in targets} == {torch.bfloat16}
+    assert {t.dtype for t in sources} == {torch.float32}
+    assert all(a.stride() == b.stride() for a, b in zip(targets, sources, strict=True))
+    own = [p for p in short.shadow.parameters() if p.dtype is torch.bfloat16]
+    assert {*map(id, targets)} == {*map(id, own)}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_attack_has_no_gradients_of_weights_and_no_casts_of_them(tiles: Tensor) -> None:

@@ -161,7 +161,7 @@ def early_exit_pgd(
     x_adv = x.detach().clone()
     for done, n in enumerate(active):
         if done > 1 and (done & (done - 1) == 0 or n < active[done - 1]):
-            stay = left > 0
+            stay = left.nonzero().flatten()  # a mask would be copied once for each of these
             x_adv[rows] = images
             batch = [rows, images, lower, upper, size, target, labels, exits, left]
             rows, images, lower, upper, size, target, labels, exits, left = (

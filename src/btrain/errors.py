@@ -39,3 +39,10 @@ class Interrupted(KeyboardInterrupt):
 def _spelt_out(character: str) -> str:
     """An escape like `\\n`; a lone surrogate, half of what was no UTF-8, as well."""
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def first_reason(error: BaseException) -> str:
+    """The first line of what went wrong first: what failed in a recording makes its end fail."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -8,6 +8,7 @@ batch is copied to where the recorded step reads it. On a CPU, replaying runs th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -163,10 +164,24 @@ class GraphRecorder:
                     step()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                step()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    step()
+            except RuntimeError:
+                with torch.cuda.stream(current), suppress(RuntimeError):
+                    _end_recording(self._device)
+                raise
         self.graphs.append(graph)
         return graph.replay
+
+
+def _end_recording(device: torch.device) -> None:
+    """After a recording that failed: torch's own generator would still take it to be under way.
+
+    It would then refuse to draw for anybody. One that succeeds ends both.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
 
 
 _TRIALS = 3

@@ -70,13 +70,19 @@ class InBFloat16(Shadowed):
         return _short_pass(self.network, images)
 
 
-def _twin(network: nn.Module) -> nn.Module:
-    """The same weights and statistics in a network of its own, frozen and in eval mode."""
+def _twin(network: nn.Module, of_its_own: tuple[type[nn.Module], ...] = ()) -> nn.Module:
+    """The same weights and statistics in a network of its own, frozen and in eval mode.
+
+    Modules of the types `of_its_own` have copies of their weights.
+    """
+    shared = [module for module in network.modules() if not isinstance(module, of_its_own)]
     memo: dict[int, Tensor] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()
+        id(p): nn.Parameter(p.detach(), requires_grad=False)
+        for module in shared
+        for p in module.parameters(recurse=False)
     }
-    memo |= {id(buffer): buffer for buffer in network.buffers()}
-    return copy.deepcopy(network, memo).eval()
+    memo |= {id(b): b for module in shared for b in module.buffers(recurse=False)}
+    return copy.deepcopy(network, memo).eval().requires_grad_(False)
 
 
 class _Frozen(nn.Module):
@@ -138,22 +144,22 @@ class _Shadow(_Frozen):
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__(copy.deepcopy(network).eval().requires_grad_(False))
+        super().__init__(_twin(network, of_its_own=_SHORT))
         self._folds: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-        self._folded: list[Tensor] = []
+        self._targets: list[Tensor] = []  # in bf16; first those that a BatchNorm is folded into
         for ours, theirs in zip(network.modules(), self.network.modules(), strict=True):
             if isinstance(ours, _BLOCKS) and isinstance(theirs, _BLOCKS):
                 self._folds.append((ours.conv1, ours.bn2))
-                self._folded += _fold(theirs)
-        for module in self.network.modules():
+                self._targets += _fold(theirs)
+        folded = set(map(id, self._targets))
+        self._sources: list[Tensor] = []
+        for name, module in self.network.named_modules():
             if isinstance(module, _SHORT):
                 module.bfloat16()
-        originals = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        copies = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        folded = set(map(id, self._folded))
-        kept = [name for name, tensor in copies.items() if id(tensor) not in folded]
-        self._sources = [originals[name].detach() for name in kept]
-        self._targets = [copies[name] for name in kept]
+                for key, copied in module.named_parameters():
+                    if id(copied) not in folded:
+                        self._sources.append(network.get_parameter(f"{name}.{key}").detach())
+                        self._targets.append(copied)
         self.refresh()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -161,15 +167,15 @@ class _Shadow(_Frozen):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies all weights and statistics, a BatchNorm's into its convolution."""
-        sources = [*self._sources]
+        """Copies the weights of convolutions and linear layers; all else is shared."""
+        sources: list[Tensor] = []
         for convolution, norm in self._folds:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             sources.append(convolution.weight * scale.view(-1, 1, 1, 1))
             sources.append(norm.bias - norm.running_mean * scale)
-        torch._foreach_copy_([*self._targets, *self._folded], sources)
+        torch._foreach_copy_(self._targets, [*sources, *self._sources])
 
 
 def _fold(block: PreActBlock | WideBlock) -> list[Tensor]:

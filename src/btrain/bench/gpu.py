@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from btrain.bench import command, output
 from btrain.bench.clock import seconds
 from btrain.bench.lane import CLASSES
 from btrain.bench.plan import Case, make_cases
-from btrain.bench.run import measure_cases
+from btrain.bench.run import measure_cases, surroundings
 from btrain.bench.schema import BenchConfig
 from btrain.data import Split
-from btrain.errors import UserError
+from btrain.errors import UserError, first_reason
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import image_shape
 from btrain.precision import to_channels_last
@@ -33,18 +35,29 @@ PAIRS = (
 )
 FOLDER = Path("results/gpu")
 _TRAINING_IMAGES = 50_000
+_SECONDS = 400.0  # after which nothing more is begun: a minute for what is, of eight
+
+Keep = Callable[[Mapping[str, Any]], None]
+"""Takes what has been measured so far."""
 
 
 def run_gpu(tell: Callable[[str], None]) -> Path:
     """Measures the set on the first CUDA device; returns the JSON file's path.
+
+    The files are written anew after every part, so that an end by force leaves what came before.
 
     Raises:
         UserError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise UserError("bench gpu needs a CUDA device; btrain bench measures the CPU.")
-    result = measure_set(tell, device="cuda", batch_sizes=(128, 512), evaluated=10_000)
-    return write_results(result, FOLDER, datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+
+    def keep(result: Mapping[str, Any]) -> None:
+        write_results(result, FOLDER, date)
+
+    result = measure_set(tell, device="cuda", batch_sizes=(128, 512), evaluated=10_000, keep=keep)
+    return write_results(result, FOLDER, date)
 
 
 def measure_set(
@@ -55,18 +68,26 @@ def measure_set(
     evaluated: int,
     repetitions: int = 10,
     settings: Mapping[str, Sequence[str]] | None = None,
+    limit: float = _SECONDS,
+    keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
     """Steps in bf16 and channels_last, and PGD-20 in float32, of every pair.
 
+    What fails, or would begin after the time limit, is named in `left_out`; a case that fails with
+    CUDA graphs is measured without.
+
     Args:
         batch_sizes: m.
-        evaluated: how many images PGD-20 attacks.
+        evaluated: how many images PGD-20 attacks, or as many as there is time for.
         settings: further overrides of `btrain train`, by model.
+        limit: in seconds.
+        keep: called after every part.
 
     Returns:
-        What `btrain bench` returns, and `epoch_seconds` (50,000 images at the median batch) and
-        `evaluation_seconds`.
+        What `btrain bench` returns, and `epoch_seconds` (50,000 images at the median batch),
+        `evaluation_seconds` and `left_out`.
     """
+    ends = time.perf_counter() + limit
     bench = replace(
         command.compose(),
         batch_sizes=list(batch_sizes),
@@ -79,35 +100,66 @@ def measure_set(
     for defense, model in PAIRS:
         more = [f"device={device}", *(settings or {}).get(model, ())]
         cases += make_cases(_only(bench, defense, model), more)
-    result = measure_cases(cases, bench, tell)
-    result["epoch_seconds"] = [
+    result: dict[str, Any] = surroundings(bench, find_device(device))
+    result |= {"rows": [], "details": [], "epoch_seconds": [], "evaluation_seconds": []}
+    result["left_out"] = []
+    parts = [(str(case), partial(_add_steps, case, bench, result, tell)) for case in cases]
+    for case in cases[:: len(batch_sizes)][::-1]:  # the largest network last
+        name = f"{case.config.model.name} PGD-20"
+        parts.append((name, partial(_add_evaluation, case, evaluated, ends, result, tell)))
+    for name, work in parts:
+        try:
+            if time.perf_counter() > ends:
+                raise UserError("no time was left")
+            work()
+        except (UserError, RuntimeError) as error:  # memory that runs out is one
+            result["left_out"].append({"part": name, "why": first_reason(error)})
+        keep(result)
+    return result
+
+
+def _add_steps(
+    case: Case, bench: BenchConfig, result: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """The rows of a case."""
+    found = None
+    try:
+        found = measure_cases([case], bench, tell)
+    except RuntimeError as error:
+        if bench.cuda_graphs == [False]:
+            raise
+        left_out = {"part": f"{case} with CUDA graphs", "why": first_reason(error)}
+        result["left_out"].append(left_out)
+    if found is None:  # out of the clause above, which would keep the memory of what failed
+        found = measure_cases([case], replace(bench, cuda_graphs=[False]), tell)
+    for key in ("rows", "details"):
+        result[key] += found[key]
+    result["epoch_seconds"] += [
         {key: row[key] for key in ("defense", "model", "batch_size", "method", "cuda_graphs")}
         | {"seconds": row["seconds_per_batch"] * math.ceil(_TRAINING_IMAGES / row["batch_size"])}
-        for row in result["rows"]
+        for row in found["rows"]
     ]
-    result["evaluation_seconds"] = [
-        {"model": case.config.model.name, "images": evaluated}
-        | {"seconds": _evaluation_seconds(case, evaluated, tell)}
-        for case in cases[:: len(batch_sizes)]
-    ]
-    return result
 
 
 def _only(bench: BenchConfig, defense: DefenseName, model: str) -> BenchConfig:
     return replace(bench, defenses=[defense], models=[model])
 
 
-def _evaluation_seconds(case: Case, images: int, tell: Callable[[str], None]) -> float:
-    """PGD-20 on random images, after a batch to warm up."""
+def _add_evaluation(
+    case: Case, images: int, ends: float, result: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """PGD-20 on random images, after two batches, of which the second tells how many fit."""
     config = case.config
     device, shape = find_device(config.device), image_shape(config.dataset)
-    tell(f"{config.model.name}: PGD-20 on {images} images")
+    batch = min(images, config.eval.batch_size)
     model = to_channels_last(make_model(config.model, CLASSES, shape).to(device))
-    pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(CLASSES, (images,), device=device)
+    pixels = torch.randint(256, (images, *shape), dtype=torch.uint8).to(device)
+    labels = torch.randint(CLASSES, (images,)).to(device)
 
-    def attack(n: int) -> None:
-        evaluate(
+    def taken(n: int) -> float:
+        tell(f"{config.model.name}: PGD-20 on {n} images")
+        attack = partial(
+            evaluate,
             model,
             Split(pixels[:n], labels[:n]),
             epsilon=config.eval.epsilon,
@@ -116,9 +168,13 @@ def _evaluation_seconds(case: Case, images: int, tell: Callable[[str], None]) ->
             batch_size=config.eval.batch_size,
             seed=0,
         )
+        return seconds(attack, device)
 
-    attack(min(images, config.eval.batch_size))
-    return seconds(lambda: attack(images), device)
+    taken(batch)
+    a_batch = taken(batch)
+    images = max(batch, min(images, int((ends - time.perf_counter()) / a_batch) * batch))
+    found = {"model": config.model.name, "images": images, "seconds": taken(images)}
+    result["evaluation_seconds"].append(found)
 
 
 def write_results(result: Mapping[str, Any], folder: Path, date: str) -> Path:
@@ -157,6 +213,7 @@ def markdown(result: Mapping[str, Any], name: str, date: str) -> str:
             "| model | images | seconds |",
             "|---|---|---|",
             *evaluations,
+            *(f"\nLeft out: {one['part']} ({one['why']})." for one in result["left_out"]),
             "",
         ]
     )

@@ -45,7 +45,8 @@ def _look_cuda(work: Callable[[], None], device: torch.device) -> Look:
     work()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns without
         work()
         torch.cuda.synchronize(device)
     names = [event.name for event in profiler.events()]

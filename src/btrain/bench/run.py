@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from btrain.bench import output
 from btrain.bench.measure import Row, measure
 from btrain.bench.plan import Case, make_cases, make_lanes
@@ -52,12 +54,15 @@ def measure_cases(
         rows += more_rows
         details += more_details
     tell("")
+    return surroundings(bench, device) | {"rows": rows, "details": details}
+
+
+def surroundings(bench: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """The machine and the versions."""
     return {
         "hardware": output.hardware(device),
         "versions": output.versions() | {"git_commit": git_commit()},
         "repetitions": bench.repetitions,
-        "rows": rows,
-        "details": details,
     }
 
 

@@ -139,15 +139,15 @@ def _fooled_on_the_way(
             logits = model(images)
         wrong = logits.detach().argmax(dim=1) != labels
         wrong &= step > 0
-        fooled[rows[wrong]] = True
-        if step == attack.steps or bool(wrong.all()):
+        fooled[rows] = wrong
+        stay = (~wrong).nonzero().flatten()  # the one copy to the host of a step
+        if step == attack.steps or not len(stay):
             break
         with torch.enable_grad():
             loss = inner_loss(logits, clean_logits, labels).sum()
         (gradient,) = torch.autograd.grad(loss, [images])
         x_adv = torch.clamp(images.detach() + attack.step_size * gradient.sign(), lower, upper)
-        if bool(wrong.any()):
-            stay = ~wrong
+        if len(stay) < len(rows):
             x_adv, lower, upper = x_adv[stay], lower[stay], upper[stay]
             rows, labels, clean_logits = rows[stay], labels[stay], clean_logits[stay]
     return fooled

@@ -44,5 +44,6 @@ class WeightAverage:
         steps = torch._foreach_sub([weight for _, weight in self._floats], averages)
         torch._foreach_mul_(steps, share)
         torch._foreach_add_(averages, steps)
-        for count, counted in self._counts:
-            count.copy_(counted)
+        if self._counts:
+            counts, counted = zip(*self._counts, strict=True)
+            torch._foreach_copy_(list(counts), list(counted))

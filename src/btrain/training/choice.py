@@ -11,6 +11,7 @@ import torch
 
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
+from btrain.errors import first_reason
 from btrain.schema import Config, CudaGraphs
 from btrain.training.cost import PAPER_FRACTIONS
 from btrain.training.state import TrainState
@@ -55,7 +56,7 @@ def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
                     batch = lane.prepare(repetition)
                     taken.append(seconds(partial(lane.run, batch), device))
     except RuntimeError as error:  # no memory for two more networks, or what a graph cannot hold
-        log.warning("CUDA graphs: not used (%s).", str(error).strip().split("\n")[0])
+        log.warning("CUDA graphs: not used (%s).", first_reason(error))
         return CudaGraphs.never
     plain, graphs = (statistics.median(taken[_WARM_UP:]) for taken in times)
     choice = CudaGraphs.always if graphs < plain else CudaGraphs.never

@@ -201,6 +201,9 @@ def joined() -> Iterator[World]:
         # gloo's threads, which abort a process where they outlive the interpreter.
         importlib.import_module("torch.distributed.nn.functional")
         cuda = torch.cuda.is_available()
+        if cuda:  # or every process would begin on the first GPU as well
+            here = int(os.environ.get("LOCAL_RANK", "0"))
+            torch.cuda.set_device(here % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
