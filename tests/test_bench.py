@@ -28,7 +28,7 @@ from btrain.bench.schema import COLUMNS, Contender
 from btrain.cli import main
 from btrain.config import compose
 from btrain.data import Batch, Data
-from btrain.errors import UserError
+from btrain.errors import UserError, first_reason
 from btrain.graphs import ReplayedPGD
 from btrain.schema import Config, CudaGraphs, Precision
 from btrain.training import train
@@ -522,6 +522,21 @@ def test_what_fails_of_the_gpu_s_set_or_comes_too_late_is_named(
     )
     assert late["rows"] == late["evaluation_seconds"] == []
     assert [one["why"] for one in late["left_out"]] == ["no time was left"] * 6
+
+
+def test_the_first_reason_is_the_one_to_tell_unless_it_has_been_explained() -> None:
+    with pytest.raises(RuntimeError) as recording:
+        try:
+            raise RuntimeError("operation not permitted.\nMore.")
+        finally:  # the end of a recording
+            raise RuntimeError("the recording was invalid")
+    assert first_reason(recording.value) == "operation not permitted"
+    with pytest.raises(UserError) as explained:
+        try:
+            raise KeyError("k")
+        except KeyError as error:
+            raise UserError("There is no setting k.") from error
+    assert first_reason(explained.value) == "There is no setting k"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -42,7 +42,10 @@ def _spelt_out(character: str) -> str:
 
 
 def first_reason(error: BaseException) -> str:
-    """The first line of what went wrong first: what failed in a recording makes its end fail."""
-    while error.__context__ is not None:
+    """The first line of what went wrong first: what failed in a recording makes its end fail.
+
+    An error that was raised to explain another one speaks for itself.
+    """
+    while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return str(error).strip().split("\n")[0].rstrip(".")
