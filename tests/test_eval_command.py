@@ -251,3 +251,5 @@ def test_two_runs_are_compared(runs_here: Path, capsys: Capture) -> None:
     assert "run btrain eval checkpoint=A attack=autoattack" in capsys.readouterr().err
     assert main(["eval", "compare", str(other), "A", "attack=autoattack"]) == 1
     assert f"checkpoint={other}" not in capsys.readouterr().err  # which is no run
+    assert main(["eval", "compare", "A", "B", "attack=**"]) == 1  # a name, no pattern
+    assert "A holds no finished evaluation **" in capsys.readouterr().err

@@ -151,7 +151,8 @@ def read_result(folder: Path, attack: str) -> Result:
     files = [path for place in (folder / "eval", folder) for path in place.glob("*.json")]
     there = sorted({path.stem for path in files if path.with_suffix(".npz").is_file()})
     have = f" (there are: {', '.join(there)})" if there else ""
-    if others := sorted(str(path.parent) for path in folder.glob(f"eval/*/{attack}.npz")):
+    elsewhere = (place for place in folder.glob("eval/*") if (place / f"{attack}.npz").is_file())
+    if others := sorted(map(str, elsewhere)):
         how = f"please name one of other conditions: {', '.join(others)}"
     elif (folder / "config.yaml").is_file():
         how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} attack={attack}"
