@@ -3,8 +3,9 @@
 Every process holds the whole data set and draws the same batches and the same noise. It computes
 with its share of a batch: the examples `rank`, `rank + size`, …, in the batch's order to score
 them, and in the order of descending attack steps to attack them and to train, so that no process
-has more than one example of a group more than another. One process is a world of size 1, in which
-nothing is sent and everything is as it was.
+has more than one example of a group more than another; where the clean forward is shared, the ones
+that it has scored. One process is a world of size 1, in which nothing is sent and everything is as
+it was.
 """
 
 from __future__ import annotations
