@@ -207,7 +207,7 @@ def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor |
         method.attack_in_train_mode and method.defense.inner_reads_clean
     ):
         clean_logits = model(x)
-        if isinstance(model, Shadowed):  # whose attack then has BatchNorm's statistics of before
+        if isinstance(model, Shadowed):  # which has statistics of before in what it folded
             model.refresh()
         return clean_logits, clean_logits.detach()
     if method.defense.inner_reads_clean or method.allocator != "uniform":
