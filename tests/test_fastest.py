@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_follows_the_recipe_of_the_data_set(dataset: str) -> None:
     assert fastest.train.epochs == math.ceil(plain.train.epochs / 1.5)
     assert fastest.train.batch_size == plain.train.batch_size // 2
     assert fastest.bt.step_size_b == pytest.approx(1.7 * plain.attack.epsilon / fastest.bt.n_b)
+
+
+def test_mnists_own_differs_in_the_allocation_alone() -> None:
+    own = compose(["experiment=fastest_mnist"])
+    fastest = compose(["experiment=fastest", "dataset=mnist", "model=small_cnn"])
+    bt = replace(fastest.bt, n_r=0, share_clean_forward=True)
+    assert replace(own, run=fastest.run) == replace(fastest, bt=bt)
 
 
 def test_learns_digits_for_a_fraction_of_the_work(tmp_path: Path) -> None:

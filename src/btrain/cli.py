@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from btrain import __version__
@@ -84,8 +84,9 @@ def run_command() -> NoReturn:
     if status and processes() > 1:
         # gloo's threads are left running, for they could not be waited for: another process may
         # have failed. In an interpreter that takes itself apart they now and then abort.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # `torchrun … | head`
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -103,7 +103,7 @@ def check_places(out: str | None, plot: str | None) -> None:
             if not os.access(folder, os.W_OK):
                 raise UserError(f"{key}={name} cannot be written (Permission denied).")
     if plot is not None:
-        if Path(plot).suffix not in (".png", ".svg"):
+        if Path(plot).suffix.lower() not in (".png", ".svg"):
             raise UserError(f"bench.plot={plot} must end in .png or .svg.")
         if importlib.util.find_spec("matplotlib") is None:
             raise UserError('bench.plot needs the extra: pip install "btrain[report]".')
@@ -152,6 +152,6 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     axes[1].set(xlabel="F_B (dotted: bound by FLOPs)")
     axes[0].legend(fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:])
+    figure.savefig(picture, format=path.suffix[1:].lower())
     pyplot.close(figure)
     write_file(path, picture.getbuffer())
