@@ -41,6 +41,11 @@ def _spelt_out(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says in its first line, without a full stop, to be part of a sentence."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
 def first_reason(error: BaseException) -> str:
     """The first line of what went wrong first: what failed in a recording makes its end fail.
 
@@ -48,4 +53,4 @@ def first_reason(error: BaseException) -> str:
     """
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
-    return str(error).strip().split("\n")[0].rstrip(".")
+    return first_line(error)

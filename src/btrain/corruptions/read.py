@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from btrain.corruptions import SEVERITIES, check_name, check_severity
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.untrusted.arrays import open_npy
 
 
@@ -52,7 +52,7 @@ def _array(file: Path) -> npt.NDArray[Any]:
     try:
         return open_npy(file)
     except Exception as error:  # a damaged header raises many kinds
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"{file} is not a readable numpy array ({reason}).") from error
 
 

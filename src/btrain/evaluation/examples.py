@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from btrain import precision
 from btrain.attacks import evaluation_mode
 from btrain.data.augmentation import to_unit
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tenso
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error)
         others = {weight.dtype for weight in model.parameters()} - {x.dtype}
         hint = f" (its weights are {others.pop()}; please pass model.float())" if others else ""
         raise UserError(f"The model cannot take images of {_shape(x)}: {reason}{hint}.") from error
@@ -170,7 +170,7 @@ def check_gradient(model: nn.Module, examples: Examples) -> None:
             if logits.requires_grad:
                 (gradient,) = torch.autograd.grad(logits.sum(), [x], allow_unused=True)
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
+            reason = first_line(error)
     if gradient is None:
         raise UserError(
             "The model's logits have no gradient with respect to the images, which PGD and "

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from btrain.errors import Interrupted, UserError
+from btrain.errors import Interrupted, UserError, first_line
 from btrain.launched import first_complains, processes
 
 _PATIENCE = timedelta(days=7)  # of a process that waits while the first one downloads or writes
@@ -220,7 +220,7 @@ def joined() -> Iterator[World]:
         if world.first:
             raise UserError(
                 "another process of the run is gone "
-                f"({str(error).strip().splitlines()[0].rstrip('.')}); the same command goes on "
+                f"({first_line(error)}); the same command goes on "
                 "from the last checkpoint."
             ) from error
         raise SystemExit(1) from None

@@ -10,7 +10,7 @@ from torch import nn
 from btrain import models
 from btrain.data import Data, load
 from btrain.data.augmentation import batch_slices
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.precision import to_channels_last
 from btrain.schema import (
     Config,
@@ -41,7 +41,7 @@ def find_device(name: str) -> torch.device:
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"device={name} cannot be used ({reason}); try auto or cpu.") from error
     return device
 
