@@ -40,7 +40,7 @@ from btrain.schema import (
     LoggerName,
     Metric,
 )
-from btrain.training.step import ALLOCATORS
+from btrain.training.generation import ALLOCATORS
 
 CONFIGS = Path(config_dir())
 FILES = [

@@ -21,9 +21,9 @@ from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
 from btrain.schema import DefenseName, RivalName
 from btrain.training.cost import lean_units, official_units, speedups
+from btrain.training.generation import ALLOCATORS
 from btrain.training.methods import make_memory, make_step
 from btrain.training.statistics import StepStats
-from btrain.training.step import ALLOCATORS
 
 CPU = torch.device("cpu")
 STEPS = 4

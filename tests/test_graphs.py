@@ -25,9 +25,10 @@ from btrain.schema import Config, CudaGraphs
 from btrain.shadow import InBFloat16, Shadowed, attacked
 from btrain.training.choice import faster, with_graphs_settled
 from btrain.training.fast_paths import check_fast_paths, make_fast_paths
+from btrain.training.generation import Method, eval_logits
 from btrain.training.methods import attack_method, make_step, make_steps
 from btrain.training.setup import make_state
-from btrain.training.step import Method, eval_logits, generate, learn
+from btrain.training.step import generate, learn
 
 CPU = torch.device("cpu")
 TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu",

@@ -19,13 +19,14 @@ from btrain.data import Data, Split
 from btrain.errors import UserError
 from btrain.schema import Config
 from btrain.training import train
+from btrain.training.generation import Method
 from btrain.training.loop import train_epoch
 from btrain.training.methods import attack_method, make_step
 from btrain.training.pooled_step import generate_pool, pooled_step
 from btrain.training.setup import make_plan, make_state
 from btrain.training.state import TrainState
 from btrain.training.statistics import EXAMPLES
-from btrain.training.step import Generated, Method, generate, rows_to_forward, train_step
+from btrain.training.step import Generated, generate, rows_to_forward, train_step
 
 CPU = torch.device("cpu")
 TINY = [

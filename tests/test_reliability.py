@@ -620,10 +620,10 @@ def test_the_ball_is_that_of_the_epoch(tmp_path: Path, digits: Data, small_cnn: 
 def test_a_broken_attack_is_reported_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from btrain.training import step
+    from btrain.training import generation
 
-    attack = step.attack
-    monkeypatch.setattr(step, "attack", lambda *a, **k: attack(*a, **k) + 0.9)
+    attack = generation.attack
+    monkeypatch.setattr(generation, "attack", lambda *a, **k: attack(*a, **k) + 0.9)
     train(tiny(tmp_path, "train.epochs=1", "bt=uniform"))
     (line,) = metrics(tmp_path)
     assert any("leave the pixel box" in warning for warning in line["warnings"])

@@ -24,15 +24,9 @@ from btrain.augmix import augmix
 from btrain.data import Data
 from btrain.defenses import DEFENSES, kl_inner_loss
 from btrain.training.augmix_step import AugMixMethod, augmix_step
+from btrain.training.generation import Method, allocate, start_noise
 from btrain.training.statistics import StepStats, averages, step_stats
-from btrain.training.step import (
-    Method,
-    allocate,
-    forward_prefix,
-    rows_to_forward,
-    start_noise,
-    train_step,
-)
+from btrain.training.step import forward_prefix, rows_to_forward, train_step
 
 EPSILON = 0.1
 STEP_SIZE = 0.03

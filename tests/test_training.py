@@ -19,13 +19,13 @@ from btrain.errors import UserError
 from btrain.run_folder import RunFolder
 from btrain.schema import Config, DefenseName, RivalName
 from btrain.training import train
+from btrain.training.generation import ALLOCATORS
 from btrain.training.loop import train_epoch
 from btrain.training.methods import make_step, make_steps
 from btrain.training.provenance import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.setup import find_device, make_plan, make_state
 from btrain.training.state import TrainState
-from btrain.training.step import ALLOCATORS
 
 CPU = torch.device("cpu")
 TINY = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from btrain.data import Batch
 from btrain.errors import UserError
 from btrain.training.augmix_step import AugMixMethod
+from btrain.training.generation import Method, clean_forward
 from btrain.training.loop import Memory
-from btrain.training.step import Method, clean_forward
 
 
 def class_counts(fractions: Sequence[float], m: int) -> tuple[int, int, int]:

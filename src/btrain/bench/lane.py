@@ -20,11 +20,11 @@ from btrain.precision import to_channels_last
 from btrain.schema import Config, CudaGraphs, DefenseName
 from btrain.training.augmix_step import AugMixMethod
 from btrain.training.fast_paths import FastPaths, make_fast_paths
+from btrain.training.generation import Method
 from btrain.training.loop import Memory, Step
 from btrain.training.methods import attack_method, augmix_method, in_view, make_step
 from btrain.training.setup import make_optimizer
 from btrain.training.statistics import StepStats
-from btrain.training.step import Method
 
 CLASSES = 10
 

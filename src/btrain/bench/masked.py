@@ -17,9 +17,10 @@ from btrain.data import Batch
 from btrain.defenses import augmix_loss
 from btrain.shadow import attacked
 from btrain.training.augmix_step import AugMixMethod
+from btrain.training.generation import Method, eval_logits, start_noise
 from btrain.training.loop import Memory, Step
 from btrain.training.statistics import StepStats, step_stats
-from btrain.training.step import Method, descend, eval_logits, start_noise
+from btrain.training.step import descend
 
 
 def masked_step(method: Method | AugMixMethod) -> Step:

@@ -15,9 +15,10 @@ from btrain.attacks import box
 from btrain.data import Batch
 from btrain.defenses import kl_inner_loss
 from btrain.shadow import attacked
+from btrain.training.generation import Method, start_noise
 from btrain.training.loop import Memory
 from btrain.training.statistics import StepStats, step_stats
-from btrain.training.step import Method, descend, start_noise
+from btrain.training.step import descend
 
 
 def official_step(

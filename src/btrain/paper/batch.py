@@ -12,10 +12,10 @@ from btrain.data.augmentation import to_unit
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
+from btrain.training.generation import allocate, eval_logits, start_noise
 from btrain.training.loop import epoch_order
 from btrain.training.methods import attack_method
 from btrain.training.setup import load_data
-from btrain.training.step import allocate, eval_logits, start_noise
 from btrain.untrusted import read_text
 
 FILE = "allocation.json"

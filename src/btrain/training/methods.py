@@ -28,13 +28,14 @@ from btrain.schema import (
 )
 from btrain.training.augmix_step import AugMixMethod, augmix_step
 from btrain.training.fast_paths import FastPaths, make_fast_paths
+from btrain.training.generation import Method
 from btrain.training.loop import Memory, Step
 from btrain.training.parallel import ALONE, World
 from btrain.training.pooled_step import pooled_step
 from btrain.training.rivals.free import free_step
 from btrain.training.rivals.mma import MMAMethod, mma_step
 from btrain.training.statistics import StepStats
-from btrain.training.step import Method, train_step
+from btrain.training.step import train_step
 
 
 def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Callable[[int], Step]:

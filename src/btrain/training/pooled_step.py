@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from btrain.allocation import Allocation
 from btrain.attacks import active_counts
 from btrain.data.augmentation import batch_slices
+from btrain.training.generation import Method, allocate, clean_forward, perturb, start_noise
 from btrain.training.statistics import StepStats
-from btrain.training.step import (
-    Generated,
-    Method,
-    allocate,
-    clean_forward,
-    learn,
-    perturb,
-    start_noise,
-)
+from btrain.training.step import Generated, learn
 
 
 def pooled_step(
