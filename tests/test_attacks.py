@@ -127,7 +127,7 @@ def test_early_exit_stops_some_time_after_misclassification(
     exits = steps == 9
     noise = 0.001 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     noise = (x + noise).clamp(0, 1) - x
-    _, active = by_steps(steps)
+    active = by_steps(steps)[1]()
     clean_logits = model(x).detach()
 
     def run() -> tuple[Tensor, Tensor, int]:

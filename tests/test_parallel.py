@@ -81,18 +81,21 @@ def parallel_steps_loss(stats: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> None:
-    counts = torch.randint(0, 11, (37,), generator=torch.Generator().manual_seed(0))
-    steps = counts.sort(descending=True).values
+    drawn = torch.randint(0, 11, (37,), generator=torch.Generator().manual_seed(0))
+    steps = drawn.sort(descending=True).values
     active = [int((steps > step).sum()) for step in range(10)]
     order = torch.randperm(37, generator=torch.Generator().manual_seed(1))
-    shares = [World(rank, size).dealt(order, active) for rank in range(size)]
-    assert sorted(torch.cat([mine for mine, _ in shares]).tolist()) == list(range(37))
+    worlds = [World(rank, size) for rank in range(size)]
+    shares = [order[world.share(37)] for world in worlds]
+    assert sorted(torch.cat(shares).tolist()) == list(range(37))
+    dealt = [world.dealt(active) for world in worlds]
+    for world, counts in zip(worlds, dealt, strict=True):
+        taken = steps[world.share(37)]
+        assert counts == [n for step in range(10) if (n := int((taken > step).sum()))]
     for step, n in enumerate(active):
-        dealt = [mine[step] if step < len(mine) else 0 for _, mine in shares]
-        assert sum(dealt) == n
-        assert max(dealt) - min(dealt) <= 1
-    for rank, (mine, _) in enumerate(shares):
-        assert torch.equal(mine, order[World(rank, size).share(37)])
+        taking = [counts[step] if step < len(counts) else 0 for counts in dealt]
+        assert sum(taking) == n
+        assert max(taking) - min(taking) <= 1
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,28 @@ def test_an_update_in_bf16_is_close_to_the_plain_one(
     assert short_stats.loss.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor without bf16"
+)
+def test_a_processor_without_bf16_is_found_out() -> None:
+    assert precision.bf16_slowdown() > 2  # some thirty
+
+
+@pytest.mark.parametrize(("slowdown", "hinted"), [(0.6, False), (15.2, True)])
+def test_who_trains_in_bf16_on_such_a_processor_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowdown: float, hinted: bool
+) -> None:
+    monkeypatch.setattr(precision, "bf16_slowdown", lambda: slowdown)
+    settings = ["dataset=digits", "model=small_cnn", "model.width=2", "train.epochs=1"]
+    settings += ["dataset.train_examples=40", "dataset.test_examples=10", "eval.steps=1"]
+    for kind in ("bf16", "float32"):
+        train(compose([*settings, f"train.precision={kind}", f"run.dir={tmp_path / kind}"]))
+        log = (tmp_path / kind / "train.log").read_text()
+        sentence = "a convolution takes 15 times as long as in float32 on this processor"
+        assert (f"train.precision=bf16: {sentence}" in log) is (hinted and kind == "bf16")
+    assert precision.bf16_hint("precision", torch.device("cuda")) is None
+
+
 def test_the_network_computes_in_bf16_and_answers_in_float32(tiles: Tensor) -> None:
     model = network()
     seen: list[torch.dtype] = []

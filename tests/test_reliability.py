@@ -31,7 +31,7 @@ from btrain.training.guards import InputGuard, epoch_warnings, is_above, make_in
 from btrain.training.memory import explained_memory
 from btrain.training.nonfinite import Snapshot
 from btrain.training.provenance import data_hash
-from btrain.training.setup import make_state
+from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 from test_training import CPU, metrics, same, tiny, untimed, weights
 
@@ -550,9 +550,7 @@ def test_an_undone_step_leaves_everything_as_it_was(
 
     for state in states:
         state.model = preact if state is states[0] else __import__("copy").deepcopy(preact)
-        kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
-        momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
-        state.optimizer = kind(state.model.parameters(), lr=0.01, **momentum)
+        state.optimizer = make_optimizer(config.recipe, state.model)
         state.model.train()
     for factors in ([torch.nan, 1.0, torch.inf, 1.0], [1.0, 1.0]):
         state = states[len(factors) == 2]
@@ -730,7 +728,8 @@ def test_the_folder_tells_where_the_result_comes_from(
     assert (first["from_epoch"], second["from_epoch"]) == (1, 2)
     assert first["versions"]["torch"] == torch.__version__
     assert first["git_dirty"] in (True, False, None)
-    assert first["hardware"]["processor"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert first["hardware"]["processor"].endswith(f"{capability})")
     assert first["hardware"]["threads"] == torch.get_num_threads()
 
 

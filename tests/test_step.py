@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from btrain.allocation import (
     BOUNDARY,
@@ -167,6 +169,30 @@ def test_a_step_forwards_what_the_budgets_say(
     assert forward_sizes(copy.deepcopy(preact), batch, chosen) == [m, *attack, m, n_b + n_r]
     everything = replace(chosen, forward_unperturbed=True)
     assert forward_sizes(copy.deepcopy(preact), batch, everything) == [m, *attack, m, m]
+
+
+class Reads(TorchFunctionMode):
+    """Whole images gathered by an order, and reads of a tensor by the host, as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        gathers = name == "__getitem__" and args[0].dim() == 4 and isinstance(args[1], Tensor)
+        if gathers or name == "tolist":
+            self.calls.append("gather" if gathers else "read")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("allocator", ["bullettrain", "uniform"])
+def test_the_host_reads_the_counts_once_the_batch_is_put_in_order(
+    preact: nn.Module, batch: tuple[Tensor, Tensor], allocator: str
+) -> None:
+    with Reads() as reads:
+        step(preact, batch, method(allocator, 3, 1, 0))
+    assert reads.calls == ["gather", "gather", "read"]  # the images and the noise
 
 
 def test_a_shared_clean_forward_saves_one(preact: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
@@ -391,13 +417,13 @@ def test_boundary_examples_exit_early(small_cnn: nn.Module, digits: Data, patien
     _, stats = step(copy.deepcopy(small_cnn), (x, labels), chosen)
     z = small_cnn(x).detach()
     allocation = bullettrain(METRICS["svar"](z, labels), torch.tensor(0.3), chosen.budget)
-    order, active = by_steps(allocation.steps)
+    order, counts = by_steps(allocation.steps)
     sizes = step_sizes(allocation.steps, n_b=7, epsilon=0.3, step_size_b=STEP_SIZE)
     noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
     _, taken, _ = early_exit_pgd(
-        small_cnn, x[order], labels[order], z[order], steps=allocation.steps[order], active=active,
-        exits=(allocation.classes == BOUNDARY)[order], patience=patience, step_size=sizes[order],
-        inner_loss=kl_inner_loss, epsilon=0.3, noise=noise[order],
+        small_cnn, x[order], labels[order], z[order], steps=allocation.steps[order],
+        active=counts(), exits=(allocation.classes == BOUNDARY)[order], patience=patience,
+        step_size=sizes[order], inner_loss=kl_inner_loss, epsilon=0.3, noise=noise[order],
     )  # fmt: skip
     assert stats.steps == taken.sum() < allocation.steps.sum()
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from btrain import checkpoint
 from btrain.config import compose
 from btrain.data import Batch, Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.precision import to_channels_last
 from btrain.run_folder import RunFolder
 from btrain.schema import Config, DefenseName, RivalName
 from btrain.training import train
@@ -24,7 +28,7 @@ from btrain.training.loop import train_epoch
 from btrain.training.methods import make_step, make_steps
 from btrain.training.provenance import git_commit
 from btrain.training.schedule import cosine, cyclic, step_decay
-from btrain.training.setup import find_device, make_plan, make_state
+from btrain.training.setup import find_device, make_optimizer, make_plan, make_state
 from btrain.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -436,6 +440,37 @@ def test_cyclic_and_cosine_schedules() -> None:
 def test_a_device_that_does_not_exist_is_named(device: str) -> None:
     with pytest.raises(UserError, match=f"device={device}"):
         find_device(device)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "plain"),
+    [
+        (["recipe.optimizer=adam"], partial(torch.optim.Adam, weight_decay=0.01)),
+        (["recipe.nesterov=false"], partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01)),
+        (
+            ["recipe.nesterov=true"],
+            partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01, nesterov=True),
+        ),
+    ],
+)
+def test_the_optimizer_makes_torch_s_plain_updates(
+    preact: nn.Module, settings: list[str], plain: Callable[..., Any], turned: bool
+) -> None:
+    recipe = compose(
+        ["recipe.lr=0.05", "recipe.momentum=0.9", "recipe.weight_decay=0.01", *settings]
+    ).recipe
+    ours = (to_channels_last(preact) if turned else preact).double()
+    theirs = copy.deepcopy(ours)
+    optimizers = make_optimizer(recipe, ours), plain(theirs.parameters(), lr=0.05, foreach=False)
+    for seed in range(3):
+        for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+            images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+            optimizer.zero_grad()
+            network(images).square().sum().backward()
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])

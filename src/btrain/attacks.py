@@ -49,13 +49,14 @@ def pgd(
     Returns:
         Like x, in x's order.
     """
-    order, active = by_steps(steps)
+    order, counts = by_steps(steps)
+    x, labels, clean_logits = x[order], labels[order], clean_logits[order]
     x_adv = prefix_pgd(
         model,
-        x[order],
-        labels[order],
-        clean_logits[order],
-        active=active,
+        x,
+        labels,
+        clean_logits,
+        active=counts(),
         step_size=step_size[order],
         inner_loss=inner_loss,
         epsilon=epsilon,
@@ -64,18 +65,40 @@ def pgd(
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
 
 
-def by_steps(steps: Tensor, distance: Tensor | None = None) -> tuple[Tensor, list[int]]:
+def by_steps(
+    steps: Tensor, distance: Tensor | None = None
+) -> tuple[Tensor, Callable[[], list[int]]]:
     """The order of descending step count, and how many examples take the first step, the second, ….
 
     Of equal counts those with the smallest distance come first, if one is given, (m,); else they
-    stay as they were. One copy from the device to the host. (m,) -> (m,) and a list
+    stay as they were. The counts, one copy from the device to the host, are on their way: a call
+    waits for them, best after all that needs only the order. (m,) -> (m,) and a list, when called
     """
     if distance is None:
         order = torch.argsort(steps, descending=True, stable=True)
     else:
         nearest = torch.argsort(distance, stable=True)
         order = nearest[torch.argsort(steps[nearest], descending=True, stable=True)]
-    return order, active_counts(steps[order].tolist())
+    arrived = _on_its_way(steps[order])
+    return order, lambda: active_counts(arrived())
+
+
+def _on_its_way(numbers: Tensor) -> Callable[[], list[int]]:
+    """Begins to copy numbers to the host; a call waits for these alone.
+
+    A GPU has what it was given in the meantime to do while the host reads them.
+    """
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    copy = numbers.to("cpu", non_blocking=True)  # in pinned memory
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record(torch.cuda.current_stream(numbers.device))
+
+    def arrived() -> list[int]:
+        there.synchronize()
+        return copy.tolist()
+
+    return arrived
 
 
 def active_counts(steps: Sequence[int]) -> list[int]:

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_SLOW = 2  # times float32's time: more than the noise of a timing
 
 
 def full(logits: Tensor) -> Tensor:
     """Logits in float32, or in float64 if they are; losses and SVar are computed on these."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def bf16_hint(key: str, device: torch.device) -> str | None:
+    """A sentence for who chose bf16, as `key`, on a CPU that is slower in it; else None."""
+    if device.type != "cpu" or (slowdown := bf16_slowdown()) < _SLOW:
+        return None
+    return (
+        f"{key}=bf16: a convolution takes {slowdown:.0f} times as long as in float32 on this "
+        f"processor; {key}=float32 is faster here."
+    )
+
+
+def bf16_slowdown() -> float:
+    """How many times as long as in float32 a convolution takes in bf16 on this CPU.
+
+    Timed, each by the fastest of three, in half a second where it is slow.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        images, kernel = torch.rand(32, 16, 32, 32).to(dtype), torch.rand(16, 16, 3, 3).to(dtype)
+        times = []
+        for _ in range(4):  # the first one chooses the kernel
+            began = time.perf_counter()
+            F.conv2d(images, kernel, padding=1)
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def select(lane: Lane, batch: Batch, z: Tensor) -> None:
     allocation = predicted(
         "bullettrain", score, lane.memory["robust_fraction"], method.budget, generator
     )
-    order, _ = by_steps(allocation.steps)
+    order, counts = by_steps(allocation.steps)
     allocation = allocation.ordered(order)
     rows = [batch.x, batch.labels, z]
     if not isinstance(method, AugMixMethod):
@@ -32,3 +32,4 @@ def select(lane: Lane, batch: Batch, z: Tensor) -> None:
         )
     for tensor in rows:
         tensor[order]
+    counts()

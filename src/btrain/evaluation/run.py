@@ -21,6 +21,7 @@ from btrain.evaluation.result import Result, versions
 from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
 from btrain.evaluation.table import describe
 from btrain.evaluation.target import Target, find
+from btrain.precision import bf16_hint
 
 SAMPLES = 12
 
@@ -47,6 +48,8 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
     if set(AUTOATTACKS) & set(_names(settings)):
         library()  # rather now than after an hour of PGD
     target = find(settings)
+    if settings.precision == "bf16" and (hint := bf16_hint("precision", target.device)):
+        print(hint)
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )

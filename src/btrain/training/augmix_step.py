@@ -145,9 +145,9 @@ def _two_views_of_some(
         generator,
         method.fractions,
     )
-    order, active = by_steps(allocation.steps)
-    n = sum(active)
+    order, counts = by_steps(allocation.steps)
     x, labels, clean = x[order], labels[order], clean[order]
+    n = sum(counts())
     view1 = view2 = clean
     made = 0
     if n:

@@ -80,15 +80,14 @@ class World:
             return rows
         return self.gathered(rows.detach(), examples).index_copy(0, own, rows)
 
-    def dealt(self, order: Tensor, active: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """This process' share of a batch in descending order of steps.
+    def dealt(self, active: Sequence[int]) -> list[int]:
+        """How many of this process' share take the first attack step, the second, ….
 
         Args:
-            order: the examples in that order, (m,).
-            active: how many of them take the first step, the second, …; likewise what is returned.
+            active: the same of the whole batch, whose share is taken in descending order of steps.
         """
         counts = (len(range(n)[self.share(n)]) for n in active)
-        return order[self.share(len(order))], [n for n in counts if n]
+        return [n for n in counts if n]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the values of all processes. (n,) -> ()"""

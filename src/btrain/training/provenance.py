@@ -21,6 +21,7 @@ from btrain.untrusted import read_text
 
 _LARGEST = 16 << 20  # bytes of the file
 _CHUNK = 4096  # images
+_CPU_FACTS = {"family": "cpu family", "model": "model"}
 
 
 def git_commit() -> str | None:
@@ -135,8 +136,16 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The CPU's model, or what the system tells of it."""
+    """The CPU's name, or what the system tells of it, and what else its speed depends on.
+
+    A virtual machine's name may be that of many processors: family and model tell them apart. The
+    instructions are those that torch uses.
+    """
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    facts: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    more = [f"{key} {facts[name]}" for key, name in _CPU_FACTS.items() if facts.get(name)]
+    return f"{name} ({', '.join([*more, torch.backends.cpu.get_cpu_capability()])})"

@@ -13,9 +13,10 @@ from btrain.config import to_dict
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import Interrupted
+from btrain.precision import bf16_hint
 from btrain.run_folder import RunFolder
 from btrain.run_lock import RunLock
-from btrain.schema import Config
+from btrain.schema import Config, Precision
 from btrain.tracking import open_tracker
 from btrain.training.choice import with_graphs_settled
 from btrain.training.cost import forward_flops, speedups
@@ -174,6 +175,9 @@ def _train_epochs(
 ) -> None:
     """All epochs that are left; with their log lines and checkpoints where there is a record."""
     device, plan, world = state.device, make_plan(config), evaluator.world
+    short = record is not None and config.train.precision is Precision.bf16
+    if short and (hint := bf16_hint("train.precision", device)):
+        log.warning("%s", hint)
     config = with_graphs_settled(config, state, data.train)
     step_of = make_steps(config, device, world)
     batches = len(batch_slices(len(data.train), plan.batch_size))

@@ -91,8 +91,7 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     model = make_model(config.model, len(data.classes), data.shape).to(device)
     if config.train.channels_last:
         model = to_channels_last(model)
-    skips = config.train.on_nonfinite is OnNonfinite.skip
-    optimizer = make_optimizer(config.recipe, model, steps_on_device=skips)
+    optimizer = make_optimizer(config.recipe, model)
     memory = make_memory(config, data, device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
 
@@ -110,16 +109,14 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
     )
 
 
-def make_optimizer(
-    recipe: RecipeConfig, model: nn.Module, *, steps_on_device: bool = False
-) -> torch.optim.Optimizer:
-    """The recipe's optimizer of all weights; `steps_on_device` lets it be undone there."""
+def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer of all weights; fused, so that Adam counts its steps on the device."""
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(
             model.parameters(),
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
-            capturable=steps_on_device and next(model.parameters()).is_cuda,
+            fused=True,
         )
     return torch.optim.SGD(
         model.parameters(),
@@ -127,6 +124,7 @@ def make_optimizer(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.nesterov,
+        fused=True,
     )
 
 

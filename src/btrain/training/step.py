@@ -54,10 +54,11 @@ def train_step(
 ) -> tuple[Tensor, StepStats]:
     """Lines 11 to 16 of Algorithm 2: updates the weights, returns the new F_R and the statistics.
 
-    From line 13 on the batch is in the order of descending step count; the sort copies the m step
-    counts to the host, the only copy of a step. Of several processes each gets the whole batch,
-    decides the same for it, and from line 13 on works on its share: of every group as many examples
-    as the others, or with a shared clean forward those that it has forwarded.
+    From line 13 on the batch is in the order of descending step count; the m step counts are copied
+    to the host while the batch is put in order, the only copy of a step. Of several processes each
+    gets the whole batch, decides the same for it, and from line 13 on works on its share: of every
+    group as many examples as the others, or with a shared clean forward those that it has
+    forwarded.
     """
     batch = generate(model, x, labels, robust_fraction, generator, method)
     return learn(model, optimizer, batch, robust_fraction, generator, method)
@@ -77,13 +78,15 @@ def generate(
     if clean_logits is not None:  # an example stays where its graph is
         x, labels, z, noise = x[own], labels[own], z[own], noise[own]
         allocation = allocation.ordered(own)
-    order, active = by_steps(allocation.steps, distance_of(z, labels, method))
+    order, counts = by_steps(allocation.steps, distance_of(z, labels, method))
+    dealt = order[world.share(whole)] if clean_logits is None else order
+    x, labels, z, noise = x[dealt], labels[dealt], z[dealt], noise[dealt]
+    active = counts()
     if method.multiple > 1:
         allocation, active = filled_up(allocation, order, active, method.multiple)
     if clean_logits is None:
-        order, active = world.dealt(order, active)
-    x, labels, z, noise = x[order], labels[order], z[order], noise[order]
-    allocation, m = allocation.ordered(order), len(x)
+        active = world.dealt(active)
+    allocation, m = allocation.ordered(dealt), len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0

@@ -63,9 +63,9 @@ def mma_step(
     """
     clean_logits = model(x)
     correct = soft_logit_margin(clean_logits.detach(), labels) < 0
-    order, active = by_steps(method.steps * correct)
+    order, counts = by_steps(method.steps * correct)
     x, labels, clean_logits = x[order], labels[order], clean_logits[order]
-    n = sum(active[:1])
+    n = sum(counts()[:1])
     radius = margin[order].clamp(min=method.first_margin)[:n]
     found = torch.zeros_like(margin)
     x_adv = x.clone()
