@@ -54,8 +54,19 @@ def digits_examples(digits: Data, count: int | None = None) -> Examples:
     return of_split(digits.test.images[:count], digits.test.labels[:count])
 
 
-def trained_on(digits: Data, network: nn.Module, epsilon: float = 0.0, epochs: int = 12) -> None:
-    """Some epochs on digits; with ε > 0 of adversarial training by FGSM from a random start."""
+def trained_on(
+    digits: Data,
+    network: nn.Module,
+    epsilon: float = 0.0,
+    epochs: int = 12,
+    *,
+    steps: int = 1,
+    step_size: float = 1.25,
+) -> None:
+    """Some epochs on digits; with ε > 0 of adversarial training from a random start.
+
+    By FGSM, or by so many steps of `step_size`·ε.
+    """
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     x, labels = digits.train.images.float() / 255, digits.train.labels
@@ -64,11 +75,14 @@ def trained_on(digits: Data, network: nn.Module, epsilon: float = 0.0, epochs: i
             batch = x[part]
             if epsilon:
                 noise = (2 * torch.rand(batch.shape, generator=generator) - 1) * epsilon
-                start = (batch + noise).clamp(0, 1).requires_grad_()
-                loss = nn.functional.cross_entropy(network(start), labels[part])
-                (gradient,) = torch.autograd.grad(loss, [start])
-                moved = start.detach() + 1.25 * epsilon * gradient.sign()
-                batch = moved.clamp(batch - epsilon, batch + epsilon).clamp(0, 1)
+                moved = (batch + noise).clamp(0, 1)
+                for _ in range(steps):
+                    start = moved.detach().requires_grad_()
+                    loss = nn.functional.cross_entropy(network(start), labels[part])
+                    (gradient,) = torch.autograd.grad(loss, [start])
+                    moved = start.detach() + step_size * epsilon * gradient.sign()
+                    moved = moved.clamp(batch - epsilon, batch + epsilon).clamp(0, 1)
+                batch = moved
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(batch), labels[part]).backward()
             optimizer.step()
