@@ -54,8 +54,8 @@ bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENC
 bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight minutes
 	btrain bench gpu
 
-test: lint typecheck  ## lint, type check and run all tests
-	python -m pytest
+test: lint typecheck  ## lint, type check and run all tests, on every core
+	python -m pytest --numprocesses=auto
 
 test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
 	python -m pytest -m slow tests/test_kill.py -s
