@@ -360,6 +360,7 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
     before = copy.deepcopy(state.state_dict())
     drawn = torch.get_rng_state()
     assert with_graphs_settled(config, state, digits.train).train.cuda_graphs is CudaGraphs.never
+    assert state.graphs is False
     took: list[float] = []
 
     def clock(work: Callable[[], None], device: torch.device) -> float:
@@ -389,6 +390,16 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
     monkeypatch.setattr("btrain.bench.clock.seconds", fails)
     assert faster(config, state, digits.train) is CudaGraphs.never
     assert "not used (operation not permitted when stream is capturing)." in caplog.text
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_run_that_goes_on_keeps_to_what_auto_found(digits: Data, found: bool) -> None:
+    config = tiny("train.cuda_graphs=auto")
+    begun, resumed = (make_state(config, digits, CPU) for _ in range(2))
+    begun.graphs = found
+    resumed.load_state_dict(begun.state_dict())
+    settled = with_graphs_settled(config, resumed, digits.train).train.cuda_graphs
+    assert settled is (CudaGraphs.always if found else CudaGraphs.never)
 
 
 def test_a_step_of_a_run_with_graphs_rounds_its_groups_up(digits: Data) -> None:

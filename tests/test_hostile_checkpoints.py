@@ -292,6 +292,14 @@ def test_how_far_a_run_came_is_a_number(
         reloaded(path, sound | {key: value})
 
 
+def graphs_of_text(content: dict[str, Any]) -> None:
+    content["graphs"] = "always"
+
+
+def no_parameter_groups(content: dict[str, Any]) -> None:
+    content["optimizer"]["param_groups"] = []
+
+
 def momenta_of_another_shape(content: dict[str, Any]) -> None:
     content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
 
@@ -330,6 +338,8 @@ def no_weights(content: dict[str, Any]) -> None:
         a_stretched_memory,
         stretched_sums,
         no_weights,
+        no_parameter_groups,
+        graphs_of_text,
     ],
 )
 def test_a_state_of_another_run_is_refused(
@@ -349,3 +359,11 @@ def test_a_format_that_is_no_number_is_another_format(tmp_path: Path) -> None:
     torch.save({"format": checkpoint.FORMAT}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="not a checkpoint of this version"):
         checkpoint.load(tmp_path / "last.pt")
+
+
+def test_a_run_that_was_not_fused_goes_on_fused(tmp_path: Path, state: TrainState) -> None:
+    content = pickle.loads(pickle.dumps(state.state_dict()))
+    content["optimizer"]["param_groups"][0]["fused"] = None
+    del content["graphs"]  # which such a run did not keep
+    state.load_state_dict(reloaded(tmp_path / "last.pt", content))
+    assert state.optimizer.param_groups[0]["fused"] is True

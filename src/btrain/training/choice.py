@@ -24,13 +24,15 @@ _WARM_UP, _TIMED = 3, 7  # steps
 def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Config:
     """The configuration with `always` or `never` for `auto`; one line in the log says which.
 
-    On a CPU it is `never`. Nothing of the run moves: the steps are those of the bench.
+    On a CPU it is `never`. What was found is part of the state, for with graphs groups are rounded
+    up: a run that goes on keeps to it. Nothing else of the run moves: the steps are the bench's.
     """
     if config.train.cuda_graphs is not CudaGraphs.auto:
         return config
-    if state.device.type != "cuda":
-        return _with(config, CudaGraphs.never)
-    return _with(config, faster(config, state, split))
+    if state.graphs is None:
+        cuda = state.device.type == "cuda"
+        state.graphs = cuda and faster(config, state, split) is CudaGraphs.always
+    return _with(config, CudaGraphs.always if state.graphs else CudaGraphs.never)
 
 
 def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:

@@ -200,11 +200,8 @@ def joined() -> Iterator[World]:
         # Imported any later (DistributedDataParallel does), it would hold the group for good, and
         # gloo's threads, which abort a process where they outlive the interpreter.
         importlib.import_module("torch.distributed.nn.functional")
-        cuda = torch.cuda.is_available()
-        if cuda:  # or every process would begin on the first GPU as well
-            here = int(os.environ.get("LOCAL_RANK", "0"))
-            torch.cuda.set_device(here % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=_PATIENCE)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
         with first_complains():

@@ -33,7 +33,7 @@ from btrain.training.provenance import check_same_data, data_hash, extended
 from btrain.training.record import Record
 from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
 from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_shares, find_device, load_data, make_plan, make_state
+from btrain.training.setup import check_shares, find_device, load_data, make_plan, make_state, meant
 from btrain.training.signals import StopRequest, stop_on_signals
 from btrain.training.state import TrainState
 from btrain.training.statistics import UNITS
@@ -72,7 +72,7 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
         return summary
     device = find_device(device_of(world, config.device))
     check_fast_paths(config.train, device)
-    with deterministic(config.train.deterministic):
+    with deterministic(config.train.deterministic), meant(device):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
             with world.first_ahead():
                 data = load_data(config, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -44,6 +45,11 @@ def find_device(name: str) -> torch.device:
         reason = first_line(error)
         raise UserError(f"device={name} cannot be used ({reason}); try auto or cpu.") from error
     return device
+
+
+def meant(device: torch.device) -> AbstractContextManager[object]:
+    """Where no GPU is named inside, it is this one: of several processes each has its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _NEED_ONE_PROCESS = ("own_step", "compile", "graphs")

@@ -34,6 +34,7 @@ class TrainState:
         average: of the model's weights, with `recipe.ema`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
+        graphs: what `train.cuda_graphs=auto` was settled to; None before that.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class TrainState:
     collapsed: bool = False
     average: WeightAverage | None = None
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
+    graphs: bool | None = None
 
     @staticmethod
     def fresh(
@@ -120,6 +122,7 @@ class TrainState:
             "device": self.device.type,
             "memory": self.memory,
             "batch_sums": self.batch_sums,
+            "graphs": self.graphs,
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
@@ -153,6 +156,9 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, saved[name])
         self._load_batch_sums(saved.get("batch_sums", {}))
+        self.graphs = saved.get("graphs")
+        if self.graphs not in (None, False, True):
+            raise ValueError("neither with graphs nor without")
 
     def _load_batch_sums(self, saved: dict[int, Tensor]) -> None:
         """Raises ValueError for sums that are not those of batches of the epoch."""
@@ -165,8 +171,12 @@ class TrainState:
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Raises ValueError for settings or momenta that are not those of this optimizer."""
-        before = [_kinds(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved)
+        groups = self.optimizer.param_groups
+        before = [_kinds(group) for group in groups]
+        # How updates are computed is today's choice: earlier runs were not fused.
+        today = [{key: group[key] for key in _IMPLEMENTATION & group.keys()} for group in groups]
+        theirs = [dict(a) | b for a, b in zip(saved["param_groups"], today, strict=True)]
+        self.optimizer.load_state_dict({**saved, "param_groups": theirs})
         if [_kinds(group) for group in self.optimizer.param_groups] != before:
             raise ValueError("other settings")
         for parameter, momenta in self.optimizer.state.items():
@@ -198,6 +208,7 @@ def _copy(saved: Tensor, tensor: Tensor) -> None:
     tensor.copy_(saved)
 
 
+_IMPLEMENTATION = {"fused", "foreach", "capturable"}
 _TENSORS = ("epoch_sums", "total_sums")
 _NUMBERS = (
     "epoch",
