@@ -18,6 +18,7 @@ from btrain.data import Batch, Data, load
 from btrain.data.augmentation import to_unit
 from btrain.training.methods import make_memory, make_steps
 from btrain.training.parallel import World, joined
+from btrain.training.statistics import stacked
 
 CPU = torch.device("cpu")
 MIXED, ONE_PERTURBED = "mixed", "one perturbed"
@@ -94,7 +95,7 @@ def run(
         step = step_of(number // 2)
         sums = step(model.train(), optimizer, batch, memory, generator)
         fractions.append(memory["robust_fraction"].double())
-        stats.append(torch.stack([value.double() for value in sums]))
+        stats.append(stacked(sums))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     return {**state, "F_R": torch.stack(fractions), "stats": torch.stack(stats)}
 

@@ -26,8 +26,8 @@ from btrain.augmix import augmix
 from btrain.data import Data
 from btrain.defenses import DEFENSES, kl_inner_loss
 from btrain.training.augmix_step import AugMixMethod, augmix_step
-from btrain.training.generation import Method, allocate, start_noise
-from btrain.training.statistics import StepStats, averages, step_stats
+from btrain.training.generation import Method, start_noise, true_allocation
+from btrain.training.statistics import StepStats, averages, stacked, step_stats
 from btrain.training.step import forward_prefix, rows_to_forward, train_step
 
 EPSILON = 0.1
@@ -386,9 +386,7 @@ def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -
     with torch.no_grad():
         logits = small_cnn(x)
     noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
-    allocation = allocate(
-        small_cnn, x, labels, logits, torch.tensor(0.0), noise, chosen, torch.Generator()
-    )
+    allocation = true_allocation(small_cnn, x, labels, logits, noise, chosen)
     m = len(x)
     x_adv = pgd(
         small_cnn, x, labels, logits, steps=torch.full((m,), 4),
@@ -437,7 +435,7 @@ def test_statistics_of_a_hand_made_batch() -> None:
     allocation = Allocation(classes, torch.tensor([5, 5, 5, 2, 2, 0]))
     score = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, -0.6])
     stats = step_stats(allocation, torch.tensor(1.5), z, score, z, adv, labels, units=60.0)
-    means = averages(torch.stack([value.double() for value in stats]))
+    means = averages(stacked(stats))
     assert means == pytest.approx(
         {
             "loss": 1.5,
@@ -466,7 +464,7 @@ def test_nothing_is_claimed_where_nothing_is_known() -> None:
     allocation = Allocation(classes, torch.tensor([5, 5, 0, 0]))  # N_R = 0
     unread = torch.empty(4, 0)
     stats = step_stats(allocation, torch.tensor(1.0), unread, None, unread, adv, labels, units=1.0)
-    means = averages(torch.stack([value.double() for value in stats]))
+    means = averages(stacked(stats))
     assert means["boundary_precision"] == 0.5
     for name in ("boundary_recall", "robust_precision", "robust_recall", "clean_acc_train",
                  "score_boundary", "score_robust", "score_outlier"):  # fmt: skip

@@ -17,7 +17,7 @@ from btrain.bench.schema import Contender
 from btrain.bench.selection import select
 from btrain.schema import CudaGraphs, Precision
 from btrain.training.cost import forward_flops
-from btrain.training.statistics import averages
+from btrain.training.statistics import averages, stacked
 
 Row = dict[str, Any]
 _SELECTIONS = 10
@@ -65,7 +65,7 @@ def _timed_step(lane: Lane, repetition: int, device: torch.device) -> float:
 def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -> tuple[Row, Row]:
     """What a lane has by itself; the ratios are still to come."""
     config, m = lane.config, len(lane.workload.images(0))
-    means = averages(torch.stack([torch.stack(stats).double() for stats in lane.stats[1:]]).sum(0))
+    means = averages(torch.stack([stacked(stats) for stats in lane.stats[1:]]).sum(0))
     units, median = means["units_per_example"], statistics.median(taken)
     assert units is not None
     batch = lane.prepare(0)

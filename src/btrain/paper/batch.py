@@ -12,7 +12,7 @@ from btrain.data.augmentation import to_unit
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
-from btrain.training.generation import allocate, eval_logits, start_noise
+from btrain.training.generation import eval_logits, start_noise, true_allocation
 from btrain.training.loop import epoch_order
 from btrain.training.methods import attack_method
 from btrain.training.setup import load_data
@@ -40,10 +40,9 @@ def write_allocation(folder: Path) -> Path:
     x, labels = to_unit(data.train.images[first]), data.train.labels[first]
     robust_fraction = torch.tensor(_last_robust_fraction(folder / "metrics.jsonl"))
     method = attack_method(config, cpu, "oracle")
-    generator = torch.Generator().manual_seed(config.seed)
     z = eval_logits(model, x)
-    noise = start_noise(x, method, generator)
-    truth = allocate(model, x, labels, z, robust_fraction, noise, method, generator)
+    noise = start_noise(x, method, torch.Generator().manual_seed(config.seed))
+    truth = true_allocation(model, x, labels, z, noise, method)
     svar = signed_prediction_variance(z, labels)
     steps = bullettrain(svar, robust_fraction, torch.tensor([0, _N_R, config.attack.steps])).steps
     content = {

@@ -5,6 +5,7 @@ Algorithm 2, lines 11 to 13, part by part; `step` puts them together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -97,29 +98,21 @@ def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
+def score_of(z: Tensor, labels: Tensor, method: Method) -> Tensor:
+    """The run's metric, NaN where no logits were computed. (m, K), (m,) -> (m,)"""
+    return method.metric(z, labels) if z.shape[1] else z.new_full((len(z),), math.nan)
+
+
 def allocate(
-    model: nn.Module,
-    x: Tensor,
+    score: Tensor,
     labels: Tensor,
-    z: Tensor,
     robust_fraction: Tensor,
-    noise: Tensor,
     method: Method,
     generator: torch.Generator,
 ) -> Allocation:
-    """Classes and steps of the batch by the run's allocator; only `oracle` attacks for them."""
+    """Classes and steps of a batch by the run's allocator, but for the oracle's."""
     if method.allocator == "uniform":
         return uniform(labels, method.budget)
-    if method.allocator == "oracle":
-        n, world, whole = method.oracle_steps, method.world, len(x)
-        own = world.share(whole)
-        x, noise = x[own], noise[own]
-        sizes = torch.full((len(x),), method.oracle_step_size, device=x.device)
-        x_adv = attack(model, x, labels[own], z[own], sizes, [len(x)] * n, noise, method)
-        adv_logits = world.gathered(eval_logits(model, x_adv), whole)
-        classes = true_classes(z, adv_logits, labels)
-        return by_class(classes, method.budget)._replace(overhead=n)
-    score = method.metric(z, labels)
     if method.allocator == "gaussian":
         return gaussian(score, robust_fraction, n_b=method.n_b, mean_steps=method.mean_steps)
     return predicted(
@@ -127,14 +120,18 @@ def allocate(
     )
 
 
-def distance_of(z: Tensor, labels: Tensor, method: Method) -> Tensor | None:
-    """How far from the boundary examples are, (m,): who is next where a group is rounded up.
-
-    None where no group is, or where chance decides, as it does by the batch's order.
-    """
-    if method.multiple == 1 or method.allocator == "random" or not z.shape[1]:
-        return None
-    return method.metric(z, labels).abs()
+def true_allocation(
+    model: nn.Module, x: Tensor, labels: Tensor, z: Tensor, noise: Tensor, method: Method
+) -> Allocation:
+    """The oracle's: classes by an attack of its own."""
+    n, world, whole = method.oracle_steps, method.world, len(x)
+    own = world.share(whole)
+    x, noise = x[own], noise[own]
+    sizes = torch.full((len(x),), method.oracle_step_size, device=x.device)
+    x_adv = attack(model, x, labels[own], z[own], sizes, [len(x)] * n, noise, method)
+    adv_logits = world.gathered(eval_logits(model, x_adv), whole)
+    classes = true_classes(z, adv_logits, labels)
+    return by_class(classes, method.budget)._replace(overhead=n)
 
 
 ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")

@@ -34,7 +34,7 @@ from btrain.training.parallel import ALONE, World
 from btrain.training.pooled_step import pooled_step
 from btrain.training.rivals.free import free_step
 from btrain.training.rivals.mma import MMAMethod, mma_step
-from btrain.training.statistics import StepStats
+from btrain.training.statistics import StepStats, stacked
 from btrain.training.step import train_step
 
 
@@ -90,7 +90,7 @@ def in_parallel(step: Step, world: World) -> Step:
     ) -> StepStats:
         stats = step(world.wrapped(model), optimizer, batch, memory, generator)
         world.average_statistics(model)
-        return StepStats._make(world.sum(torch.stack([value.double() for value in stats])))
+        return StepStats._make(world.sum(stacked(stats)))
 
     return together
 

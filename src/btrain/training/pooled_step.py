@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from btrain.allocation import Allocation
 from btrain.attacks import active_counts
 from btrain.data.augmentation import batch_slices
-from btrain.training.generation import Method, allocate, clean_forward, perturb, start_noise
+from btrain.training.generation import (
+    Method,
+    allocate,
+    clean_forward,
+    perturb,
+    score_of,
+    start_noise,
+)
 from btrain.training.statistics import StepStats
 from btrain.training.step import Generated, learn
 
@@ -60,13 +67,11 @@ def generate_pool(
     batches = batch_slices(whole, batch_size)
     _, z = clean_forward(model, x[world.share(whole)], method)
     z = world.gathered(z, whole)
+    score = score_of(z, labels, method)
     noise = start_noise(x, method, generator)
     allocations = [
-        allocate(
-            model, x[own], labels[own], z[own], robust_fraction, noise[own], method, generator
-        )
-        for own in batches
-    ]  # fmt: skip
+        allocate(score[own], labels[own], robust_fraction, method, generator) for own in batches
+    ]
     allocation = Allocation(
         torch.cat([each.classes for each in allocations]),
         torch.cat([each.steps for each in allocations]),
@@ -104,6 +109,7 @@ def generate_pool(
             x_adv=x_adv[own],
             clean_logits=None,
             z=z[mine[own]],
+            score=score[mine[own]],
             allocation=Allocation(attacked.classes[own], attacked.steps[own]),
             perturbed=sum(steps[i] > 0 for i in each),
             units=spent * len(each),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from btrain.errors import UserError
 from btrain.training.averaging import WeightAverage
-from btrain.training.statistics import StepStats
+from btrain.training.statistics import StepStats, stacked
 
 
 @dataclass
@@ -89,11 +89,11 @@ class TrainState:
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""
         self.batch += 1
-        self.epoch_sums += _stacked(stats)
+        self.epoch_sums += stacked(stats)
 
     def remember(self, stats: StepStats) -> None:
         """Keeps the statistics of the batch that was counted last, for the log."""
-        self.batch_sums[self.batch] = _stacked(stats)
+        self.batch_sums[self.batch] = stacked(stats)
 
     def end_epoch(self) -> None:
         """Counts one more epoch and clears its sums."""
@@ -183,10 +183,6 @@ class TrainState:
             for value in momenta.values():
                 if value is not None and not _fits(value, parameter):
                     raise ValueError("momenta of another shape or kind")
-
-
-def _stacked(stats: StepStats) -> Tensor:
-    return torch.stack([value.double() for value in stats])
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, type]:

@@ -13,9 +13,10 @@ from btrain.training.generation import (
     Method,
     allocate,
     clean_forward,
-    distance_of,
     perturb,
+    score_of,
     start_noise,
+    true_allocation,
 )
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
@@ -25,7 +26,7 @@ class Generated(NamedTuple):
     """A batch after line 13 of Algorithm 2, in descending order of steps.
 
     Attributes:
-        clean_logits, z: as `clean_forward` returns them.
+        clean_logits, z, score: as `clean_forward` and `score_of` return them.
         perturbed: how many examples took a step.
         units: what all this has cost.
         share: of the whole batch, which several processes share.
@@ -36,6 +37,7 @@ class Generated(NamedTuple):
     x_adv: Tensor
     clean_logits: Tensor | None
     z: Tensor
+    score: Tensor
     allocation: Allocation
     perturbed: int
     units: float
@@ -73,14 +75,18 @@ def generate(
     own = world.share(whole)
     clean_logits, z = clean_forward(model, x[own], method)  # line 11
     z = world.gathered(z, whole)
+    score = score_of(z, labels, method)
     noise = start_noise(x, method, generator)
-    allocation = allocate(model, x, labels, z, robust_fraction, noise, method, generator)  # line 12
+    if method.allocator == "oracle":  # line 12
+        allocation = true_allocation(model, x, labels, z, noise, method)
+    else:
+        allocation = allocate(score, labels, robust_fraction, method, generator)
     if clean_logits is not None:  # an example stays where its graph is
         x, labels, z, noise = x[own], labels[own], z[own], noise[own]
-        allocation = allocation.ordered(own)
-    order, counts = by_steps(allocation.steps, distance_of(z, labels, method))
+        allocation, score = allocation.ordered(own), score[own]
+    order, counts = by_steps(allocation.steps, _distance(score, method))
     dealt = order[world.share(whole)] if clean_logits is None else order
-    x, labels, z, noise = x[dealt], labels[dealt], z[dealt], noise[dealt]
+    x, labels, z, score, noise = x[dealt], labels[dealt], z[dealt], score[dealt], noise[dealt]
     active = counts()
     if method.multiple > 1:
         allocation, active = filled_up(allocation, order, active, method.multiple)
@@ -98,6 +104,7 @@ def generate(
         x_adv=x_adv,
         clean_logits=clean_logits,
         z=z,
+        score=score,
         allocation=allocation,
         perturbed=sum(active[:1]),
         units=units,
@@ -105,12 +112,20 @@ def generate(
     )
 
 
+def _distance(score: Tensor, method: Method) -> Tensor | None:
+    """How far from the boundary examples are, (m,): who is next where a group is rounded up.
+
+    None where no group is, or where chance decides, as it does by the batch's order.
+    """
+    return None if method.multiple == 1 or method.allocator == "random" else score.abs()
+
+
 def learn(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Generated, robust_fraction: Tensor,
     generator: torch.Generator, method: Method,
 ) -> tuple[Tensor, StepStats]:  # fmt: skip
     """Lines 14 to 16: the training passes, the new F_R, the update of the weights."""
-    x, labels, x_adv, clean_logits, z, allocation, perturbed, units, share = batch
+    x, labels, x_adv, clean_logits, z, score, allocation, perturbed, units, share = batch
     m = len(x)
     if method.defense.outer_reads_clean:  # line 14
         clean_logits = model(x) if clean_logits is None else clean_logits
@@ -134,7 +149,6 @@ def learn(
         loss = loss + method.grad_align_weight * misalignment(model, x, labels, around)
         units += 8 * m  # two gradients of the images, one of them differentiated again
     descend(optimizer, method.world.weighted(loss, share))
-    score = method.metric(z, labels) if z.shape[1] else None
     return robust_fraction, step_stats(
         allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
     )
