@@ -55,7 +55,7 @@ bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight
 	btrain bench gpu
 
 test: lint typecheck  ## lint, type check and run all tests, on every core
-	python -m pytest --numprocesses=auto
+	python -m pytest --numprocesses=auto --dist=loadfile
 
 test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
 	python -m pytest -m slow tests/test_kill.py -s
