@@ -90,7 +90,10 @@ def test_attacks_of_ones_own_and_their_names(runs_here: Path) -> None:
     assert "not the whole test set" in found["note"]
 
 
-def test_other_conditions_get_a_folder_of_their_own(runs_here: Path, capsys: Capture) -> None:
+def test_other_conditions_get_a_folder_of_their_own(
+    runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("btrain.precision.bf16_slowdown", lambda: 15.2)
     few = ["eval", "checkpoint=A", "sanity=false", "attack=custom", "attack.steps=2"]
     assert main(few) == 0
     before = (runs_here / "A" / "eval" / "pgd2x1-ce.json").read_bytes()
@@ -101,7 +104,9 @@ def test_other_conditions_get_a_folder_of_their_own(runs_here: Path, capsys: Cap
     assert found["step_size"] == pytest.approx(0.8 / 255)  # a tenth, as trained
     assert "not the trained 0.15" in found["note"]
     assert "bf16" in found["note"]
-    assert "not the trained 0.15" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "not the trained 0.15" in told
+    assert "precision=bf16: a convolution takes 15 times as long as in float32" in told
     assert (runs_here / "A" / "eval" / "pgd2x1-ce.json").read_bytes() == before
     assert main([*few, "epsilon=0.15", "out=elsewhere"]) == 0
     assert (runs_here / "elsewhere" / "pgd2x1-ce.json").is_file()

@@ -33,7 +33,8 @@ from btrain.training import train
 from btrain.training.loop import train_epoch
 from btrain.training.memory import explained_memory
 from btrain.training.methods import make_step
-from btrain.training.setup import load_data, make_plan, make_state
+from btrain.training.nonfinite import Snapshot
+from btrain.training.setup import load_data, make_optimizer, make_plan, make_state, meant
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +71,7 @@ def test_a_step_waits_for_nothing_but_its_own_counts() -> None:
     model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8)).to(
         device
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = make_optimizer(compose(["dataset=digits"]).recipe, model)
     split = load("digits", Path("unused"), device=device).train
     x, labels = split.images[:128].float() / 255, split.labels[:128]
     batch = Batch(x, labels, torch.arange(128, device=device))
@@ -82,6 +83,38 @@ def test_a_step_waits_for_nothing_but_its_own_counts() -> None:
 
     step()  # warms up
     assert synchronisations(step) == 0  # for an event, which this mode does not see
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_fused_update_on_the_gpu_is_the_cpu_s_and_can_be_undone(
+    optimizer: str, turned: bool
+) -> None:
+    recipe = compose([f"recipe.optimizer={optimizer}", "recipe.lr=0.05"]).recipe
+    torch.manual_seed(0)
+    network = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
+    weights = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(network).double().to(device)
+        model = to_channels_last(model) if turned else model
+        made = make_optimizer(recipe, model)
+        for factor in (1.0, torch.nan, 2.0):
+            before = Snapshot(model, made, {})
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, factor * (number - 20))
+            made.step()
+            before.undo_where(torch.tensor(factor != factor, device=device))
+        weights.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for on_cpu, on_gpu in zip(*weights, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_leaves_the_current_device_as_it_was() -> None:
+    before = torch.cuda.current_device()
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    with meant(last):
+        assert torch.empty(1, device="cuda").device == last
+    assert torch.cuda.current_device() == before
 
 
 def test_the_counts_arrive_ahead_of_what_the_device_was_given_after_them() -> None:

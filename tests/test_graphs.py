@@ -28,6 +28,7 @@ from btrain.training.fast_paths import check_fast_paths, make_fast_paths
 from btrain.training.generation import Method, eval_logits
 from btrain.training.methods import attack_method, make_step, make_steps
 from btrain.training.setup import make_state
+from btrain.training.state import TrainState
 from btrain.training.step import generate, learn
 
 CPU = torch.device("cpu")
@@ -360,7 +361,7 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
     before = copy.deepcopy(state.state_dict())
     drawn = torch.get_rng_state()
     assert with_graphs_settled(config, state, digits.train).train.cuda_graphs is CudaGraphs.never
-    assert state.graphs is False
+    assert state.graphs is None  # nothing was timed
     took: list[float] = []
 
     def clock(work: Callable[[], None], device: torch.device) -> float:
@@ -370,8 +371,8 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
     monkeypatch.setattr("btrain.bench.clock.seconds", clock)
     caplog.set_level("INFO", logger="btrain")
     for times, choice in (
-        ([9.0, 9.0] * 3 + [2.0, 1.0] * 7, CudaGraphs.always),
-        ([9.0, 1.0] * 3 + [1.0, 1.0] * 7, CudaGraphs.never),
+        ([9.0, 9.0] * 3 + [2.0, 1.0] * 7, True),
+        ([9.0, 1.0] * 3 + [1.0, 1.0] * 7, False),
     ):
         took[:] = times
         assert faster(config, state, digits.train) is choice
@@ -388,18 +389,31 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr("btrain.bench.clock.seconds", fails)
-    assert faster(config, state, digits.train) is CudaGraphs.never
+    assert faster(config, state, digits.train) is None
     assert "not used (operation not permitted when stream is capturing)." in caplog.text
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_a_run_that_goes_on_keeps_to_what_auto_found(digits: Data, found: bool) -> None:
+def test_a_run_that_goes_on_keeps_to_what_auto_found(
+    digits: Data, found: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny("train.cuda_graphs=auto")
-    begun, resumed = (make_state(config, digits, CPU) for _ in range(2))
+    begun, resumed, failed = (make_state(config, digits, CPU) for _ in range(3))
     begun.graphs = found
     resumed.load_state_dict(begun.state_dict())
+    times = [found, None]
+    monkeypatch.setattr("btrain.training.choice.faster", lambda *run: times.pop())
+    monkeypatch.setattr(TrainState, "device", torch.device("cuda"))
+    caplog.set_level("INFO", logger="btrain")
     settled = with_graphs_settled(config, resumed, digits.train).train.cuda_graphs
     assert settled is (CudaGraphs.always if found else CudaGraphs.never)
+    assert f"CUDA graphs: {'used' if found else 'not used'}, as when the run began" in caplog.text
+    # What could not be timed is no finding: the next session tries again.
+    settled = with_graphs_settled(config, failed, digits.train).train.cuda_graphs
+    assert settled is CudaGraphs.never
+    assert failed.graphs is None
+    with_graphs_settled(config, failed, digits.train)
+    assert failed.graphs is found
 
 
 def test_a_step_of_a_run_with_graphs_rounds_its_groups_up(digits: Data) -> None:

@@ -296,8 +296,17 @@ def graphs_of_text(content: dict[str, Any]) -> None:
     content["graphs"] = "always"
 
 
-def no_parameter_groups(content: dict[str, Any]) -> None:
-    content["optimizer"]["param_groups"] = []
+def a_momentum_of_one_number(content: dict[str, Any]) -> None:
+    content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(())
+
+
+def a_missing_momentum(content: dict[str, Any]) -> None:
+    del content["optimizer"]["state"][0]
+
+
+def momenta_of_another_optimizer(content: dict[str, Any]) -> None:
+    for momenta in content["optimizer"]["state"].values():
+        momenta["exp_avg"] = momenta.pop("momentum_buffer")
 
 
 def momenta_of_another_shape(content: dict[str, Any]) -> None:
@@ -338,7 +347,9 @@ def no_weights(content: dict[str, Any]) -> None:
         a_stretched_memory,
         stretched_sums,
         no_weights,
-        no_parameter_groups,
+        a_momentum_of_one_number,
+        a_missing_momentum,
+        momenta_of_another_optimizer,
         graphs_of_text,
     ],
 )
@@ -361,9 +372,68 @@ def test_a_format_that_is_no_number_is_another_format(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_a_run_that_was_not_fused_goes_on_fused(tmp_path: Path, state: TrainState) -> None:
+def stepped(state: TrainState) -> list[torch.Tensor]:
+    """The weights after an update by gradients of 1."""
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    return [parameter.detach() for parameter in state.model.parameters()]
+
+
+def adam_state(digits: Data) -> TrainState:
+    config = compose(["dataset=digits", "model=small_cnn", "recipe.optimizer=adam"])
+    state = make_state(config, digits, torch.device("cpu"))
+    stepped(state)
+    return state
+
+
+def test_adam_s_count_of_steps_is_one_number(tmp_path: Path, digits: Data) -> None:
+    state = adam_state(digits)
     content = pickle.loads(pickle.dumps(state.state_dict()))
-    content["optimizer"]["param_groups"][0]["fused"] = None
+    content["optimizer"]["state"][0]["step"] = torch.ones(16, 1, 4, 4)
+    with pytest.raises(UserError, match="does not hold the state of a run like this"):
+        state.load_state_dict(reloaded(tmp_path / "last.pt", content))
+
+
+def test_a_momentum_in_another_layout_is_the_same_momentum(
+    tmp_path: Path, state: TrainState
+) -> None:
+    """Views that overlap or lie otherwise in memory are copied into the weights' layout."""
+    path = tmp_path / "last.pt"
+    content = pickle.loads(pickle.dumps(state.state_dict()))
+    spread = pickle.loads(pickle.dumps(content))
+    shape = content["optimizer"]["state"][0]["momentum_buffer"].shape
+    numbers = torch.arange(shape.numel()).float()
+    last = numbers.as_strided(shape, (0, 0, 0, 1), shape.numel() - shape[-1])  # row after row
+    content["optimizer"]["state"][0]["momentum_buffer"] = last.clone().contiguous()
+    spread["optimizer"]["state"][0]["momentum_buffer"] = last
+    state.load_state_dict(reloaded(path, content))
+    plain = [weight.clone() for weight in stepped(state)]
+    state.load_state_dict(reloaded(path, spread))
+    assert all(map(torch.equal, plain, stepped(state)))
+    momentum = state.optimizer.state_dict()["state"][0]["momentum_buffer"]
+    assert momentum.stride() == next(state.model.parameters()).stride()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_that_was_not_fused_goes_on_fused(
+    tmp_path: Path, state: TrainState, digits: Data, optimizer: str
+) -> None:
+    state = state if optimizer == "sgd" else adam_state(digits)
+    content = pickle.loads(pickle.dumps(state.state_dict()))
+    (group,) = content["optimizer"]["param_groups"]
+    group["fused"] = None
     del content["graphs"]  # which such a run did not keep
     state.load_state_dict(reloaded(tmp_path / "last.pt", content))
     assert state.optimizer.param_groups[0]["fused"] is True
+    plain = [
+        torch.nn.Parameter(parameter.detach().clone()) for parameter in state.model.parameters()
+    ]
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
+    before = kind(plain, lr=0.1)
+    before.load_state_dict(content["optimizer"])
+    for parameter in plain:
+        parameter.grad = torch.ones_like(parameter)
+    before.step()
+    for ours, theirs in zip(stepped(state), plain, strict=True):
+        torch.testing.assert_close(ours, theirs.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from btrain.training.determinism import deterministic
 from btrain.training.guards import InputGuard, epoch_warnings, is_above, make_input_guard
 from btrain.training.memory import explained_memory
 from btrain.training.nonfinite import Snapshot
-from btrain.training.provenance import data_hash
+from btrain.training.provenance import data_hash, processor
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 from test_training import CPU, metrics, same, tiny, untimed, weights
@@ -731,6 +732,23 @@ def test_the_folder_tells_where_the_result_comes_from(
     capability = torch.backends.cpu.get_cpu_capability()
     assert first["hardware"]["processor"].endswith(f"{capability})")
     assert first["hardware"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["processor : 0", "cpu family : 25", "model : 17", "model name : AMD EPYC"] * 2,
+         "AMD EPYC (family 25, model 17, "),
+        (["processor : 0", "CPU architecture: 8"], f"{platform.machine()} ("),
+    ],
+)  # fmt: skip
+def test_a_processor_s_name_tells_its_family_and_instructions(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], name: str
+) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "\n".join(lines))
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert processor() == f"{name}{torch.backends.cpu.get_cpu_capability()})"
 
 
 def test_a_run_does_not_go_on_with_other_data(

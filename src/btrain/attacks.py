@@ -51,16 +51,17 @@ def pgd(
     """
     order, counts = by_steps(steps)
     x, labels, clean_logits = x[order], labels[order], clean_logits[order]
+    step_size, noise = step_size[order], None if noise is None else noise[order]
     x_adv = prefix_pgd(
         model,
         x,
         labels,
         clean_logits,
         active=counts(),
-        step_size=step_size[order],
+        step_size=step_size,
         inner_loss=inner_loss,
         epsilon=epsilon,
-        noise=None if noise is None else noise[order],
+        noise=noise,
     )
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
 

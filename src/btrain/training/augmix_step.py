@@ -56,6 +56,7 @@ class _Passed(NamedTuple):
     Attributes:
         loss: of the whole batch where `share` is 1, else of this part.
         allocation: the steps are the views of each example.
+        score: by the clean logits, (m,), or None.
         passes: training passes of one image each that this process has made.
         share: of the whole batch, by which this loss counts among those of all processes.
     """
@@ -65,6 +66,7 @@ class _Passed(NamedTuple):
     clean_logits: Tensor
     view_logits: Tensor
     labels: Tensor
+    score: Tensor | None
     passes: int
     share: float
 
@@ -105,7 +107,7 @@ def _one_view(
     # No pass beyond ordinary training: no step in the sense of eq. 7.
     nothing = Allocation(torch.full_like(labels, BOUNDARY), torch.zeros_like(labels))
     unread = x.new_empty(len(labels), 0)
-    return _Passed(loss, nothing, unread, logits, labels, len(labels), len(labels) / m)
+    return _Passed(loss, nothing, unread, logits, labels, None, len(labels), len(labels) / m)
 
 
 def _two_views_of_all(
@@ -117,7 +119,8 @@ def _two_views_of_all(
     clean, view1, view2 = model(torch.cat([x, views])).chunk(3)
     loss = augmix_loss(clean, view1, view2, labels, jsd_weight=method.jsd_weight)
     allocation = uniform(labels, method.budget)
-    return _Passed(loss, allocation, clean, view1, labels, 3 * len(x), len(x) / m)
+    score = method.metric(clean.detach(), labels)
+    return _Passed(loss, allocation, clean, view1, labels, score, 3 * len(x), len(x) / m)
 
 
 def _two_views_of_some(
@@ -137,9 +140,10 @@ def _two_views_of_some(
     world, m = method.world, len(x)
     own = world.share(m)
     clean = world.attached(model(x[own]), m)  # Algorithm 2, line 11
+    score = method.metric(clean.detach(), labels)
     allocation = predicted(
         method.allocator,
-        method.metric(clean.detach(), labels),
+        score,
         robust_fraction,
         method.budget,
         generator,
@@ -159,9 +163,10 @@ def _two_views_of_some(
             for part in (logits[:made], logits[made:])
         )
     loss = augmix_loss(clean, view1, view2, labels, jsd_weight=method.jsd_weight)
-    allocation = allocation.ordered(order[own])
-    passes = len(labels[own]) + 2 * made
-    return _Passed(loss, allocation, clean[own], view1[own], labels[own], passes, share=1.0)
+    rows = order[own]
+    passes = len(rows) + 2 * made
+    allocation, score = allocation.ordered(rows), score[rows]
+    return _Passed(loss, allocation, clean[own], view1[own], labels[own], score, passes, share=1.0)
 
 
 def _pairs_of_views(x: Tensor, generator: torch.Generator, method: AugMixMethod) -> Tensor:
@@ -180,9 +185,8 @@ def _update(
     robust_fraction: Tensor,
     method: AugMixMethod,
 ) -> tuple[Tensor, StepStats]:
-    loss, allocation, clean_logits, view_logits, labels, passes, share = passed
+    loss, allocation, clean_logits, view_logits, labels, score, passes, share = passed
     descend(optimizer, method.world.weighted(loss, share))
-    score = method.metric(clean_logits.detach(), labels) if clean_logits.shape[1] else None
     robust_fraction = update_robust_fraction(
         robust_fraction,
         view_logits,

@@ -24,19 +24,25 @@ _WARM_UP, _TIMED = 3, 7  # steps
 def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Config:
     """The configuration with `always` or `never` for `auto`; one line in the log says which.
 
-    On a CPU it is `never`. What was found is part of the state, for with graphs groups are rounded
+    On a CPU it is `never`. What was timed is part of the state, for with graphs groups are rounded
     up: a run that goes on keeps to it. Nothing else of the run moves: the steps are the bench's.
     """
     if config.train.cuda_graphs is not CudaGraphs.auto:
         return config
+    if state.device.type != "cuda":
+        return _with(config, CudaGraphs.never)
     if state.graphs is None:
-        cuda = state.device.type == "cuda"
-        state.graphs = cuda and faster(config, state, split) is CudaGraphs.always
+        state.graphs = faster(config, state, split)
+    else:
+        log.info("CUDA graphs: %s, as when the run began", "used" if state.graphs else "not used")
     return _with(config, CudaGraphs.always if state.graphs else CudaGraphs.never)
 
 
-def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
-    """`always` if a step with graphs takes less time than one without, by the medians of seven."""
+def faster(config: Config, state: TrainState, split: Split) -> bool | None:
+    """Whether a step with graphs takes less time than one without, by the medians of seven.
+
+    None where they could not be timed.
+    """
     from btrain.bench.clock import seconds  # here, for the bench imports what trains
     from btrain.bench.lane import Lane, Workload
     from btrain.bench.schema import Contender
@@ -59,14 +65,13 @@ def faster(config: Config, state: TrainState, split: Split) -> CudaGraphs:
                     taken.append(seconds(partial(lane.run, batch), device))
     except RuntimeError as error:  # no memory for two more networks, or what a graph cannot hold
         log.warning("CUDA graphs: not used (%s).", first_reason(error))
-        return CudaGraphs.never
+        return None
     plain, graphs = (statistics.median(taken[_WARM_UP:]) for taken in times)
-    choice = CudaGraphs.always if graphs < plain else CudaGraphs.never
     log.info(
         "CUDA graphs: %s, %.2f ms a step with them and %.2f without",
-        "used" if choice is CudaGraphs.always else "not used", 1000 * graphs, 1000 * plain,
+        "used" if graphs < plain else "not used", 1000 * graphs, 1000 * plain,
     )  # fmt: skip
-    return choice
+    return graphs < plain
 
 
 def _with(config: Config, choice: CudaGraphs) -> Config:

@@ -28,6 +28,8 @@ from btrain.defenses import Defense
 from btrain.shadow import Shadowed, attacked, bare
 from btrain.training.parallel import ALONE, World
 
+ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -110,7 +112,10 @@ def allocate(
     method: Method,
     generator: torch.Generator,
 ) -> Allocation:
-    """Classes and steps of a batch by the run's allocator, but for the oracle's."""
+    """Classes and steps of a batch by the run's allocator; for `oracle` see `true_allocation`.
+
+    (m,), (m,), () -> (m,)
+    """
     if method.allocator == "uniform":
         return uniform(labels, method.budget)
     if method.allocator == "gaussian":
@@ -123,7 +128,7 @@ def allocate(
 def true_allocation(
     model: nn.Module, x: Tensor, labels: Tensor, z: Tensor, noise: Tensor, method: Method
 ) -> Allocation:
-    """The oracle's: classes by an attack of its own."""
+    """What the allocator `oracle` decides by an attack of its own. (m, C, H, W) -> (m,)"""
     n, world, whole = method.oracle_steps, method.world, len(x)
     own = world.share(whole)
     x, noise = x[own], noise[own]
@@ -132,9 +137,6 @@ def true_allocation(
     adv_logits = world.gathered(eval_logits(model, x_adv), whole)
     classes = true_classes(z, adv_logits, labels)
     return by_class(classes, method.budget)._replace(overhead=n)
-
-
-ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
 
 
 def perturb(

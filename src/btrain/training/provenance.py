@@ -147,5 +147,5 @@ def processor() -> str:
     for key, _, value in (line.partition(":") for line in lines):
         facts.setdefault(key.strip(), value.strip())
     name = facts.get("model name") or platform.processor() or platform.machine()
-    more = [f"{key} {facts[name]}" for key, name in _CPU_FACTS.items() if facts.get(name)]
+    more = [f"{key} {facts[fact]}" for key, fact in _CPU_FACTS.items() if facts.get(fact)]
     return f"{name} ({', '.join([*more, torch.backends.cpu.get_cpu_capability()])})"

@@ -179,23 +179,29 @@ class TrainState:
         self.optimizer.load_state_dict({**saved, "param_groups": theirs})
         if [_kinds(group) for group in self.optimizer.param_groups] != before:
             raise ValueError("other settings")
-        for parameter, momenta in self.optimizer.state.items():
-            for value in momenta.values():
-                if value is not None and not _fits(value, parameter):
-                    raise ValueError("momenta of another shape or kind")
+        self._take_momenta()
+
+    def _take_momenta(self) -> None:
+        """Copies what was loaded to tensors in the weights' own layout.
+
+        A fused update trusts shapes and strides: with others it would read and write out of bounds.
+        Raises ValueError for momenta that are not those of this optimizer.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = set()
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                like = parameter if name != _STEP else torch.zeros((), device=parameter.device)
+                state[name] = torch.empty_like(like)
+                _copy(value, state[name])
+            held.add(frozenset(state))
+        if held not in ({frozenset()}, {_MOMENTA[type(self.optimizer)]}):
+            raise ValueError("momenta of another optimizer, or of some weights only")
 
 
 def _kinds(group: dict[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in group.items() if key != "params"}
-
-
-def _fits(value: object, parameter: Tensor) -> bool:
-    """Whether it may be a momentum of the parameter, or a count of steps."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.shape in (parameter.shape, ())
-    )
 
 
 def _copy(saved: Tensor, tensor: Tensor) -> None:
@@ -205,6 +211,11 @@ def _copy(saved: Tensor, tensor: Tensor) -> None:
 
 
 _IMPLEMENTATION = {"fused", "foreach", "capturable"}
+_STEP = "step"  # of Adam, a count; all else is one number a weight
+_MOMENTA: dict[type, frozenset[str]] = {
+    torch.optim.SGD: frozenset({"momentum_buffer"}),
+    torch.optim.Adam: frozenset({_STEP, "exp_avg", "exp_avg_sq"}),
+}
 _TENSORS = ("epoch_sums", "total_sums")
 _NUMBERS = (
     "epoch",

@@ -64,7 +64,7 @@ def step_stats(
         allocation: of the batch.
         loss: mean over the batch, ().
         z: the logits that decided the allocation, (m, K), or (m, 0) where none were computed.
-        score: of z, (m,), or None.
+        score: of z, (m,); NaN, or None for all, where it is not known.
         clean_logits: (m, K), or (m, 0) where none were computed.
         adv_logits: (m, K), or (m, 0) where they tell nothing of the outcome.
         labels: (m,).
@@ -111,7 +111,10 @@ def _summed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stacked(stats: StepStats) -> Tensor:
-    """In one tensor of float64, in the order of the fields; sums of a batch lose nothing by it."""
+    """In one tensor of float64, in the order of the fields.
+
+    On the way integers become float32, which holds a batch's sums, below 2^24, exactly.
+    """
     return torch.stack(stats).double()
 
 

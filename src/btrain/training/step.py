@@ -82,22 +82,22 @@ def generate(
     else:
         allocation = allocate(score, labels, robust_fraction, method, generator)
     if clean_logits is not None:  # an example stays where its graph is
-        x, labels, z, noise = x[own], labels[own], z[own], noise[own]
-        allocation, score = allocation.ordered(own), score[own]
+        x, labels, z, score, noise = x[own], labels[own], z[own], score[own], noise[own]
+        allocation = allocation.ordered(own)
     order, counts = by_steps(allocation.steps, _distance(score, method))
-    dealt = order[world.share(whole)] if clean_logits is None else order
-    x, labels, z, score, noise = x[dealt], labels[dealt], z[dealt], score[dealt], noise[dealt]
+    rows = order if clean_logits is not None else order[own]  # of this process
+    x, labels, z, score, noise = x[rows], labels[rows], z[rows], score[rows], noise[rows]
     active = counts()
     if method.multiple > 1:
         allocation, active = filled_up(allocation, order, active, method.multiple)
-    if clean_logits is None:
+    allocation, m = allocation.ordered(rows), len(x)
+    if clean_logits is not None:
+        clean_logits = clean_logits[rows]
+    else:
         active = world.dealt(active)
-    allocation, m = allocation.ordered(dealt), len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
-    if clean_logits is not None:
-        clean_logits = clean_logits[order]
     return Generated(
         x=x,
         labels=labels,
