@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,14 @@ torch.set_num_threads(1)
 def _interruptible() -> None:
     """A shell starts what runs in its background with SIGINT ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_of_other_tests() -> None:
+    """Hydra gives the root logger handlers for a sweep, on streams that end with their test."""
+    root = logging.getLogger()
+    root.handlers[:] = [h for h in root.handlers if type(h).__module__ == "_pytest.logging"]
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")
