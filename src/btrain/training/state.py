@@ -34,7 +34,7 @@ class TrainState:
         average: of the model's weights, with `recipe.ema`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
-        graphs: what `train.cuda_graphs=auto` was settled to; None before that.
+        graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
     """
 
     model: nn.Module
