@@ -104,7 +104,6 @@ def test_shares_make_up_the_batch_and_every_group_is_dealt_evenly(size: int) -> 
         (["rival=free", "defense=pgd"], "rival=free"),
         (["rival=mma", "defense=pgd"], "rival=mma"),
         (["rival=gradalign", "defense=pgd"], "rival=gradalign"),
-        (["train.compile=true"], "train.compile=true"),
         (["train.cuda_graphs=auto"], "train.cuda_graphs=auto"),
         (["train.batch_size=7"], "train.batch_size=7"),
     ],

@@ -75,6 +75,20 @@ def test_channels_last_is_the_plain_update_up_to_rounding(
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(("capability", "safe"), [("AVX2", False), ("AVX512", True)])
+def test_channels_last_is_refused_where_torch_would_crash(
+    monkeypatch: pytest.MonkeyPatch, capability: str, safe: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    narrow, wide = (
+        models.build("preact_resnet18", width=width, depth=None, classes=10, shape=(1, 8, 8))
+        for width in (4, 5)
+    )
+    to_channels_last(wide)
+    with contextlib.nullcontext() if safe else pytest.raises(UserError, match="4 input channels"):
+        to_channels_last(narrow)
+
+
 def test_a_run_with_channels_last_has_its_weights_in_that_layout(digits: Data) -> None:
     for turned in (True, False):
         config = compose(

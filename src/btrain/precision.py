@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from btrain.errors import UserError
+
 T = TypeVar("T")
 _SLOW = 2  # times float32's time: more than the noise of a timing
+_TOO_NARROW = 4  # input channels
 
 
 def full(logits: Tensor) -> Tensor:
@@ -101,5 +104,26 @@ def to_channels_last(model: nn.Module) -> nn.Module:
     """The model itself, its weights laid out so that convolutions compute channel by channel last.
 
     The images may stay as they are: the first convolution turns them.
+
+    Raises:
+        UserError: torch would write beyond a convolution's memory.
     """
+    narrow = [module for module in model.modules() if _writes_beyond_its_memory(module)]
+    if narrow:
+        raise UserError(
+            "train.channels_last=true is not safe with this network on this processor: one of its "
+            f"convolutions of 1×1 with stride 2 has {narrow[0].in_channels} input channels, and "
+            f"torch needs more than {_TOO_NARROW} there."
+        )
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _writes_beyond_its_memory(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether torch 2.13's oneDNN would, in `channels_last`; seen with AVX2 alone."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and (module.kernel_size, module.stride) == ((1, 1), (2, 2))
+        and module.in_channels <= _TOO_NARROW
+        and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )

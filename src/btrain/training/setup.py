@@ -52,7 +52,7 @@ def meant(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-_NEED_ONE_PROCESS = ("own_step", "compile", "graphs")
+_NEED_ONE_PROCESS = ("own_step", "graphs")
 """Kinds of `Config.choices`."""
 
 
