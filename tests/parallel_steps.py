@@ -7,6 +7,7 @@ nothing that a sign could notice. `python -m parallel_steps FOLDER` leaves FOLDE
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -74,7 +75,8 @@ def main(folder: Path) -> None:
     digits = load("digits", Path("unused"), device=CPU)
     # Without generating code, which takes its time and changes no graph.
     without_code = patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    with without_code, joined() as world:
+    with without_code, warnings.catch_warnings(), joined() as world:
+        warnings.simplefilter("ignore")  # the compiler's own
         done = {name: run(digits, world, *case) for name, case in CASES.items()}
         torch.save(done, folder / f"{world.rank}.pt")
 

@@ -460,7 +460,7 @@ def test_the_optimizer_makes_torch_s_plain_updates(
     recipe = compose(
         ["recipe.lr=0.05", "recipe.momentum=0.9", "recipe.weight_decay=0.01", *settings]
     ).recipe
-    ours = (to_channels_last(preact) if turned else preact).double()
+    ours = to_channels_last(preact.double()) if turned else preact.double()
     theirs = copy.deepcopy(ours)
     optimizers = make_optimizer(recipe, ours), plain(theirs.parameters(), lr=0.05, foreach=False)
     for seed in range(3):
