@@ -58,6 +58,7 @@ def test_a_second_training_follows_and_accuracies_are_those_of_one_process(
 
     first, *others = [each["summaries"][run] for each in said(done)]
     assert others == [first] * 2
+    assert first["speedup_measured"] > 0
     last, best = accuracy("last.pt", test=True), accuracy("best.pt", test=True)
     assert (first["clean_acc"], first["robust_acc"]) == (last.clean, last.robust)
     assert (first["best_clean_acc"], first["best_robust_acc"]) == (best.clean, best.robust)

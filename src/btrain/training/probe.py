@@ -15,6 +15,7 @@ from btrain.training.cost import lean_units
 from btrain.training.loop import train_epoch
 from btrain.training.memory import ran_out
 from btrain.training.methods import make_step, plain_defense
+from btrain.training.parallel import ALONE, World
 from btrain.training.setup import make_plan
 from btrain.training.state import TrainState
 from btrain.training.statistics import EXAMPLES, UNITS
@@ -30,15 +31,23 @@ class Probe:
     itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
     does. All this takes at most 1 % of the training time so far; until there is room for one step
     to warm up and one to time, nothing is measured.
+    Of several processes each does so for itself, on batches as large as its share and without the
+    others: one that fails or has no time keeps nobody waiting.
     """
 
-    def __init__(self, config: Config, split: Split) -> None:
+    def __init__(self, config: Config, split: Split, world: World = ALONE) -> None:
         self._config, self._split = config, split
+        self._images = len(split) / world.size  # of an epoch, this process'
         # An epoch of Free is many epochs of others, and so is its time.
         free = config.rival.name is RivalName.free
         self._every = 0 if free else config.bt.probe_every or 0
+        plan = make_plan(plain_defense(config))
         self._plan = replace(
-            make_plan(plain_defense(config)), lr=0.0, max_seconds=None, score_every=None
+            plan,
+            batch_size=plan.batch_size // world.size,
+            lr=0.0,
+            max_seconds=None,
+            score_every=None,
         )
         self._trained = self._spent = 0.0
         self._step: float | None = None
@@ -64,13 +73,12 @@ class Probe:
             return None
         finally:
             self._spent += time.perf_counter() - began
-        return None if plain is None else plain * len(self._split) / state.epoch_seconds
+        return None if plain is None else plain * self._images / state.epoch_seconds
 
     def _plain_seconds(self, state: TrainState) -> float | None:
         """Seconds an image, of one step to five, if there is time for that."""
-        images = len(self._split)
-        units = float(state.epoch_sums[UNITS]) / images
-        share = self._plan.batch_size / images
+        units = float(state.epoch_sums[UNITS]) / len(self._split)
+        share = self._plan.batch_size / self._images
         expected = self._step or state.epoch_seconds * share * lean_units(self._config) / units
         ends = time.perf_counter() + _SHARE * self._trained - self._spent
         if time.perf_counter() + 2 * expected > ends:

@@ -182,7 +182,7 @@ def _train_epochs(
     step_of = make_steps(config, device, world)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
-    probe = Probe(config, data.train)
+    probe = Probe(config, data.train, world)
     done = state.epoch * batches + state.batch
     hidden = None if world.first else True  # None: where nobody would see it
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=hidden) as bar:
@@ -221,8 +221,7 @@ def _train_epochs(
             if complete:
                 try:
                     with _evaluation(config, state, stop):
-                        if world.size == 1:  # the probe times one process
-                            metrics["speedup_measured"] = probe.speedup(state)
+                        metrics["speedup_measured"] = world.told(probe.speedup(state))
                         after_epoch(evaluator, state, data, folder, metrics)
                 except Interrupted:
                     if record is not None:
