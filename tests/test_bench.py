@@ -24,7 +24,7 @@ from btrain.bench.measure import _timed_step, spread
 from btrain.bench.official import official_step
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.bench.run import run_bench
-from btrain.bench.schema import COLUMNS, Contender
+from btrain.bench.schema import Contender
 from btrain.cli import main
 from btrain.config import compose
 from btrain.data import Batch, Data
@@ -39,11 +39,23 @@ CPU = torch.device("cpu")
 TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu"]
 SMALL_CNN = ["dataset=digits", "model.width=4", "device=cpu"]  # of bench.models=[small_cnn]
 FRACTIONS = {"trades": (0.28, 0.54, 0.18), "mart": (0.30, 0.43, 0.27), "augmix": (0.35, 0.65, 0.0)}
-KEYS = {  # as the output is documented
-    "defense", "model", "batch_size", "precision", "channels_last", "compiled",
-    "cuda_graphs", "method", "seconds_per_batch", "seconds_spread", "units_per_example",
-    "speedup_vs_lean", "flop_bound", "peak_memory_mb", "selection_share",
-}  # fmt: skip
+COLUMNS = {  # of `rows`, as the output is documented
+    "defense": str,
+    "model": str,
+    "batch_size": int,
+    "precision": str,
+    "channels_last": bool,
+    "compiled": bool,
+    "cuda_graphs": bool,
+    "method": str,
+    "seconds_per_batch": float,
+    "seconds_spread": float,
+    "units_per_example": float,
+    "speedup_vs_lean": float,
+    "flop_bound": float,
+    "peak_memory_mb": float,
+    "selection_share": float,
+}
 
 
 def lanes(defense: str, *overrides: str, m: int = 32, **bench: Any) -> dict[Contender, Lane]:
@@ -109,18 +121,26 @@ def test_without_robust_examples_fractions_are_refused() -> None:
 # The baseline and the control
 
 
-@pytest.mark.parametrize("defense", FRACTIONS)
-def test_the_control_does_the_work_of_the_plain_defense(defense: str) -> None:
-    counted = {}
-    for contender, lane in lanes(defense, m=16).items():
+SHARED = "bt.share_clean_forward=true"
+
+
+@pytest.mark.parametrize(
+    ("defense", "settings"),
+    [*((defense, []) for defense in FRACTIONS), ("trades", [SHARED]), ("mart", [SHARED])],
+)
+def test_the_control_does_the_work_of_the_plain_defense(defense: str, settings: list[str]) -> None:
+    counted, units = {}, {}
+    for contender, lane in lanes(defense, *settings, m=16).items():
         batch = lane.prepare(0)
         with Flops() as flops:
             lane.run(batch)
         counted[contender] = flops.total
-        assert lane.stats[0].units > 0
+        units[contender] = float(lane.stats[0].units)
+        assert all(parameter.grad is None for parameter in lane.model.parameters())
     assert counted[Contender.masked] == counted[Contender.lean]
+    assert units[Contender.masked] == units[Contender.lean] > 0
     assert counted[Contender.bullettrain] < 0.7 * counted[Contender.lean]
-    if defense == "trades":
+    if defense == "trades" and not settings:
         assert counted[Contender.official] == pytest.approx(39 / 27 * counted[Contender.lean], 0.03)
 
 
@@ -341,9 +361,8 @@ def test_the_output_has_the_documented_keys(
     assert content["versions"]["torch"] == torch.__version__
     assert len(content["rows"]) == len(content["details"]) == 2 * 2 * (4 + 3 + 3)
     assert printed.count("\n") == len(content["rows"]) + 2
-    assert set(COLUMNS) == KEYS
     for row, detail in zip(content["rows"], content["details"], strict=True):
-        assert set(row) == KEYS
+        assert set(row) == set(COLUMNS)
         for key, kind in COLUMNS.items():
             assert isinstance(row[key], kind), key
             if kind is float:
@@ -408,6 +427,7 @@ def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
         (["bench.repetitions=0"], ["bench.repetitions", "0"]),
         (["bench.fractions.trades=[0.5,0.1,0.1]"], ["bench.fractions.trades", "add up to 1"]),
         (["bench.boundary_fractions=[1.0]"], ["bench.boundary_fractions"]),
+        (["bench.boundary_fractions=[]"], ["bench.boundary_fractions", "at least one"]),
         (["+bench.colour=1"], ["+bench.colour=1"]),
         (["defense=mart"], ["defense", "bench.defenses"]),
         (["train.precision=bf16"], ["train.precision", "bench.precisions"]),

@@ -19,9 +19,8 @@ from btrain import models
 from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
-from btrain.schema import DefenseName, RivalName
+from btrain.schema import AllocatorName, DefenseName, RivalName
 from btrain.training.cost import lean_units, official_units, speedups
-from btrain.training.generation import ALLOCATORS
 from btrain.training.methods import make_memory, make_step
 from btrain.training.statistics import StepStats
 
@@ -99,7 +98,7 @@ def one_step(digits: Data, *overrides: str) -> Counted:
 @pytest.mark.parametrize(
     ("defense", "allocator"),
     [
-        *itertools.product(DEFENSES, ALLOCATORS),
+        *itertools.product(DEFENSES, [name.name for name in AllocatorName]),
         *itertools.product(["augmix"], ["bullettrain", "uniform", "random"]),
     ],
 )

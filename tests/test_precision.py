@@ -165,6 +165,7 @@ def test_the_shadow_is_the_network_of_the_last_refresh(
     monkeypatch.setattr(nn.Module, "bfloat16", lambda module: module)
     short = InBFloat16(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    short.shadow(tiles)
     for _ in range(2):
         nn.functional.cross_entropy(model(tiles), torch.arange(24) % 10).backward()
         optimizer.step()
@@ -175,6 +176,29 @@ def test_the_shadow_is_the_network_of_the_last_refresh(
         torch.testing.assert_close(short.shadow.network(tiles), model(tiles), rtol=1e-4, atol=1e-4)
         model.train()
         assert not torch.allclose(before, short.shadow.network(tiles), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refreshes"),
+    [
+        (["attack.steps=2", "bt.n_r=1"], 1),
+        (["attack.steps=2", "bt.n_r=1", "bt.share_clean_forward=true"], 1),
+        (["bt=uniform", "attack.steps=2", "attack.mode=train"], 0),
+        (["defense=augmix"], 0),
+    ],
+)
+def test_weights_are_copied_for_an_attack_alone(
+    digits: Data,
+    tiles: Tensor,
+    settings: list[str],
+    refreshes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied: list[int] = []
+    plain = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *a: copied.append(1) or plain(*a))
+    one_update(network(), digits, tiles, *settings, "train.precision=bf16")
+    assert len(copied) == refreshes
 
 
 def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Tensor) -> None:
@@ -212,7 +236,7 @@ def test_a_refresh_is_one_copy_of_short_weights(architecture: str) -> None:
             return func(*args, **(kwargs or {}))
 
     with Copies():
-        short.refresh()
+        assert short.refresh().shadow
     ((targets, sources),) = copies
     assert {t.dtype for t in targets} == {torch.bfloat16}
     assert {t.dtype for t in sources} == {torch.float32}

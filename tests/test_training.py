@@ -21,9 +21,8 @@ from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.precision import to_channels_last
 from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName, RivalName
+from btrain.schema import AllocatorName, Config, DefenseName, RivalName
 from btrain.training import train
-from btrain.training.generation import ALLOCATORS
 from btrain.training.loop import train_epoch
 from btrain.training.methods import make_step, make_steps
 from btrain.training.provenance import git_commit
@@ -157,6 +156,7 @@ def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits:
     assert got is not None
     assert untimed([got]) == untimed([expected])
     assert same(resumed.model.state_dict(), whole.model.state_dict())
+    assert all(p.grad is None for p in whole.model.parameters())  # not held while others attack
 
 
 def test_a_time_limit_ends_a_run_cleanly_and_more_time_continues_it(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
 
 RIVALS = ["rival=fast", "rival=yopo"]  # of every adversarial defense
 CONTRACT = [
-    *itertools.product(DEFENSES, [f"bt={name}" for name in ALLOCATORS] + RIVALS),
+    *itertools.product(DEFENSES, [f"bt={name.name}" for name in AllocatorName] + RIVALS),
     *itertools.product(["pgd", "mart"], ["rival=gradalign"]),
     *itertools.product(["pgd"], ["rival=free", "rival=mma"]),
     *itertools.product(["augmix"], ["bt=bullettrain", "bt=uniform", "bt=random"]),

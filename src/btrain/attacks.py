@@ -164,7 +164,7 @@ def early_exit_pgd(
     """`prefix_pgd` in which some examples stop `patience` steps after they are misclassified.
 
     A stopped example is masked, which needs no copy to the host; it leaves the batch after steps
-    2, 4, 8, …, and whenever `active` falls later than that, with one copy each.
+    2, 4, 8, …, and whenever `active` falls, with one copy each after the first step.
 
     Args:
         steps: the most that each example takes, descending, (m,) int64; `active` counts them.
@@ -184,8 +184,10 @@ def early_exit_pgd(
     images, taken, forwarded = x[:n] + noise[:n], torch.zeros_like(steps), 0
     x_adv = x.detach().clone()
     for done, n in enumerate(active):
-        if done > 1 and (done & (done - 1) == 0 or n < active[done - 1]):
-            stay = left.nonzero().flatten()  # a mask would be copied once for each of these
+        falls = done > 0 and n < active[done - 1]
+        if falls or (done > 1 and done & (done - 1) == 0):
+            # Behind the first step still a prefix; later a mask would be copied once for each part.
+            stay = slice(n) if done == 1 else left.nonzero().flatten()
             x_adv[rows] = images
             batch = [rows, images, lower, upper, size, target, labels, exits, left]
             rows, images, lower, upper, size, target, labels, exits, left = (

@@ -26,12 +26,7 @@ class Shadowed(nn.Module):
     It shares the network's weights and its mode at the start. Here the other one does so, too: an
     update of the weights is one of both. Frozen, because the compiler would otherwise compute
     gradients of the weights in the attack, and because a CUDA graph must not know of them.
-
-    Attributes:
-        shadow: for passes in eval mode without gradients of the weights, after `refresh`.
     """
-
-    shadow: nn.Module
 
     def __init__(self, network: nn.Module, *, compiled: bool = False) -> None:
         """`compiled` is of the shadow's passes whose gradient reaches the images."""
@@ -41,7 +36,8 @@ class Shadowed(nn.Module):
         shadow = self._make_shadow(bare(network))
         if compiled:
             shadow.attacked = _Compiled(shadow.attacked)
-        object.__setattr__(self, "shadow", shadow)  # no submodule: it has no mode, no parameters
+        object.__setattr__(self, "_shadow", shadow)  # no submodule: it has no mode, no parameters
+        self._stale = True
 
     def _make_shadow(self, network: nn.Module) -> _Frozen:
         return _Frozen(_twin(network))
@@ -50,9 +46,21 @@ class Shadowed(nn.Module):
         logits: Tensor = self.network(images)
         return logits
 
+    @property
+    def shadow(self) -> _Frozen:
+        """For passes in eval mode without gradients of the weights.
+
+        Its weights are those of when it was first asked for after a `refresh`.
+        """
+        shadow: _Frozen = vars(self)["_shadow"]
+        if self._stale:
+            shadow.refresh()
+            self._stale = False
+        return shadow
+
     def refresh(self) -> Shadowed:
-        """Brings the shadow up to the weights and statistics of now."""
-        self.shadow.refresh()  # type: ignore[operator]
+        """Brings the shadow up to the weights and statistics of when it is next asked for."""
+        self._stale = True
         return self
 
 
@@ -160,7 +168,6 @@ class _Shadow(_Frozen):
                     if id(copied) not in folded:
                         self._sources.append(network.get_parameter(f"{name}.{key}").detach())
                         self._targets.append(copied)
-        self.refresh()
 
     def forward(self, images: Tensor) -> Tensor:
         return _short_pass(self.attacked, images, frozen=True)

@@ -35,7 +35,9 @@ PAIRS = (
 )
 FOLDER = Path("results/gpu")
 _TRAINING_IMAGES = 50_000
-_SECONDS = 400.0  # after which nothing more is begun: a minute for what is, of eight
+_SECONDS = (
+    400.0  # after which nothing more is begun; the rest of eight minutes is for what is under way
+)
 
 Keep = Callable[[Mapping[str, Any]], None]
 """Takes what has been measured so far."""

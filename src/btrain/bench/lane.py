@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -77,6 +77,8 @@ class Lane:
             group["lr"] = 0.0
         self._paths = make_fast_paths(self.config.train, self.device)
         self.method = _method(self.config, self.device, "bullettrain")
+        if isinstance(self.method, Method):
+            self.method = replace(self.method, multiple=self._paths.multiple)
         self.step = _step(self.config, self.contender, self.device, self._paths)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
@@ -109,6 +111,7 @@ class Lane:
     def run(self, batch: Batch) -> None:
         """One training step."""
         stats = self.step(self.model, self.optimizer, batch, self.memory, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)  # as in a run
         self.stats.append(stats)
 
     def rehearse(self, repetition: int) -> None:

@@ -17,7 +17,7 @@ from btrain.data import Batch
 from btrain.defenses import augmix_loss
 from btrain.shadow import attacked
 from btrain.training.augmix_step import AugMixMethod
-from btrain.training.generation import Method, eval_logits, start_noise
+from btrain.training.generation import Method, clean_forward, start_noise
 from btrain.training.loop import Memory, Step
 from btrain.training.statistics import StepStats, step_stats
 from btrain.training.step import descend
@@ -40,19 +40,24 @@ def _masked_attack(
     method: Method,
 ) -> StepStats:
     x, labels, _ = batch
-    m, reads_clean = len(x), method.defense.inner_reads_clean
-    z = eval_logits(model, x) if reads_clean else x.new_empty(m, 0)
+    m = len(x)
+    clean_logits, z = clean_forward(model, x, method)
+    units = m if z.shape[1] and clean_logits is None else 0
     allocation = by_class(memory["classes"], method.budget)
     noise = start_noise(x, method, generator)
     x_adv = _masked_pgd(model, x, labels, z, allocation.steps, noise, method)
-    clean_logits, trained = (model(x), 2 * m) if method.defense.outer_reads_clean else (z, m)
+    trained = m
+    if method.defense.outer_reads_clean:
+        clean_logits, trained = model(x) if clean_logits is None else clean_logits, 2 * m
+    else:
+        clean_logits = z
     adv_logits = model(x_adv)
     memory["robust_fraction"] = update_robust_fraction(
         memory["robust_fraction"], adv_logits, labels, momentum=method.momentum, gamma=method.gamma
     )
     loss = method.defense.outer_loss(clean_logits, adv_logits, labels)
     descend(optimizer, loss)
-    units = 2 * method.n_b * m + 3 * trained + m * reads_clean
+    units += 2 * method.n_b * m + 3 * trained
     return step_stats(
         allocation, loss, z, None, clean_logits.detach(), adv_logits, labels, units=units
     )

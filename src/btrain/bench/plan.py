@@ -51,7 +51,10 @@ class Case:
 
     def __str__(self) -> str:
         config = self.config
-        return f"{config.defense.name.value} {config.model.name} batch {config.train.batch_size}"
+        workload = (
+            f"{config.defense.name.value} {config.model.name} batch {config.train.batch_size}"
+        )
+        return workload if self.fractions is None else f"{workload} F_B {self.fractions[0]:g}"
 
 
 def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:

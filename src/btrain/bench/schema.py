@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from btrain.errors import UserError
 from btrain.schema import MISSING, DefenseName, Precision
@@ -51,6 +50,8 @@ class BenchConfig:
         at_least(1, "bench.repetitions", self.repetitions)
         for defense, fractions in self.fractions.items():
             self._check_fractions(defense, fractions)
+        if self.boundary_fractions == []:
+            raise UserError("bench.boundary_fractions must name at least one, or be null.")
         for share in self.boundary_fractions or []:
             require(0 <= share < 1, "bench.boundary_fractions", "in [0, 1)", share)
 
@@ -69,23 +70,3 @@ class BenchRun:
     """What `configs/bench.yaml` holds."""
 
     bench: BenchConfig = MISSING
-
-
-COLUMNS: dict[str, Any] = {
-    "defense": str,
-    "model": str,
-    "batch_size": int,
-    "precision": str,
-    "channels_last": bool,
-    "compiled": bool,
-    "cuda_graphs": bool,
-    "method": str,
-    "seconds_per_batch": float,
-    "seconds_spread": float,
-    "units_per_example": float,
-    "speedup_vs_lean": float,
-    "flop_bound": float,
-    "peak_memory_mb": float,
-    "selection_share": float,
-}
-"""What each of the output's `rows` holds, and of which type."""

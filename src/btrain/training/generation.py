@@ -28,8 +28,6 @@ from btrain.defenses import Defense
 from btrain.shadow import Shadowed, attacked, bare
 from btrain.training.parallel import ALONE, World
 
-ALLOCATORS = ("bullettrain", "uniform", "oracle", "gaussian", "early_exit", "random")
-
 
 @dataclass(frozen=True)
 class Method:
@@ -73,6 +71,10 @@ class Method:
     world: World = ALONE
     pgd: Callable[..., Tensor] = prefix_pgd
     multiple: int = 1
+
+    def first_offset(self, noise: Tensor) -> Tensor | None:
+        """How far from the images the first gradient is taken; None for at the start itself."""
+        return None if self.probe is None else self.probe * noise
 
 
 def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor | None, Tensor]:
@@ -174,7 +176,7 @@ def perturb(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
-            probe=None if method.probe is None else method.probe * noise,
+            probe=method.first_offset(noise),
         )
     return x_adv, allocation._replace(steps=taken), forwarded
 
@@ -201,7 +203,7 @@ def attack(
             inner_loss=method.defense.inner_loss,
             epsilon=method.epsilon,
             noise=noise,
-            probe=None if method.probe is None else method.probe * noise,
+            probe=method.first_offset(noise),
         )
 
 

@@ -220,6 +220,7 @@ def _take(
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
     stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
     bad = check.see(state.batch + 1, stats)
+    state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
     if before is not None:
         before.undo_where(bad)
         check.forget()

@@ -41,7 +41,7 @@ from btrain.training.step import train_step
 def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Callable[[int], Step]:
     """What is done with a batch, by epoch from 0: the first epochs may differ.
 
-    In `bt.warmup_epochs` every example gets the plain defense's steps, in
+    In `bt.warmup_epochs` every example gets N_B steps, in
     `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
     """
 
@@ -68,7 +68,7 @@ def make_step(
 ) -> Step:
     """What is done with a batch: Algorithm 2's open choices, from the configuration.
 
-    `warm_up` asks for the plain defense, whatever the allocator; `share` is of ε and of the step
+    `warm_up` gives every example N_B steps, whatever the allocator; `share` is of ε and of the step
     sizes. `paths` are the configuration's, where several steps share them.
     """
     paths = paths or make_fast_paths(config.train, device)

@@ -6,7 +6,9 @@ small ones. Its weights are those ahead of the pool's first update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from btrain.training.generation import (
     score_of,
     start_noise,
 )
+from btrain.training.parallel import World
 from btrain.training.statistics import StepStats
 from btrain.training.step import Generated, learn
 
@@ -69,25 +72,10 @@ def generate_pool(
     z = world.gathered(z, whole)
     score = score_of(z, labels, method)
     noise = start_noise(x, method, generator)
-    allocations = [
-        allocate(score[own], labels[own], robust_fraction, method, generator) for own in batches
-    ]
-    allocation = Allocation(
-        torch.cat([each.classes for each in allocations]),
-        torch.cat([each.steps for each in allocations]),
-    )
-    # This process' share of every batch, as that batch alone would deal it out.
-    steps: list[int] = allocation.steps.tolist()
-    dealt = [
-        sorted(range(whole)[own], key=lambda i: -steps[i])[world.share(own.stop - own.start)]
-        for own in batches
-    ]
+    allocation = allocate_each(score, labels, robust_fraction, generator, method, batches)
+    steps, dealt, mine, order, active = deal(allocation, batches, world)
     ends = list(accumulate(map(len, dealt)))
-    mine = torch.tensor([i for each in dealt for i in each], device=x.device)
-    # All of it in descending order of steps, for the attack.
-    order = torch.argsort(allocation.steps[mine], descending=True, stable=True)
     together = mine[order]
-    active = active_counts(sorted((steps[i] for each in dealt for i in each), reverse=True))
     x_adv, attacked, forwarded = perturb(
         model,
         x[together],
@@ -117,3 +105,55 @@ def generate_pool(
         )
         for batch, each, own in zip(batches, dealt, map(slice, [0, *ends], ends), strict=True)
     ]
+
+
+def allocate_each(
+    score: Tensor,
+    labels: Tensor,
+    robust_fraction: Tensor,
+    generator: torch.Generator,
+    method: Method,
+    batches: Sequence[slice],
+) -> Allocation:
+    """Classes and steps of a pool, (m,): of each of its batches what that gets alone."""
+    each = [
+        allocate(score[own], labels[own], robust_fraction, method, generator) for own in batches
+    ]
+    return Allocation(
+        torch.cat([allocation.classes for allocation in each]),
+        torch.cat([allocation.steps for allocation in each]),
+    )
+
+
+class Dealt(NamedTuple):
+    """Which examples of a pool are this process'.
+
+    Attributes:
+        steps: of all examples, on the host.
+        batches: of each batch the examples, as that batch alone would deal them out.
+        rows: the same, one batch after the other, (n,) int64.
+        order: of `rows`, by descending steps, (n,) int64.
+        active: how many of them take the first attack step, the second, …
+    """
+
+    steps: list[int]
+    batches: list[list[int]]
+    rows: Tensor
+    order: Tensor
+    active: list[int]
+
+
+def deal(allocation: Allocation, batches: Sequence[slice], world: World) -> Dealt:
+    """This process' share of every batch, and all of it in the attack's order."""
+    steps: list[int] = allocation.steps.tolist()
+    dealt = [
+        sorted(range(own.start, own.stop), key=lambda i: -steps[i])[
+            world.share(own.stop - own.start)
+        ]
+        for own in batches
+    ]
+    rows = [i for each in dealt for i in each]
+    mine = torch.tensor(rows, device=allocation.steps.device)
+    order = torch.argsort(allocation.steps[mine], descending=True, stable=True)
+    active = active_counts(sorted((steps[i] for i in rows), reverse=True))
+    return Dealt(steps, dealt, mine, order, active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from btrain.training.generation import (
     start_noise,
     true_allocation,
 )
+from btrain.training.parallel import ALONE, World
 from btrain.training.rivals.gradalign import misalignment
 from btrain.training.statistics import StepStats, step_stats
 
@@ -57,10 +59,10 @@ def train_step(
     """Lines 11 to 16 of Algorithm 2: updates the weights, returns the new F_R and the statistics.
 
     From line 13 on the batch is in the order of descending step count; the m step counts are copied
-    to the host while the batch is put in order, the only copy of a step. Of several processes each
-    gets the whole batch, decides the same for it, and from line 13 on works on its share: of every
-    group as many examples as the others, or with a shared clean forward those that it has
-    forwarded.
+    to the host while the batch is put in order, the only copy of a step but for `early_exit`. Of
+    several processes each gets the whole batch, decides the same for it, and from line 13 on works
+    on its share: of every group as many examples as the others, or with a shared clean forward
+    those that it has forwarded.
     """
     batch = generate(model, x, labels, robust_fraction, generator, method)
     return learn(model, optimizer, batch, robust_fraction, generator, method)
@@ -84,17 +86,11 @@ def generate(
     if clean_logits is not None:  # an example stays where its graph is
         x, labels, z, score, noise = x[own], labels[own], z[own], score[own], noise[own]
         allocation = allocation.ordered(own)
-    order, counts = by_steps(allocation.steps, _distance(score, method))
-    rows = order if clean_logits is not None else order[own]  # of this process
-    x, labels, z, score, noise = x[rows], labels[rows], z[rows], score[rows], noise[rows]
-    active = counts()
-    if method.multiple > 1:
-        allocation, active = filled_up(allocation, order, active, method.multiple)
-    allocation, m = allocation.ordered(rows), len(x)
-    if clean_logits is not None:
-        clean_logits = clean_logits[rows]
-    else:
-        active = world.dealt(active)
+    shared = [] if clean_logits is None else [clean_logits]
+    (x, labels, z, score, noise, *shared), allocation, active = put_in_order(
+        [x, labels, z, score, noise, *shared], score, allocation, method, ALONE if shared else world
+    )
+    clean_logits, m = shared[0] if shared else None, len(x)
     x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
     units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
     units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
@@ -110,6 +106,28 @@ def generate(
         units=units,
         share=m / whole,
     )
+
+
+def put_in_order(
+    parts: Sequence[Tensor], score: Tensor, allocation: Allocation, method: Method, world: World
+) -> tuple[list[Tensor], Allocation, list[int]]:
+    """This process' share of a batch in descending order of steps.
+
+    Args:
+        parts: what the batch consists of, (m, …) each.
+        score: as of `score_of`, (m,).
+
+    Returns:
+        The parts' rows, their allocation, with groups rounded up as the method wants, and how many
+        of them take the first attack step, the second, …
+    """
+    order, counts = by_steps(allocation.steps, _distance(score, method))
+    rows = order[world.share(len(order))]
+    parts = [part[rows] for part in parts]
+    active = counts()
+    if method.multiple > 1:
+        allocation, active = filled_up(allocation, order, active, method.multiple)
+    return parts, allocation.ordered(rows), world.dealt(active)
 
 
 def _distance(score: Tensor, method: Method) -> Tensor | None:
