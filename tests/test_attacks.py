@@ -159,6 +159,14 @@ def test_early_exit_stops_some_time_after_misclassification(
         assert forwarded < sum(active)
 
 
+@pytest.mark.parametrize("steps", [torch.full((3,), 2), torch.full((24,), 2.0)])
+def test_steps_that_are_no_count_for_each_image_are_refused(
+    small_cnn: nn.Module, batch: Batch, steps: Tensor
+) -> None:
+    with pytest.raises(ValueError, match="one for each of 24 images"):
+        ours(small_cnn, batch, steps, torch.full((24,), 0.1))
+
+
 def test_zero_step_examples_come_back_untouched(small_cnn: nn.Module, batch: Batch) -> None:
     steps = torch.arange(len(batch[0])) % 3
     noise = torch.randn_like(batch[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 
 from btrain.bench import command, gpu
+from btrain.bench import run as bench_run
 from btrain.bench.forced import class_counts, force, robust_fraction_for
 from btrain.bench.lane import Lane, Workload
 from btrain.bench.look import look
 from btrain.bench.masked import masked_step
-from btrain.bench.measure import _timed_step, spread
+from btrain.bench.measure import Row, _timed_step, spread
 from btrain.bench.official import official_step
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.bench.run import run_bench
@@ -434,6 +436,17 @@ def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
         (["attack.stepz=1"], ["attack.stepz", "attack.steps"]),
         (["bench.models=[vgg]"], ["vgg", "preact_resnet18"]),
         (["bench.checkpoint=nowhere"], ["nowhere"]),
+        (["bench.checkpoint="], ["bench.checkpoint is empty"]),
+        (["bench.checkpoint=A", "bench.models=[b]"], ["bench.models=[b]", "bench.checkpoint"]),
+        (["bench.methods=[lean]", "bench.plot=a.png"], ["bench.plot", "bullettrain"]),
+        (
+            ["bench.batch_sizes=[16,4]", "bench.fractions.trades=[0.5,0.1,0.4]"],
+            ["bench.fractions.trades", "batch of 4"],
+        ),
+        (
+            ["bench.batch_sizes=[4]", "bench.boundary_fractions=[0.9]"],
+            ["bench.boundary_fractions", "batch of 4"],
+        ),
         (["faster"], ["faster", "key=value"]),
     ],
     ids=str,
@@ -454,6 +467,9 @@ def test_a_mistake_is_one_sentence(
         ("bench.out=folder", ["bench.out", "is a folder"]),
         ("bench.plot=bench.json", ["bench.plot", ".png"]),
         ("bench.plot=folder/file/bench.png", ["bench.plot", "file"]),
+        ("bench.out=missing/", ["bench.out", "folder"]),
+        ("bench.out=pipe", ["bench.out", "no ordinary file"]),
+        ("bench.out=a.png bench.plot=./a.png", ["bench.out", "bench.plot", "same file"]),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told_ahead_of_the_measurement(
@@ -463,12 +479,36 @@ def test_a_place_that_cannot_be_written_is_told_ahead_of_the_measurement(
     Path("folder").mkdir()
     for file in (Path("file"), Path("folder/file")):
         file.touch()
-    bench, settings = command.parse([*SMALL_CNN, *QUICK, place])
+    os.mkfifo("pipe")
+    bench, settings = command.parse([*SMALL_CNN, *QUICK, *place.split()])
     measured: list[str] = []
     with pytest.raises(UserError) as error:
         run_bench(bench, settings, measured.append)
     assert all(word in str(error.value) for word in words), error.value
     assert not measured
+
+
+def test_what_was_measured_is_kept_whatever_comes_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(case: Case, *more: Any) -> tuple[list[Row], list[Row]]:
+        if case.config.train.batch_size == 24:
+            raise KeyboardInterrupt
+        return whole(case, *more)
+
+    whole = bench_run.measure_case
+    monkeypatch.setattr(bench_run, "measure_case", interrupted)
+    (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("there.json")
+    quick = [*SMALL_CNN, *QUICK, "bench.defenses=[trades]", "bench.methods=[lean]"]
+    assert main(["bench", *quick, f"bench.out={tmp_path / 'link.json'}"]) == 130
+    shown = capsys.readouterr()
+    assert shown.err == "btrain: interrupted.\n"
+    assert "| trades | small_cnn | 16 |" in shown.out
+    assert [
+        row["batch_size"] for row in json.loads((tmp_path / "there.json").read_text())["rows"]
+    ] == [16]
+    assert (tmp_path / "link.json").is_symlink()
 
 
 def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,7 +521,7 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 MINIATURE = {
     "wrn_34_10": ["dataset=digits", "model.depth=10", "model.width=1"],
-    "preact_resnet18": ["dataset=digits", "model.width=4"],
+    "preact_resnet18": ["dataset=digits", "model.width=5"],
     "wrn_40_2": ["dataset=digits", "model.depth=10", "model.width=1"],
 }
 
@@ -517,14 +557,14 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
 def test_what_fails_of_the_gpu_s_set_or_comes_too_late_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = gpu.measure_cases
+    whole = gpu.measure_case
 
-    def short_of_memory(cases: Sequence[Case], *more: Any) -> dict[str, Any]:
-        if cases[0].config.model.name == "preact_resnet18":
+    def short_of_memory(case: Case, *more: Any) -> tuple[list[Row], list[Row]]:
+        if case.config.model.name == "preact_resnet18":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
-        return whole(cases, *more)
+        return whole(case, *more)
 
-    monkeypatch.setattr(gpu, "measure_cases", short_of_memory)
+    monkeypatch.setattr(gpu, "measure_case", short_of_memory)
     kept: list[int] = []
     result = gpu.measure_set(
         lambda line: None, device="cpu", batch_sizes=(8,), evaluated=6, repetitions=1,

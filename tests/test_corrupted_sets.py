@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from btrain.corruptions.generate import generate
 from btrain.corruptions.manifest import CHUNK, MANIFEST
 from btrain.corruptions.read import read
 from btrain.data import Data
-from btrain.durable import replacing
+from btrain.durable import replacing, write_file
 from btrain.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -132,6 +133,13 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"snow.npy": b"before"}
+
+
+def test_a_file_takes_the_place_of_no_device(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe could not be written \(it is no ordinary file"):
+        write_file(path, b"content")
+    assert path.is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Te
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_a_refresh_is_one_copy_of_short_weights(architecture: str) -> None:
     """On a GPU one launch for all tensors, if they are of one kind and laid out alike."""
-    model = models.build(architecture, width=2, depth=10, classes=10, shape=(3, 32, 32))
+    model = models.build(architecture, width=5, depth=10, classes=10, shape=(3, 32, 32))
     short = InBFloat16(to_channels_last(model).train())
     copies: list[tuple[list[Tensor], list[Tensor]]] = []
 

@@ -48,7 +48,13 @@ def pgd(
 
     Returns:
         Like x, in x's order.
+
+    Raises:
+        ValueError: `steps` are no integers, or not one an image.
     """
+    if steps.shape != x.shape[:1] or steps.is_floating_point():
+        shape, images = tuple(steps.shape), len(x)
+        raise ValueError(f"steps must be integers, one for each of {images} images, not {shape}")
     order, counts = by_steps(steps)
     x, labels, clean_logits = x[order], labels[order], clean_logits[order]
     step_size, noise = step_size[order], None if noise is None else noise[order]

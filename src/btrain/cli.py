@@ -70,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stop.number
     except KeyboardInterrupt:
         if is_first():
-            print(
-                "btrain: interrupted; the same command goes on from what is done.",
-                file=sys.stderr,
-            )
+            goes_on = "; the same command goes on from what is done" * (args[0] in _GO_ON)
+            print(f"btrain: interrupted{goes_on}.", file=sys.stderr)
         return 130
     return 0
 
@@ -276,3 +274,6 @@ COMMANDS = {
     "export": _export,
     "bench": _bench,
 }
+
+_GO_ON = ("train", "eval", "data", "paper")
+"""Commands that do not begin anew what an interrupted one has done."""

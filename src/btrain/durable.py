@@ -59,8 +59,10 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
             one alone.
 
     Raises:
-        OSError: as the system says it.
+        OSError: as the system says it, or there is something of that name that is no file.
     """
+    if path.exists() and not path.is_file():  # a rename would put a file in a device's place
+        raise OSError(errno.EEXIST, "it is no ordinary file")
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with temporary.open("wb") as file:

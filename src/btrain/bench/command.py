@@ -44,8 +44,10 @@ def run(args: Sequence[str]) -> None:
     from btrain.bench.output import table
     from btrain.bench.run import run_bench
 
-    result = run_bench(bench, settings, _tell)
-    print(table(result["rows"], result["details"]))
+    run_bench(bench, settings, _tell, lambda found: print(table(found["rows"], found["details"])))
+
+
+_OF_A_RUN = ("bench.defenses", "bench.models", "bench.fractions", "bench.boundary_fractions")
 
 
 def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
@@ -59,7 +61,11 @@ def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
             raise UserError(f"{argument} is not of the form key=value; see btrain bench --help.")
     args = [configs.with_path_quoted(argument) for argument in args]
     own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]
-    return compose(own), [argument for argument in args if argument not in own]
+    bench = compose(own)
+    for argument in own if bench.checkpoint is not None else ():
+        if argument.startswith(_OF_A_RUN):
+            raise UserError(f"{argument}: with bench.checkpoint that is the run's.")
+    return bench, [argument for argument in args if argument not in own]
 
 
 def compose(overrides: Sequence[str] = ()) -> BenchConfig:

@@ -18,7 +18,7 @@ from btrain.bench import command, output
 from btrain.bench.clock import seconds
 from btrain.bench.lane import CLASSES
 from btrain.bench.plan import Case, make_cases
-from btrain.bench.run import measure_cases, surroundings
+from btrain.bench.run import measure_case, surroundings
 from btrain.bench.schema import BenchConfig
 from btrain.data import Split
 from btrain.errors import UserError, first_reason
@@ -124,22 +124,24 @@ def _add_steps(
     case: Case, bench: BenchConfig, result: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
     """The rows of a case."""
-    found = None
+    found, place = None, find_device(case.config.device)
     try:
-        found = measure_cases([case], bench, tell)
+        found = measure_case(case, bench, place, tell)
     except RuntimeError as error:
         if bench.cuda_graphs == [False]:
             raise
         left_out = {"part": f"{case} with CUDA graphs", "why": first_reason(error)}
         result["left_out"].append(left_out)
     if found is None:  # out of the clause above, which would keep the memory of what failed
-        found = measure_cases([case], replace(bench, cuda_graphs=[False]), tell)
-    for key in ("rows", "details"):
-        result[key] += found[key]
+        found = measure_case(case, replace(bench, cuda_graphs=[False]), place, tell)
+    tell("")
+    rows, details = found
+    result["rows"] += rows
+    result["details"] += details
     result["epoch_seconds"] += [
         {key: row[key] for key in ("defense", "model", "batch_size", "method", "cuda_graphs")}
         | {"seconds": row["seconds_per_batch"] * math.ceil(_TRAINING_IMAGES / row["batch_size"])}
-        for row in found["rows"]
+        for row in rows
     ]
 
 

@@ -92,17 +92,22 @@ def check_places(out: str | None, plot: str | None) -> None:
     """Makes sure, ahead of the measurement, that its results can be written.
 
     Raises:
-        UserError: a folder cannot be made or written, or there is no way to draw.
+        UserError: a folder cannot be made or written, what is to be replaced is no file, both are
+            the same, or there is no way to draw.
     """
     for key, name in (("bench.out", out), ("bench.plot", plot)):
         if name is not None:
             folder = Path(name).parent
             make_folder(folder, f"the folder of {key}")
-            if Path(name).is_dir():
+            if Path(name).is_dir() or name.endswith("/"):
                 raise UserError(f"{key}={name} is a folder; please name a file.")
+            if Path(name).exists() and not Path(name).is_file():
+                raise UserError(f"{key}={name} is no ordinary file; please name another.")
             if not os.access(folder, os.W_OK):
                 raise UserError(f"{key}={name} cannot be written (Permission denied).")
     if plot is not None:
+        if out is not None and Path(out).resolve() == Path(plot).resolve():
+            raise UserError(f"bench.out and bench.plot are the same file, {plot}.")
         if Path(plot).suffix.lower() not in (".png", ".svg"):
             raise UserError(f"bench.plot={plot} must end in .png or .svg.")
         if importlib.util.find_spec("matplotlib") is None:
@@ -110,13 +115,13 @@ def check_places(out: str | None, plot: str | None) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file, or the one that a link names, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
     make_folder(path.parent)
-    write_file(path, text.encode())
+    write_file(path.resolve(), text.encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -154,4 +159,4 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:].lower())
     pyplot.close(figure)
-    write_file(path, picture.getbuffer())
+    write_file(path.resolve(), picture.getbuffer())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from btrain.bench.forced import class_counts
 from btrain.bench.lane import CLASSES, Lane, Workload
 from btrain.bench.schema import BenchConfig, Contender
 from btrain.checkpoint import load
@@ -51,10 +52,7 @@ class Case:
 
     def __str__(self) -> str:
         config = self.config
-        workload = (
-            f"{config.defense.name.value} {config.model.name} batch {config.train.batch_size}"
-        )
-        return workload if self.fractions is None else f"{workload} F_B {self.fractions[0]:g}"
+        return f"{config.defense.name.value} {config.model.name} batch {config.train.batch_size}"
 
 
 def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
@@ -64,8 +62,9 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
         settings: overrides of `btrain train`.
 
     Raises:
-        UserError: a setting is wrong, or one that the bench goes through itself, or the run of
-            `bench.checkpoint` cannot be read or had no BulletTrain.
+        UserError: a setting is wrong, or one that the bench goes through itself; fractions leave a
+            batch without robust examples; the run of `bench.checkpoint` cannot be read, had no
+            BulletTrain, or fewer images than a batch.
     """
     if bench.checkpoint is not None:
         return _trained_cases(Path(bench.checkpoint), bench.batch_sizes, settings)
@@ -77,19 +76,28 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
         Case(compose([f"defense={defense.value}", f"model={model}", *settings,
                       f"train.batch_size={size}", "bt=bullettrain"]), fractions)
         for defense, model, size in product(bench.defenses, bench.models, bench.batch_sizes)
-        for fractions in _fractions(bench, defense)
+        for fractions in _fractions(bench, defense, size)
     ]  # fmt: skip
 
 
-def _fractions(bench: BenchConfig, defense: DefenseName) -> list[Fractions]:
+def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> list[Fractions]:
     """The defense's own, or those of each F_B asked for."""
     if defense.value not in bench.fractions:
         raise UserError(f"bench.fractions.{defense.value} must be given.")
     boundary, robust, outlier = bench.fractions[defense.value]
-    if bench.boundary_fractions is None:
-        return [(boundary, robust, outlier)]
     share = robust / (robust + outlier) if robust + outlier else 1.0
-    return [(b, (1 - b) * share, (1 - b) * (1 - share)) for b in bench.boundary_fractions]
+    key, all_fractions = f"bench.fractions.{defense.value}", [(boundary, robust, outlier)]
+    if bench.boundary_fractions is not None:
+        key = "bench.boundary_fractions"
+        all_fractions = [
+            (b, (1 - b) * share, (1 - b) * (1 - share)) for b in bench.boundary_fractions
+        ]
+    for fractions in all_fractions:
+        try:
+            class_counts(fractions, batch_size)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+    return all_fractions
 
 
 def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[str]) -> list[Case]:
@@ -98,6 +106,12 @@ def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[st
         raise UserError(f"{settings[0]}: with bench.checkpoint the settings are the run's.")
     if config.bt.name is not AllocatorName.bullettrain:
         raise UserError(f"{path} was trained with bt={config.bt.name.value}, not bullettrain.")
+    images = len(load_data(config, torch.device("cpu")).train)
+    if max(batch_sizes) > images:
+        raise UserError(
+            f"bench.batch_sizes: {path} was trained on {images} images, fewer than "
+            f"{max(batch_sizes)}."
+        )
     return [
         Case(replace(config, train=replace(config.train, batch_size=size)), None)
         for size in batch_sizes
@@ -108,7 +122,7 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
     """The lanes of a case; only TRADES has an official structure of its own.
 
     Raises:
-        UserError: the run's images cannot be read, or are too few; there is nothing to pool.
+        UserError: the run's images cannot be read; there is nothing to pool.
     """
     if Contender.pooled in bench.methods and case.config.bt.pool == 1:
         raise UserError("The method pooled of bench.methods needs a bt.pool above 1.")
@@ -171,8 +185,6 @@ def _trained(path: Path, batch_size: int, device: torch.device) -> Workload:
     file = path / "checkpoints" / "last.pt" if path.is_dir() else path
     robust_fraction = float(load(file)["state"]["memory"]["robust_fraction"])
     split = load_data(config, device).train
-    if len(split) < batch_size:
-        raise UserError(f"{path} was trained on {len(split)} images, fewer than {batch_size}.")
 
     def part(repetition: int) -> slice:
         begin = repetition % (len(split) // batch_size) * batch_size

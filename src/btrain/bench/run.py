@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,49 @@ from btrain.training.setup import find_device
 
 
 def run_bench(
-    bench: BenchConfig, settings: Sequence[str], tell: Callable[[str], None]
+    bench: BenchConfig,
+    settings: Sequence[str],
+    tell: Callable[[str], None],
+    show: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measures all cases and writes `bench.out` and `bench.plot`; returns what `bench.out` holds.
+
+    `bench.out` is written anew after every case, so that an end by force leaves what came before.
 
     Args:
         settings: overrides of `btrain train`.
         tell: takes a line about where the bench is.
+        show: takes what has been measured in the end, whatever ends it.
 
     Raises:
         UserError: a setting is wrong, or a file cannot be read or written.
     """
     cases = make_cases(bench, settings)
     output.check_places(bench.out, bench.plot)
-    result = measure_cases(cases, bench, tell)
-    if bench.out is not None:
-        output.write_json(Path(bench.out), result)
+    device = find_device(cases[0].config.device)
+    result: dict[str, Any] = surroundings(bench, device) | {"rows": [], "details": []}
+    try:
+        for case in cases:
+            rows, details = measure_case(case, bench, device, tell)
+            result["rows"] += rows
+            result["details"] += details
+            if bench.out is not None:
+                output.write_json(Path(bench.out), result)
+    finally:
+        tell("")
+        if result["rows"]:
+            show(result)
     if bench.plot is not None:
         output.plot(Path(bench.plot), result["rows"], result["details"])
     return result
 
 
-def measure_cases(
-    cases: Sequence[Case], bench: BenchConfig, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """`rows` and `details` of all cases, with the machine and the versions."""
-    device = find_device(cases[0].config.device)
-    rows: list[Row] = []
-    details: list[Row] = []
-    for case in cases:
-        lanes = make_lanes(case, bench, device)
-        more_rows, more_details = measure(
-            lanes, bench.repetitions, device, partial(_tell_of, tell, case)
-        )
-        rows += more_rows
-        details += more_details
-    tell("")
-    return surroundings(bench, device) | {"rows": rows, "details": details}
+def measure_case(
+    case: Case, bench: BenchConfig, device: torch.device, tell: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
+    """`rows` and `details` of a case."""
+    lanes = make_lanes(case, bench, device)
+    return measure(lanes, bench.repetitions, device, lambda what: tell(f"{case}: {what}"))
 
 
 def surroundings(bench: BenchConfig, device: torch.device) -> dict[str, Any]:
@@ -64,7 +69,3 @@ def surroundings(bench: BenchConfig, device: torch.device) -> dict[str, Any]:
         "versions": output.versions() | {"git_commit": git_commit()},
         "repetitions": bench.repetitions,
     }
-
-
-def _tell_of(tell: Callable[[str], None], case: Case, what: str) -> None:
-    tell(f"{case}: {what}")

@@ -45,6 +45,10 @@ class BenchConfig:
                 raise UserError(f"bench.{key} must name false: what does without is measured, too.")
         if Contender.lean not in self.methods:
             raise UserError("bench.methods must name lean: speedups are ratios to it.")
+        if self.checkpoint == "":
+            raise UserError("bench.checkpoint is empty; please name a run folder, or null.")
+        if self.plot is not None and Contender.bullettrain not in self.methods:
+            raise UserError("bench.methods must name bullettrain: bench.plot draws nothing else.")
         for size in self.batch_sizes:
             at_least(4, "bench.batch_sizes", size)
         at_least(1, "bench.repetitions", self.repetitions)
