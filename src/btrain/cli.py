@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stop.number
     except KeyboardInterrupt:
         if is_first():
-            goes_on = "; the same command goes on from what is done" * (args[0] in _GO_ON)
-            print(f"btrain: interrupted{goes_on}.", file=sys.stderr)
+            hint = "; the same command goes on from what is done" if args[0] in _GO_ON else ""
+            print(f"btrain: interrupted{hint}.", file=sys.stderr)
         return 130
     return 0
 

@@ -35,9 +35,8 @@ PAIRS = (
 )
 FOLDER = Path("results/gpu")
 _TRAINING_IMAGES = 50_000
-_SECONDS = (
-    400.0  # after which nothing more is begun; the rest of eight minutes is for what is under way
-)
+_SECONDS = 400.0
+"""After which nothing more is begun; the rest of eight minutes is for what is under way."""
 
 Keep = Callable[[Mapping[str, Any]], None]
 """Takes what has been measured so far."""
