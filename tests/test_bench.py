@@ -481,9 +481,9 @@ def test_a_place_that_cannot_be_written_is_told_ahead_of_the_measurement(
         file.touch()
     os.mkfifo("pipe")
     bench, settings = command.parse([*SMALL_CNN, *QUICK, *place.split()])
-    measured: list[str] = []
+    measured: list[Any] = []
     with pytest.raises(UserError) as error:
-        run_bench(bench, settings, measured.append)
+        run_bench(bench, settings, measured.append, measured.append)
     assert all(word in str(error.value) for word in words), error.value
     assert not measured
 

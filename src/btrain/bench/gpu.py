@@ -123,16 +123,16 @@ def _add_steps(
     case: Case, bench: BenchConfig, result: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
     """The rows of a case."""
-    found, place = None, find_device(case.config.device)
+    found = None
     try:
-        found = measure_case(case, bench, place, tell)
+        found = measure_case(case, bench, tell)
     except RuntimeError as error:
         if bench.cuda_graphs == [False]:
             raise
         left_out = {"part": f"{case} with CUDA graphs", "why": first_reason(error)}
         result["left_out"].append(left_out)
     if found is None:  # out of the clause above, which would keep the memory of what failed
-        found = measure_case(case, replace(bench, cuda_graphs=[False]), place, tell)
+        found = measure_case(case, replace(bench, cuda_graphs=[False]), tell)
     tell("")
     rows, details = found
     result["rows"] += rows

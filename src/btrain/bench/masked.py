@@ -46,11 +46,11 @@ def _masked_attack(
     allocation = by_class(memory["classes"], method.budget)
     noise = start_noise(x, method, generator)
     x_adv = _masked_pgd(model, x, labels, z, allocation.steps, noise, method)
-    trained = m
     if method.defense.outer_reads_clean:
-        clean_logits, trained = model(x) if clean_logits is None else clean_logits, 2 * m
+        clean_logits = model(x) if clean_logits is None else clean_logits
+        trained = 2 * m
     else:
-        clean_logits = z
+        clean_logits, trained = z, m
     adv_logits = model(x_adv)
     memory["robust_fraction"] = update_robust_fraction(
         memory["robust_fraction"], adv_logits, labels, momentum=method.momentum, gamma=method.gamma

@@ -20,16 +20,16 @@ def run_bench(
     bench: BenchConfig,
     settings: Sequence[str],
     tell: Callable[[str], None],
-    show: Callable[[dict[str, Any]], None] = lambda result: None,
-) -> dict[str, Any]:
-    """Measures all cases and writes `bench.out` and `bench.plot`; returns what `bench.out` holds.
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures all cases and writes `bench.out` and `bench.plot`.
 
     `bench.out` is written anew after every case, so that an end by force leaves what came before.
 
     Args:
         settings: overrides of `btrain train`.
         tell: takes a line about where the bench is.
-        show: takes what has been measured in the end, whatever ends it.
+        show: takes in the end what `bench.out` holds, whatever ends the bench.
 
     Raises:
         UserError: a setting is wrong, or a file cannot be read or written.
@@ -40,7 +40,7 @@ def run_bench(
     result: dict[str, Any] = surroundings(bench, device) | {"rows": [], "details": []}
     try:
         for case in cases:
-            rows, details = measure_case(case, bench, device, tell)
+            rows, details = measure_case(case, bench, tell)
             result["rows"] += rows
             result["details"] += details
             if bench.out is not None:
@@ -51,13 +51,13 @@ def run_bench(
             show(result)
     if bench.plot is not None:
         output.plot(Path(bench.plot), result["rows"], result["details"])
-    return result
 
 
 def measure_case(
-    case: Case, bench: BenchConfig, device: torch.device, tell: Callable[[str], None]
+    case: Case, bench: BenchConfig, tell: Callable[[str], None]
 ) -> tuple[list[Row], list[Row]]:
     """`rows` and `details` of a case."""
+    device = find_device(case.config.device)
     lanes = make_lanes(case, bench, device)
     return measure(lanes, bench.repetitions, device, lambda what: tell(f"{case}: {what}"))
 

@@ -25,7 +25,7 @@ from btrain.allocation import (
 )
 from btrain.attacks import early_exit_pgd, prefix_pgd
 from btrain.defenses import Defense
-from btrain.shadow import Shadowed, attacked, bare
+from btrain.shadow import attacked, bare
 from btrain.training.parallel import ALONE, World
 
 
@@ -87,8 +87,6 @@ def clean_forward(model: nn.Module, x: Tensor, method: Method) -> tuple[Tensor |
         method.attack_in_train_mode and method.defense.inner_reads_clean
     ):
         clean_logits = model(x)
-        if isinstance(model, Shadowed):  # which has statistics of before in what it folded
-            model.refresh()
         return clean_logits, clean_logits.detach()
     if method.defense.inner_reads_clean or method.allocator != "uniform":
         return None, eval_logits(model, x)
