@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from btrain.attacks import evaluation_mode, pgd
+from btrain.attacks.pgd import evaluation_mode, pgd
 from btrain.data import Data, Split
 from btrain.defenses import ce_inner_loss
 from btrain.evaluation import evaluate

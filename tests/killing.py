@@ -27,10 +27,11 @@ import torch._dynamo
 import torch.utils.flop_counter
 import tqdm.contrib.logging  # noqa: F401
 
-from btrain import checkpoint, cli
-from btrain.config import compose
+from btrain import cli
 from btrain.data import digits  # noqa: F401
 from btrain.errors import Interrupted
+from btrain.runs import checkpoint
+from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.state import TrainState
 

@@ -19,11 +19,12 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from btrain.config import compose
 from btrain.data import load
-from btrain.training.loop import check_weights, train_epoch
-from btrain.training.methods import make_step
-from btrain.training.setup import make_plan, make_state
+from btrain.methods.make import make_step
+from btrain.settings.compose import compose
+from btrain.training.epochs import check_weights, train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_state
 
 OTHER = "other"
 _MARK = 2**62  # the seed of a generator of the other device is larger

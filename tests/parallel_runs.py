@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from btrain import models
-from btrain.config import compose
 from btrain.data import Split, load
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy, evaluate
-from btrain.training import guards, probe, train
-from btrain.training.parallel import World, joined
-from btrain.training.signals import stop_on_signals
+from btrain.processes.world import World, joined
+from btrain.settings.compose import compose
+from btrain.training import train
+from btrain.training.safety import inputs as guards
+from btrain.training.safety.signals import stop_on_signals
+from btrain.training.timing import probe
 
 COMMON = [
     "dataset=digits", "model=small_cnn", "model.width=4", "device=cpu", "train.batch_size=48",

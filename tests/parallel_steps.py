@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
-from btrain.config import compose
 from btrain.data import Batch, Data, load
 from btrain.data.augmentation import to_unit
-from btrain.training.methods import make_memory, make_steps
-from btrain.training.parallel import World, joined
-from btrain.training.statistics import stacked
+from btrain.methods.make import make_memory, make_steps
+from btrain.methods.statistics import stacked
+from btrain.processes.world import World, joined
+from btrain.settings.compose import compose
 
 CPU = torch.device("cpu")
 MIXED, ONE_PERTURBED = "mixed", "one perturbed"

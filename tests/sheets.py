@@ -11,8 +11,8 @@ import yaml
 
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row
-from btrain.report.sheets.sheet import Line, Sheet
-from btrain.report.sheets.table import head_and_rows
+from btrain.paper.sheets.sheet import Line, Sheet
+from btrain.paper.sheets.table import head_and_rows
 
 MACHINE = "Processor 1"
 

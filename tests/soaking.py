@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from btrain.config import compose
+from btrain.settings.compose import compose
 from btrain.training import train
 
 SETTINGS = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btrain.attacks import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
+from btrain.attacks.pgd import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
 from btrain.bench.look import look
 from btrain.data import Data
 from btrain.defenses import ce_inner_loss, kl_inner_loss

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from btrain import augmix as ops
-from btrain.augmix import DEFAULT_OPERATIONS, GEOMETRIC, INTENSITY, OPERATIONS, Draws, augmix
+from btrain.attacks import views as ops
+from btrain.attacks.views import DEFAULT_OPERATIONS, GEOMETRIC, INTENSITY, OPERATIONS, Draws, augmix
 from btrain.data import Data
 
 

@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from btrain import checkpoint
-from btrain.config import compose
+from btrain.build import load_data
+from btrain.controllers.averaging import WeightAverage
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import load_run
-from btrain.run_folder import RunFolder
+from btrain.methods.make import make_step
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.averaging import WeightAverage
-from btrain.training.loop import train_epoch
-from btrain.training.methods import make_step
-from btrain.training.setup import load_data, make_plan, make_state
+from btrain.training.epochs import train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from test_training import CPU, metrics, same, tiny, untimed
 

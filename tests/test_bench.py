@@ -16,25 +16,25 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
 from btrain.bench import run as bench_run
-from btrain.bench.forced import class_counts, force, robust_fraction_for
-from btrain.bench.lane import Lane, Workload
 from btrain.bench.look import look
-from btrain.bench.masked import masked_step
 from btrain.bench.measure import Row, _timed_step, spread
-from btrain.bench.official import official_step
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.bench.run import run_bench
-from btrain.bench.schema import Contender
 from btrain.cli import main
-from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
-from btrain.graphs import ReplayedPGD
-from btrain.schema import Config, CudaGraphs, Precision
+from btrain.methods.make import attack_method, make_step
+from btrain.settings import Config, CudaGraphs, Precision
+from btrain.settings.bench import Contender
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.methods import attack_method, make_step
+from btrain.training.timing.forced import class_counts, force, robust_fraction_for
+from btrain.training.timing.lane import Lane, Workload
+from btrain.training.timing.masked import masked_step
+from btrain.training.timing.official import official_step
 from test_cost import Flops
 
 CPU = torch.device("cpu")

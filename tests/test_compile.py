@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
-from btrain.config import compose
+from btrain.attacks.fast_paths import check_fast_paths
+from btrain.attacks.shadow import Shadowed, attacked
 from btrain.data import Batch
 from btrain.errors import UserError
-from btrain.shadow import Shadowed, attacked
-from btrain.training.fast_paths import check_fast_paths
-from btrain.training.methods import make_step
+from btrain.methods.make import make_step
+from btrain.settings.compose import compose
 
 CPU = torch.device("cpu")
 TINY = ["dataset=digits", "model=small_cnn", "attack.steps=3", "bt.n_r=1", "device=cpu"]

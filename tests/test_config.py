@@ -18,7 +18,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from btrain import models
 from btrain.allocation import METRICS
-from btrain.config import (
+from btrain.defenses import DEFENSES
+from btrain.errors import UserError
+from btrain.settings import (
+    AllocatorName,
+    Architecture,
+    Config,
+    DatasetName,
+    DefenseName,
+    LoggerName,
+    Metric,
+)
+from btrain.settings.compose import (
     compose,
     config_dir,
     from_hydra,
@@ -28,18 +39,7 @@ from btrain.config import (
     to_dict,
     to_yaml,
 )
-from btrain.config import composed as composed_by_hydra
-from btrain.defenses import DEFENSES
-from btrain.errors import UserError
-from btrain.schema import (
-    AllocatorName,
-    Architecture,
-    Config,
-    DatasetName,
-    DefenseName,
-    LoggerName,
-    Metric,
-)
+from btrain.settings.compose import composed as composed_by_hydra
 
 CONFIGS = Path(config_dir())
 FILES = [

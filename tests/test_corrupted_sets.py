@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from btrain.cli import main
-from btrain.config import compose
 from btrain.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from btrain.corruptions.generate import generate
 from btrain.corruptions.manifest import CHUNK, MANIFEST
@@ -25,6 +24,7 @@ from btrain.corruptions.read import read
 from btrain.data import Data
 from btrain.durable import replacing, write_file
 from btrain.errors import UserError
+from btrain.settings.compose import compose
 
 Capture = pytest.CaptureFixture[str]
 NAMES = ("gaussian_noise", "snow", "contrast", "spatter")
@@ -393,7 +393,7 @@ def test_help_shows_this_tasks_settings_alone(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["btrain.corruptions.generate", "btrain.corruptions", "btrain.config"]
+    "module", ["btrain.corruptions.generate", "btrain.corruptions", "btrain.settings.compose"]
 )
 def test_workers_and_help_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from btrain import models
-from btrain.config import compose
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
-from btrain.schema import AllocatorName, DefenseName, RivalName
-from btrain.training.cost import lean_units, official_units, speedups
-from btrain.training.methods import make_memory, make_step
-from btrain.training.statistics import StepStats
+from btrain.methods.cost import lean_units, official_units, speedups
+from btrain.methods.make import make_memory, make_step
+from btrain.methods.statistics import StepStats
+from btrain.settings import AllocatorName, DefenseName, RivalName
+from btrain.settings.compose import compose
 
 CPU = torch.device("cpu")
 STEPS = 4

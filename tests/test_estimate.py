@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from btrain import cli
-from btrain.config import config_dir
+from btrain.methods.cost import expected_units
 from btrain.paper.estimate import cost, listing
 from btrain.paper.job import Job, make_plan
 from btrain.paper.target import read_profile, read_target
+from btrain.settings.compose import config_dir
 from btrain.training import train
-from btrain.training.cost import expected_units
 from test_training import tiny
 
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from btrain.cli import main
-from btrain.eval_config import parse
+from btrain.settings.evaluation_words import parse
 
 Capture = pytest.CaptureFixture[str]
 

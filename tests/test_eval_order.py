@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from btrain.config import compose
 from btrain.data import Data
 from btrain.evaluation import robust_accuracy
 from btrain.exchange.from_run import load_run
+from btrain.settings.compose import compose
 from btrain.training import train
 
 

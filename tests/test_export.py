@@ -15,17 +15,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from btrain import checkpoint
 from btrain.cli import main
-from btrain.config import compose, to_dict
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.exchange.command import parse
 from btrain.exchange.from_run import image_shape, load_run, read_config
 from btrain.exchange.read import read_weights
 from btrain.exchange.write import write
-from btrain.run_folder import RunFolder
-from btrain.schema import DatasetName
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
+from btrain.settings import DatasetName
+from btrain.settings.compose import compose, to_dict
 from their_wide_resnet import TheirWideResNet
 
 Capture = pytest.CaptureFixture[str]

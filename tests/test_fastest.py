@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from btrain.config import compose
-from btrain.schema import ScheduleName
+from btrain.settings import ScheduleName
+from btrain.settings.compose import compose
 from btrain.training import train
 from test_training import metrics
 

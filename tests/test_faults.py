@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from btrain import checkpoint
 from btrain.cli import main
 from btrain.durable import append_line, write_file
 from btrain.errors import UserError
-from btrain.run_folder import RunFolder
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
 from btrain.training import train
 from btrain.training.resume import load_newest
 from test_training import TINY, metrics, same, tiny, untimed, weights

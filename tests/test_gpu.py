@@ -15,26 +15,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from btrain import checkpoint, models
-from btrain.attacks import by_steps, prefix_pgd
+from btrain import models
+from btrain.attacks.graphs import _TRIALS, GraphRecorder, ReplayedPGD
+from btrain.attacks.pgd import by_steps, prefix_pgd
+from btrain.attacks.shadow import InBFloat16, Shadowed
 from btrain.bench import command
 from btrain.bench.measure import measure
 from btrain.bench.plan import Case, make_lanes
-from btrain.config import compose
+from btrain.build import load_data, meant
 from btrain.data import Batch, Data, load
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
 from btrain.evaluation import robust_accuracy
-from btrain.graphs import _TRIALS, GraphRecorder, ReplayedPGD
+from btrain.methods.make import make_step
 from btrain.precision import to_channels_last
-from btrain.schema import Precision
-from btrain.shadow import InBFloat16, Shadowed
+from btrain.runs import checkpoint
+from btrain.settings import Precision
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.loop import train_epoch
-from btrain.training.memory import explained_memory
-from btrain.training.methods import make_step
-from btrain.training.nonfinite import Snapshot
-from btrain.training.setup import load_data, make_optimizer, make_plan, make_state, meant
+from btrain.training.epochs import train_epoch
+from btrain.training.safety.finite import Snapshot
+from btrain.training.safety.out_of_memory import explained_memory
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_optimizer, make_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -258,7 +261,7 @@ def test_gradients_go_by_nccl_and_words_by_gloo(tmp_path: Path) -> None:
     words = """
 import sys, torch
 import torch.distributed as dist
-from btrain.training.parallel import World
+from btrain.processes.world import World
 
 dist.init_process_group(
     "cpu:gloo,cuda:nccl", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from btrain.allocation import Allocation, filled_up, step_sizes
-from btrain.attacks import active_counts, by_steps, pgd, prefix_pgd
-from btrain.config import compose
+from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
+from btrain.attacks.graphs import ReplayedPGD, group_multiple, repeated, replayed_pgd
+from btrain.attacks.pgd import active_counts, by_steps, pgd, prefix_pgd
+from btrain.attacks.shadow import InBFloat16, Shadowed, attacked
 from btrain.data import Batch, Data
 from btrain.defenses import ce_inner_loss, kl_inner_loss
 from btrain.errors import UserError
-from btrain.graphs import ReplayedPGD, group_multiple, repeated, replayed_pgd
-from btrain.schema import Config, CudaGraphs
-from btrain.shadow import InBFloat16, Shadowed, attacked
-from btrain.training.choice import faster, with_graphs_settled
-from btrain.training.fast_paths import check_fast_paths, make_fast_paths
-from btrain.training.generation import Method, eval_logits
-from btrain.training.methods import attack_method, make_step, make_steps
+from btrain.methods.bullettrain import generate, learn
+from btrain.methods.generation import Method, eval_logits
+from btrain.methods.make import attack_method, make_step, make_steps
+from btrain.settings import Config, CudaGraphs
+from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
-from btrain.training.step import generate, learn
+from btrain.training.timing.graphs_pay import faster, with_graphs_settled
 
 CPU = torch.device("cpu")
 TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu",
@@ -340,7 +340,7 @@ def test_all_steps_of_a_run_share_what_is_recorded(
     assert paths.view(preact) is paths.view(preact)
     recorded: list[ReplayedPGD] = []
     monkeypatch.setattr(
-        "btrain.training.fast_paths.replayed_pgd",
+        "btrain.attacks.fast_paths.replayed_pgd",
         lambda device, examples: recorded.append(replayed_pgd(device, examples)) or recorded[-1],
     )
     state, step_of = make_state(config, digits, CPU), make_steps(config, CPU)
@@ -368,7 +368,7 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
         work()
         return took[0] if len(took) == 1 else took.pop(0)
 
-    monkeypatch.setattr("btrain.bench.clock.seconds", clock)
+    monkeypatch.setattr("btrain.training.timing.clock.seconds", clock)
     caplog.set_level("INFO", logger="btrain")
     for times, choice in (
         ([9.0, 9.0] * 3 + [2.0, 1.0] * 7, True),
@@ -388,7 +388,7 @@ def test_auto_keeps_what_takes_less_time_and_leaves_the_run_alone(
     def fails(work: Callable[[], None], device: torch.device) -> float:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr("btrain.bench.clock.seconds", fails)
+    monkeypatch.setattr("btrain.training.timing.clock.seconds", fails)
     assert faster(config, state, digits.train) is None
     assert "not used (operation not permitted when stream is capturing)." in caplog.text
 
@@ -402,7 +402,7 @@ def test_a_run_that_goes_on_keeps_to_what_auto_found(
     begun.graphs = found
     resumed.load_state_dict(begun.state_dict())
     times = [found, None]
-    monkeypatch.setattr("btrain.training.choice.faster", lambda *run: times.pop())
+    monkeypatch.setattr("btrain.training.timing.graphs_pay.faster", lambda *run: times.pop())
     monkeypatch.setattr(TrainState, "device", torch.device("cuda"))
     caplog.set_level("INFO", logger="btrain")
     settled = with_graphs_settled(config, resumed, digits.train).train.cuda_graphs

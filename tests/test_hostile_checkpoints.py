@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from btrain import checkpoint, models
-from btrain.config import compose, to_dict
+from btrain import models
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.exchange.read import load_weights, read_plain, read_weights
+from btrain.runs import checkpoint
+from btrain.settings.compose import compose, to_dict
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 

@@ -28,16 +28,16 @@ from PIL import Image
 
 from btrain import models
 from btrain.cli import main
-from btrain.config import compose, read_yaml, run_name
 from btrain.corruptions.frost import photographs
 from btrain.corruptions.read import read as read_corrupted
 from btrain.data import cifar, imagefolder, load, mnist
 from btrain.data.download import import_torchvision
 from btrain.errors import UserError
-from btrain.eval_schema import EvalSettings
 from btrain.evaluation.target import find
 from btrain.report import compare
 from btrain.report.eval_files import read as read_evaluation
+from btrain.settings.compose import compose, read_yaml, run_name
+from btrain.settings.evaluation import EvalSettings
 from btrain.training import train
 from btrain.untrusted import RefusedError
 from btrain.untrusted.archive import unpack_gzip, unpack_tar

@@ -18,7 +18,7 @@ import torch
 
 from btrain.cli import main
 from btrain.errors import Interrupted, UserError
-from btrain.training.nonfinite import NotFiniteError
+from btrain.training.safety.finite import NotFiniteError
 
 installed = pytest.mark.skipif(
     find_spec("hydra_plugins.hydra_joblib_launcher") is None

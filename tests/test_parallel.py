@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import parallel_steps
-from btrain.config import compose
 from btrain.errors import UserError
-from btrain.training.parallel import World, device_of
+from btrain.processes.world import World, device_of
+from btrain.settings.compose import compose
 from btrain.training.setup import check_shares
 from torchrun import torchrun
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from btrain import launched
+from btrain.build import load_data, make_model
 from btrain.cli import main
-from btrain.config import compose
 from btrain.evaluation import Accuracy, evaluate
-from btrain.training.setup import load_data, make_model
+from btrain.processes import launched
+from btrain.settings.compose import compose
 from parallel_runs import COMMON, FEW, RUNS, accuracy_of
 from torchrun import torchrun
 

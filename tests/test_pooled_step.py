@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from btrain.bench.look import look
-from btrain.config import compose
 from btrain.data import Data, Split
 from btrain.errors import UserError
-from btrain.schema import Config
+from btrain.methods.bullettrain import Generated, generate, rows_to_forward, train_step
+from btrain.methods.generation import Method
+from btrain.methods.make import attack_method, make_step
+from btrain.methods.pool import generate_pool, pooled_step
+from btrain.methods.statistics import EXAMPLES
+from btrain.settings import Config
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.generation import Method
-from btrain.training.loop import train_epoch
-from btrain.training.methods import attack_method, make_step
-from btrain.training.pooled_step import generate_pool, pooled_step
-from btrain.training.setup import make_plan, make_state
+from btrain.training.epochs import train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_state
 from btrain.training.state import TrainState
-from btrain.training.statistics import EXAMPLES
-from btrain.training.step import Generated, generate, rows_to_forward, train_step
 
 CPU = torch.device("cpu")
 TINY = [

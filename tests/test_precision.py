@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btrain import models, precision
-from btrain.attacks import early_exit_pgd, prefix_pgd
-from btrain.config import compose
+from btrain.attacks.pgd import early_exit_pgd, prefix_pgd
+from btrain.attacks.shadow import InBFloat16, attacked
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
+from btrain.methods.bullettrain import generate
+from btrain.methods.make import attack_method, make_memory, make_step, probe_factor
+from btrain.methods.statistics import StepStats
 from btrain.precision import to_channels_last
-from btrain.shadow import InBFloat16, attacked
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.methods import attack_method, make_memory, make_step, probe_factor
 from btrain.training.setup import make_state
-from btrain.training.statistics import StepStats
-from btrain.training.step import generate
 
 CPU = torch.device("cpu")
 DEFENSES = ["trades", "mart", "pgd", "augmix"]

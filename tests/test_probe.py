@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from btrain import checkpoint
-from btrain.config import compose
 from btrain.data import Data, Split
 from btrain.errors import UserError
-from btrain.schema import AllocatorName, Config, RivalName
-from btrain.training import probe, train
-from btrain.training.loop import Step, train_epoch
-from btrain.training.methods import make_step, plain_defense
-from btrain.training.probe import Probe
-from btrain.training.setup import make_plan, make_state
+from btrain.methods.base import Step
+from btrain.methods.make import make_step, plain_defense
+from btrain.methods.statistics import StepStats
+from btrain.runs import checkpoint
+from btrain.settings import AllocatorName, Config, RivalName
+from btrain.settings.compose import compose
+from btrain.training import train
+from btrain.training.epochs import train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_state
 from btrain.training.state import TrainState
-from btrain.training.statistics import StepStats
+from btrain.training.timing import probe
+from btrain.training.timing.probe import Probe
 
 CPU = torch.device("cpu")
 TINY = [

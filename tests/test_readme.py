@@ -14,9 +14,9 @@ from torch import nn
 from btrain.bench.command import parse as parse_bench
 from btrain.bench.plan import make_cases
 from btrain.cli import main
-from btrain.config import compose
 from btrain.data import Data
-from btrain.eval_config import parse, parse_compare
+from btrain.settings.compose import compose
+from btrain.settings.evaluation_words import parse, parse_compare
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

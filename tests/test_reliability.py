@@ -17,21 +17,22 @@ import pytest
 import torch
 from torch import nn
 
-from btrain import checkpoint, run_lock
 from btrain.cli import main
 from btrain.data import Data
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy
-from btrain.run_folder import RunFolder
-from btrain.run_lock import locked
-from btrain.tracking import Tracker
+from btrain.runs import checkpoint
+from btrain.runs import lock as run_lock
+from btrain.runs.folder import RunFolder
+from btrain.runs.lock import locked
+from btrain.runs.provenance import data_hash, processor
+from btrain.runs.tracking import Tracker
 from btrain.training import run as run_module
 from btrain.training import train
-from btrain.training.determinism import deterministic
-from btrain.training.guards import InputGuard, epoch_warnings, is_above, make_input_guard
-from btrain.training.memory import explained_memory
-from btrain.training.nonfinite import Snapshot
-from btrain.training.provenance import data_hash, processor
+from btrain.training.safety.determinism import deterministic
+from btrain.training.safety.finite import Snapshot
+from btrain.training.safety.inputs import InputGuard, epoch_warnings, is_above, make_input_guard
+from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 from test_training import CPU, metrics, same, tiny, untimed, weights
@@ -126,7 +127,7 @@ def test_a_signal_during_evaluation_ends_it_at_once(
 def test_the_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     code = """
 import signal, sys, time
-from btrain.training.signals import stop_on_signals
+from btrain.training.safety.signals import stop_on_signals
 with stop_on_signals() as stop:
     signal.raise_signal(signal.SIGTERM)
     assert stop.made()
@@ -301,7 +302,7 @@ def test_a_second_process_ends_with_a_sentence(tmp_path: Path, whole: Path) -> N
 HOLD = """
 import sys, time
 from pathlib import Path
-from btrain.run_lock import locked
+from btrain.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -440,7 +441,7 @@ def test_a_logger_that_fails_at_the_end_leaves_the_summary(
         yield Tracker(lambda metrics, epoch: None, fails)
         raise RuntimeError("nor to close")
 
-    monkeypatch.setattr("btrain.tracking._tensorboard", tracker)
+    monkeypatch.setattr("btrain.runs.tracking._tensorboard", tracker)
     train(tiny(tmp_path, "train.epochs=1", "logger=tensorboard"))
     assert (tmp_path / "summary.json").exists()
     assert (tmp_path / "train.log").read_text().count("failed (no route to host)") == 1
@@ -619,7 +620,7 @@ def test_the_ball_is_that_of_the_epoch(tmp_path: Path, digits: Data, small_cnn: 
 def test_a_broken_attack_is_reported_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from btrain.training import generation
+    from btrain.methods import generation
 
     attack = generation.attack
     monkeypatch.setattr(generation, "attack", lambda *a, **k: attack(*a, **k) + 0.9)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import models
-from btrain.attacks import pgd
-from btrain.config import compose
+from btrain.attacks.pgd import pgd
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
-from btrain.training.methods import make_memory, make_step
-from btrain.training.rivals.gradalign import misalignment
-from btrain.training.rivals.mma import MMAMethod, mma_step, shortest_attack, soft_logit_margin
+from btrain.methods.gradalign import misalignment
+from btrain.methods.make import make_memory, make_step
+from btrain.methods.mma import MMAMethod, mma_step, shortest_attack, soft_logit_margin
+from btrain.settings.compose import compose
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from btrain.data import Data, Split
+from btrain.methods.make import make_step
 from btrain.training import train
-from btrain.training.loop import train_epoch
-from btrain.training.methods import make_step
-from btrain.training.setup import make_plan, make_state
+from btrain.training.epochs import train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from test_training import CPU, metrics, tiny, untimed, weights
 

@@ -11,8 +11,8 @@ from scipy import stats
 
 from btrain.evaluation.compare import compare_folders
 from btrain.paper.plan import Claim
-from btrain.report.sheets import arithmetic, text
-from btrain.report.sheets.sheet import make_sheet
+from btrain.paper.sheets import arithmetic, text
+from btrain.paper.sheets.sheet import make_sheet
 from sheets import cells, evaluated, finished, line, plan, row
 
 

@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from btrain.report.sheets import drawing, files
 
 from btrain.cli import main
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan
-from btrain.report.sheets import drawing, files, runs
-from btrain.report.sheets.files import write_sheets
-from btrain.report.sheets.runs import Runs, read_run
-from btrain.report.sheets.watch import duration, progress
+from btrain.paper.sheets.files import write_sheets
+from btrain.paper.sheets.watch import duration, progress
+from btrain.runs import read as runs
+from btrain.runs.read import Runs, read_run
 from sheets import begun, evaluated, finished, plan, row
 
 HOSTILE = "</title><script>alert(1)</script>|*_`$x^2$ <img src=//evil.example onerror=x>"

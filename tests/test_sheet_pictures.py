@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from btrain.paper.plan import Plan
-from btrain.report.sheets import drawing, heat, pictures, training_pictures
-from btrain.report.sheets.files import sheet_files, write_sheets
-from btrain.report.sheets.runs import read_run
-from btrain.report.sheets.sheet import make_sheet
-from btrain.report.sheets.training_pictures import read_batch
+from btrain.paper.sheets import drawing, heat, pictures, training_pictures
+from btrain.paper.sheets.files import sheet_files, write_sheets
+from btrain.paper.sheets.sheet import make_sheet
+from btrain.paper.sheets.training_pictures import read_batch
+from btrain.runs.read import read_run
 from sheets import begun, evaluated, finished, plan, row
 
 

@@ -19,10 +19,10 @@ import pytest
 
 from btrain.errors import Interrupted, UserError
 from btrain.paper.plan import Claim
-from btrain.report.sheets import notes, text
-from btrain.report.sheets.runs import read_run
-from btrain.report.sheets.sheet import make_sheet
-from btrain.run_folder import RunFolder
+from btrain.paper.sheets import notes, text
+from btrain.paper.sheets.sheet import make_sheet
+from btrain.runs.folder import RunFolder
+from btrain.runs.read import read_run
 from sheets import begun, cells, evaluated, finished, line, plan, row
 
 

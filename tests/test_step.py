@@ -21,14 +21,14 @@ from btrain.allocation import (
     bullettrain,
     step_sizes,
 )
-from btrain.attacks import by_steps, early_exit_pgd, pgd
-from btrain.augmix import augmix
+from btrain.attacks.pgd import by_steps, early_exit_pgd, pgd
+from btrain.attacks.views import augmix
 from btrain.data import Data
 from btrain.defenses import DEFENSES, kl_inner_loss
-from btrain.training.augmix_step import AugMixMethod, augmix_step
-from btrain.training.generation import Method, start_noise, true_allocation
-from btrain.training.statistics import StepStats, averages, stacked, step_stats
-from btrain.training.step import forward_prefix, rows_to_forward, train_step
+from btrain.methods.augmix import AugMixMethod, augmix_step
+from btrain.methods.bullettrain import forward_prefix, rows_to_forward, train_step
+from btrain.methods.generation import Method, start_noise, true_allocation
+from btrain.methods.statistics import StepStats, averages, stacked, step_stats
 
 EPSILON = 0.1
 STEP_SIZE = 0.03

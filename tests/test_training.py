@@ -14,20 +14,21 @@ import pytest
 import torch
 from torch import nn
 
-from btrain import checkpoint
-from btrain.config import compose
+from btrain.build import find_device
 from btrain.data import Batch, Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.methods.make import make_step, make_steps
 from btrain.precision import to_channels_last
-from btrain.run_folder import RunFolder
-from btrain.schema import AllocatorName, Config, DefenseName, RivalName
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
+from btrain.runs.provenance import git_commit
+from btrain.settings import AllocatorName, Config, DefenseName, RivalName
+from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.loop import train_epoch
-from btrain.training.methods import make_step, make_steps
-from btrain.training.provenance import git_commit
-from btrain.training.schedule import cosine, cyclic, step_decay
-from btrain.training.setup import find_device, make_optimizer, make_plan, make_state
+from btrain.training.epochs import train_epoch
+from btrain.training.schedule import cosine, cyclic, make_plan, step_decay
+from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 
 CPU = torch.device("cpu")

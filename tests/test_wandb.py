@@ -21,7 +21,8 @@ TINY = [
 ]  # fmt: skip
 IMPATIENT = """
 import sys
-from btrain import cli, tracking
+from btrain import cli
+from btrain.runs import tracking
 tracking.FINISH_SECONDS = 2.0
 sys.exit(cli.main(sys.argv[1:]))
 """

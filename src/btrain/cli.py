@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from btrain import __version__
 from btrain.errors import Interrupted, UserError
-from btrain.launched import check_alone, first_complains, is_first, processes
+from btrain.processes.launched import check_alone, first_complains, is_first, processes
 
 USAGE = """\
 usage: btrain <command> …
@@ -91,7 +91,7 @@ def run_command() -> NoReturn:
 
 def _train(args: list[str]) -> None:
     """Runs `btrain.training.train`, once a job."""
-    from btrain import config as configs
+    from btrain.settings import compose as configs
 
     def run(config: Any) -> None:
         from btrain.training import train
@@ -119,7 +119,7 @@ def _data(args: list[str]) -> None:
 
 def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> None:
     """Composes the task's configuration with Hydra and runs it, once a job."""
-    from btrain import config as configs
+    from btrain.settings import compose as configs
 
     args = [configs.with_path_quoted(argument) for argument in args]
     args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
@@ -227,7 +227,7 @@ def _report(args: list[str]) -> None:
 
 def _eval(args: list[str]) -> None:
     """Evaluates a checkpoint, or compares two evaluations."""
-    from btrain import eval_config
+    from btrain.settings import evaluation_words as eval_config
 
     if {"-h", "--help"} & set(args):
         print(eval_config.HELP, end="")

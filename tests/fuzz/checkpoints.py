@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from btrain import checkpoint, models
-from btrain.config import compose, to_dict
+from btrain import models
 from btrain.data import Data, Split
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.exchange.read import load_weights
+from btrain.runs import checkpoint
+from btrain.settings.compose import compose, to_dict
 from btrain.training.setup import make_state
 from fuzz.mutations import damaged, damaged_pickle, number, random_pickle
 

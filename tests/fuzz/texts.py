@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from btrain.config import compose, to_dict, to_yaml
 from btrain.errors import UserError
 from btrain.evaluation.result import Result
 from btrain.exchange.from_run import read_config
 from btrain.report import compare
 from btrain.report.eval_files import read as read_evaluation
-from btrain.run_folder import RunFolder
+from btrain.runs.folder import RunFolder
+from btrain.settings.compose import compose, to_dict, to_yaml
 from fuzz.mutations import damaged, number
 
 _WORDS = (

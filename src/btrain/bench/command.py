@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from btrain import config as configs
-from btrain.bench.schema import BenchConfig, BenchRun
 from btrain.errors import UserError
+from btrain.settings import compose as configs
+from btrain.settings.bench import BenchConfig, BenchRun
 
 _HELP = """\
 btrain bench [bench.option=value …] [option=value …]    how long a training step takes

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 from btrain.bench import command, output
-from btrain.bench.clock import seconds
-from btrain.bench.lane import CLASSES
 from btrain.bench.plan import Case, make_cases
 from btrain.bench.run import measure_case, surroundings
-from btrain.bench.schema import BenchConfig
+from btrain.build import find_device, make_model
 from btrain.data import Split
 from btrain.errors import UserError, first_reason
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import image_shape
 from btrain.precision import to_channels_last
-from btrain.schema import DefenseName, Precision
-from btrain.training.setup import find_device, make_model
+from btrain.settings import DefenseName, Precision
+from btrain.settings.bench import BenchConfig
+from btrain.training.timing.clock import seconds
+from btrain.training.timing.lane import CLASSES
 
 PAIRS = (
     (DefenseName.trades, "wrn_34_10"),

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from btrain.bench.clock import Product, seconds
-from btrain.bench.forced import deciding_logits
-from btrain.bench.lane import Lane
 from btrain.bench.look import MEGABYTE, look
-from btrain.bench.schema import Contender
 from btrain.bench.selection import select
-from btrain.schema import CudaGraphs, Precision
-from btrain.training.cost import forward_flops
-from btrain.training.statistics import averages, stacked
+from btrain.methods.cost import forward_flops
+from btrain.methods.statistics import averages, stacked
+from btrain.settings import CudaGraphs, Precision
+from btrain.settings.bench import Contender
+from btrain.training.timing.clock import Product, seconds
+from btrain.training.timing.forced import deciding_logits
+from btrain.training.timing.lane import Lane
 
 Row = dict[str, Any]
 _SELECTIONS = 10

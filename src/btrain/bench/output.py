@@ -17,7 +17,7 @@ from btrain import __version__
 from btrain.bench.measure import Row
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
-from btrain.training.provenance import processor
+from btrain.runs.provenance import processor
 
 _HEAD = (
     "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",

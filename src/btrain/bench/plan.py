@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from btrain.bench.forced import class_counts
-from btrain.bench.lane import CLASSES, Lane, Workload
-from btrain.bench.schema import BenchConfig, Contender
-from btrain.checkpoint import load
-from btrain.config import compose
+from btrain.attacks.fast_paths import check_fast_paths
+from btrain.build import load_data, make_model
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import image_shape, load_run
-from btrain.schema import AllocatorName, Config, CudaGraphs, DefenseName, TrainConfig
-from btrain.training.fast_paths import check_fast_paths
-from btrain.training.methods import plain_defense
-from btrain.training.setup import load_data, make_model
+from btrain.methods.make import plain_defense
+from btrain.runs.checkpoint import load
+from btrain.settings import AllocatorName, Config, CudaGraphs, DefenseName, TrainConfig
+from btrain.settings.bench import BenchConfig, Contender
+from btrain.settings.compose import compose
+from btrain.training.timing.forced import class_counts
+from btrain.training.timing.lane import CLASSES, Lane, Workload
 
 _OWN_KEYS = {
     "defense": "bench.defenses",

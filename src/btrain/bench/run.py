@@ -11,9 +11,9 @@ import torch
 from btrain.bench import output
 from btrain.bench.measure import Row, measure
 from btrain.bench.plan import Case, make_cases, make_lanes
-from btrain.bench.schema import BenchConfig
-from btrain.training.provenance import git_commit
-from btrain.training.setup import find_device
+from btrain.build import find_device
+from btrain.runs.provenance import git_commit
+from btrain.settings.bench import BenchConfig
 
 
 def run_bench(

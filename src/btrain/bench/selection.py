@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from btrain.allocation import predicted, step_sizes
-from btrain.attacks import by_steps
-from btrain.bench.lane import Lane
+from btrain.attacks.pgd import by_steps
 from btrain.data import Batch
 from btrain.data.augmentation import batch_slices
-from btrain.training.augmix_step import AugMixMethod
-from btrain.training.generation import Method, allocate
-from btrain.training.parallel import ALONE
-from btrain.training.pooled_step import allocate_each, deal
-from btrain.training.step import put_in_order
+from btrain.methods.augmix import AugMixMethod
+from btrain.methods.bullettrain import put_in_order
+from btrain.methods.generation import Method, allocate
+from btrain.methods.pool import allocate_each, deal
+from btrain.processes.world import ALONE
+from btrain.training.timing.lane import Lane
 
 
 def select(lane: Lane, batch: Batch, z: Tensor) -> None:

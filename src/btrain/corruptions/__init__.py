@@ -14,21 +14,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from btrain.errors import UserError
+from btrain.settings.corrupt import CORRUPTIONS, EXTRA_CORRUPTIONS, check_name
 
 if TYPE_CHECKING:
     import numpy as np
 
     from btrain.corruptions.arrays import Corruption, Images
 
-CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
-    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
-    "jpeg_compression",
-)  # fmt: skip
-"""The fifteen that count, in the official order."""
-
-EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Meant for validation; no part of the mean."""
+__all__ = [
+    "CORRUPTIONS",
+    "EXTRA_CORRUPTIONS",
+    "SEVERITIES",
+    "check_images",
+    "check_name",
+    "check_severity",
+    "corrupt",
+]
 
 SEVERITIES = 5
 SMALLEST_SIDE = 8
@@ -67,13 +68,6 @@ def corrupt(
     check_images(images)
     levels = _functions(photographs)[name](images, severity, rng)
     return np.clip(levels, 0, 255).astype(np.uint8)
-
-
-def check_name(name: str) -> None:
-    """Raises UserError where there is no such corruption."""
-    names = CORRUPTIONS + EXTRA_CORRUPTIONS
-    if name not in names:
-        raise UserError(f"There is no corruption {name}; there are: {', '.join(names)}.")
 
 
 def check_severity(severity: int) -> None:

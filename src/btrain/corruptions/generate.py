@@ -31,9 +31,9 @@ from btrain.corruptions import (
 from btrain.corruptions.arrays import Images
 from btrain.corruptions.frost import photographs
 from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
-from btrain.corruptions.schema import CorruptConfig
 from btrain.durable import make_folder, replacing
 from btrain.errors import UserError
+from btrain.settings.corrupt import CorruptConfig
 
 _BYTE_LABELS = 256
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import precision
-from btrain.attacks import InnerLoss
+from btrain.attacks.pgd import InnerLoss
 from btrain.defenses.augmix import augmix_loss
 from btrain.defenses.mart import mart_loss
 from btrain.defenses.pgd import ce_inner_loss

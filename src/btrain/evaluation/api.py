@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.eval_schema import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.examples import (
@@ -22,6 +21,7 @@ from btrain.evaluation.examples import (
 )
 from btrain.evaluation.result import Result
 from btrain.evaluation.sanity import Sanity, check_sanity
+from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 
 
 def robust_accuracy(

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from btrain.eval_schema import AUTOATTACKS, PgdSettings
 from btrain.evaluation.autoattack import autoattack_stands, library
 from btrain.evaluation.corruptions import Reader, mean_settings, under_corruptions
 from btrain.evaluation.examples import Examples, predictions
 from btrain.evaluation.partial import Partial
 from btrain.evaluation.restarts import Pgd, pgd_stands
 from btrain.evaluation.result import Result, versions
+from btrain.settings.evaluation import AUTOATTACKS, PgdSettings
 
 
 @dataclass(frozen=True)

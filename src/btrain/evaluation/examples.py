@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain import precision
-from btrain.attacks import evaluation_mode
+from btrain.attacks.pgd import evaluation_mode
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError, first_line
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from btrain import precision
-from btrain.attacks import InnerLoss
+from btrain.attacks.pgd import InnerLoss
 from btrain.defenses import ce_inner_loss, kl_inner_loss
 
 

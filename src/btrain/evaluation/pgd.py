@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain import precision
-from btrain.attacks import evaluation_mode, prefix_pgd
+from btrain.attacks.pgd import evaluation_mode, prefix_pgd
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
 from btrain.defenses import ce_inner_loss

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from btrain.attacks import prefix_pgd
+from btrain.attacks.pgd import prefix_pgd
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples
 from btrain.evaluation.losses import LOSSES

@@ -10,7 +10,6 @@ import torch
 
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
-from btrain.eval_schema import AUTOATTACKS, CHAIN, EvalSettings
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library
@@ -22,6 +21,7 @@ from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
 from btrain.evaluation.table import describe
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
+from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
 
 SAMPLES = 12
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.config import to_dict
+from btrain.build import find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.eval_config import apply, compose
-from btrain.eval_schema import EvalSettings
 from btrain.evaluation.files import sha256
-from btrain.run_folder import RunFolder
-from btrain.schema import Config
-from btrain.training.setup import find_device, load_data, make_model
+from btrain.runs.folder import RunFolder
+from btrain.settings import Config
+from btrain.settings.compose import to_dict
+from btrain.settings.evaluation import EvalSettings
+from btrain.settings.evaluation_words import apply, compose
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from btrain import config as configs
+from btrain.build import make_model
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
-from btrain.run_folder import RunFolder
-from btrain.schema import Config, DatasetConfig, DatasetName, ModelConfig
-from btrain.training.setup import make_model
+from btrain.runs.folder import RunFolder
+from btrain.settings import Config, DatasetConfig, DatasetName, ModelConfig
+from btrain.settings import compose as configs
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, bullettrain, signed_prediction_variance
+from btrain.build import load_data
 from btrain.data.augmentation import to_unit
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
-from btrain.training.generation import eval_logits, start_noise, true_allocation
-from btrain.training.loop import epoch_order
-from btrain.training.methods import attack_method
-from btrain.training.setup import load_data
+from btrain.methods.generation import eval_logits, start_noise, true_allocation
+from btrain.methods.make import attack_method
+from btrain.training.epochs import epoch_order
 from btrain.untrusted import read_text
 
 FILE = "allocation.json"

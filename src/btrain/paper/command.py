@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.job import Job, check, make_plan
 from btrain.paper.plan import Plan
 from btrain.paper.run import reproduce
 from btrain.paper.target import names, read_profile, read_target
-from btrain.report.sheets.runs import Runs
+from btrain.runs.read import Runs
+from btrain.settings import compose as configs
 
 _OF_A_TARGET = re.compile(r"(table|figure)\d*\.")
 

@@ -1,6 +1,6 @@
 """What the runs of a table or figure will cost, from their settings alone: nothing is trained.
 
-A unit is one forward pass of one image; see `btrain.training.cost`.
+A unit is one forward pass of one image; see `btrain.methods.cost`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from btrain.eval_schema import AUTOATTACKS, PRESETS
+from btrain.build import make_model
+from btrain.methods.cost import PAPER_FRACTIONS, expected_units, forward_flops
 from btrain.paper.job import Job, config_of
 from btrain.paper.plan import Plan, Row
-from btrain.report.sheets.notes import IMAGES
-from btrain.schema import Config
-from btrain.training.cost import PAPER_FRACTIONS, expected_units, forward_flops
-from btrain.training.setup import make_model
+from btrain.paper.sheets.notes import IMAGES
+from btrain.settings import Config
+from btrain.settings.evaluation import AUTOATTACKS, PRESETS
 
 _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
            "digits": (1, 8, 8)}  # fmt: skip

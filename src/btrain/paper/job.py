@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from btrain import config as configs
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.target import Profile, Sweep, Target, merged, row_name, run_name
-from btrain.schema import Config
+from btrain.settings import Config
+from btrain.settings import compose as configs
 
 _SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
 _PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")

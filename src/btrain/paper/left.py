@@ -8,8 +8,8 @@ from pathlib import Path
 from btrain.errors import UserError
 from btrain.paper.job import Job, config_of
 from btrain.paper.target import Sweep, row_name, run_name
-from btrain.run_folder import RunFolder
-from btrain.schema import Config
+from btrain.runs.folder import RunFolder
+from btrain.settings import Config
 
 
 def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from btrain import cli
-from btrain import config as configs
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job
 from btrain.paper.left import unfinished
 from btrain.paper.plan import Plan
 from btrain.paper.target import Sweep, row_name, run_name
 from btrain.report.command import write
-from btrain.report.sheets.runs import Runs
-from btrain.run_folder import RunFolder
+from btrain.runs.folder import RunFolder
+from btrain.runs.read import Runs
+from btrain.settings import compose as configs
 
 _T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended

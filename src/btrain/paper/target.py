@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btrain import config as configs
 from btrain.errors import UserError
+from btrain.settings import compose as configs
 
 
 @dataclass(frozen=True)

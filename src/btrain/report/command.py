@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from btrain.errors import UserError
 
 if TYPE_CHECKING:
-    from btrain.report.sheets.runs import Run
+    from btrain.runs.read import Run
 
 HELP = """\
 usage: btrain report [--merge-seeds] RUN [RUN …]
@@ -46,7 +46,7 @@ def run(args: Sequence[str]) -> None:
         if "--merge-seeds" in flags:
             raise UserError("report --merge-seeds is for run folders, not for a folder of plans.")
         if watching:
-            from btrain.report.sheets.watch import watch
+            from btrain.paper.sheets.watch import watch
 
             watch(paths[0], targets)
             return
@@ -80,7 +80,7 @@ def _sorted(args: Sequence[str]) -> tuple[set[str], dict[str, str], list[Path]]:
 
 
 def _holds_plans(paths: Sequence[Path]) -> bool:
-    from btrain.report.sheets.plans import damaged, plans_in
+    from btrain.paper.sheets.plans import damaged, plans_in
 
     return any((plans := plans_in(path)) or damaged(plans, path) for path in paths)
 
@@ -96,8 +96,8 @@ def write(
     Raises:
         UserError: as `write_sheets`.
     """
-    from btrain.report.sheets.drawing import NO_MATPLOTLIB, is_available
-    from btrain.report.sheets.files import write_sheets
+    from btrain.paper.sheets.drawing import NO_MATPLOTLIB, is_available
+    from btrain.paper.sheets.files import write_sheets
 
     written = write_sheets(folder, out, targets, read)
     for path in written:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.report.json_fields import Fields
-from btrain.run_folder import SUMMARY_KEYS, RunFolder
+from btrain.runs.folder import SUMMARY_KEYS, RunFolder
+from btrain.runs.json_fields import Fields
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""

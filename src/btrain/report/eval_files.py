@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btrain.errors import UserError
-from btrain.report.json_fields import Fields, is_number
+from btrain.runs.json_fields import Fields, is_number
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", "pgd20", "pgd100x10", "pgd1000x5", "autoattack")

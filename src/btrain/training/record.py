@@ -8,15 +8,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from btrain import checkpoint
-from btrain.config import to_dict
 from btrain.errors import UserError
-from btrain.run_folder import RunFolder
-from btrain.run_lock import RunLock
-from btrain.schema import Config
-from btrain.tracking import Tracker
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
+from btrain.runs.lock import RunLock
+from btrain.runs.tracking import Tracker
+from btrain.settings import Config
+from btrain.settings.compose import to_dict
 from btrain.training.lines import epoch_line
-from btrain.training.nonfinite import NotFiniteError
+from btrain.training.safety.finite import NotFiniteError
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")

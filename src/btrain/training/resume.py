@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from btrain import checkpoint
 from btrain.errors import UserError
-from btrain.run_folder import RunFolder
-from btrain.training.parallel import World
+from btrain.processes.world import World
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
 from btrain.training.state import TrainState
 
 

@@ -9,34 +9,36 @@ from typing import Any
 
 from tqdm import tqdm
 
-from btrain.config import to_dict
+from btrain.attacks.fast_paths import check_fast_paths
+from btrain.build import find_device, load_data, meant
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import Interrupted
+from btrain.methods.cost import forward_flops, speedups
+from btrain.methods.make import make_steps
+from btrain.methods.statistics import UNITS
 from btrain.precision import bf16_hint
-from btrain.run_folder import RunFolder
-from btrain.run_lock import RunLock
-from btrain.schema import Config, Precision
-from btrain.tracking import open_tracker
-from btrain.training.choice import with_graphs_settled
-from btrain.training.cost import forward_flops, speedups
-from btrain.training.determinism import deterministic
-from btrain.training.fast_paths import check_fast_paths
-from btrain.training.guards import make_input_guard
+from btrain.processes.world import World, device_of, joined
+from btrain.runs.folder import RunFolder
+from btrain.runs.lock import RunLock
+from btrain.runs.provenance import check_same_data, data_hash, extended
+from btrain.runs.tracking import open_tracker
+from btrain.settings import Config, Precision
+from btrain.settings.compose import to_dict
+from btrain.training.epochs import Averages, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number
-from btrain.training.loop import Averages, check_weights, train_epoch
-from btrain.training.memory import explained_memory
-from btrain.training.methods import make_steps
-from btrain.training.parallel import World, device_of, joined
-from btrain.training.probe import Probe
-from btrain.training.provenance import check_same_data, data_hash, extended
 from btrain.training.record import Record
 from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
+from btrain.training.safety.determinism import deterministic
+from btrain.training.safety.inputs import make_input_guard
+from btrain.training.safety.out_of_memory import explained_memory
+from btrain.training.safety.signals import StopRequest, stop_on_signals
+from btrain.training.schedule import make_plan
 from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_shares, find_device, load_data, make_plan, make_state, meant
-from btrain.training.signals import StopRequest, stop_on_signals
+from btrain.training.setup import check_shares, make_state
 from btrain.training.state import TrainState
-from btrain.training.statistics import UNITS
+from btrain.training.timing.graphs_pay import with_graphs_settled
+from btrain.training.timing.probe import Probe
 
 log = logging.getLogger("btrain")
 

@@ -1,9 +1,12 @@
-"""The learning rate as a function of how far a run has come."""
+"""How long and in what portions a run trains, and its learning rate on the way."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from btrain.settings import Config, OnNonfinite, ScheduleName
 
 Schedule = Callable[[float], float]
 """The share of the run that is done, in [0, 1], -> the factor on the initial learning rate."""
@@ -25,3 +28,50 @@ def cyclic(peak: float) -> Schedule:
 def cosine() -> Schedule:
     """Falls along half a cosine to almost 0."""
     return lambda progress: _COSINE_END + (1 - _COSINE_END) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and in what portions a run trains.
+
+    Attributes:
+        schedule: factor on lr for the share of the run that is done.
+        max_seconds: of training, over all its sessions; None for no limit.
+        skip_nonfinite: whether a step with a number that is not finite is undone instead of ending
+            the run.
+        score_every: batches from one whose scores the log shows to the next; None for none.
+    """
+
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: Schedule
+    crop_padding: int
+    flip: bool
+    max_seconds: float | None
+    skip_nonfinite: bool = False
+    score_every: int | None = None
+
+
+def make_plan(config: Config) -> Plan:
+    """The portions of a run are its batches, or pools of them that are attacked at once."""
+    recipe = config.recipe
+    milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
+    schedules = {
+        ScheduleName.step: step_decay(milestones, recipe.lr_factors),
+        ScheduleName.cyclic: cyclic(recipe.peak),
+        ScheduleName.cosine: cosine(),
+    }
+    return Plan(
+        seed=config.seed,
+        epochs=config.train.epochs,
+        batch_size=config.train.batch_size * config.bt.pool,
+        lr=recipe.lr,
+        schedule=schedules[recipe.schedule],
+        crop_padding=recipe.crop_padding,
+        flip=recipe.flip,
+        max_seconds=config.train.max_seconds,
+        skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
+        score_every=config.train.score_every,
+    )

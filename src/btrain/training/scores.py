@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain import checkpoint
-from btrain.config import to_dict
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
-from btrain.run_folder import RunFolder
-from btrain.schema import Config, DefenseName
-from btrain.training.cost import forward_flops, speedups
-from btrain.training.guards import epoch_warnings, fell, is_above
-from btrain.training.loop import epoch_order
-from btrain.training.parallel import World
-from btrain.training.provenance import device_name, git_commit, git_dirty
+from btrain.methods.cost import forward_flops, speedups
+from btrain.methods.statistics import UNITS, averages
+from btrain.processes.world import World
+from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
+from btrain.runs.provenance import device_name, git_commit, git_dirty
+from btrain.settings import Config, DefenseName
+from btrain.settings.compose import to_dict
+from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
+from btrain.training.safety.inputs import epoch_warnings, fell, is_above
 from btrain.training.state import TrainState
-from btrain.training.statistics import UNITS, averages
 
 log = logging.getLogger("btrain")
 

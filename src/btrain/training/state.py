@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.averaging import WeightAverage
 from btrain.errors import UserError
-from btrain.training.averaging import WeightAverage
-from btrain.training.statistics import StepStats, stacked
+from btrain.methods.statistics import StepStats, stacked
 
 
 @dataclass

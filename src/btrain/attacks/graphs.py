@@ -1,0 +1,193 @@
+"""The attack with its steps recorded once a group size and then replayed: CUDA graphs.
+
+A step of a small network on a small group takes the GPU less time than Python takes to launch its
+kernels. A graph launches all of them at once, but with the memory addresses of its recording: a
+batch is copied to where the recorded step reads it. On a CPU, replaying runs the step again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from btrain.attacks.pgd import InnerLoss, box, per_image
+
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Takes a step that reads and writes fixed memory; returns what runs it again on that memory."""
+
+_LARGEST = 256  # examples; up to here groups are rounded to 8
+
+
+def group_multiple(batch_size: int) -> int:
+    """What group sizes are rounded up to: 8, or more for a batch above 256.
+
+    So a batch has at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary
+    examples of 128, on average.
+    """
+    return 8 * max(1, -(-batch_size // _LARGEST))
+
+
+class _Batch(NamedTuple):
+    """The fixed memory: of m examples, of which the first ones are moved."""
+
+    images: Tensor
+    at: Tensor
+    """Where the next gradient is taken, like the images."""
+    lower: Tensor
+    upper: Tensor
+    size: Tensor
+    """Step sizes, (m, 1, 1, 1)."""
+    target: Tensor
+    """Clean logits, (m, K)."""
+    labels: Tensor
+
+
+class ReplayedPGD:
+    """`prefix_pgd`, with the step of each group size recorded when that size is first met.
+
+    The network must be in eval mode, draw no random numbers, and move its weights in place, as a
+    frozen shadow does: a recorded step then follows them. With another network, weights elsewhere,
+    another loss or larger batches everything is recorded anew.
+
+    Attributes:
+        recorded: how many steps have been recorded so far.
+    """
+
+    def __init__(self, new_recorder: Callable[[], Recorder], examples: int) -> None:
+        """`examples` is the size of the largest batch that is expected."""
+        self.recorded = 0
+        self._new_recorder, self._examples = new_recorder, examples
+        self._made_for: tuple[object, ...] = ()
+        self._replay: dict[int, Callable[[], None]] = {}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        clean_logits: Tensor,
+        *,
+        active: Sequence[int],
+        step_size: Tensor,
+        inner_loss: InnerLoss,
+        epsilon: float | Tensor,
+        noise: Tensor | None,
+        probe: Tensor | None = None,
+    ) -> Tensor:
+        """As `prefix_pgd`; every number in `active` that is new costs a recording."""
+        self._prepare(model, x, labels, clean_logits, inner_loss)
+        for n in sorted(set(active) - self._replay.keys(), reverse=True):
+            # Ahead of this batch's data, which the trial steps of a recorder would move.
+            step = partial(_step, model, inner_loss, _Batch(*(part[:n] for part in self._batch)))
+            self._replay[n] = self._record(step)
+            self.recorded += 1
+        m = len(x)
+        batch = _Batch(*(part[:m] for part in self._batch))
+        batch.images.copy_(x)
+        batch.size.copy_(per_image(step_size, x))
+        batch.target.copy_(clean_logits)
+        batch.labels.copy_(labels)
+        for ours, bound in zip((batch.lower, batch.upper), box(x, epsilon), strict=True):
+            ours.copy_(bound)
+        if noise is not None and active:
+            batch.images[: active[0]] += noise[: active[0]]
+        batch.at.copy_(batch.images if probe is None else x + probe)
+        for n in active:
+            self._replay[n]()
+        return batch.images.clone()
+
+    def _prepare(
+        self, model: nn.Module, x: Tensor, labels: Tensor, z: Tensor, inner_loss: InnerLoss
+    ) -> None:
+        """Drops what was recorded if it does not hold for these, and makes room for them."""
+        weights = tuple(t.data_ptr() for t in chain(model.parameters(), model.buffers()))
+        kinds = tuple((t.shape[1:], t.dtype, t.device) for t in (x, labels, z))
+        self._examples = max(self._examples, len(x))
+        made_for = (model, weights, kinds, inner_loss, self._examples)
+        if made_for == self._made_for:
+            return
+        if self._replay and x.is_cuda:
+            torch.cuda.synchronize(x.device)  # a graph may be under way
+        self._replay.clear()
+        self._record = self._new_recorder()
+        m = self._examples
+        images, at, lower, upper = (x.new_zeros(m, *x.shape[1:]) for _ in range(4))
+        size, target = per_image(x.new_zeros(m), x), z.new_zeros(m, z.shape[1])
+        self._batch = _Batch(images, at, lower, upper, size, target, labels.new_zeros(m))
+        self._made_for = made_for
+
+
+def _step(model: nn.Module, inner_loss: InnerLoss, batch: _Batch) -> None:
+    """One step of `prefix_pgd` on the whole of this memory, and nothing kept beside it."""
+    at = batch.at.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = inner_loss(model(at), batch.target, batch.labels).sum()
+    (gradient,) = torch.autograd.grad(loss, [at])
+    moved = batch.images + batch.size * gradient.sign()
+    batch.images.copy_(torch.clamp(moved, batch.lower, batch.upper))
+    batch.at.copy_(batch.images)
+
+
+def repeated(step: Callable[[], None]) -> Callable[[], None]:
+    """The recorder of a CPU."""
+    return step
+
+
+class GraphRecorder:
+    """Records CUDA graphs that share one pool of memory.
+
+    They may: nothing of one is read after another ran, and two never run at once. What torch asks
+    for is kept: a few runs on a side stream first, always the same stream for one pool, and no
+    copy to the host inside.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Runs the step `_TRIALS` times, then records it, which does not run it."""
+        current = torch.cuda.current_stream(self._device)
+        # The stream is set to bring it back: torch does not where a recording fails.
+        with torch.cuda.device(self._device), torch.cuda.stream(current):
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_TRIALS):  # cuDNN and cuBLAS choose and allocate
+                    step()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    step()
+            except RuntimeError:
+                with torch.cuda.stream(current), suppress(RuntimeError):
+                    _end_recording(self._device)
+                raise
+        self.graphs.append(graph)
+        return graph.replay
+
+
+def _end_recording(device: torch.device) -> None:
+    """After a recording that failed: torch's own generator would still take it to be under way.
+
+    It would then refuse to draw for anybody. One that succeeds ends both.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
+
+
+_TRIALS = 3
+
+
+def replayed_pgd(device: torch.device, examples: int) -> ReplayedPGD:
+    """For batches of up to so many examples on this device."""
+    cuda = device.type == "cuda"
+    return ReplayedPGD((lambda: GraphRecorder(device)) if cuda else (lambda: repeated), examples)

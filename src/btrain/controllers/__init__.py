@@ -1,0 +1,1 @@
+"""What acts on the weights around an update."""

@@ -1,0 +1,214 @@
+"""The cells of a sheet's table, as text for Markdown and HTML alike."""
+
+from __future__ import annotations
+
+from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
+from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
+
+NONE = "–"
+PAPER, GAP = "paper", "ours − paper"  # heads of columns that belong to the one before
+_NAMES = {
+    "pgd20": "PGD-20",
+    "pgd100x10": "PGD-100×10",
+    "pgd1000x5": "PGD-1000×5",
+    "autoattack": "AutoAttack",
+    "corruptions": "corruptions",
+    "clean_acc": "clean",
+    "theoretical_speedup": "speedup, eq. 7",
+    FLOPS: "speedup, FLOPs",
+    MEASURED: "speedup, measured",
+    "train_seconds": "training time",
+}
+
+
+def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+    """A column a number, the paper's beside it where it has one; a line a row."""
+    columns = [("", [line.row.label for line in sheet.lines])]
+    columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
+    for metric in ("clean_acc", sheet.robust, *sheet.attacks):
+        columns += _accuracy(sheet, metric)
+        if metric == sheet.robust and any(line.test for line in sheet.lines):
+            columns.append(("p", [_p(line) for line in sheet.lines]))
+    columns += _fractions(sheet)
+    for metric in ("theoretical_speedup", FLOPS, MEASURED):
+        columns += _speedup(sheet, metric)
+    seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
+    columns.append(("training s", [text(found, ".1f") for found in seconds]))
+    head = [name for name, _ in columns]
+    return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
+
+
+def metric_name(sheet: Sheet, metric: str) -> str:
+    """A metric for people; PGD with the steps that the runs' own evaluation had."""
+    if metric == "robust_acc":
+        return "PGD" if sheet.pgd_steps is None else f"PGD-{sheet.pgd_steps}"
+    return _NAMES.get(metric, metric)
+
+
+def text(found: Spread | None, form: str, unit: str = "") -> str:
+    """Mean ± standard deviation."""
+    if found is None:
+        return NONE
+    deviation = "" if found.sd is None else f" ± {found.sd:{form}}"
+    return f"{found.mean:{form}}{deviation}{unit}"
+
+
+def signed(value: float, form: str = ".2f") -> str:
+    """With its sign, and a minus as wide as the plus."""
+    return f"{value:+{form}}".replace("-", "−")
+
+
+def _accuracy(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
+    found = [spread(line.values.get(metric, {})) for line in sheet.lines]
+    papers = [paper(line, metric) for line in sheet.lines]
+    columns = [(f"{metric_name(sheet, metric)} %", [text(ours, ".2f") for ours in found])]
+    if any(theirs is not None for theirs in papers):
+        columns.append((PAPER, [NONE if p is None else f"{p:.2f}" for p in papers]))
+        gaps = [
+            NONE if ours is None or theirs is None else signed(ours.mean - theirs)
+            for ours, theirs in zip(found, papers, strict=True)
+        ]
+        columns.append((GAP, gaps))
+    return columns
+
+
+def paper(line: Line, metric: str) -> float | None:
+    """The paper's number; robust accuracy may stand under the name of its attack."""
+    other = {"robust_acc": "pgd20", "corruptions": "robust_acc"}.get(metric)
+    found = line.row.paper.get(metric)
+    return found if found is not None or other is None else line.row.paper.get(other)
+
+
+def _p(line: Line) -> str:
+    if line.test is None:
+        return "baseline" if line.row.name == line.baseline else NONE
+    if line.test.p is None:
+        return NONE
+    return "< 0.001" if line.test.p < 0.001 else f"{line.test.p:.3f}"
+
+
+def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    keys = ("f_b", "f_r", "f_o")
+    ours, theirs = [], []
+    for line in sheet.lines:
+        means = [spread(line.values[key]) for key in keys]
+        ours.append(" / ".join(NONE if m is None else f"{m.mean:.2f}" for m in means))
+        papers = [line.row.paper.get(key) for key in keys]
+        theirs.append(" / ".join(NONE if p is None else f"{p:.2f}" for p in papers))
+    empty = " / ".join([NONE] * 3)
+    columns = [("F_B / F_R / F_O", [NONE if cell == empty else cell for cell in ours])]
+    if set(theirs) != {empty}:
+        columns.append((PAPER, [NONE if cell == empty else cell for cell in theirs]))
+    return columns
+
+
+def _speedup(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
+    cells = []
+    for line in sheet.lines:
+        found = spread(line.values[metric])
+        refused = line.refused if metric == MEASURED and found is None else None
+        cells.append(refused or text(found, ".2f", "×"))
+    columns = [(metric_name(sheet, metric), cells)]
+    papers = [line.row.paper.get(metric) for line in sheet.lines]
+    if any(theirs is not None for theirs in papers):
+        columns.append((PAPER, [NONE if p is None else f"{p:.1f}×" for p in papers]))
+    return columns
+
+
+def legend(sheet: Sheet) -> list[str]:
+    """What a reader must know to read the table, a sentence each."""
+    under = (
+        "the mean over corruptions" if sheet.robust == "corruptions" else "accuracy under PGD-20"
+    )
+    sentences = ["Numbers are means ± sample standard deviations over seeds."]
+    baselines = list(dict.fromkeys(line.baseline for line in sheet.lines if line.baseline))
+    if baselines:
+        labels = {line.row.name: line.row.label for line in sheet.lines}
+        sentences.append(
+            f"Baseline: {' and '.join(labels[name] for name in baselines)}. Speedups by FLOPs and "
+            "by time are the baseline's over the row's own, seed by seed, of an epoch over as many "
+            "images: counted FLOPs, seconds of training on the same machine, as many runs at a "
+            "time where their folders tell that."
+        )
+    else:
+        sentences.append(
+            "Speedups by FLOPs are over the plain defense of the same settings, nothing computed "
+            "twice; there is no baseline to divide times by."
+        )
+    if any(line.test for line in sheet.lines):
+        sentences.append(
+            f"p: a paired test of {under} against the baseline on the same test examples; "
+            f"{_test_words(sheet)}; it does not tell what other seeds would give."
+        )
+    return sentences
+
+
+def _test_words(sheet: Sheet) -> str:
+    """How the p of the rows were computed."""
+    exact = "McNemar's exact test"
+    several = (
+        "the normal tail of z = Σd/√Σd², d an example's difference in the mean over the common "
+        f"seeds, {NONE} where fewer than {FEWEST_DIFFERING} examples differ"
+    )
+    seeds = {line.test.seeds == 1 for line in sheet.lines if line.test}
+    if seeds == {True} and sheet.robust != "corruptions":
+        return exact
+    if True in seeds and sheet.robust != "corruptions":
+        return f"with one common seed {exact}, with several {several}"
+    return several
+
+
+CLAIMS = (
+    "A claim holds if the whole 95 % interval of the difference (Student's t over the seeds) lies "
+    "within its limits, fails if the whole interval lies outside, and is undecided otherwise, also "
+    "where all differences are the limit itself or the networks are less than twice as good as "
+    "guessing. The interval knows of other seeds only, not of other test images."
+)
+"""What a reader must know to read the verdicts."""
+
+
+def machines(sheet: Sheet) -> list[str]:
+    """The machines of the finished runs, the most frequent first."""
+    counts: dict[str, int] = {}
+    for run in (run for line in sheet.lines for run in line.runs.values() if run.summary):
+        name = ", ".join(run.machine) if run.machine else str(run.summary.get("device"))
+        name += "" if run.jobs is None else f", {run.jobs} at a time"
+        counts[name] = counts.get(name, 0) + 1
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{name} ({count} run{'s' if count > 1 else ''})" for name, count in ordered]
+
+
+def claim_text(sheet: Sheet, verdict: Verdict) -> str:
+    """A claim's evidence: the mean difference, its interval and the differences by seed."""
+    found, ends = spread(verdict.differences), interval(verdict.differences)
+    what = metric_name(sheet, verdict.claim.metric)
+    limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
+    if found is None:
+        return f"{what}, {limits}"
+    mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}"
+    each = ", ".join(f"{value:.2f}".replace("-", "−") for value in verdict.differences.values())
+    span = f", 95 % interval {signed(ends[0])} to {signed(ends[1])}" if ends else ""
+    return f"{what}, {limits}: {mean}{span} (by seed: {each})"
+
+
+def _limits(at_least: float | None, at_most: float | None) -> str:
+    sides = [(at_least, "at least"), (at_most, "at most")]
+    words = [f"{side} {limit:g}".replace("-", "−") for limit, side in sides if limit is not None]
+    return " and ".join(words) or "any difference"
+
+
+def status(sheet: Sheet) -> str:
+    """One line: how much of it is there."""
+    runs = [run for line in sheet.lines for run in line.runs.values()]
+    rows = sum(line.finished == len(line.runs) for line in sheet.lines)
+    words = [f"{rows} of {len(sheet.lines)} rows done"]
+    done = sum(line.finished for line in sheet.lines)
+    words.append(f"{done} of {len(runs)} runs finished")
+    for state in ("running", "failed", "unfinished"):
+        if count := sum(run.state == state for run in runs):
+            words.append(f"{count} {state}")
+    for word in ("holds", "fails"):
+        if count := sum(verdict.verdict == word for verdict in sheet.verdicts):
+            verb = word if count == 1 else {"holds": "hold", "fails": "fail"}[word]
+            words.append(f"{count} of {len(sheet.verdicts)} claims {verb}")
+    return ", ".join(words)

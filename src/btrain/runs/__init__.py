@@ -1,0 +1,1 @@
+"""A run folder: its files, its lock, and how it is read."""

@@ -1,0 +1,287 @@
+"""What a run leaves behind, and whom a folder belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from btrain.durable import PARTIAL, append_line, make_folder, write_file
+from btrain.errors import Interrupted, UserError
+from btrain.runs.lock import RunLock, locked
+from btrain.settings import Config, DatasetName, Resume
+from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
+from btrain.untrusted import read_text
+
+_LARGEST_SUMMARY = 1 << 20  # bytes
+
+# Settings that may differ when a run is taken up again: none changes what is learnt.
+_MAY_DIFFER = (
+    "run",
+    "logger",
+    "device",
+    "train.max_seconds",
+    "train.checkpoint_every",
+    "train.score_every",
+    "bt.probe_every",
+    "dataset.download",
+)
+
+_LOCK = "run.lock"
+
+FAILED = "failed: "
+"""What the last line of the `train.log` of a run that failed begins with, behind the time."""
+
+SUMMARY_KEYS = {
+    "clean_acc",
+    "robust_acc",
+    "f_b",
+    "f_r",
+    "f_o",
+    "theoretical_speedup",
+    "train_seconds",
+    "device",
+}
+"""What `btrain report` reads of a summary; there is more."""
+
+
+class RunFolder:
+    """The files of one run: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`,
+    `train.log`, `provenance.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        self.damaged = path / "checkpoints" / "damaged.pt"
+        self.best = path / "checkpoints" / "best.pt"
+        self.epoch_start = path / "checkpoints" / "epoch.pt"
+        self.nonfinite = path / "nonfinite.pt"
+        self.provenance = path / "provenance.json"
+        self._config = path / "config.yaml"
+        self._metrics = path / "metrics.jsonl"
+        self._summary = path / "summary.json"
+        self._log = path / "train.log"
+
+    def check_owner(self, config: Config) -> None:
+        """Makes sure that the folder is free or holds a run of this configuration.
+
+        Raises:
+            UserError: it belongs to another configuration or to something else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"run.dir={self.path} is a file; please name a folder.")
+        if not self._config.is_file():
+            if not self._is_empty():
+                raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
+            return
+        may_differ: tuple[str, ...] = _MAY_DIFFER
+        if config.dataset.name is not DatasetName.imagefolder:
+            may_differ += ("dataset.root",)  # the same data in another place
+        # A setting that btrain did not have when the run began was at its default.
+        theirs = flat(defaults()) | flat(read_yaml(self._config))
+        ours = flat(to_dict(config))
+        for key in sorted(theirs.keys() | ours.keys()):
+            same = theirs.get(key) == ours.get(key)
+            if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
+                raise UserError(
+                    f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
+                    f"{ours.get(key)}; please name another run.dir."
+                )
+
+    def _is_empty(self) -> bool:
+        """Nothing but what a run leaves that was killed before it began."""
+        left = {_LOCK, f"{self._config.name}{PARTIAL}", self.last.parent.name}
+        names = {path.name for path in self.path.iterdir()}
+        checkpoints = self.last.parent
+        return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+    def check_resume(self, resume: Resume) -> None:
+        """Makes sure that `run.resume` allows what is to be done here.
+
+        Raises:
+            UserError: there is a run and none is wanted, or the other way round.
+        """
+        if resume is Resume.never and self._config.is_file():
+            raise UserError(
+                f"run.resume=never: {self.path} holds a run already; please name another run.dir."
+            )
+        if resume is Resume.must and not (self.last.is_file() or self.previous.is_file()):
+            raise UserError(f"run.resume=must: {self.path} holds no checkpoint to go on from.")
+
+    @contextmanager
+    def taken(self, config: Config) -> Iterator[RunLock]:
+        """The folder, for this process alone; a new one that nothing was written to goes again.
+
+        Raises:
+            UserError: the folder cannot be written, is in use, or is another run's by now.
+        """
+        fresh = not self._config.exists()
+        make_folder(self.path, "run.dir")
+        make_folder(self.last.parent)
+        with locked(self.path / _LOCK) as lock:
+            try:
+                self.check_owner(config)
+                yield lock
+            except UserError:
+                if fresh and not self._log.exists():
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
+
+    def begin(self, config: Config, provenance: dict[str, Any]) -> None:
+        """Writes what is known before training, and takes the mark of an earlier end away.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self._summary.unlink(missing_ok=True)  # of a run that gets more time
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be written ({error.strerror}).") from error
+        _write(self._config, to_yaml(config))
+        _write(self.provenance, json.dumps(provenance, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` says, neither completed nor checked.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        if not self._config.is_file():
+            raise UserError(f"{self.path} is no run folder: it holds no config.yaml.")
+        return read_yaml(self._config)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `write_summary` wrote, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            content = json.loads(read_text(self._summary, _LARGEST_SUMMARY))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict) or not content.keys() >= SUMMARY_KEYS:
+            raise UserError(f"{self._summary} is damaged; delete the folder to start over.")
+        return content
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, the mark of a run that came to its end."""
+        _write(self._summary, json.dumps(summary, indent=2) + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        append_line(self._metrics, json.dumps(line))
+
+    def keep_metrics(self, epochs: int) -> None:
+        """Drops the lines that a resumed run will write again, and what a crash left of a line."""
+        lines = []
+        if self._metrics.is_file():
+            for line in self._metrics.read_bytes().decode("utf-8", "replace").splitlines():
+                try:
+                    if json.loads(line)["epoch"] <= epochs:
+                        lines.append(line + "\n")
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    break
+        _write(self._metrics, "".join(lines))
+
+    def logged(self, key: str) -> list[float]:
+        """The numbers under a key of `metrics.jsonl`, of the epochs that have one."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line).get(key) for line in lines]
+        return [value for value in values if isinstance(value, float) and math.isfinite(value)]
+
+    @contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Sends btrain's log to the terminal and to `train.log`, which its first line makes.
+
+        What ends the run stands in its last line, with `FAILED` before it unless it is a signal.
+        """
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        logger = logging.getLogger("btrain")
+        file = _LogFile(self._log, encoding="utf-8", delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        handlers: list[logging.Handler] = [file, terminal]
+        for handler in handlers:
+            logger.addHandler(handler)
+        try:
+            with logging_redirect_tqdm([logger]):
+                yield
+        except (Exception, Interrupted) as error:
+            if self._log.exists():  # the terminal gets it anyway
+                file.handle(logging.makeLogRecord({"msg": _ending(error)}))
+            raise
+        finally:
+            for handler in handlers:
+                logger.removeHandler(handler)
+                handler.close()
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _ending(error: BaseException) -> str:
+    """Why a run ended, on one line."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    if isinstance(error, UserError):
+        return f"{FAILED}{error}"
+    words = " ".join(str(error).split())
+    return f"{FAILED}{UserError(f'{type(error).__name__}: {words}')}"  # cut, and printable
+
+
+def _write(path: Path, text: str) -> None:
+    write_file(path, text.encode())
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk costs the log's lines and no more."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it opens the file
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._failed:
+            self._failed = True
+            print(f"btrain: {self.baseFilename} could not be written.", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()

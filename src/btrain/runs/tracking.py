@@ -1,0 +1,161 @@
+"""Where a run's numbers go besides its folder: nowhere, Weights & Biases, or TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from btrain.errors import UserError
+from btrain.settings import LoggerConfig, LoggerName
+
+log = logging.getLogger("btrain")
+
+FINISH_SECONDS = 120.0
+"""How long wandb may upload at the end of a run; what is left then lies in the run folder, for
+`wandb sync`.
+"""
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Takes each epoch's metrics, and the summary at the end."""
+
+    log: Callable[[dict[str, Any], int], None]
+    """(metrics, epoch)"""
+    summarise: Callable[[dict[str, Any]], None]
+
+
+@contextmanager
+def open_tracker(
+    logger: LoggerConfig, run_dir: Path, settings: dict[str, Any], *, resumed: bool = False
+) -> Iterator[Tracker]:
+    """The logger that the configuration names, closed at the end.
+
+    Once it has started, whatever it raises becomes one warning and ends it, not the run.
+
+    Args:
+        settings: the whole configuration as plain containers, shown beside the run.
+        resumed: whether the run has begun already; then a logger that cannot start ends nothing
+            either.
+
+    Raises:
+        UserError: the package is missing, or the service does not answer.
+    """
+    opened = {
+        LoggerName.wandb: lambda: _wandb(logger, run_dir, settings),
+        LoggerName.tensorboard: lambda: _tensorboard(run_dir),
+    }.get(logger.name, lambda: nullcontext(_nowhere()))()
+    try:
+        tracker = opened.__enter__()
+    except UserError as error:
+        if not resumed:
+            raise
+        log.warning("%s The run goes on without it.", error)
+        yield _nowhere()
+        return
+    guarded = _Guarded(tracker, logger.name.name)
+    try:
+        yield Tracker(guarded.log, guarded.summarise)
+    except BaseException as error:
+        guarded.attempt(partial(opened.__exit__, type(error), error, error.__traceback__))
+        raise
+    guarded.attempt(partial(opened.__exit__, None, None, None))
+
+
+def _nowhere() -> Tracker:
+    return Tracker(lambda metrics, epoch: None, lambda summary: None)
+
+
+class _Guarded:
+    """Calls a tracker until it fails."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name, self._failed = tracker, name, False
+
+    def log(self, metrics: dict[str, Any], epoch: int) -> None:
+        self._call(lambda: self._tracker.log(metrics, epoch))
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        self._call(lambda: self._tracker.summarise(summary))
+
+    def _call(self, what: Callable[[], object]) -> None:
+        if not self._failed:
+            self.attempt(what)
+
+    def attempt(self, what: Callable[[], object]) -> None:
+        """To close a tracker, even one that has failed; only the first failure is reported."""
+        try:
+            what()
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._failed:
+            log.warning(
+                "logger=%s failed (%s) and gets nothing more; metrics.jsonl goes on.",
+                self._name,
+                str(error).strip().split("\n")[0] or type(error).__name__,
+            )
+        self._failed = True
+
+
+@contextmanager
+def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Iterator[Tracker]:
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=logger.project,
+            name=run_dir.name,
+            group=logger.group,
+            tags=logger.tags,
+            dir=run_dir,
+            mode=logger.mode.value,
+            config=settings,
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True),
+        )
+    except Exception as error:  # no account, no network, a broken installation
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"logger=wandb could not start ({reason}); logger.mode=offline needs no network."
+        ) from error
+    status = 1
+    try:
+        yield Tracker(lambda metrics, epoch: run.log(metrics, step=epoch), run.summary.update)
+        status = 0
+    finally:
+        try:
+            run.finish(exit_code=status)  # `with run` would print a traceback
+        except Exception:
+            with suppress(Exception):  # left to itself, it prints one when the process ends
+                wandb.teardown(exit_code=1)
+            raise
+
+
+@contextmanager
+def _tensorboard(run_dir: Path) -> Iterator[Tracker]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            'logger=tensorboard needs the extra: pip install "btrain[tensorboard]".'
+        ) from error
+    writer = SummaryWriter(run_dir / "tensorboard")
+
+    def log(metrics: dict[str, Any], epoch: int) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, epoch)
+
+    try:
+        yield Tracker(
+            log,
+            lambda summary: log({f"test/{k}": v for k, v in summary.items()}, summary["epochs"]),
+        )
+    finally:
+        writer.close()

@@ -1,0 +1,357 @@
+"""From YAML files and overrides to a checked `Config`: knows Hydra and OmegaConf, as `cli` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from btrain.errors import UserError
+from btrain.settings import MISSING, Config, DatasetName
+from btrain.settings.bench import BenchRun
+from btrain.settings.corrupt import CorruptConfig
+from btrain.untrusted import read_text
+
+_LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a primary configuration file is for: its schema, its command, and the command's help."""
+
+    schema: type[Any]
+    command: str
+    summary: str
+
+
+TASKS = {
+    "train": Task(Config, "train", "train a robust network, evaluate it, leave a run folder"),
+    "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
+    "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
+}
+"""By the file's name."""
+
+
+def config_dir() -> str:
+    """The folder of the YAML files: inside an installed wheel, or at the top of the repository."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / "configs"
+    return str(packaged if packaged.is_dir() else package.parents[1] / "configs")
+
+
+def register() -> None:
+    """Makes the schema and its resolvers known to Hydra; calling it again does no harm."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
+    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
+    OmegaConf.register_new_resolver("scale", _scale, replace=True)
+    OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
+    OmegaConf.register_new_resolver("divided", _divided, replace=True)
+
+
+def _scale(length: float, factor: float, divisor: float) -> float:
+    """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
+    return factor * length / max(divisor, 1)
+
+
+def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
+    """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
+    return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _divided(count: int, divisor: float) -> int:
+    """`${divided:10,1.5}` = 7, rounded up: fewer epochs or a smaller batch than a recipe's."""
+    return math.ceil(count / divisor)
+
+
+def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
+    """The configuration that a task's command would run with the overrides; of its schema's class.
+
+    Raises:
+        UserError: an unknown key or option, a wrong type, a value out of range.
+    """
+    return from_hydra(composed(overrides, task), overrides)
+
+
+def composed(overrides: Sequence[str], task: str) -> Any:
+    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+
+    Raises:
+        UserError: an unknown key or option, a wrong type.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+            return hydra_compose(task, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
+        raise explain(error, overrides, task) from error
+
+
+def quoted(text: str) -> str:
+    """Any text as a value on Hydra's command line."""
+    # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
+
+
+_PATHS = (
+    *("dataset.root", "run.dir", "corrupt.out", "corrupt.frost"),
+    *("bench.checkpoint", "bench.out", "bench.plot"),
+)
+
+
+def with_path_quoted(argument: str) -> str:
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    key, _, value = argument.partition("=")
+    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
+        return argument
+    return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
+
+
+def help_text(overrides: Sequence[str], task: str = "train") -> str:
+    """What a command's --help shows: the options of each group and the settings they come to.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_yaml(composed(overrides, task))
+    defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
+    groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
+    options = "\n".join(f"{group}: {', '.join(_options(group))}" for group in groups)
+    command, summary = TASKS[task].command, TASKS[task].summary
+    return _HELP.format(command=command, summary=summary, options=options, settings=settings)
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+
+
+_HELP = """\
+btrain {command} [option=value …]    {summary}
+
+== Options (group=option) ==
+{options}
+
+== Settings (key=value) ==
+{settings}
+--multirun sweeps over comma-separated values; --cfg job shows the settings, --info defaults
+where they come from; --config-dir DIR adds a folder of your own options.
+"""
+
+
+def jobs_at_once() -> int | None:
+    """How many jobs the launcher of the job that runs now has at a time on this machine.
+
+    1 without a sweep; None where the launcher does not tell.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    if hydra.mode is not RunMode.MULTIRUN or launcher == "basic":
+        return 1
+    if launcher != "joblib":
+        return None
+    jobs = hydra.launcher.n_jobs or 1
+    return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
+
+
+def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
+    """Turns a composed configuration into its task's checked dataclasses; names the run folder.
+
+    Args:
+        cfg: what Hydra composed; a top-level `hydra` node is ignored.
+        overrides: the command line's, for the name of the run folder.
+
+    Raises:
+        UserError: a value is missing or out of range, or `+key=value` added a key.
+    """
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    for override in overrides:
+        if re.match(r"[\w.]+=\{", override):
+            raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key} has no default; please give {error.full_key}=…."
+        ) from error
+    except OmegaConfBaseException as error:
+        raise explain(error, overrides) from error
+    _reject_added_keys(config, "", type(config))
+    if isinstance(config, Config) and config.run.dir is None:
+        config.run.dir = str(Path("runs") / run_name(config, overrides))
+    return config
+
+
+def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
+    """`+foo=1` passes OmegaConf's schema as an extra attribute; here it fails as unknown."""
+    known = {field.name for field in dataclasses.fields(node)}
+    for name, value in vars(node).items():
+        if name not in known:
+            raise UserError(_unknown_key(prefix + name, schema))
+        if dataclasses.is_dataclass(value):
+            _reject_added_keys(value, f"{prefix}{name}.", schema)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain containers: what `config.yaml` and checkpoints hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return value.name if isinstance(value, Enum) else value
+
+    return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
+
+
+def defaults(kind: type = Config) -> dict[str, Any]:
+    """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
+    hints = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = defaults(hints[field.name])
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+        elif field.default != MISSING:
+            value = field.default
+            found[field.name] = value.name if isinstance(value, Enum) else value
+    return found
+
+
+def to_yaml(config: Config) -> str:
+    """The text of a run folder's `config.yaml`."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A run folder's `config.yaml` as plain containers.
+
+    Raises:
+        UserError: the file cannot be read as YAML.
+    """
+    from btrain.untrusted import plain_yaml
+
+    try:
+        content = plain_yaml.parse(read_text(path, _LARGEST_YAML))
+    except Exception as error:
+        raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a readable configuration: it holds no mapping.")
+    return {str(key): value for key, value in content.items()}
+
+
+# Settings that name the run already, or that do not change its result.
+_NOT_IN_NAME = re.compile(
+    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every)\b"
+)
+_LONGEST_NAME = 150  # bytes; file systems take 255
+
+
+def run_name(config: Config, overrides: Sequence[str]) -> str:
+    """A readable folder name, different for different settings.
+
+    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`; an image folder goes by its own
+    name.
+    """
+    data = config.dataset.name.name
+    if config.dataset.name is DatasetName.imagefolder:
+        data = Path(config.dataset.root).resolve().name
+    plain = [override.lstrip("+~") for override in overrides]
+    last = {override.partition("=")[0]: override for override in plain}
+    changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
+    parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
+    name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
+    name = re.sub(r"[^\w.-]+", "_", name)
+    encoded = name.encode()
+    if len(encoded) > _LONGEST_NAME:
+        start = encoded[: _LONGEST_NAME - 9].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+    return name
+
+
+def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> UserError:
+    """One sentence for what Hydra or OmegaConf raised while they composed a configuration."""
+    if override := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
+        return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
+    if type(error).__name__ == "OverrideParseException":
+        return UserError(f"{vars(error)['override']} is not of the form key=value.")
+    cause = error.__cause__ or error
+    unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
+        r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
+        str(cause).split("\n")[0] + "\n",
+    )
+    key = re.search(r"full_key: (\S+)", str(cause))
+    if unknown:
+        name = key.group(1) if key else unknown.group(1)
+        return UserError(_unknown_key(name, TASKS[task].schema))
+    option = re.search(r"Could not find '(.*?)'", str(error))
+    if option:
+        return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
+    if key:
+        return UserError(f"{key.group(1)}: {_first_line(cause)}")
+    for group, _, value in (override.partition("=") for override in overrides):
+        folder = Path(config_dir()) / group
+        if group and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
+            return UserError(_unknown_option(group, value))
+    return UserError(_first_line(cause))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _unknown_key(key: str, schema: type) -> str:
+    close = difflib.get_close_matches(key, _all_keys(schema, ""), n=1)
+    (command,) = (task.command for task in TASKS.values() if task.schema is schema)
+    hint = f"Did you mean {close[0]}?" if close else f"`btrain {command} --help` lists them."
+    return f"There is no setting {key}. {hint}"
+
+
+def _unknown_option(group: str, option: str) -> str:
+    if not group:
+        return f"There is no configuration file {option}.yaml."
+    if group == "hydra/launcher":
+        return (
+            f"hydra/launcher={option} is not installed; pip install 'btrain[sweep]' brings joblib, "
+            "submitit_local and submitit_slurm."
+        )
+    return f"{group}={option} is no option; there are: {', '.join(_options(group))}."
+
+
+def _all_keys(node: type, prefix: str) -> list[str]:
+    import typing
+
+    keys = []
+    for name, kind in typing.get_type_hints(node).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += _all_keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return keys

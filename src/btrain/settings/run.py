@@ -1,0 +1,165 @@
+"""The groups that say what is trained, for how long, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from btrain.settings.checks import MISSING, at_least, finite, no_null, positive, require
+from btrain.settings.names import (
+    Architecture,
+    CudaGraphs,
+    DatasetName,
+    LoggerName,
+    OnNonfinite,
+    OptimizerName,
+    Precision,
+    Resume,
+    ScheduleName,
+    WandbMode,
+)
+
+
+@dataclass
+class DatasetConfig:
+    name: DatasetName = MISSING
+    root: str = MISSING
+    download: bool = True
+    image_size: int | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+    val_examples: int = 0
+    epsilon: float = MISSING
+    step_size: float = MISSING
+    eval_step_size: float = MISSING
+
+    def __post_init__(self) -> None:
+        at_least(2, "dataset.train_examples", self.train_examples)
+        at_least(1, "dataset.test_examples", self.test_examples)
+        at_least(0, "dataset.val_examples", self.val_examples)
+        at_least(1, "dataset.image_size", self.image_size)
+        no_null("dataset.root", self.root)
+        resizes = self.name is DatasetName.imagefolder
+        require(
+            resizes or self.image_size is None, "dataset.image_size", "null here", self.image_size
+        )
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    architecture: Architecture = MISSING
+    width: int = MISSING
+    depth: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, "model.width", self.width)
+        deep = self.architecture is Architecture.wide_resnet
+        require(deep or self.depth is None, "model.depth", "null here", self.depth)
+        require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
+                 self.std)  # fmt: skip
+        for mean in self.mean or []:
+            require(finite(mean), "model.mean", "finite", mean)
+        for std in self.std or []:
+            positive("model.std", std)
+
+
+@dataclass
+class RecipeConfig:
+    name: str = MISSING
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    optimizer: OptimizerName = OptimizerName.sgd
+    lr: float = MISSING
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = MISSING
+    schedule: ScheduleName = ScheduleName.step
+    milestones: list[float] = field(default_factory=list)
+    lr_factors: list[float] = field(default_factory=list)
+    peak: float = 0.4
+    crop_padding: int = MISSING
+    flip: bool = MISSING
+    early_stop_on_collapse: bool = False
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(1, "recipe.epochs", self.epochs)
+        positive("recipe.lr", self.lr)
+        require(0 <= self.momentum < 1, "recipe.momentum", "in [0, 1)", self.momentum)
+        at_least(0, "recipe.weight_decay", self.weight_decay)
+        for milestone in self.milestones:
+            at_least(0, "recipe.milestones", milestone)
+        ascending = sorted(self.milestones) == self.milestones
+        require(ascending, "recipe.milestones", "in ascending order", self.milestones)
+        require(
+            len(self.lr_factors) == len(self.milestones),
+            "recipe.lr_factors",
+            f"as many as recipe.milestones ({len(self.milestones)})",
+            len(self.lr_factors),
+        )
+        for factor in self.lr_factors:
+            positive("recipe.lr_factors", factor)
+        require(0 < self.peak < 1, "recipe.peak", "in (0, 1)", self.peak)
+        rolls = self.momentum > 0 and self.optimizer is OptimizerName.sgd
+        require(rolls or not self.nesterov, "recipe.nesterov", "false without SGD's momentum", True)
+        at_least(0, "recipe.crop_padding", self.crop_padding)
+        require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
+
+
+@dataclass
+class LoggerConfig:
+    name: LoggerName = MISSING
+    mode: WandbMode = WandbMode.online
+    project: str = "btrain"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    max_seconds: float | None = None
+    checkpoint_every: int = 1
+    score_every: int | None = None
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    deterministic: bool = False
+    precision: Precision = Precision.float32
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graphs: CudaGraphs = CudaGraphs.never
+
+    def __post_init__(self) -> None:
+        at_least(1, "train.epochs", self.epochs)
+        at_least(2, "train.batch_size", self.batch_size)
+        at_least(1, "train.checkpoint_every", self.checkpoint_every)
+        at_least(1, "train.score_every", self.score_every)
+        if self.max_seconds is not None:
+            positive("train.max_seconds", self.max_seconds)
+
+
+@dataclass
+class EvalConfig:
+    epsilon: float = MISSING
+    step_size: float = MISSING
+    steps: int = MISSING
+    batch_size: int = MISSING
+    every_epochs: int = MISSING
+
+    def __post_init__(self) -> None:
+        positive("eval.epsilon", self.epsilon)
+        positive("eval.step_size", self.step_size)
+        at_least(0, "eval.steps", self.steps)
+        at_least(1, "eval.batch_size", self.batch_size)
+        at_least(1, "eval.every_epochs", self.every_epochs)
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None
+    resume: Resume = Resume.auto
+
+    def __post_init__(self) -> None:
+        no_null("run.dir", self.dir)

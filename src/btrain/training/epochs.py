@@ -1,0 +1,237 @@
+"""The epochs of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btrain.attacks.pgd import evaluation_mode
+from btrain.data import Split, batches
+from btrain.data.augmentation import Batch, batch_slices, to_unit
+from btrain.errors import UserError
+from btrain.methods.base import Step
+from btrain.methods.statistics import StepStats, averages, scores_by_batch
+from btrain.processes.world import ALONE, World
+from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
+from btrain.training.safety.inputs import InputGuard
+from btrain.training.schedule import Plan
+from btrain.training.state import TrainState
+
+Averages = dict[str, Any]
+
+_HEARTBEAT_SECONDS = 1.0
+_CHECKED = 64  # training images
+
+
+@dataclass
+class Heartbeat:
+    """Looks at the running sums once a second, for the progress bar and for NaN and infinity.
+
+    Every look is a copy from the device; in between, the first bad step is remembered there, and
+    here the random state ahead of each step, from which its batch can be drawn again.
+    """
+
+    show: Callable[[Averages], None]
+    check: FiniteCheck
+    draw: Callable[[int, Tensor], Batch]
+    """(step, random state) -> the batch of that step"""
+    random_states: dict[int, Tensor] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def step(self, state: TrainState) -> None:
+        """Called after each batch."""
+        if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
+            self.look(state)
+
+    def look(self, state: TrainState) -> Averages:
+        """Returns the epoch's averages so far.
+
+        Raises:
+            NotFiniteError: logits, the loss or a gradient were not.
+        """
+        if found := self.check.found():
+            self._stop(state, *found)
+        self.random_states.clear()
+        means = averages(state.epoch_sums)
+        if means["loss"] is not None:
+            self.show(means)
+        self.last = time.perf_counter()
+        return means
+
+    def _stop(self, state: TrainState, step: int, what: str) -> None:
+        x, labels, indices = self.draw(step, self.random_states[step])
+        raise NotFiniteError(
+            f"There is a number that is not finite in {what} in epoch {state.epoch + 1}, step "
+            f"{step}; a smaller recipe.lr may help.",
+            {
+                "epoch": state.epoch + 1,
+                "step": step,
+                "tensor": what,
+                "x": x.cpu(),
+                "labels": labels.cpu(),
+                "indices": indices.cpu(),
+                "generator": self.random_states[step],
+            },
+        )
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(examples, generator=generator)
+
+
+def train_epoch(
+    state: TrainState,
+    split: Split,
+    step: Step,
+    plan: Plan,
+    *,
+    tick: Callable[[], None],
+    show: Callable[[Averages], None],
+    stopped: Callable[[], bool] = lambda: False,
+    guard: InputGuard | None = None,
+    world: World = ALONE,
+) -> Averages | None:
+    """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
+
+    Args:
+        step: what is done with a batch.
+        tick: called after each batch.
+        show: called about once a second with the epoch's averages so far.
+        stopped: asked ahead of each batch.
+        guard: looks at the epoch's last batch.
+        world: the processes that train together; they stop together, by the clock of the first.
+
+    Returns:
+        The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch,
+        and `scores`, those of single batches, where the plan asks for them; None when it was
+        stopped or the time was up before its first batch.
+
+    Raises:
+        NotFiniteError: logits, the loss or a gradient are NaN or infinite, and such steps are not
+            skipped.
+        UserError: every step of the epoch was skipped.
+    """
+    device = split.images.device
+    steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
+    order = epoch_order(len(split), plan.seed, state.epoch).to(device)
+    began, before = _clock(device), state.train_seconds
+
+    def draw(first: int) -> Iterator[Batch]:
+        return batches(
+            split,
+            order,
+            plan.batch_size,
+            crop_padding=plan.crop_padding,
+            flip=plan.flip,
+            generator=state.generator,
+            first=first,
+        )
+
+    def draw_again(number: int, random_state: Tensor) -> Batch:
+        state.generator.set_state(random_state)
+        return next(draw(number - 1))
+
+    def over() -> bool:
+        limit, now = plan.max_seconds, time.perf_counter()
+        late = world.first and limit is not None and before + now - began >= limit
+        return bool(world.largest(int(stopped() or late)))
+
+    heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
+    state.model.train()
+    if state.batch == 0 and plan.skip_nonfinite:
+        state.memory["skipped"].zero_()
+    drawn = draw(state.batch)
+    while state.batch < steps_per_epoch and not over():
+        done = state.epoch * steps_per_epoch + state.batch
+        lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        if world.first:
+            heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+        batch = next(drawn)
+        last = state.batch + 1 == steps_per_epoch
+        with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
+            _take(step, state, batch, heartbeat.check, plan, done)
+        if world.first:
+            heartbeat.step(state)
+        tick()
+    elapsed = world.told(_clock(device) - began)
+    state.train_seconds += elapsed
+    state.epoch_seconds += elapsed
+    if state.batch == 0:
+        return None
+    # The others wait for the first, which keeps a batch that ends the run.
+    means: Averages = heartbeat.look(state) if world.first else averages(state.epoch_sums)
+    means |= {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "robust_fraction": float(state.memory["robust_fraction"]),
+        "train_seconds": state.epoch_seconds,
+    }
+    if plan.score_every is not None:
+        means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
+    return means | (_skipped(state) if plan.skip_nonfinite else {})
+
+
+def _take(
+    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan, done: int
+) -> None:
+    """One step after `done` others of the run, undone and counted if it is to be skipped."""
+    skip = plan.skip_nonfinite
+    before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
+    stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
+    bad = check.see(state.batch + 1, stats)
+    state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
+    if before is not None:
+        before.undo_where(bad)
+        check.forget()
+        state.memory["skipped"] += bad
+        stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
+    if state.average is not None:
+        state.average.update(done, skipped=bad if skip else None)
+    state.add(stats)
+    if plan.score_every is not None and (state.batch - 1) % plan.score_every == 0:
+        state.remember(stats)
+
+
+def _skipped(state: TrainState) -> Averages:
+    skipped = int(state.memory["skipped"])
+    if skipped == state.batch:
+        raise UserError(
+            f"Every step of epoch {state.epoch + 1} was skipped for numbers that are not finite; "
+            "a smaller recipe.lr may help."
+        )
+    return {"skipped_steps": skipped}
+
+
+def check_weights(state: TrainState, split: Split) -> None:
+    """Looks at the weights: the last update's loss was taken before it.
+
+    Raises:
+        UserError: weights, BatchNorm statistics, or the logits of some training images are not
+            finite.
+    """
+    with evaluation_mode(state.model), torch.no_grad():
+        logits = state.model(to_unit(split.images[:_CHECKED]))
+    tensors = {**state.model.state_dict(), "the logits": logits}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
+    if not finite.all():
+        name = list(tensors)[finite.tolist().index(False)]
+        raise UserError(
+            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}, {name} is "
+            "not finite; a smaller recipe.lr may help."
+        )
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""What keeps a run from going on with wrong numbers."""

@@ -1,0 +1,120 @@
+"""What must hold at the end of every epoch; where it does not, the log says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btrain.evaluation import Accuracy
+from btrain.settings import Config, DefenseName, RivalName
+
+COLLAPSE = 20.0  # points
+_ROUNDING = 1e-5
+_EXAMPLES = 32
+
+
+class InputGuard:
+    """Whether the images that a network is trained on lie in the box and the ε-ball.
+
+    It looks at the inputs themselves, whatever made them: in one batch, at the first 32 images of
+    each train-mode pass, each against the nearest clean image of the batch. The passes of an attack
+    in train mode are none of training; where they begin may lie outside.
+    """
+
+    def __init__(self, radius: float | None, box_slack: float = 0.0) -> None:
+        self._radius, self._slack = radius, box_slack
+        self._outside: list[Tensor] = []
+
+    @contextmanager
+    def over(self, model: nn.Module, x: Tensor) -> Iterator[None]:
+        """Watches a step on the clean images x, (m, C, H, W)."""
+        self._outside = []
+        clean = x.detach().float().flatten(1)
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            (images,) = inputs
+            of_an_attack = images.requires_grad and images.is_leaf  # its gradient is asked for
+            if not module.training or of_an_attack:
+                return
+            seen = images.detach()[:_EXAMPLES].float().flatten(1)
+            box = torch.maximum(-seen.amin(), seen.amax() - 1)
+            ball = torch.cdist(seen, clean, p=torch.inf).amin(dim=1).amax()
+            self._outside.append(torch.stack([box, ball]))
+
+        handle = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def warnings(self) -> list[str]:
+        """What was wrong in the batch that was watched last; one copy to the host."""
+        if not self._outside:
+            return []
+        box, ball = torch.stack(self._outside).amax(dim=0).tolist()
+        found = []
+        if box > self._slack + _ROUNDING:
+            found.append(f"training images leave the pixel box by {box:.3g}")
+        if self._radius is not None and ball > self._radius + _ROUNDING:
+            found.append(
+                f"training images are {ball:.3g} away from the clean ones, more than the radius "
+                f"{self._radius:.3g}"
+            )
+        return found
+
+
+def make_input_guard(config: Config, epoch: int) -> InputGuard:
+    """The radius of the attack in an epoch, from 0; none for AugMix, whose views are no attack."""
+    epsilon, rival = config.attack.share(epoch) * config.attack.epsilon, config.rival
+    if config.defense.name is DefenseName.augmix:
+        return InputGuard(None)
+    if rival.name is RivalName.mma:
+        assert rival.max_margin is not None
+        return InputGuard(1.05 * rival.max_margin)
+    # What Free brings from the batch before leaves the box.
+    return InputGuard(epsilon, box_slack=epsilon if rival.name is RivalName.free else 0.0)
+
+
+def epoch_warnings(
+    means: Mapping[str, Any], watched: Accuracy, watched_examples: int, before: float | None
+) -> list[str]:
+    """What is odd about an epoch.
+
+    Args:
+        means: the epoch's averages.
+        watched: accuracies on the watched training batch.
+        before: its PGD accuracy one epoch earlier, or None.
+    """
+    found = []
+    total = means["f_b"] + means["f_r"] + means["f_o"]
+    if abs(total - 1) > _ROUNDING:
+        found.append(f"F_B + F_R + F_O is {total:.6f}")
+    if is_above(watched, watched_examples):
+        found.append(
+            f"PGD accuracy on a training batch, {watched.robust:.1f} %, is above the clean "
+            f"accuracy, {watched.clean:.1f} %"
+        )
+    under_attack = means["robust_acc_train"]
+    if fell(before, watched.robust) and under_attack > watched.robust + COLLAPSE:
+        found.append(
+            f"catastrophic overfitting: PGD accuracy on a training batch fell from {before:.1f} to "
+            f"{watched.robust:.1f} % while training sees {under_attack:.1f} %"
+        )
+    return found
+
+
+def is_above(accuracy: Accuracy, examples: int) -> bool:
+    """Robust above clean accuracy by more than three standard deviations and an example."""
+    share = accuracy.clean / 100
+    noise = 3 * math.sqrt(share * (1 - share) / examples) + 1 / examples
+    return accuracy.robust > accuracy.clean + 100 * noise
+
+
+def fell(before: float | None, now: float) -> bool:
+    """A fall of PGD accuracy by more than 20 points within an epoch."""
+    return before is not None and now < before - COLLAPSE

@@ -1,0 +1,1 @@
+"""What is timed, in training and by the bench."""

@@ -1,0 +1,151 @@
+"""One method at one precision and layout, ready to take a training step again and again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from btrain.allocation import classify
+from btrain.attacks.fast_paths import FastPaths, make_fast_paths
+from btrain.data import Batch
+from btrain.methods.augmix import AugMixMethod
+from btrain.methods.base import Memory, Step
+from btrain.methods.generation import Method
+from btrain.methods.make import attack_method, augmix_method, in_view, make_step
+from btrain.methods.statistics import StepStats
+from btrain.precision import to_channels_last
+from btrain.settings import Config, CudaGraphs, DefenseName
+from btrain.settings.bench import Contender
+from btrain.training.setup import make_optimizer
+from btrain.training.timing.forced import deciding_logits, force
+from btrain.training.timing.masked import masked_step
+from btrain.training.timing.official import official_step
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all lanes of a case step on, by repetition.
+
+    Attributes:
+        network: with the weights that every lane copies.
+        images: of a repetition, (m, C, H, W).
+        labels: of a repetition, (m,); None where the fractions are forced.
+        fractions: F_B, F_R, F_O to force, or None.
+        robust_fraction: F_R where nothing is forced.
+    """
+
+    network: nn.Module
+    images: Callable[[int], Tensor]
+    labels: Callable[[int], Tensor] | None
+    fractions: Sequence[float] | None
+    robust_fraction: float = 0.0
+
+
+@dataclass
+class Lane:
+    """A method with a network of its own.
+
+    The learning rate is 0: an update costs what it costs, and the weights stay, so that every
+    repetition finds the same work.
+    """
+
+    config: Config
+    contender: Contender
+    workload: Workload
+    device: torch.device
+    model: nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    method: Method | AugMixMethod = field(init=False)
+    step: Step = field(init=False)
+    generator: torch.Generator = field(init=False)
+    memory: Memory = field(init=False, default_factory=dict)
+    stats: list[StepStats] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.workload.network).to(self.device).train()
+        if self.config.train.channels_last:
+            self.model = to_channels_last(self.model)
+        self.optimizer = make_optimizer(self.config.recipe, self.model)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._paths = make_fast_paths(self.config.train, self.device)
+        self.method = _method(self.config, self.device, "bullettrain")
+        if isinstance(self.method, Method):
+            self.method = replace(self.method, multiple=self._paths.multiple)
+        self.step = _step(self.config, self.contender, self.device, self._paths)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+
+    @property
+    def inside(self) -> nn.Module:
+        """The network as the step sees it."""
+        return self._paths.view(self.model)
+
+    def prepare(self, repetition: int) -> Batch:
+        """The batch of a repetition, and F_R and the classes in `memory`; not to be timed.
+
+        A pool is the same batch several times.
+        """
+        x, work = self.workload.images(repetition), self.workload
+        if work.fractions is not None:
+            batch = force(self.inside, x, self.method, work.fractions, self.memory)
+        else:
+            assert work.labels is not None
+            rows = torch.arange(len(x), device=self.device)
+            batch = Batch(x, work.labels(repetition), rows)
+            self.memory["robust_fraction"] = torch.tensor(work.robust_fraction, device=self.device)
+        if self.contender is Contender.masked:
+            logits = deciding_logits(self.inside, x, self.method)
+            score = self.method.metric(logits, batch.labels)
+            self.memory["classes"] = classify(score, self.memory["robust_fraction"])
+
+        pool = self.config.bt.pool
+        return Batch._make(torch.cat([part] * pool) for part in batch) if pool > 1 else batch
+
+    def run(self, batch: Batch) -> None:
+        """One training step."""
+        stats = self.step(self.model, self.optimizer, batch, self.memory, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)  # as in a run
+        self.stats.append(stats)
+
+    def rehearse(self, repetition: int) -> None:
+        """Ahead of a batch that is to be timed: records its group sizes, if they are new.
+
+        A run meets every size again and again, a few repetitions do not. With given fractions the
+        sizes are always the same. The weights stay, so that the batch finds its sizes recorded.
+        """
+        if self.config.train.cuda_graphs is CudaGraphs.always and self.workload.fractions is None:
+            self.run(self.prepare(repetition))
+            self.stats.pop()
+
+    @property
+    def state_bytes(self) -> int:
+        """Of weights, buffers and momenta; gradients come and go with a step."""
+        tensors = [*self.model.state_dict().values()]
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def _method(config: Config, device: torch.device, allocator: str) -> Method | AugMixMethod:
+    if config.defense.name is DefenseName.augmix:
+        return augmix_method(config, device, allocator)
+    return attack_method(config, device, allocator)
+
+
+def _step(config: Config, contender: Contender, device: torch.device, paths: FastPaths) -> Step:
+    if contender in (Contender.lean, Contender.bullettrain, Contender.pooled):
+        return make_step(config, device, paths=paths)
+    method = _method(config, device, "uniform")
+    if contender is Contender.masked:
+        return in_view(masked_step(method), paths.view)
+    assert isinstance(method, Method)
+    assert config.defense.beta is not None
+    step = partial(official_step, method=method, beta=config.defense.beta)
+    return in_view(step, paths.view)

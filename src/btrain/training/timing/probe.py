@@ -1,0 +1,106 @@
+"""The plain defense, timed beside a run on a copy that is thrown away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from btrain.data import Split
+from btrain.errors import UserError
+from btrain.methods.cost import lean_units
+from btrain.methods.make import make_step, plain_defense
+from btrain.methods.statistics import EXAMPLES, UNITS
+from btrain.processes.world import ALONE, World
+from btrain.settings import Config, RivalName
+from btrain.training.epochs import train_epoch
+from btrain.training.safety.out_of_memory import ran_out
+from btrain.training.schedule import make_plan
+from btrain.training.state import TrainState
+
+_SHARE = 0.01  # of the training time
+_STEPS = 5
+
+
+class Probe:
+    """How much faster an epoch's steps were than the plain defense's, here and now.
+
+    After an epoch the plain defense takes up to five steps from the epoch's beginning, as the epoch
+    itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
+    does. All this takes at most 1 % of the training time so far; until there is room for one step
+    to warm up and one to time, nothing is measured.
+    Of several processes each does so for itself, on batches as large as its share and without the
+    others: one that fails or has no time keeps nobody waiting.
+    """
+
+    def __init__(self, config: Config, split: Split, world: World = ALONE) -> None:
+        self._config, self._split = config, split
+        self._images = len(split) / world.size  # of an epoch, this process'
+        # An epoch of Free is many epochs of others, and so is its time.
+        free = config.rival.name is RivalName.free
+        self._every = 0 if free else config.bt.probe_every or 0
+        plan = make_plan(plain_defense(config))
+        self._plan = replace(
+            plan,
+            batch_size=plan.batch_size // world.size,
+            lr=0.0,
+            max_seconds=None,
+            score_every=None,
+        )
+        self._trained = self._spent = 0.0
+        self._step: float | None = None
+
+    def speedup(self, state: TrainState) -> float | None:
+        """Seconds of the plain defense over those of the epoch just trained, for the same images.
+
+        None where it is not time, where that would take too long, or where the steps failed.
+        """
+        self._trained += state.epoch_seconds
+        if not self._every or (state.epoch + 1) % self._every:
+            return None
+        began = time.perf_counter()
+        cuda = [state.device] if state.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):  # of networks that draw numbers themselves
+                plain = self._plain_seconds(state)
+        except UserError:
+            return None
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            return None
+        finally:
+            self._spent += time.perf_counter() - began
+        return None if plain is None else plain * self._images / state.epoch_seconds
+
+    def _plain_seconds(self, state: TrainState) -> float | None:
+        """Seconds an image, of one step to five, if there is time for that."""
+        units = float(state.epoch_sums[UNITS]) / len(self._split)
+        share = self._plan.batch_size / self._images
+        expected = self._step or state.epoch_seconds * share * lean_units(self._config) / units
+        ends = time.perf_counter() + _SHARE * self._trained - self._spent
+        if time.perf_counter() + 2 * expected > ends:
+            return None
+        tried = state.throw_away_copy()
+        step = make_step(plain_defense(self._config), state.device)
+
+        def take(enough: Callable[[], bool]) -> tuple[float, float]:
+            train_epoch(
+                tried, self._split, step, self._plan,
+                tick=lambda: None, show=lambda means: None, stopped=enough,
+            )  # fmt: skip
+            return tried.train_seconds, float(tried.epoch_sums[EXAMPLES])
+
+        def timed_enough() -> bool:
+            late = time.perf_counter() + expected > ends
+            return tried.batch > 1 and (late or tried.batch > _STEPS)
+
+        warm_seconds, warm_images = take(lambda: tried.batch == 1)
+        all_seconds, all_images = take(timed_enough)
+        if all_images == warm_images:  # the epoch is one batch
+            return None
+        an_image = (all_seconds - warm_seconds) / (all_images - warm_images)
+        self._step = an_image * self._plan.batch_size
+        return an_image
