@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from btrain.methods.base import Memory
+from btrain.methods.statistics import StepStats
 
 
 class WeightAverage:
@@ -24,19 +28,23 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
+        self.memory: Memory = {}  # its network stays where a step is undone
         ours, theirs = self.network.state_dict().values(), model.state_dict().values()
         pairs = list(zip(ours, theirs, strict=True))
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    @torch.no_grad()
-    def update(self, done: int, skipped: Tensor | None = None) -> None:
-        """Moves towards the model as it is now.
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: one step a batch."""
 
-        Args:
-            done: steps of the run before this one.
-            skipped: whether that step was undone, () bool; then the average stays, too.
-        """
+    def columns(self) -> dict[str, Any]:
+        """Return nothing: it is evaluated like any network."""
+        return {}
+
+    @torch.no_grad()
+    def after_batch(self, done: int, stats: StepStats | None, skipped: Tensor | None) -> None:
+        """Move towards the model as it is now; with a skipped step the average stays, too."""
+        del stats
         share: float | Tensor = 1 - min(self._decay, (1 + done) / (10 + done))
         if skipped is not None:
             share = torch.where(skipped, 0.0, share)

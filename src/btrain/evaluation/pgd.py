@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import precision
@@ -19,10 +21,11 @@ from btrain.defenses import ce_inner_loss
 
 @dataclass(frozen=True)
 class Accuracy:
-    """In percent of all examples."""
+    """In percent of all examples; and the mean cross-entropy of the attacked ones."""
 
     clean: float
     robust: float
+    robust_loss: float = math.nan
 
 
 class Processes(Protocol):
@@ -69,7 +72,7 @@ def evaluate(
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     device = split.images.device
     generator = torch.Generator().manual_seed(seed)
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluation_mode(model), precision.exactly_float32(device):
         for begin in _progress(range(0, len(split), batch_size * size), show_progress):
             ahead()
@@ -95,9 +98,11 @@ def evaluate(
             with torch.no_grad():
                 adv_logits = model(x_adv)
             predicted = torch.stack([clean_logits.argmax(dim=1), adv_logits.argmax(dim=1)])
-            correct += (predicted == labels).sum(dim=1)
-    clean, robust = (correct if processes is None else processes.sum(correct)).tolist()
-    return Accuracy(clean=100 * clean / len(split), robust=100 * robust / len(split))
+            sums[:2] += (predicted == labels).sum(dim=1)
+            sums[2] += F.cross_entropy(adv_logits, labels, reduction="sum").double()
+    clean, robust, loss = (sums if processes is None else processes.sum(sums)).tolist()
+    n = len(split)
+    return Accuracy(clean=100 * clean / n, robust=100 * robust / n, robust_loss=loss / n)
 
 
 def _progress(starts: Iterable[int], show: bool) -> Iterable[int]:

@@ -20,6 +20,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
+from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -46,6 +47,7 @@ OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "defense": ("name", DEFENSES),
     "rival": ("name", RIVALS),
     "bt": ("name", ALLOCATORS),
+    "sparsity": ("name", SPARSITIES),
 }
 """By a group whose options have settings of their own: the key that tells the option, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from btrain.build import make_model
+from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
@@ -18,6 +19,7 @@ from btrain.settings import (
     OptimizerName,
     RecipeConfig,
 )
+from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 
 _NEED_ONE_PROCESS = ("own_step", "graphs")
@@ -54,7 +56,16 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     memory = method.memory(data, device)
     if config.train.on_nonfinite is OnNonfinite.skip:
         memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
-    return TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+    state = TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+    state.sparsity = make_sparsity(
+        config.sparsity,
+        model,
+        data,
+        beside=[] if state.average is None else [state.average.network],
+        length=Length(config.train.epochs, updates_per_epoch(config, len(data.train))),
+        seed=config.seed,
+    )
+    return state
 
 
 def known_of(data: Data) -> Known:
