@@ -131,3 +131,9 @@ def test_what_several_processes_do_not_share_is_refused(
     of_two.setattr(launched, "GRACE_SECONDS", 0)
     assert main([*command]) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_masks_that_change_are_the_same_in_all_processes(done: Path) -> None:
+    assert len({each["masks"] for each in said(done)}) == 1
+    line = json.loads((done / "masked" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["mask_updates"] > 1

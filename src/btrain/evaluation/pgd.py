@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Accuracy:
 
     clean: float
     robust: float
-    robust_loss: float = math.nan
+    robust_loss: float = field(default=math.nan, compare=False)
 
 
 class Processes(Protocol):

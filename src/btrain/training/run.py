@@ -41,6 +41,7 @@ from btrain.training.scores import (
     final_accuracies,
     sparse_columns,
     summarise,
+    training_accuracy,
 )
 from btrain.training.search import search
 from btrain.training.setup import check_shares, known_of, make_state
@@ -138,10 +139,11 @@ def _train(
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         with _evaluation(config, state, stop):
+            trained = training_accuracy(evaluator, state, data)
             last, best = final_accuracies(evaluator, state, data, folder)
         summary = {}
         if record is not None:
-            summary = summarise(config, state, data, folder, last, best)
+            summary = summarise(config, state, data, folder, last, best) | trained
             summary["data_sha256"] = data_sha256
             record.end(summary)
             log.info("%s: %s", folder.path, headline(summary))

@@ -79,8 +79,7 @@ def after_epoch(
     so that a signal within leaves it where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
-    some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
-    batch = Split(data.train.images[some], data.train.labels[some])
+    batch = part_of(data.train, config.seed, config.train.batch_size)
     before, watched = state.watched_acc, evaluator(state.model, batch)
     metrics["pgd_acc_train_batch"] = watched.robust
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
@@ -160,8 +159,7 @@ def _listen(
     """
     config = evaluator.config
     assert isinstance(config.sparsity, FlyingBirdPlusConfig)
-    some = epoch_order(len(data.train), config.seed, 0)[: config.sparsity.probe_examples]
-    probe = Split(data.train.images[some], data.train.labels[some])
+    probe = part_of(data.train, config.seed, config.sparsity.probe_examples)
     train = evaluator(state.evaluated, probe)
     bird.heard(train.robust - held_out.robust, held_out.robust_loss)
     bird.spend(len(probe) * _units(config))
@@ -214,6 +212,21 @@ def sparse_summary(
         "flops_executed": (units + extra) * unit,
         "speedup_counted": speedup * units / counted if speedup and counted else None,
     }
+
+
+def training_accuracy(evaluator: Evaluator, state: TrainState, data: Data) -> dict[str, float]:
+    """Return the accuracies on some training images, not augmented; nothing where none are due."""
+    some = evaluator.config.eval.train_examples
+    if not some:
+        return {}
+    found = evaluator(state.evaluated, part_of(data.train, evaluator.config.seed, some))
+    return {"train_clean_acc": found.clean, "train_robust_acc": found.robust}
+
+
+def part_of(split: Split, seed: int, examples: int) -> Split:
+    """Return so many examples, the same of the same seed."""
+    some = epoch_order(len(split), seed, 0)[:examples]
+    return Split(split.images[some], split.labels[some])
 
 
 def final_accuracies(

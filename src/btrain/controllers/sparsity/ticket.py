@@ -24,8 +24,8 @@ class Ticket:
         threshold: the share of entries in which the newest of them may differ from each other one.
         window: how many are compared, of as many epochs.
         epochs: of the search at most.
-        rewind: the epoch of the search whose weights the run begins with, 0 for the fresh ones; None
-            for those that the ticket was drawn from.
+        rewind: the epoch of the search with whose weights the run begins, 0 for the fresh ones;
+            None for those that the ticket was drawn from.
     """
 
     kept: int
