@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.pgd import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
 from btrain.bench.look import look
 from btrain.data import Data
@@ -136,7 +137,7 @@ def test_early_exit_stops_some_time_after_misclassification(
         return early_exit_pgd(
             model, x, labels, clean_logits, steps=steps, active=active, exits=exits,
             patience=patience, step_size=torch.full((40,), 0.03, dtype=x.dtype),
-            inner_loss=ce_inner_loss, epsilon=0.3, noise=noise,
+            inner_loss=ce_inner_loss, ball=LinfBall(0.3), noise=noise,
         )  # fmt: skip
 
     x_adv, taken, forwarded = run()
