@@ -17,9 +17,9 @@ from btrain.attacks.pgd import pgd
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.methods.gradalign import misalignment
-from btrain.methods.make import make_memory, make_step
-from btrain.methods.mma import MMAMethod, mma_step, shortest_attack, soft_logit_margin
+from btrain.methods.mma import MMA, soft_logit_margin
 from btrain.settings.compose import compose
+from steps import memory_of, step_of, take
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_gradalign_adds_its_penalty_to_the_loss(
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         config = compose([*common, f"rival.grad_align_weight={weight}"])
         memory = {"robust_fraction": torch.zeros(())}
-        step, generator = make_step(config, CPU), torch.Generator().manual_seed(0)
+        step, generator = step_of(config, CPU), torch.Generator().manual_seed(0)
         step(model, optimizer, Batch(x, labels, torch.arange(len(x))), memory, generator)
         return [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
 
@@ -189,9 +189,9 @@ def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data) 
             moved = torch.max(torch.min(moved, torch.tensor(epsilon)), torch.tensor(-epsilon))
             delta[:m] = torch.max(torch.min(moved, 1 - images), -images)
 
-    ours, memory = preact.train(), make_memory(config, digits, CPU)
+    ours, memory = preact.train(), memory_of(config, digits, CPU)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
-    step = make_step(config, CPU)
+    step = step_of(config, CPU)
     for part in (slice(0, 16), slice(16, 32), slice(32, 40)):
         batch = Batch(x[part], labels[part], torch.arange(40)[part])
         step(ours, optimizer, batch, memory, torch.Generator())
@@ -200,7 +200,9 @@ def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data) 
         torch.testing.assert_close(a, b)
 
 
-MMA = MMAMethod(max_margin=0.3, first_margin=0.05, steps=10, bisections=30, clean_weight=1 / 3)
+METHOD = MMA(
+    norm="linf", max_margin=0.3, first_margin=0.05, steps=10, bisections=30, clean_weight=1 / 3
+)
 
 
 def linear_model(classes: int = 2) -> nn.Module:
@@ -216,10 +218,10 @@ def test_the_margin_found_is_that_of_a_linear_classifier() -> None:
     labels = logits.argmax(dim=1)
     weight = model[1].weight.detach()  # type: ignore[union-attr, index, operator]
     exact = (logits[:, 1] - logits[:, 0]).abs() / (weight[1] - weight[0]).abs().sum()
-    assert exact.max() < MMA.max_margin
+    assert exact.max() < METHOD.max_margin
     radius = exact * torch.linspace(0.3, 3, 50, dtype=torch.float64)
-    x_adv, margin = shortest_attack(
-        model, x, labels, radius, torch.Generator().manual_seed(0), method=MMA
+    x_adv, margin = METHOD.shortest_attack(
+        model, x, labels, radius, torch.Generator().manual_seed(0)
     )
     torch.testing.assert_close(margin, exact, rtol=1e-6, atol=1e-8)
     assert (x_adv - x).abs().flatten(1).amax(dim=1) == pytest.approx(margin, abs=1e-9)
@@ -232,8 +234,8 @@ def test_a_margin_beyond_the_search_ends_there() -> None:
         model[1].bias.copy_(torch.tensor([9.0, 0.0]))  # type: ignore[operator]
     x = torch.full((3, 1, 8, 8), 0.5, dtype=torch.float64)
     radius = torch.full((3,), 0.05, dtype=torch.float64)
-    _, margin = shortest_attack(
-        model, x, torch.zeros(3, dtype=torch.int64), radius, torch.Generator(), method=MMA
+    _, margin = METHOD.shortest_attack(
+        model, x, torch.zeros(3, dtype=torch.int64), radius, torch.Generator()
     )
     assert margin == pytest.approx(1.05 * 0.3, abs=1e-6)
 
@@ -248,11 +250,11 @@ def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) ->
     model = linear_model(10)
     fit(model, x, labels)
     before = copy.deepcopy(model)
-    memory = make_memory(config, digits, CPU)
+    memory = memory_of(config, digits, CPU)
     memory["margin"] = memory["margin"].double()
     chosen = torch.randperm(200)[:60]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stats = make_step(config, CPU)(
+    stats = step_of(config, CPU)(
         model, optimizer, Batch(x, labels, chosen), memory, torch.Generator().manual_seed(0)
     )
     logits = before(x)
@@ -271,9 +273,9 @@ def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) ->
     assert stats.steps == 10 * correct.sum()
 
     first = torch.full((int(correct.sum()),), 0.001, dtype=x.dtype)
-    method = replace(MMA, max_margin=0.02, first_margin=0.001)
-    x_adv, _ = shortest_attack(
-        before, x[correct], labels[correct], first, torch.Generator().manual_seed(0), method=method
+    method = replace(METHOD, max_margin=0.02, first_margin=0.001)
+    x_adv, _ = method.shortest_attack(
+        before, x[correct], labels[correct], first, torch.Generator().manual_seed(0)
     )
     near = F.cross_entropy(before(x_adv), labels[correct], reduction="none")
     near = (near * (margin[correct] < 0.02)).sum()
@@ -299,10 +301,10 @@ def test_mma_attacks_in_eval_mode(preact: nn.Module, digits: Data) -> None:
     x, labels = digits.train.images[:40].float() / 255, digits.train.labels[:40]
     fit(preact.train(), x, labels)
     before = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
-    margin, method = torch.zeros(40), replace(MMA, bisections=4)
-    margin, stats = mma_step(
-        preact, torch.optim.SGD(preact.parameters(), lr=0.1), x, labels, margin,
-        torch.Generator().manual_seed(0), method=method,
+    margin, optimizer = torch.zeros(40), torch.optim.SGD(preact.parameters(), lr=0.1)
+    _, stats = take(
+        replace(METHOD, bisections=4), preact, optimizer, x, labels, torch.zeros(()),
+        torch.Generator().manual_seed(0), margin=margin,
     )  # fmt: skip
     after = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
     assert margin.count_nonzero() > 5
