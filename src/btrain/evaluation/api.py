@@ -19,8 +19,8 @@ from btrain.evaluation.examples import (
     clean_logits,
     near_chance,
 )
-from btrain.evaluation.result import Result
-from btrain.evaluation.sanity import Sanity, check_sanity
+from btrain.evaluation.result import Result, Sanity
+from btrain.evaluation.sanity import check_sanity
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 
 
