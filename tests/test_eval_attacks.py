@@ -14,8 +14,7 @@ from btrain.bench.look import look
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate, robust_accuracy
-from btrain.evaluation.losses import LOSSES
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.pgd import LOSSES, Pgd, pgd_stands
 from eval_nets import Linear, digits_examples, of_split
 
 EPSILON = 0.1

@@ -18,11 +18,10 @@ from btrain import models
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import autoattack, robust_accuracy
-from btrain.evaluation.autoattack import autoattack_stands
+from btrain.evaluation.autoattack import InParts, autoattack_stands
 from btrain.evaluation.examples import Examples, as_evaluated
-from btrain.evaluation.partial import Partial
-from btrain.evaluation.parts import InParts
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.pgd import Pgd, pgd_stands
+from btrain.evaluation.worst_case import Partial
 from eval_nets import CPU, Linear, digits_examples, of_split, trained_on
 
 EPSILON = 0.1

@@ -156,12 +156,12 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
 def test_an_interrupted_command_goes_on(
     runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from btrain.evaluation import restarts
+    from btrain.evaluation import pgd
 
     command = ["eval", "checkpoint=A", "attack=custom", "attack.restarts=4", "sanity=false"]
     command += ["eval.batch_size=50"]
     assert main([*command, "out=whole"]) == 0
-    attack, calls = restarts._fooled_on_the_way, 0
+    attack, calls = pgd._fooled_on_the_way, 0
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -170,7 +170,7 @@ def test_an_interrupted_command_goes_on(
             raise KeyboardInterrupt
         return attack(*arguments)
 
-    monkeypatch.setattr(restarts, "_fooled_on_the_way", interrupted)
+    monkeypatch.setattr(pgd, "_fooled_on_the_way", interrupted)
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err
     folder = runs_here / "A" / "eval"
