@@ -33,13 +33,14 @@ def describe(
 
 def _row(result: Result) -> list[str]:
     low, high = result.ci95
-    epsilon = result.settings.get("epsilon")
+    epsilon, norm = result.settings.get("epsilon"), result.settings.get("norm", "linf")
+    radius = "–" if epsilon is None else f"{epsilon:.4g}"
     return [
         result.attack,
         f"{result.accuracy:.2f}",
         f"{low:.2f} to {high:.2f}",
         str(len(result.labels)),
-        "–" if epsilon is None else f"{epsilon:.4g}",
+        radius if norm == "linf" else f"{norm} {radius}",
         f"{result.seconds:.1f}",
     ]
 

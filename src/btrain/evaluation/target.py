@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.attacks.balls import BALLS
+from btrain.attacks.balls import BALLS, LinfBall
 from btrain.build import find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
@@ -73,6 +73,8 @@ def find(settings: EvalSettings) -> Target:
         _keep_downloads_here(config, settings)
     threat = BALLS[settings.norm or original.attack.norm]
     epsilon = _epsilon(settings, original, config, trained)
+    if threat is LinfBall:  # rather now than after a download
+        settings.check_lengths(threat.norm, 1.0)
     data = load_data(config, device)
     settings.check_lengths(threat.norm, farthest(threat, data.shape))
     if model is None or any(key.startswith("model") for key in settings.config):
