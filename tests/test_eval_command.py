@@ -114,6 +114,40 @@ def test_other_conditions_get_a_folder_of_their_own(
     assert "elsewhere holds results of another ε (pgd2x1-ce.json)" in capsys.readouterr().err
 
 
+def test_a_run_is_attacked_in_l2(runs_here: Path, capsys: Capture) -> None:
+    command = ["eval", "checkpoint=A", "norm=l2", "epsilon=128/255", "attack=pgd20,custom"]
+    command += ["attack.steps=3", "attack.restarts=2", "sanity=false"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "Attacked in l2, not in linf as trained." in told
+    assert " l2 0.502 " in told
+    folder = runs_here / "A" / "eval" / "norm_l2-epsilon_0.5019607843137255"
+    found = content(folder / "pgd3x2-ce.json")
+    assert (found["norm"], found["epsilon"]) == ("l2", 128 / 255)
+    assert found["step_size"] == pytest.approx(12.8 / 255)  # a tenth, as the run's own
+    clean, attacked = (content(folder / f"{name}.json") for name in ("clean", "pgd3x2-ce"))
+    assert 0 < attacked["accuracy"] < clean["accuracy"]
+    assert "norm" not in clean
+    assert main([*command, "epsilon=0.1", "attack=clean"]) == 1
+    assert main(["eval", "checkpoint=A", "sanity=false", "epsilon=128/255", f"out={folder}"]) == 1
+    assert "holds results of another norm" in capsys.readouterr().err
+
+
+def test_files_that_do_not_tell_their_norm_are_of_linf(runs_here: Path, capsys: Capture) -> None:
+    command = ["eval", "checkpoint=A", *FEW]
+    path = runs_here / "A" / "eval" / "dataset.test_examples_30" / "pgd20.json"
+    assert main(command) == 0
+    found = content(path)
+    assert found.pop("norm") == "linf"
+    path.write_text(json.dumps(found))
+    assert main([*command, "out=new"]) == 0
+    assert content(runs_here / "new" / "pgd20.json")["norm"] == "linf"
+    assert main(["eval", "compare", "new", str(path.parent)]) == 0
+    assert main(command) == 0
+    assert "pgd20 is there already" in capsys.readouterr().out
+    assert content(path) == found
+
+
 def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
     few = ["dataset.test_examples=12", "sanity=false"]
@@ -155,12 +189,12 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
 def test_an_interrupted_command_goes_on(
     runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from btrain.evaluation import restarts
+    from btrain.evaluation import pgd
 
     command = ["eval", "checkpoint=A", "attack=custom", "attack.restarts=4", "sanity=false"]
     command += ["eval.batch_size=50"]
     assert main([*command, "out=whole"]) == 0
-    attack, calls = restarts._fooled_on_the_way, 0
+    attack, calls = pgd._fooled_on_the_way, 0
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -169,7 +203,7 @@ def test_an_interrupted_command_goes_on(
             raise KeyboardInterrupt
         return attack(*arguments)
 
-    monkeypatch.setattr(restarts, "_fooled_on_the_way", interrupted)
+    monkeypatch.setattr(pgd, "_fooled_on_the_way", interrupted)
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err
     folder = runs_here / "A" / "eval"

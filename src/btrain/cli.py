@@ -246,18 +246,18 @@ def _report(args: list[str]) -> None:
 
 def _eval(args: list[str]) -> None:
     """Evaluates a checkpoint, or compares two evaluations."""
-    from btrain.settings import evaluation_words as eval_config
+    from btrain.settings import evaluation as words
 
     if {"-h", "--help"} & set(args):
-        print(eval_config.HELP, end="")
+        print(words.HELP, end="")
         return
     if args[:1] == ["compare"]:
-        folder_a, folder_b, attack = eval_config.parse_compare(args[1:])
+        folder_a, folder_b, attack = words.parse_compare(args[1:])
         from btrain.evaluation.compare import compare_folders
 
         print(compare_folders(folder_a, folder_b, attack).sentence())
         return
-    settings = eval_config.parse(args)
+    settings = words.parse(args)
     from btrain.evaluation.run import evaluate_checkpoint
     from btrain.report.evaluation import describe, write_page
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import Ball, LinfBall
+
 InnerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(adversarial logits (m, K), clean logits (m, K), labels (m,)) -> what to ascend (m,)"""
 
@@ -123,7 +125,8 @@ def prefix_pgd(
     active: Sequence[int],
     step_size: Tensor,
     inner_loss: InnerLoss,
-    epsilon: float | Tensor,
+    epsilon: float | Tensor = 0.0,
+    ball: Ball | None = None,
     noise: Tensor | None,
     probe: Tensor | None = None,
 ) -> Tensor:
@@ -134,7 +137,8 @@ def prefix_pgd(
     one is given: a point so far off that its logits differ from x's by more than rounding.
     """
     x_adv = x.detach().clone()
-    lower, upper = box(x, epsilon)
+    ball = ball or LinfBall(epsilon)
+    region = ball.region(x)
     target = clean_logits.detach()
     step_size = per_image(step_size, x)
     if noise is not None and active:
@@ -146,8 +150,8 @@ def prefix_pgd(
         with torch.enable_grad():
             loss = inner_loss(model(images), target[:n], labels[:n]).sum()
         (gradient,) = torch.autograd.grad(loss, [images])
-        moved = x_adv[:n] + step_size[:n] * gradient.sign()
-        x_adv[:n] = torch.clamp(moved, lower[:n], upper[:n])
+        moved = x_adv[:n] + step_size[:n] * ball.direction(gradient)
+        x_adv[:n] = ball.project(moved, *(part[:n] for part in region))
     return x_adv
 
 

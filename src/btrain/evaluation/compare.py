@@ -72,10 +72,13 @@ def compare_folders(a: Path, b: Path, attack: str) -> Comparison:
 def _facts(first: Result, second: Result) -> list[tuple[str, object, object]]:
     """What must be the same, in the order in which it is worth telling."""
     keys = (
-        *("dataset", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
+        *("dataset", "norm", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
         *("precision", "started_from"),
     )
-    pairs = [(key, first.settings.get(key), second.settings.get(key)) for key in keys]
+    older = {"norm": "linf"}  # of files that do not tell
+    pairs = [
+        (key, (older | first.settings).get(key), (older | second.settings).get(key)) for key in keys
+    ]
     return [("n", len(first.labels), len(second.labels)), *pairs]
 
 

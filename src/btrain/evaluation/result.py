@@ -252,10 +252,12 @@ class Sanity:
 
     Attributes:
         n: images that were attacked; None where the file does not tell.
+        norm: of the attacks; of older files, which do not tell, `linf`.
         curves: points (x, accuracy in percent) over "epsilon" and over "steps".
     """
 
     n: int | None
+    norm: str
     epsilon: float | None
     checks: tuple[Check, ...]
     curves: Mapping[str, list[tuple[float, float]]]
@@ -265,6 +267,7 @@ class Sanity:
         return {
             **facts,
             "n": self.n,
+            "norm": self.norm,
             "epsilon": self.epsilon,
             "checks": [
                 {
@@ -293,6 +296,7 @@ class Sanity:
         curves = Fields(path, fields.optional("curves") or {}, "curves.")
         return Sanity(
             n=fields.optional_count("n"),
+            norm=fields.optional_text("norm") or "linf",
             epsilon=fields.optional_number("epsilon"),
             checks=tuple(
                 _check(Fields(path, entry, f"checks[{i}].")) for i, entry in enumerate(entries)

@@ -1,4 +1,4 @@
-"""What a command wants evaluated: a network, its test data and the conditions."""
+"""The network that a command wants evaluated, its test data and the conditions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from btrain.attacks.balls import BALLS, LinfBall
 from btrain.build import find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation.files import sha256
+from btrain.evaluation.pgd import Threat, farthest
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
-from btrain.settings.evaluation import EvalSettings
-from btrain.settings.evaluation_words import apply, compose
+from btrain.settings.evaluation import EvalSettings, apply, compose
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Target:
 
     Attributes:
         config: the run's, with the overrides; of another project's file what they compose to.
+        threat: of the attacks, from a radius to its ball.
         epsilon: of the attacks.
-        trained: the radius of the training; None: not known.
+        trained, trained_norm: the ball of the training; None: not known.
         step_size: the data set's, for that ε.
     """
 
@@ -38,14 +40,16 @@ class Target:
     device: torch.device
     checkpoint: Path
     run: Path | None
+    threat: Threat
     epsilon: float
     trained: float | None
+    trained_norm: str | None
     step_size: float
     seed: int
     folder: Path
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """Which weights these are."""
+        """Return which weights these are."""
         path = self.checkpoint
         if self.run is not None:
             path = path.resolve().relative_to(self.run.resolve())
@@ -53,7 +57,7 @@ class Target:
 
 
 def find(settings: EvalSettings) -> Target:
-    """Reads checkpoint and data.
+    """Read checkpoint and data.
 
     Raises:
         UserError: one of them is missing, damaged or does not fit the other.
@@ -67,14 +71,19 @@ def find(settings: EvalSettings) -> Target:
         original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
         _keep_downloads_here(config, settings)
+    threat = BALLS[settings.norm or original.attack.norm]
     epsilon = _epsilon(settings, original, config, trained)
+    if threat is LinfBall:  # rather now than after a download
+        settings.check_lengths(threat.norm, 1.0)
     data = load_data(config, device)
+    settings.check_lengths(threat.norm, farthest(threat, data.shape))
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
         changes = _changes(original, config)
+        changes |= {} if threat.norm == original.attack.norm else {"norm": threat.norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
@@ -87,8 +96,10 @@ def find(settings: EvalSettings) -> Target:
         device=device,
         checkpoint=checkpoint,
         run=run,
+        threat=threat,
         epsilon=epsilon,
         trained=trained,
+        trained_norm=None if trained is None else original.attack.norm,
         step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
         seed=seed,
         folder=folder,
@@ -96,7 +107,7 @@ def find(settings: EvalSettings) -> Target:
 
 
 def _paths(path: Path) -> tuple[Path, Path | None]:
-    """The file of the weights, and the run folder that it belongs to."""
+    """Return the file of the weights, and the run folder that it belongs to."""
     if not path.exists():
         raise UserError(f"checkpoint={path} does not exist.")
     if path.is_dir():
@@ -110,7 +121,7 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
 
 
 def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
-    """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
+    """Return configuration and network, of a run folder by its `config.yaml`."""
     from btrain.exchange.from_run import agreed, load_run, read_config
 
     try:
@@ -126,7 +137,7 @@ def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
 
 
 def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
-    """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    """Download nothing to a place outside of here that a checkpoint from elsewhere chose."""
     root = Path(config.dataset.root)
     outside = root.is_absolute() or ".." in root.parts
     if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
@@ -155,14 +166,16 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
 def _epsilon(
     settings: EvalSettings, original: Config, config: Config, trained: float | None
 ) -> float:
-    """The radius that was typed, or the one of the training where nothing speaks for another.
+    """Return the radius that was typed, or that of the training where nothing speaks for another.
 
     Raises:
-        UserError: the run is configured to be evaluated with another one, or the data set that was
-            typed is one for which another is usual.
+        UserError: the run is configured to be evaluated with another one, the data set that was
+            typed is one for which another is usual, or the norm is another.
     """
     if settings.epsilon is not None:
         return settings.epsilon
+    if settings.norm not in (None, original.attack.norm):
+        raise UserError(f"norm={settings.norm} needs a radius; please give epsilon=….")
     if trained is None:
         return config.attack.epsilon
     if config.eval.epsilon != trained:
@@ -187,7 +200,7 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
 
 
 def _check_folder(folder: Path, out: str | None) -> None:
-    """Rather now than after the first attack."""
+    """Raise UserError, ahead of the first attack, for a folder that cannot be made."""
     named = f"out={out}" if out is not None else str(folder)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -196,7 +209,7 @@ def _check_folder(folder: Path, out: str | None) -> None:
 
 
 def _changes(original: Config, config: Config) -> dict[str, Any]:
-    """The overrides that make it another evaluation, so that it gets a folder of its own."""
+    """Return the overrides that make it another evaluation, which gets a folder of its own."""
     before, after = to_dict(original), to_dict(config)
     keys = [("dataset", "name"), ("dataset", "image_size"), ("dataset", "test_examples")]
     keys += [("model", key) for key in after["model"]]

@@ -36,13 +36,14 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
 
 
 def _line(found: Summary) -> list[str]:
-    epsilon = found.settings.get("epsilon")
+    epsilon, norm = found.settings.get("epsilon"), _norm(found)
+    radius = NONE if epsilon is None else f"{epsilon:.4g}"
     return [
         found.attack,
         f"{found.accuracy:.2f}",
         NONE if found.ci95 is None else f"{found.ci95[0]:.2f} to {found.ci95[1]:.2f}",
         str(found.n),
-        NONE if epsilon is None else f"{epsilon:.4g}",
+        radius if norm == "linf" else f"{norm} {radius}",
         NONE if found.seconds is None else f"{found.seconds:.1f}",
     ]
 
@@ -97,7 +98,7 @@ def _page(evaluation: Evaluation) -> str:
         missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
         checks=sanity.checks if sanity else (),
         marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
-        curves=_curves(curves, next(filter(None, epsilons), None)),
+        curves=_curves(sanity, next(filter(None, epsilons), None)) if sanity else (),
         missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
         checked_images=sanity and sanity.n,
         heat_scale=pictures.heat_scale(),
@@ -171,7 +172,13 @@ def _fact(key: str) -> _Fact:
 
 def _epsilon(attack: Summary) -> str | None:
     epsilon = attack.settings.get("epsilon")
-    return _length(epsilon) if epsilon else None
+    if not epsilon:
+        return None
+    return _length(epsilon) if _norm(attack) == "linf" else f"{_norm(attack)} {_length(epsilon)}"
+
+
+def _norm(attack: Summary) -> str:
+    return _fact("norm")(attack) or "linf"
 
 
 def _images(attack: Summary) -> str:
@@ -229,14 +236,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _curves(curves: Any, epsilon: float | None) -> list[tuple[Markup, Markup]]:
+def _curves(sanity: Sanity, epsilon: float | None) -> list[tuple[Markup, Markup]]:
     """Return accuracy against ε, with the attacks' ε marked, and against the number of steps."""
     mark = (epsilon, f"ε = {_length(epsilon)}") if epsilon else None
     drawn = []
-    if points := curves.get("epsilon"):
-        label = "ε (largest change of a pixel, pixels in [0, 1])"
+    if points := sanity.curves.get("epsilon"):
+        change = "largest change of a pixel" if sanity.norm == "linf" else f"{sanity.norm} norm"
+        label = f"ε ({change}, pixels in [0, 1])"
         drawn.append(_curve(points, "ε", label, mark=mark))
-    if points := curves.get("steps"):
+    if points := sanity.curves.get("steps"):
         drawn.append(_curve(points, "steps", "attack steps (log scale)", logarithmic=True))
     return drawn
 

@@ -37,6 +37,7 @@ class AugMixConfig:
 @dataclass
 class AttackConfig:
     name: AttackName = MISSING
+    norm: str = "linf"
     steps: int = MISSING
     epsilon: float = MISSING
     step_size: float = MISSING
