@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +218,11 @@ def test_an_interrupted_command_goes_on(
 def test_samples_for_the_page(runs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
-    class Page:
-        @staticmethod
-        def write_page(folder: Path) -> Path:
-            seen.append(folder)
-            return folder / "index.html"
+    def write_page(folder: Path) -> Path:
+        seen.append(folder)
+        return folder / "index.html"
 
-    monkeypatch.setitem(sys.modules, "btrain.report.eval_page", Page)  # type: ignore[arg-type]
+    monkeypatch.setattr("btrain.report.evaluation.write_page", write_page)
     assert main(["eval", "checkpoint=A", *FEW, "report=true"]) == 0
     assert [path.name for path in seen] == ["dataset.test_examples_30"]
     samples = arrays(runs_here / seen[0] / "samples.npz")

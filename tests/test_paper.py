@@ -12,8 +12,7 @@ import pytest
 from btrain import cli
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import LIBRARIES
-from btrain.paper.job import Job, check, make_plan
-from btrain.paper.left import unfinished
+from btrain.paper.job import Job, check, make_plan, unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target

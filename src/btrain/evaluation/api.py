@@ -21,8 +21,8 @@ from btrain.evaluation.examples import (
     near_chance,
 )
 from btrain.evaluation.pgd import farthest
-from btrain.evaluation.result import Result
-from btrain.evaluation.sanity import Sanity, check_sanity
+from btrain.evaluation.result import Result, Sanity
+from btrain.evaluation.sanity import check_sanity
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings, PgdChanges
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,19 @@ from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
-from btrain.evaluation.files import read_json, write_arrays, write_json
+from btrain.evaluation.files import read_json, write_json
 from btrain.evaluation.pgd import Pgd, pgd_images
-from btrain.evaluation.result import Result, versions
-from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
-from btrain.evaluation.table import describe
+from btrain.evaluation.result import SANITY, Evaluation, Result, Samples, Sanity, versions
+from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
 
-SAMPLES = 12
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The findings of a command, in the order in which they were made."""
-
-    folder: Path
-    results: tuple[Result, ...]
-    sanity: Sanity | None
-    page: Path | None
+_SAMPLES = 12
 
 
 def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
-    """Run all attacks and checks, leave their files and print a table.
+    """Run all attacks and checks, leave their files and return what they found.
 
     An attack that is there already, of the same everything, is not repeated; one that was
     interrupted goes on.
@@ -57,13 +45,11 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         print("Without corruptions: dataset.corruptions_root= would name a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
-            evaluation = _evaluate(settings, target, examples)
+            return _evaluate(settings, target, examples)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"eval.batch_size={settings.batch_size} does not fit into memory; try a smaller one."
         ) from error
-    print(describe(evaluation.results, evaluation.sanity, evaluation.folder, evaluation.page))
-    return evaluation
 
 
 def _names(settings: EvalSettings) -> tuple[str, ...]:
@@ -108,13 +94,11 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     sanity = _sanity(subject) if settings.sanity else None
-    page = None
     if settings.report:
         _write_samples(subject)
-        from btrain.report.eval_page import write_page
-
-        page = write_page(target.folder)
-    return Evaluation(target.folder, tuple(results), sanity, page)
+    found = {result.attack: result.summary for result in results}
+    corruptions = found.pop("corruptions", None)
+    return Evaluation(target.folder, [*found.values()], corruptions, sanity)
 
 
 def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
@@ -207,24 +191,23 @@ def _sanity(subject: Subject) -> Sanity:
     )
     assert subject.folder is not None
     facts = subject.facts | {"seed": subject.seed, "versions": versions()}
-    write_json(subject.folder / "sanity.json", sanity.to_dict(facts))
+    write_json(subject.folder / SANITY, sanity.to_dict(facts))
     return sanity
 
 
 def _write_samples(subject: Subject) -> None:
     """Write a dozen images for people to look at: clean, under PGD-20, and what they pass for."""
-    some = subject.examples.subset(_some(subject, SAMPLES))
+    some = subject.examples.subset(_some(subject, _SAMPLES))
     attack = Pgd(subject.epsilon, subject.step_size, 20, seed=subject.seed, threat=subject.threat)
     adversarial = pgd_images(subject.model, some, attack)
     assert subject.folder is not None
     with torch.no_grad():
         adversarial_prediction = subject.model(adversarial).argmax(dim=1)
-    write_arrays(
-        subject.folder / "samples.npz",
+    Samples(
         clean=some.batch(torch.arange(len(some)))[0].cpu().numpy(),
         adversarial=adversarial.cpu().numpy(),
         labels=some.labels.cpu().numpy(),
-        clean_prediction=predictions(subject.model, some, batch_size=SAMPLES).numpy(),
+        clean_prediction=predictions(subject.model, some, batch_size=_SAMPLES).numpy(),
         adversarial_prediction=adversarial_prediction.cpu().numpy(),
         class_names=list(some.classes),
-    )
+    ).write(subject.folder)

@@ -7,10 +7,8 @@ model, an unbounded attack must win, a black-box attack must not, and gradients 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from btrain.errors import UserError
 from btrain.evaluation.autoattack import BATCH, InParts, library, library_norm, square_refuses
 from btrain.evaluation.examples import Examples, batches, own_random_state
 from btrain.evaluation.pgd import Pgd, Threat, farthest, pgd_stands
+from btrain.evaluation.result import Check, Sanity
 
 EXAMPLES = 500
 STEPS = (0, 1, 2, 5, 10, 20, 50)
@@ -30,51 +29,6 @@ QUERIES = 500
 TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
 FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
 FLAT = 1.0  # percent of the examples
-
-
-@dataclass(frozen=True)
-class Check:
-    """A sign: passed, suspicious (False) or skipped (None), and the numbers behind it."""
-
-    name: str
-    passed: bool | None
-    detail: str
-    numbers: dict[str, float]
-
-    @property
-    def verdict(self) -> str:
-        return {True: "passed", False: "suspicious", None: "skipped"}[self.passed]
-
-
-@dataclass(frozen=True)
-class Sanity:
-    """The signs, and the curves (x, percent accuracy) that they are read from."""
-
-    n: int
-    norm: str
-    epsilon: float
-    checks: tuple[Check, ...]
-    curves: dict[str, list[tuple[float, float]]]
-
-    def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what `sanity.json` holds; the facts tell whose checks these are."""
-        return {
-            **facts,
-            "n": self.n,
-            "norm": self.norm,
-            "epsilon": self.epsilon,
-            "checks": [
-                {
-                    "name": check.name,
-                    "passed": check.passed,
-                    "verdict": check.verdict,
-                    "detail": check.detail,
-                    "numbers": check.numbers,
-                }
-                for check in self.checks
-            ],
-            "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
-        }
 
 
 def check_sanity(
@@ -138,7 +92,7 @@ def check_sanity(
         _gradients(model, examples, batch_size),
     )
     curves = {"epsilon": by_radius, "steps": by_steps}
-    return Sanity(len(examples), threat(epsilon).norm, epsilon, checks, curves)
+    return Sanity(len(examples), epsilon, checks, curves, threat(epsilon).norm)
 
 
 def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance: float) -> Check:

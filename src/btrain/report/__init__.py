@@ -1,4 +1,4 @@
-"""Tables made of run folders."""
+"""What runs and evaluations came to: finished runs side by side, and the page of an evaluation."""
 
 from btrain.report.compare import compare
 
