@@ -245,7 +245,7 @@ def _report(args: list[str]) -> None:
 
 
 def _eval(args: list[str]) -> None:
-    """Evaluates a checkpoint, or compares two evaluations."""
+    """Evaluate a checkpoint, or compare two evaluations."""
     from btrain.settings import evaluation as words
 
     if {"-h", "--help"} & set(args):
@@ -267,7 +267,7 @@ def _eval(args: list[str]) -> None:
 
 
 def _export(args: list[str]) -> None:
-    """Writes a trained network in another project's format."""
+    """Write a trained network in another project's format."""
     from btrain.exchange.command import run
 
     run(args)

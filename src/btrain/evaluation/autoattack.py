@@ -206,7 +206,7 @@ def _quiet(notes: list[str]) -> Iterator[None]:
 
 
 class InParts(nn.Module):
-    """The same logits from several passes, so that memory bounds the passes and not the batches.
+    """A network in several passes, so that memory bounds the passes and not the batches.
 
     An attack whose random numbers are drawn for whole batches can thus keep its batches whatever
     the memory. Where gradients are wanted, the backward pass computes each part once more, and the
@@ -218,7 +218,7 @@ class InParts(nn.Module):
         self.model, self.most = model, most
 
     def forward(self, x: Tensor) -> Tensor:
-        """(m, C, H, W) -> (m, K)"""
+        """Return the logits of a batch, (m, C, H, W) -> (m, K)."""
         parts = torch.split(x, self.most)
         if len(parts) > 1 and x.requires_grad and torch.is_grad_enabled():
             return torch.cat([checkpoint(self.model, part, use_reentrant=False) for part in parts])

@@ -60,6 +60,11 @@ class Summary:
     seconds: float | None
     settings: Mapping[str, Any]
 
+    @property
+    def norm(self) -> str:
+        """The norm of the ball; older files do not tell, and are of L∞."""
+        return str(self.settings.get("norm", "linf"))
+
     def to_dict(self) -> dict[str, Any]:
         """Return what the file holds."""
         return {
@@ -254,15 +259,15 @@ class Sanity:
 
     Attributes:
         n: images that were attacked; None where the file does not tell.
-        norm: of the attacks; of older files, which do not tell, `linf`.
         curves: points (x, accuracy in percent) over "epsilon" and over "steps".
+        norm: of the ball; older files do not tell, and are of L∞.
     """
 
     n: int | None
-    norm: str
     epsilon: float | None
     checks: tuple[Check, ...]
     curves: Mapping[str, list[tuple[float, float]]]
+    norm: str = "linf"
 
     def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the file holds; the facts tell whose checks these are."""
@@ -306,7 +311,6 @@ class Sanity:
         curves = Fields(path, fields.optional("curves") or {}, "curves.")
         return Sanity(
             n=fields.optional_count("n"),
-            norm=fields.optional_text("norm") or "linf",
             epsilon=fields.optional_number("epsilon"),
             checks=tuple(
                 _check(Fields(path, entry, f"checks[{i}].")) for i, entry in enumerate(entries)
@@ -314,6 +318,7 @@ class Sanity:
             curves={
                 key: _curve(curves, key) for key in ("epsilon", "steps") if curves.optional(key)
             },
+            norm=fields.optional_text("norm") or "linf",
         )
 
 

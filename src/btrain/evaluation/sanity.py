@@ -92,7 +92,7 @@ def check_sanity(
         _gradients(model, examples, batch_size),
     )
     curves = {"epsilon": by_radius, "steps": by_steps}
-    return Sanity(len(examples), threat(epsilon).norm, epsilon, checks, curves)
+    return Sanity(len(examples), epsilon, checks, curves, threat(epsilon).norm)
 
 
 def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance: float) -> Check:

@@ -35,7 +35,7 @@ def worst_case(
     partial: Partial | None = None,
     show_progress: bool = False,
 ) -> Tensor:
-    """Which examples no round fools.
+    """Return which examples no round fools.
 
     A round takes the standing examples in full batches of `batch_size`, so that later rounds cost
     what is left. After every batch the state is kept in `partial`, from which an interrupted
@@ -85,7 +85,7 @@ class Partial:
         self.seconds_before = 0.0  # that the interrupted evaluations took
 
     def load(self, examples: int) -> tuple[Tensor, Tensor, int] | None:
-        """Which stand (n,), which are pending in a round (n,), and the round; None: start over.
+        """Return which stand (n,), which are pending in a round (n,), and the round, or None.
 
         A file of another setting or a damaged one counts as none.
         """
@@ -103,7 +103,7 @@ class Partial:
         return stands, pending, number
 
     def save(self, stands: Tensor, pending: Tensor, number: int) -> None:
-        """Replaces what was kept."""
+        """Keep a state in place of the one before."""
         write_arrays(
             self._path,
             identity=np.array(self._identity),
@@ -114,5 +114,5 @@ class Partial:
         )
 
     def remove(self) -> None:
-        """Once the attack is through."""
+        """Delete the file, once the attack is through."""
         self._path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`btrain export`: its words, and what it does with them. Imports torch only to do it."""
+"""The words of `btrain export`, and the work; torch is imported only for the work."""
 
 from __future__ import annotations
 

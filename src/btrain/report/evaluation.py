@@ -36,14 +36,14 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
 
 
 def _line(found: Summary) -> list[str]:
-    epsilon, norm = found.settings.get("epsilon"), _norm(found)
+    epsilon = found.settings.get("epsilon")
     radius = NONE if epsilon is None else f"{epsilon:.4g}"
     return [
         found.attack,
         f"{found.accuracy:.2f}",
         NONE if found.ci95 is None else f"{found.ci95[0]:.2f} to {found.ci95[1]:.2f}",
         str(found.n),
-        radius if norm == "linf" else f"{norm} {radius}",
+        radius if found.norm == "linf" else f"{found.norm} {radius}",
         NONE if found.seconds is None else f"{found.seconds:.1f}",
     ]
 
@@ -174,11 +174,7 @@ def _epsilon(attack: Summary) -> str | None:
     epsilon = attack.settings.get("epsilon")
     if not epsilon:
         return None
-    return _length(epsilon) if _norm(attack) == "linf" else f"{_norm(attack)} {_length(epsilon)}"
-
-
-def _norm(attack: Summary) -> str:
-    return _fact("norm")(attack) or "linf"
+    return _length(epsilon) if attack.norm == "linf" else f"{attack.norm} {_length(epsilon)}"
 
 
 def _images(attack: Summary) -> str:
@@ -241,8 +237,8 @@ def _curves(sanity: Sanity, epsilon: float | None) -> list[tuple[Markup, Markup]
     mark = (epsilon, f"ε = {_length(epsilon)}") if epsilon else None
     drawn = []
     if points := sanity.curves.get("epsilon"):
-        change = "largest change of a pixel" if sanity.norm == "linf" else f"{sanity.norm} norm"
-        label = f"ε ({change}, pixels in [0, 1])"
+        known = {"linf": "largest change of a pixel", "l2": "length of the change"}
+        label = f"ε ({known.get(sanity.norm, sanity.norm)}, pixels in [0, 1])"
         drawn.append(_curve(points, "ε", label, mark=mark))
     if points := sanity.curves.get("steps"):
         drawn.append(_curve(points, "steps", "attack steps (log scale)", logarithmic=True))

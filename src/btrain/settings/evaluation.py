@@ -1,5 +1,4 @@
-"""The settings of `btrain eval`: from its words to a checked dataclass; no torch here, so that
-mistakes answer at once."""
+"""The settings of `btrain eval`, from its words; without torch, so that mistakes answer at once."""
 
 from __future__ import annotations
 
