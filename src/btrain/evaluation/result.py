@@ -1,4 +1,4 @@
-"""What evaluations find: the results, their files, and how the files are read again.
+"""The results of evaluations, their files, and how these are read again.
 
 `btrain eval` writes them, the report reads them.
 """
@@ -179,7 +179,7 @@ class Result:
 
     @property
     def summary(self) -> Summary:
-        """All of it but the answers to the single examples."""
+        """The result without the answers to single examples."""
         return Summary(
             attack=self.attack,
             accuracy=self.accuracy,
@@ -406,7 +406,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that a command has found, or that a folder holds; None or empty is not measured.
+    """The results of a command, or of a folder; what was not measured is None or empty.
 
     Attributes:
         attacks: of a folder in rising cost.

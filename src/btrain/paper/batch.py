@@ -1,4 +1,4 @@
-"""Figure 5: what a trained network makes of one batch, and the steps that the batch would get."""
+"""Figure 5: the scores of one batch, the outcomes of its attack, and the steps it would get."""
 
 from __future__ import annotations
 

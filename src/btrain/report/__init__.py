@@ -1,4 +1,4 @@
-"""What runs and evaluations came to: finished runs side by side, and the page of an evaluation."""
+"""Results for people: finished runs side by side, and the page of an evaluation."""
 
 from btrain.report.compare import compare
 

@@ -29,7 +29,7 @@ _OPTIONS = ("target", "out", "report.watch")
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `btrain report` is asked for.
+    """The request of a `btrain report`.
 
     Attributes:
         targets: of a folder of plans; None for all.
@@ -44,7 +44,7 @@ class Arguments:
 
     @property
     def are_of_plans(self) -> bool:
-        """Whether an option was given that only a folder of plans has."""
+        """True where an option was given that only a folder of plans has."""
         return self.watch or self.targets is not None or self.out is not None
 
     def folder_of_plans(self) -> Path:
@@ -63,7 +63,7 @@ class Arguments:
 
 
 def parse(args: Sequence[str]) -> Arguments:
-    """Return what a command line asks for.
+    """Return the request of a command line.
 
     Raises:
         UserError: an argument is wrong, or no folder is named.

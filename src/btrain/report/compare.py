@@ -52,7 +52,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
-    """Return the folder itself, or where it is none of a run the finished ones in it by age."""
+    """Return the folder, or the finished runs in it by age if it is not one of a run."""
     inside = [] if (path / "config.yaml").is_file() else list(path.glob("*/summary.json"))
     if not inside:
         return [RunFolder(path)]

@@ -22,7 +22,7 @@ _SAMPLE_CHARACTERS = 1_200_000
 
 
 def describe(evaluation: Evaluation, page: Path | None) -> str:
-    """Return the table of the attacks, that of the corruptions, the checks, and the places."""
+    """Return the end of an evaluation for the terminal: tables, checks, places of the files."""
     found = [*evaluation.summaries()]
     head = ["attack", "accuracy %", "95 % interval", "n", "ε", "seconds"]
     parts = [tables.text(head, map(_line, found))]
@@ -113,7 +113,7 @@ def _page(evaluation: Evaluation) -> str:
 
 
 def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Return the few numbers that somebody with one glance should take away."""
+    """Return the few numbers for one glance, with their labels."""
     tiles = []
     clean = [a for a in evaluation.attacks if a.attack == "clean"]
     others = [a for a in evaluation.attacks if a.attack != "clean"]

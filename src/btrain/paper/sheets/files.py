@@ -70,12 +70,12 @@ def write_sheets(
     targets: Sequence[str] | None = None,
     read: Callable[[Path], Run] | None = None,
 ) -> list[Path]:
-    """Write for every plan `<target>.md`, `.csv`, `.json`, `.html`, `.png` and `.svg`, and
-    `index.html` with a line for each.
+    """Write the files of every plan, and `index.html` with a line for each.
 
-    A pure function of the plans and the run folders: the same files give the same bytes. All are
-    made before the first is written, and none takes its place before all are on the disk. Without
-    matplotlib the pictures are missing, and the pages say so.
+    They are `<target>.md`, `.csv`, `.json`, `.html`, `.png` and `.svg`, a pure function of the
+    plans and the run folders: the same files give the same bytes. All are made before the first is
+    written, and none takes its place before all are on the disk. Without matplotlib the pictures
+    are missing, and the pages say so.
 
     Args:
         folder: holds the plans, and the runs that they name.
@@ -147,7 +147,7 @@ def _replace_all(out: Path, contents: dict[str, bytes]) -> None:
 
 
 def markdown(sheet: Sheet, picture: str | None = None) -> str:
-    """Return the table with what must be known beside it.
+    """Return a Markdown file: the table with what must be known beside it.
 
     Args:
         picture: the name of a file to show under the table.
@@ -203,7 +203,7 @@ def metrics(sheet: Sheet) -> list[str]:
 
 
 def as_csv(sheet: Sheet) -> str:
-    """Return a line a row: of each number mean, standard deviation, seeds, and the paper's."""
+    """Return a CSV file: of each number mean, standard deviation, seeds, and the paper's."""
     keys = metrics(sheet)
     head = ["name", "label", "experiment", "swept", "seeds_finished", "seeds_expected", "baseline"]
     for key in keys:
@@ -241,7 +241,7 @@ def _short(value: float | None) -> float | None:
 
 
 def as_json(sheet: Sheet) -> str:
-    """Return everything, by seed as well; a line a row."""
+    """Return a JSON file of everything, by seed as well; a line a row."""
     plan = sheet.plan
     head = {
         "target": plan.target,

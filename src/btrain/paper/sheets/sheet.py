@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btrain.evaluation.result import Result
-from btrain.paper.plan import Claim, Plan, Row, read_plan
+from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.sheets import notes
 from btrain.paper.sheets.arithmetic import (
     UNDECIDED,
@@ -103,15 +103,6 @@ class Sheet:
         found = dict.fromkeys([*self.plan.attacks, *(key for key in told if key in PRESETS)])
         same = "pgd20" if self.pgd_steps == 20 and self.robust == "robust_acc" else None
         return [attack for attack in found if attack not in (self.robust, same)]
-
-
-def read_sheet(path: Path) -> Sheet:
-    """Return the sheet of a plan's file and of the runs that it names.
-
-    Raises:
-        UserError: the plan is damaged.
-    """
-    return make_sheet(read_plan(path), path.parent)
 
 
 def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run) -> Sheet:
