@@ -13,7 +13,7 @@ ROOT = Path(btrain.__file__).parent
 
 LAYERS = [
     ["errors"],
-    ["durable", "untrusted", "pages"],
+    ["durable", "own", "untrusted", "pages"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
     ["attacks", "defenses"],

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.attacks.balls import BALLS, LinfBall
+from btrain.attacks.balls import BALLS
 from btrain.build import find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation.files import sha256
-from btrain.evaluation.pgd import Threat, farthest
+from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
+from btrain.settings.checks import no_farther
 from btrain.settings.compose import to_dict
 from btrain.settings.evaluation import EvalSettings, apply, compose
 
@@ -71,19 +72,20 @@ def find(settings: EvalSettings) -> Target:
         original, model = _ours(checkpoint, run)
         config, trained = apply(original, settings.config), original.attack.epsilon
         _keep_downloads_here(config, settings)
-    threat = BALLS[settings.norm or original.attack.norm]
+    norm = settings.norm or original.attack.norm
+    settings.check_lengths(norm)
     epsilon = _epsilon(settings, original, config, trained)
-    if threat is LinfBall:  # rather now than after a download
-        settings.check_lengths(threat.norm, 1.0)
     data = load_data(config, device)
-    settings.check_lengths(threat.norm, farthest(threat, data.shape))
+    known = {"classes": len(data.classes), "shape": data.shape}
+    threat = BALLS.get(norm) or threat_of(original.attack, known)
+    no_farther("epsilon", epsilon, farthest(threat, data.shape))
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
         changes = _changes(original, config)
-        changes |= {} if threat.norm == original.attack.norm else {"norm": threat.norm}
+        changes |= {} if norm == original.attack.norm else {"norm": norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
@@ -177,18 +179,23 @@ def _epsilon(
     if settings.norm not in (None, original.attack.norm):
         raise UserError(f"norm={settings.norm} needs a radius; please give epsilon=….")
     if trained is None:
-        return config.attack.epsilon
+        return float(config.attack.epsilon)
     if config.eval.epsilon != trained:
         other = f"is configured to be evaluated with {config.eval.epsilon:g}"
-    elif config.dataset.epsilon not in (trained, original.dataset.epsilon):
-        name = config.dataset.name.name
-        other = f"dataset={name} is usually attacked with {config.dataset.epsilon:g}"
+    elif (usual := _usual(config)) not in (trained, _usual(original)):
+        other = f"dataset={config.dataset.name.name} is usually attacked with {usual:g}"
     else:
         return trained
     raise UserError(
         f"{settings.checkpoint} was trained with ε = {trained:g} and {other}; "
         "please give epsilon=…."
     )
+
+
+def _usual(config: Config) -> float | None:
+    """Return the radius that a data set is usually attacked with, in the norm of the run."""
+    usual = {"linf": config.dataset.epsilon, "l2": config.dataset.l2_epsilon}
+    return usual.get(config.attack.norm)
 
 
 def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:

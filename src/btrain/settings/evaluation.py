@@ -12,7 +12,7 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.settings import Config, DatasetConfig, ModelConfig, words
-from btrain.settings.checks import at_least, in_range, radius_in_range, seed_in_range
+from btrain.settings.checks import at_least, pixels, seed_in_range
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 NORMS = ("linf", "l2")
@@ -126,14 +126,12 @@ class EvalSettings:
                 "gaussian_noise.npy and the others."
             )
 
-    def check_lengths(self, norm: str, largest: float) -> None:
-        """Raise UserError for an ε or a step size that no attack in this norm can mean.
-
-        Args:
-            largest: the distance of the farthest two images, 1 in L∞ and √(C·H·W) in L2.
-        """
-        radius_in_range("epsilon", self.epsilon, norm, largest)
-        in_range("attack.step_size", self.pgd.step_size, 2 * largest)
+    def check_lengths(self, norm: str) -> None:
+        """Raise UserError for an ε or a step size that no attack in this norm can mean."""
+        if self.epsilon is not None:
+            pixels("epsilon", self.epsilon, norm)
+        if self.pgd.step_size is not None:
+            pixels("attack.step_size", self.pgd.step_size, norm, most=2)
 
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:
         """Return a preset as the user has it, and its name then; a preset keeps its name."""

@@ -9,21 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btrain.attacks.pgd import evaluation_mode
 from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
-from btrain.methods.base import Step
+from btrain.methods.base import Method
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.processes.world import ALONE, World
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.schedule import Plan
 from btrain.training.state import TrainState
+from btrain.training.update import train_batch
 
 Averages = dict[str, Any]
+
+See = Callable[[nn.Module], nn.Module]
+"""A network -> the network as a step sees it, in bf16 perhaps; see `attacks.fast_paths`."""
 
 _HEARTBEAT_SECONDS = 1.0
 _CHECKED = 64  # training images
@@ -90,9 +94,10 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 def train_epoch(
     state: TrainState,
     split: Split,
-    step: Step,
+    method: Method,
     plan: Plan,
     *,
+    see: See,
     tick: Callable[[], None],
     show: Callable[[Averages], None],
     stopped: Callable[[], bool] = lambda: False,
@@ -102,7 +107,8 @@ def train_epoch(
     """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
     Args:
-        step: what is done with a batch.
+        method: what is done with a batch.
+        see: the network as a step sees it.
         tick: called after each batch.
         show: called about once a second with the epoch's averages so far.
         stopped: asked ahead of each batch.
@@ -159,7 +165,7 @@ def train_epoch(
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, plan, done)
+            _take(state, method, batch, heartbeat.check, plan, done, see, world)
         if world.first:
             heartbeat.step(state)
         tick()
@@ -181,12 +187,23 @@ def train_epoch(
 
 
 def _take(
-    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan, done: int
+    state: TrainState,
+    method: Method,
+    batch: Batch,
+    check: FiniteCheck,
+    plan: Plan,
+    done: int,
+    see: See,
+    world: World,
 ) -> None:
-    """One step after `done` others of the run, undone and counted if it is to be skipped."""
+    """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
-    stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
+    several = None if world.size == 1 else world
+    network = see(state.model if several is None else several.wrapped(state.model))
+    stats = train_batch(
+        network, state.optimizer, method, batch, state.memory, state.generator, several
+    )
     bad = check.see(state.batch + 1, stats)
     state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
     if before is not None:

@@ -13,17 +13,20 @@ from torch import nn
 
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
-from btrain.methods.cost import forward_flops, speedups
+from btrain.evaluation.pgd import threat_of
+from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.make import Known
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.runs.provenance import device_name, git_commit, git_dirty
-from btrain.settings import Config, DefenseName
+from btrain.settings import Config
 from btrain.settings.compose import to_dict
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above
+from btrain.training.setup import known_of
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -35,14 +38,16 @@ class Evaluator:
 
     Attributes:
         ahead: called ahead of each batch; a signal that one process got ends all of them there.
+        known: what a ball of the user's may want to know.
     """
 
     config: Config
     world: World
     ahead: Callable[[], None]
+    known: Known
 
     def __call__(self, model: nn.Module, split: Split) -> Accuracy:
-        """The accuracies under the run's own PGD, in all processes the same."""
+        """Return the accuracies under the run's own PGD, in all processes the same."""
         settings = self.config.eval
         return evaluate(
             model,
@@ -52,6 +57,7 @@ class Evaluator:
             steps=settings.steps,
             batch_size=settings.batch_size,
             seed=self.config.seed,
+            threat=threat_of(self.config.attack, self.known),
             show_progress=self.world.first,
             processes=self.world,
             ahead=self.ahead,
@@ -119,7 +125,7 @@ def _validate(
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
-    by_clean = config.defense.name is DefenseName.augmix
+    by_clean = "attacking" not in config.defense.kinds
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
@@ -160,7 +166,7 @@ def summarise(
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        **speedups(config, means),
+        **speedups(Costs.of(config, known_of(data)), means),
         "speedup_measured": statistics.fmean(measured) if measured else None,
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
