@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.build import find_device, load_data, make_model
+from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation.files import sha256
 from btrain.runs.folder import RunFolder
-from btrain.settings import Config
+from btrain.settings import Config, FilesConfig, OwnModelConfig
 from btrain.settings.compose import to_dict
 from btrain.settings.evaluation import EvalSettings
 from btrain.settings.evaluation_words import apply, compose
@@ -64,12 +64,12 @@ def find(settings: EvalSettings) -> Target:
         original = config = _foreign(settings)
         model, trained = None, None
     else:
-        original, model = _ours(checkpoint, run)
-        config, trained = apply(original, settings.config), original.attack.epsilon
+        original, model = _ours(checkpoint, run, settings)
+        config, trained = apply(original, settings.changes), original.attack.epsilon
         _keep_downloads_here(config, settings)
     epsilon = _epsilon(settings, original, config, trained)
     data = load_data(config, device)
-    if model is None or any(key.startswith("model") for key in settings.config):
+    if model is None or any(key.startswith("model") for key in settings.changes):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
@@ -109,24 +109,35 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
     return path, run if inside else None
 
 
-def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
+def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[Config, nn.Module]:
     """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
-    from btrain.exchange.from_run import agreed, load_run, read_config
+    from btrain.exchange.from_run import (
+        UntrustedError,
+        agreed,
+        read_config,
+        read_run,
+        trusted,
+    )
 
+    trust = settings.trust_code, settings.factories
+    needed = ("model", *(() if "dataset" in settings.config else ("dataset",)))
     try:
-        config, model = load_run(checkpoint)
+        saved = read_run(checkpoint, trust_code=trust[0], factories=trust[1], needed=needed)
     except UserError as error:
-        if run is not None:
+        if run is not None or isinstance(error, UntrustedError):
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    config = saved.config
     if run is not None:
-        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
-        config = agreed(settings, config, run, checkpoint)
-    return config, model
+        whole = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(trusted(whole, run, *trust), config, run, checkpoint)
+    return config, saved.network()
 
 
 def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
     """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    if not isinstance(config.dataset, FilesConfig):
+        return
     root = Path(config.dataset.root)
     outside = root.is_absolute() or ".." in root.parts
     if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
@@ -144,11 +155,13 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
     from btrain.exchange.read import check_architecture, load_weights, read_weights
 
     weights, classes = read_weights(checkpoint), len(data.classes)
-    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
-    check_architecture(shapes, weights, checkpoint)
+    if not isinstance(config.model, OwnModelConfig):
+        shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+        check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
         model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
+    check_network(config.model, model, data)
     return model
 
 
@@ -199,13 +212,14 @@ def _changes(original: Config, config: Config) -> dict[str, Any]:
     """The overrides that make it another evaluation, so that it gets a folder of its own."""
     before, after = to_dict(original), to_dict(config)
     keys = [("dataset", "name"), ("dataset", "image_size"), ("dataset", "test_examples")]
+    keys += [("dataset", "factory"), ("dataset", "settings")]
     keys += [("model", key) for key in after["model"]]
     if after["dataset"]["name"] == "imagefolder":
         keys.append(("dataset", "root"))
     return {
-        f"{group}.{key}": after[group][key]
+        f"{group}.{key}": after[group].get(key)
         for group, key in keys
-        if after[group][key] != before[group][key]
+        if after[group].get(key) != before[group].get(key)
     }
 
 

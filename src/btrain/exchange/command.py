@@ -24,11 +24,14 @@ btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for oth
   out=          the file to write
   which=        last (default) or best, of a run folder
   sub_block1=   true adds TRADES' unused stage to format=robustbench (default: false)
+  model.factory=  the run's own network, named again: FILE.py:NAME
+  trust_code=   true imports the code that the run names (default: false)
   overwrite=    true replaces a file that is there already (default: false)
 
 safetensors and onnx need their packages: pip install "btrain[export]".
 """
 
+_FACTORY = "model.factory"
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 
 
@@ -42,6 +45,8 @@ class Export:
     which: Literal["last", "best"] = "last"
     sub_block1: bool = False
     overwrite: bool = False
+    factory: str | None = None
+    trust_code: bool = False
 
 
 def parse(words: Sequence[str]) -> Export:
@@ -51,7 +56,8 @@ def parse(words: Sequence[str]) -> Export:
         UserError: a key is unknown, missing or given twice, or a value is none of its choices.
     """
     given: dict[str, Any] = {}
-    keys = [field.name for field in dataclasses.fields(Export)]
+    names = [field.name for field in dataclasses.fields(Export)]
+    keys = [_FACTORY if name == "factory" else name for name in names]
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not value:
@@ -62,7 +68,7 @@ def parse(words: Sequence[str]) -> Export:
             raise UserError(f"There is no setting {key}. {hint}")
         if key in given:
             raise UserError(f"{key} is given twice.")
-        given[key] = _value(key, value)
+        given["factory" if key == _FACTORY else key] = _value(key, value)
     for key in ("checkpoint", "format", "out"):
         if key not in given:
             raise UserError(f"{key} is missing; please give {key}=…, see btrain export --help.")
@@ -74,6 +80,8 @@ def parse(words: Sequence[str]) -> Export:
 def _value(key: str, value: str) -> Path | str | bool:
     if key in ("checkpoint", "out"):
         return Path(value).expanduser()
+    if key == _FACTORY:
+        return value
     choices = {"format": FORMATS, "which": ("last", "best")}.get(key, ("true", "false"))
     if value not in choices:
         raise UserError(f"{key} must be one of {', '.join(choices)}, not {value}.")
@@ -101,11 +109,16 @@ def run(words: Sequence[str]) -> None:
         return
     export = parse(words)
 
-    from btrain.exchange.from_run import image_shape, load_run
+    from btrain.exchange.from_run import read_run
     from btrain.exchange.write import write
 
-    config, model = load_run(export.checkpoint, export.which)
-    shape = image_shape(config.dataset)
+    run = read_run(
+        export.checkpoint,
+        export.which,
+        trust_code=export.trust_code,
+        factories={} if export.factory is None else {"model": export.factory},
+    )
+    model, shape = run.network(), run.shape
     write(
         model,
         export.out,
@@ -116,6 +129,6 @@ def run(words: Sequence[str]) -> None:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{export.out}: {config.model.name} with {parameters:,} parameters as {export.format}, for "
-        f"{'×'.join(map(str, shape))} images in [0, 1]"
+        f"{export.out}: {run.config.model.name} with {parameters:,} parameters as {export.format}, "
+        f"for {'×'.join(map(str, shape))} images in [0, 1]"
     )

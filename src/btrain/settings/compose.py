@@ -8,16 +8,18 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
+from btrain import own
 from btrain.errors import UserError
-from btrain.settings import MISSING, Config, DatasetName
+from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
 from btrain.settings.corrupt import CorruptConfig
+from btrain.settings.run import DATASETS, MODELS
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -39,6 +41,16 @@ TASKS = {
 }
 """By the file's name."""
 
+OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
+    "model": ("architecture", MODELS),
+    "dataset": ("name", DATASETS),
+}
+"""By a group whose options have settings of their own: the key that tells the option, and the
+schema of each; a YAML file names it as `<option>_schema` in its defaults."""
+
+FREE = "settings"
+"""The key of a group that takes any names: what an own part is called with."""
+
 
 def config_dir() -> str:
     """The folder of the YAML files: inside an installed wheel, or at the top of the repository."""
@@ -52,12 +64,40 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="schema", node=Config)
-    ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
-    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
+    store = ConfigStore.instance().store
+    store(name="schema", node=Config)
+    store(name="corrupt_schema", node=CorruptConfig)
+    store(name="bench_schema", node=BenchRun)
+    for group, (_, options) in OPTIONS.items():
+        for option, schema in options.items():
+            store(group=group, name=f"{option.name}_schema", node=_with_free_settings(schema))
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
+
+
+def _with_free_settings(schema: type) -> Any:
+    """The schema as OmegaConf has it; `settings` takes new keys without a `+`."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(schema)
+    if FREE in node:
+        OmegaConf.set_struct(node[FREE], False)
+    return node
+
+
+def schema_of(saved: Mapping[str, Any]) -> Any:
+    """The schema of a saved configuration, with that of each group's own option."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(Config)
+    for group, (key, options) in OPTIONS.items():
+        node = saved.get(group)
+        name = node.get(key) if isinstance(node, Mapping) else None
+        for option, kind in options.items():
+            if option.name == name:
+                schema[group] = OmegaConf.structured(kind)
+    return schema
 
 
 def _scale(length: float, factor: float, divisor: float) -> float:
@@ -78,10 +118,14 @@ def _divided(count: int, divisor: float) -> int:
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     """The configuration that a task's command would run with the overrides; of its schema's class.
 
+    The overrides are the user's, who allows what they name.
+
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    return from_hydra(composed(overrides, task), overrides)
+    config = from_hydra(composed(overrides, task), overrides)
+    own.allow_parts(config)
+    return config
 
 
 def composed(overrides: Sequence[str], task: str) -> Any:
@@ -111,17 +155,40 @@ def quoted(text: str) -> str:
 
 
 _PATHS = (
-    *("dataset.root", "run.dir", "corrupt.out", "corrupt.frost"),
+    *("dataset.root", "run.dir", "model.weights", "corrupt.out", "corrupt.frost"),
     *("bench.checkpoint", "bench.out", "bench.plot"),
 )
 
 
 def with_path_quoted(argument: str) -> str:
-    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are.
+
+    So does a list of factories, which is a sweep.
+    """
     key, _, value = argument.partition("=")
-    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
+    factory = key.endswith(".factory") and "," not in value
+    if not (key in _PATHS or factory) or not value or value[0] in "'\"" or value == "null":
         return argument
     return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
+
+
+_WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg",
+                 "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")  # fmt: skip
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
+    options, settings, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        options.append(argument)
+        # --info may stand alone
+        if argument in _WITH_A_VALUE and rest and "=" not in rest[0] and rest[0][:1] != "-":
+            options.append(rest.pop(0))
+    return [*options, *settings]
 
 
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
@@ -189,7 +256,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for override in overrides:
-        if re.match(r"[\w.]+=\{", override):
+        if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
     cfg = cfg.copy()
     with open_dict(cfg):
@@ -213,7 +280,7 @@ def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(_unknown_key(prefix + name, schema))
+            raise UserError(_unknown_key(prefix + name, schema, type(node).__name__))
         if dataclasses.is_dataclass(value):
             _reject_added_keys(value, f"{prefix}{name}.", schema)
 
@@ -229,18 +296,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
 
 
-def defaults(kind: type = Config) -> dict[str, Any]:
+def defaults(config: Any) -> dict[str, Any]:
     """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
-    hints = get_type_hints(kind)
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found[field.name] = defaults(hints[field.name])
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
         elif field.default != MISSING:
-            value = field.default
-            found[field.name] = value.name if isinstance(value, Enum) else value
+            default = field.default
+            found[field.name] = default.name if isinstance(default, Enum) else default
     return found
 
 
@@ -278,12 +345,9 @@ _LONGEST_NAME = 150  # bytes; file systems take 255
 def run_name(config: Config, overrides: Sequence[str]) -> str:
     """A readable folder name, different for different settings.
 
-    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`; an image folder goes by its own
-    name.
+    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`.
     """
-    data = config.dataset.name.name
-    if config.dataset.name is DatasetName.imagefolder:
-        data = Path(config.dataset.root).resolve().name
+    data = config.dataset.title
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
     changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
@@ -311,7 +375,8 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     key = re.search(r"full_key: (\S+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
-        return UserError(_unknown_key(name, TASKS[task].schema))
+        kind = re.search(r"object_type=(\w+)", str(cause))
+        return UserError(_unknown_key(name, TASKS[task].schema, kind[1] if kind else ""))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
@@ -328,8 +393,16 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _unknown_key(key: str, schema: type) -> str:
-    close = difflib.get_close_matches(key, _all_keys(schema, ""), n=1)
+def _unknown_key(key: str, schema: type, kind: str) -> str:
+    """A sentence about a key that the schema of a class called `kind` does not have."""
+    known = _all_keys(schema, "")
+    group = key.partition(".")[0]
+    if key in known and group in OPTIONS:
+        for chosen in OPTIONS[group][1].values():
+            if chosen.__name__ == kind:
+                own = ", ".join(field.name for field in dataclasses.fields(chosen))
+                return f"{key} is no setting of the chosen {group}, which has: {own}."
+    close = difflib.get_close_matches(key, known, n=1)
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {close[0]}?" if close else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
@@ -347,11 +420,12 @@ def _unknown_option(group: str, option: str) -> str:
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
-    import typing
-
+    """The keys of a schema with those of every option of its groups, each once."""
     keys = []
-    for name, kind in typing.get_type_hints(node).items():
+    for name, kind in get_type_hints(node).items():
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            keys += _all_keys(typing.cast(type, kind), f"{prefix}{name}.")
-    return keys
+        options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                keys += _all_keys(cast(type, option), f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))

@@ -52,6 +52,7 @@ class EvalSettings:
         attacks: names of `ATTACKS`; "all" stands alone.
         pgd: settings that change the PGD attacks among them.
         config: overrides of the run's `dataset` and `model`, key by key as they were typed.
+        trust_code: whether own code that the run names may be imported.
         epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
     """
@@ -70,6 +71,7 @@ class EvalSettings:
     sanity: bool = True
     report: bool = False
     out: str | None = None
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         _check_attacks(self.attacks)
@@ -95,6 +97,21 @@ class EvalSettings:
                 "attack=corruptions needs dataset.corruptions_root, the folder that holds "
                 "gaussian_noise.npy and the others."
             )
+
+    @property
+    def factories(self) -> dict[str, str]:
+        """The user's own parts in the place of those that a run names, by their group."""
+        return {
+            group: self.config[f"{group}.factory"]
+            for group in ("model", "dataset")
+            if f"{group}.factory" in self.config and group not in self.config
+        }
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """`config` without the `factories`: naming a run's own part again changes nothing."""
+        named = [f"{group}.factory" for group in self.factories]
+        return {key: value for key, value in self.config.items() if key not in named}
 
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:
         """A preset as the user has it, and what it is called then; a preset keeps its name."""

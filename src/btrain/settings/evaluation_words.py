@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings import Config, DatasetConfig, ModelConfig
+from btrain.settings import Config
 from btrain.settings.evaluation import ATTACKS, LOSSES, EvalSettings
 
 HELP = f"""\
@@ -29,6 +29,8 @@ dataset= dataset.root= dataset.test_examples= model= …
                            other than the run's; needed with another project's file
 epsilon=                   radius in [0, 1] pixel units, 8/255 works; default: as trained
 seed= device=auto|cpu|cuda precision=float32|bf16 eval.batch_size=500
+model.factory= dataset.factory=
+                           a run's own code, named again; trust_code=true imports what it names
 sanity=false               leaves out the sanity checks
 report=true                writes a page with curves and images, index.html
 out=DIR                    default: RUN/eval, or eval/<name of the file>
@@ -51,7 +53,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
             raise UserError(f"{argument} is not of the form key=value.")
         if key in given:
             raise UserError(f"{key} is given twice.")
-        if key not in _SETTINGS and key not in _CONFIG_KEYS:
+        if key not in _SETTINGS and not _is_config(key):
             raise UserError(f"There is no setting {key}.{_did_you_mean(key)}")
         if not value:
             raise UserError(f"{key} needs a value.")
@@ -61,7 +63,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
 
     fields: dict[str, Any] = {"config": {}, "pgd": {}}
     for key, value in given.items():
-        if key in _CONFIG_KEYS:
+        if _is_config(key):
             fields["config"][key] = _path(key, value) if key == "dataset.root" else value
             continue
         name, convert = _SETTINGS[key]
@@ -91,12 +93,12 @@ def apply(config: Config, overrides: Mapping[str, str]) -> Config:
     Raises:
         UserError: an option or a value is wrong.
     """
-    for group, kind in (("dataset", DatasetConfig), ("model", ModelConfig)):
+    for group in ("dataset", "model"):
         own = {key: value for key, value in overrides.items() if key.startswith(f"{group}.")}
         if group in overrides:
             part = getattr(compose({group: overrides[group], **own}), group)
         elif own:
-            part = _merged(kind, getattr(config, group), group, own)
+            part = _merged(getattr(config, group), group, own)
         else:
             continue
         config = dataclasses.replace(config, **{group: part})
@@ -116,15 +118,14 @@ def compose(overrides: Mapping[str, str]) -> Config:
     return config
 
 
-def _merged(kind: type, node: Any, group: str, overrides: Mapping[str, str]) -> Any:
+def _merged(node: Any, group: str, overrides: Mapping[str, str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from btrain.settings import compose as configs
 
-    settings = OmegaConf.structured(kind)
     try:
-        settings = OmegaConf.merge(settings, dataclasses.asdict(node))
+        settings = OmegaConf.structured(node)
         for key, value in overrides.items():
             leaf = key.removeprefix(f"{group}.")
             typed = {leaf: value} if leaf == "root" else OmegaConf.from_dotlist([f"{leaf}={value}"])
@@ -190,6 +191,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "eval.batch_size": ("batch_size", _whole),
     "precision": ("precision", _text),
     "sanity": ("sanity", _switch),
+    "trust_code": ("trust_code", _switch),
     "report": ("report", _switch),
     "out": ("out", _path),
 }
@@ -206,4 +208,13 @@ _CONFIG_KEYS = (
     "model.depth",
     "model.mean",
     "model.std",
+    "model.activation",
+    "model.factory",
+    "dataset.factory",
 )
+_FREE = ("model.settings.", "dataset.settings.")
+"""The beginnings of more of them, whose ends are the user's own."""
+
+
+def _is_config(key: str) -> bool:
+    return key in _CONFIG_KEYS or key.startswith(_FREE)

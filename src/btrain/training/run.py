@@ -163,7 +163,7 @@ def _recording(
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(data, state))
-        yield Record(config, state, folder, tracker, lock)
+        yield Record(config, state, data, folder, tracker, lock)
 
 
 def _train_epochs(
