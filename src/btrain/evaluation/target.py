@@ -217,9 +217,9 @@ def _changes(original: Config, config: Config) -> dict[str, Any]:
     if after["dataset"]["name"] == "imagefolder":
         keys.append(("dataset", "root"))
     return {
-        f"{group}.{key}": after[group].get(key)
+        f"{group}.{key}": after[group][key]
         for group, key in keys
-        if after[group].get(key) != before[group].get(key)
+        if key in after[group] and after[group][key] != before[group].get(key)
     }
 
 

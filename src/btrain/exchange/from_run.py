@@ -179,15 +179,20 @@ def trusted(
         factory = named if isinstance(named, str) else own.give(named)
         own.allow(factory)
         config = replace(config, **{group: replace(getattr(config, group), factory=factory)})
-    for group, (factory, _) in parts.items():
-        if trust_code:
-            own.allow(factory)
-        elif group in needed and group not in factories:
-            raise UntrustedError(
-                f"{origin} needs code, {group}.factory={factory}, which is not imported because a "
-                f"file says so; please name it again, {group}.factory=FILE.py:NAME, or, if you "
-                "trust it, say trust_code=true."
-            )
+    if trust_code:
+        own.allow_parts(config)
+        return config
+    code = [
+        f"{group}.factory={factory}"
+        for group, (factory, _) in parts.items()
+        if group in needed and group not in factories
+    ]
+    if code:
+        raise UntrustedError(
+            f"{origin} needs code, {' and '.join(code)}, and nothing is imported because a file "
+            "says so; please name it again in the same words, or a file of your own, or say "
+            "trust_code=true if you trust it."
+        )
     return config
 
 

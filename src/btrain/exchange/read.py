@@ -72,6 +72,12 @@ def start_from(model: nn.Module, path: Path) -> str:
     if path.is_dir():
         path = path / "checkpoints" / "last.pt"
     weights, own = weights_for(model, path), model.state_dict()
+    for key in _CONSTANTS:
+        if key in weights and key not in own:
+            raise UserError(
+                f"{path} normalises its images: {key} is {_values(weights[key])}; please give "
+                "model.mean=[…] and model.std=[…], too."
+            )
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     head = [key for key in own if layers and key.rpartition(".")[0] == layers[-1]]
     other = [key for key in head if key in weights and weights[key].shape != own[key].shape]
