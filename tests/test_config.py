@@ -259,21 +259,19 @@ def test_an_image_folder_has_a_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "has"),
+    "override",
     [
-        ("model.depth=10", "width"),
-        ("+model.depth=10", "width"),
-        ("dataset.image_size=32", "train_examples"),
-        ("dataset.root=photos", "train_examples"),
-        ("model.settings.width=3", "mean"),
-        ("model.factory=a.py:b", "mean"),
+        "model.depth=10",
+        "+model.depth=10",
+        "model.settings.width=3",
+        "model.factory=a.py:b",
+        "dataset.image_size=32",
+        "dataset.root=photos",
     ],
 )
-def test_what_the_chosen_option_does_not_read_is_refused(override: str, has: str) -> None:
-    key = override.strip("+").partition("=")[0]
-    group = key.partition(".")[0]
-    known = key.replace(".width", "")
-    with pytest.raises(UserError, match=rf"{known}.* no setting of the chosen {group}.* {has}"):
+def test_what_the_chosen_option_does_not_read_is_refused(override: str) -> None:
+    key = override.strip("+").partition("=")[0].replace(".width", "")
+    with pytest.raises(UserError, match=rf"^{key} is no setting with \w+=(small_cnn|digits)\.$"):
         compose(["dataset=digits", "model=small_cnn", override])
 
 

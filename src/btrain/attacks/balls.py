@@ -108,7 +108,8 @@ class L2Ball(Ball):
         return (x + difference * (radius / length).clamp(max=1)).clamp_(0, 1)
 
     def distance(self, difference: Tensor) -> Tensor:
-        return difference.flatten(1).norm(dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+        return lengths
 
 
 _TINY = 1e-12

@@ -34,6 +34,7 @@ _MAY_DIFFER = (
     "train.score_every",
     "bt.probe_every",
     "dataset.download",
+    "dataset.l2_epsilon",  # of which attack.epsilon is made
 )
 
 _LOCK = "run.lock"

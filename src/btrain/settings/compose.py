@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, ClassVar, cast, get_origin, get_type_hints
 
 from btrain import own
 from btrain.errors import UserError
 from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
+from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
+from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
 from btrain.settings.run import DATASETS, MODELS
 from btrain.untrusted import read_text
 
@@ -44,6 +46,10 @@ TASKS = {
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "model": ("architecture", MODELS),
     "dataset": ("name", DATASETS),
+    "attack": ("name", ATTACKS),
+    "defense": ("name", DEFENSES),
+    "rival": ("name", RIVALS),
+    "bt": ("name", ALLOCATORS),
 }
 """By a group whose options have settings of their own: the key that tells the option, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""
@@ -74,6 +80,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
+    OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
+    OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
 
 
 def _with_free_settings(schema: type) -> Any:
@@ -100,14 +108,29 @@ def schema_of(saved: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _scale(length: float, factor: float, divisor: float) -> float:
+def _scale(length: object, factor: float, divisor: float) -> float:
     """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
-    return factor * length / max(divisor, 1)
+    return factor * number("a length", length) / max(divisor, 1)
 
 
-def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
+def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
     """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
+    return number("a length", step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _with_views(augmix: object, views: int, steps: int) -> int:
+    """`${with_views:${attack.augmix},1,10}` = 1 where AugMix' views stand for attack steps."""
+    return steps if augmix is None else views
+
+
+def _recipe_of(defense: str, dataset: str) -> str:
+    """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
+
+    It is that of both, of TRADES on that data set, of the defense, or TRADES'.
+    """
+    known = _options("recipe")
+    wanted = (f"{defense}_{dataset}", f"trades_{dataset}", defense)
+    return next((name for name in wanted if name in known), "trades")
 
 
 def _divided(count: int, divisor: float) -> int:
@@ -208,7 +231,8 @@ def help_text(overrides: Sequence[str], task: str = "train") -> str:
 
 
 def _options(group: str) -> list[str]:
-    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+    files = (Path(config_dir()) / group).glob("[!_]*.yaml")
+    return sorted(file.stem for file in files)
 
 
 _HELP = """\
@@ -280,7 +304,8 @@ def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(_unknown_key(prefix + name, schema, type(node).__name__))
+            unread = _unread(prefix + name, type(node).__name__)
+            raise UserError(unread or _unknown_key(prefix + name, schema))
         if dataclasses.is_dataclass(value):
             _reject_added_keys(value, f"{prefix}{name}.", schema)
 
@@ -376,7 +401,8 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     if unknown:
         name = key.group(1) if key else unknown.group(1)
         kind = re.search(r"object_type=(\w+)", str(cause))
-        return UserError(_unknown_key(name, TASKS[task].schema, kind[1] if kind else ""))
+        unread = _unread(name, kind.group(1)) if kind else None
+        return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
@@ -393,19 +419,26 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _unknown_key(key: str, schema: type, kind: str) -> str:
-    """A sentence about a key that the schema of a class called `kind` does not have."""
-    known = _all_keys(schema, "")
-    group = key.partition(".")[0]
-    if key in known and group in OPTIONS:
-        for chosen in OPTIONS[group][1].values():
-            if chosen.__name__ == kind:
-                own = ", ".join(field.name for field in dataclasses.fields(chosen))
-                return f"{key} is no setting of the chosen {group}, which has: {own}."
-    close = difflib.get_close_matches(key, known, n=1)
+def _unknown_key(key: str, schema: type) -> str:
+    close = difflib.get_close_matches(key, _all_keys(schema, ""), n=1)
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {close[0]}?" if close else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
+
+
+def _unread(key: str, kind: str) -> str | None:
+    """Return a sentence for a setting that another option of its group has, else None.
+
+    `kind` is the name of the schema of the option that was chosen.
+    """
+    group, _, leaf = key.partition(".")
+    if group not in OPTIONS:
+        return None
+    schemas = OPTIONS[group][1]
+    if not any(leaf in get_type_hints(schema) for schema in schemas.values()):
+        return None
+    chosen = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    return f"{key} is no setting with {group}={chosen[0]}." if chosen else None
 
 
 def _unknown_option(group: str, option: str) -> str:
@@ -423,6 +456,8 @@ def _all_keys(node: type, prefix: str) -> list[str]:
     """The keys of a schema with those of every option of its groups, each once."""
     keys = []
     for name, kind in get_type_hints(node).items():
+        if get_origin(kind) is ClassVar:
+            continue
         keys.append(prefix + name)
         options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
         for option in options:

@@ -1,28 +1,63 @@
-"""The settings of older runs by today's names."""
+"""Settings as earlier versions of btrain wrote them, in today's words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from btrain.settings.method import ALLOCATORS, DEFENSES, RIVALS
+
+_BUDGETS = {"n_r", "n_o", "warmup_epochs", "patience", "mean_steps", "fractions"}
+_ONCE_COMMON: dict[str, tuple[Mapping[Any, type], set[str]]] = {
+    "bt": (ALLOCATORS, _BUDGETS | {"oracle_steps", "oracle_step_size"}),
+    "defense": (DEFENSES, {"beta", "jsd", "jsd_weight"}),
+    "rival": (
+        RIVALS,
+        {
+            "grad_align_weight",
+            "replays",
+            "max_margin",
+            "first_margin",
+            "bisections",
+            "clean_weight",
+        },
+    ),
+}
+"""By a group: its options, and the settings that once stood in every option, read or not."""
+
+_UNREAD_FILES = {"digits": {"root", "download"}, "imagefolder": {"download"}}
+"""By the data sets that do not read them: settings that once stood in every one."""
+
+_RECIPES = {
+    f"{defense}_{data}": defense
+    for defense in ("trades", "mart", "pgd", "augmix")
+    for data in ("cifar10", "cifar100", "imagefolder")
+} | {"mart_mnist": "trades_mnist", "mart_digits": "trades_digits"}
 
 
 def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run as today's btrain names them, whatever version wrote them.
+    """Return a saved configuration without what its options do not read, by today's names.
 
-    What an older version wrote for parts that did not read it is left out.
-
-    Args:
-        saved: plain containers from a file; anything may stand there.
+    What is unknown today as then stays, for the schema to refuse.
     """
-    today = {key: dict(node) if isinstance(node, Mapping) else node for key, node in saved.items()}
-    model, dataset = today.get("model"), today.get("dataset")
-    if isinstance(model, dict) and model.get("depth", 0) is None:
-        del model["depth"]
-    if isinstance(dataset, dict):
-        if dataset.get("image_size", 0) is None:
-            del dataset["image_size"]
-        if dataset.get("name") == "digits":
-            dataset.pop("root", None)
-        if dataset.get("name") in ("digits", "imagefolder"):
-            dataset.pop("download", None)
-    return today
+    settings = dict(saved)
+    for group, (options, common) in _ONCE_COMMON.items():
+        node = settings.get(group)
+        if isinstance(node, Mapping):
+            kinds = [kind for option, kind in options.items() if option.name == node.get("name")]
+            read = {item.name for kind in kinds for item in fields(kind)}
+            unread = common - read if kinds else set()
+            settings[group] = {key: value for key, value in node.items() if key not in unread}
+    model, dataset = settings.get("model"), settings.get("dataset")
+    if isinstance(model, Mapping) and model.get("depth", 0) is None:
+        settings["model"] = {key: value for key, value in model.items() if key != "depth"}
+    if isinstance(dataset, Mapping):
+        unread = {"image_size"} if dataset.get("image_size", 0) is None else set()
+        unread |= _UNREAD_FILES.get(str(dataset.get("name")), set())
+        settings["dataset"] = {key: item for key, item in dataset.items() if key not in unread}
+    recipe = settings.get("recipe")
+    if isinstance(recipe, Mapping) and isinstance(recipe.get("name"), str):
+        name = recipe["name"]
+        settings["recipe"] = {**recipe, "name": _RECIPES.get(name, name)}
+    return settings
