@@ -100,7 +100,7 @@ def after_epoch(
         state.collapsed = True
         return
     if data.val is not None and _due(config, state.epoch + 1):
-        _validate(evaluator, state, data.val, folder, metrics)
+        _validate(evaluator, state, data, folder, metrics)
     state.watched_acc = watched.robust
     state.end_epoch()
 
@@ -113,7 +113,7 @@ def _due(config: Config, epoch: int) -> bool:
 def _validate(
     evaluator: Evaluator,
     state: TrainState,
-    val: Split,
+    data: Data,
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
@@ -121,16 +121,18 @@ def _validate(
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
-    config, accuracy = evaluator.config, evaluator(state.evaluated, val)
+    assert data.val is not None
+    config, accuracy = evaluator.config, evaluator(state.evaluated, data.val)
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
-    if is_above(accuracy, len(val)):
+    if is_above(accuracy, len(data.val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
     by_clean = "attacking" not in config.defense.kinds
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
             model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
-            checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
+            content = {"state": model, "config": to_dict(config), **checkpoint.of_images(data)}
+            checkpoint.save(folder.best, content)
         state.best_epoch, state.best_val_acc = epoch, score
 
 
