@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain import __version__
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
-from btrain.evaluation.files import write_arrays, write_json
 from btrain.runs.json_fields import Fields, is_number
 from btrain.settings.evaluation import CHAIN
 from btrain.untrusted.arrays import read_npz
@@ -287,6 +289,14 @@ class Sanity:
             "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
         }
 
+    def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Replace `<folder>/sanity.json`.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        write_json(folder / SANITY, self.to_dict(facts))
+
     @staticmethod
     def read(path: Path) -> Sanity:
         """Return what a file holds, each value checked.
@@ -448,6 +458,29 @@ def _with_table(path: Path) -> Summary:
     if not found.settings.get("table"):
         raise UserError(f"{path} is damaged: it holds no table of accuracies by corruption.")
     return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one move.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    make_folder(path.parent)
+    write_file(path, text.encode())
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Replace an `.npz` file in one move.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    make_folder(path.parent)
+    write_file(path, content.getbuffer())
 
 
 def read_result(folder: Path, attack: str) -> Result:

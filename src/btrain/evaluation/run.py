@@ -13,12 +13,12 @@ from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
-from btrain.evaluation.files import read_json, write_json
 from btrain.evaluation.pgd import Pgd, pgd_images
-from btrain.evaluation.result import SANITY, Evaluation, Result, Samples, Sanity, versions
+from btrain.evaluation.result import Evaluation, Result, Samples, Sanity, versions
 from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
+from btrain.runs.json_fields import read_object
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
 
 _SAMPLES = 12
@@ -110,7 +110,7 @@ def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
         ("norm", "another norm"),
     )
     for path in sorted(folder.glob("*.json")):
-        there = read_json(path) or {}
+        there = read_object(path)
         if "epsilon" in there:
             there = {"norm": "linf"} | there  # older files do not tell their norm
         for key, what in identity:
@@ -191,7 +191,7 @@ def _sanity(subject: Subject) -> Sanity:
     )
     assert subject.folder is not None
     facts = subject.facts | {"seed": subject.seed, "versions": versions()}
-    write_json(subject.folder / SANITY, sanity.to_dict(facts))
+    sanity.write(subject.folder, facts)
     return sanity
 
 

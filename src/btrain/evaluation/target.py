@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from btrain.attacks.balls import BALLS
 from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.evaluation.files import sha256
 from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config, FilesConfig, OwnModelConfig
@@ -54,7 +54,7 @@ class Target:
         path = self.checkpoint
         if self.run is not None:
             path = path.resolve().relative_to(self.run.resolve())
-        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
+        return {"checkpoint": path.as_posix(), "checkpoint_sha256": _sha256(self.checkpoint)}
 
 
 def find(settings: EvalSettings) -> Target:
@@ -242,6 +242,15 @@ def _changes(original: Config, config: Config) -> dict[str, Any]:
         for group, key in keys
         if key in after[group] and after[group][key] != before[group].get(key)
     }
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _name(changes: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from btrain.evaluation.examples import batches
-from btrain.evaluation.files import write_arrays
+from btrain.evaluation.result import write_arrays
 from btrain.untrusted.arrays import read_npz
 
 _KEYS = ("identity", "stands", "pending", "round", "seconds")

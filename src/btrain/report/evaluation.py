@@ -98,7 +98,7 @@ def _page(evaluation: Evaluation) -> str:
         missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
         checks=sanity.checks if sanity else (),
         marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
-        curves=_curves(curves, next(filter(None, epsilons), None), sanity.norm if sanity else None),
+        curves=_curves(sanity, next(filter(None, epsilons), None)) if sanity else (),
         missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
         checked_images=sanity and sanity.n,
         heat_scale=pictures.heat_scale(),
@@ -232,15 +232,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _curves(curves: Any, epsilon: float | None, norm: str | None) -> list[tuple[Markup, Markup]]:
+def _curves(sanity: Sanity, epsilon: float | None) -> list[tuple[Markup, Markup]]:
     """Return accuracy against ε, with the attacks' ε marked, and against the number of steps."""
     mark = (epsilon, f"ε = {_length(epsilon)}") if epsilon else None
     drawn = []
-    if points := curves.get("epsilon"):
-        change = {"linf": "largest change of a pixel", "l2": "length of the change"}.get(norm or "")
-        label = f"ε ({change or norm}, pixels in [0, 1])"
+    if points := sanity.curves.get("epsilon"):
+        known = {"linf": "largest change of a pixel", "l2": "length of the change"}
+        label = f"ε ({known.get(sanity.norm, sanity.norm)}, pixels in [0, 1])"
         drawn.append(_curve(points, "ε", label, mark=mark))
-    if points := curves.get("steps"):
+    if points := sanity.curves.get("steps"):
         drawn.append(_curve(points, "steps", "attack steps (log scale)", logarithmic=True))
     return drawn
 

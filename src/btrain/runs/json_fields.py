@@ -83,6 +83,15 @@ class Fields:
         return None if value is None else phrase(value)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none or it cannot be read."""
+    try:
+        content = json.loads(read_text(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def is_number(value: Any) -> bool:
     try:
         return (
