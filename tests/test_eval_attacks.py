@@ -275,7 +275,7 @@ def test_bf16_is_only_on_request(robust_net: nn.Module, digits: Data) -> None:
         ({"labels": lambda y: y + 9}, "but the model has 10 classes"),
         ({"labels": lambda y: y[:-1]}, "labels (n,)"),
         ({"epsilon": lambda _: 8.0}, "epsilon must be greater than 0 and at most 1"),
-        ({"epsilon": lambda _: 8.1, "norm": lambda _: "l2"}, "at most 8 (√(C·H·W) pixels"),
+        ({"epsilon": lambda _: 8.1, "norm": lambda _: "l2"}, "at most 8 (√(C·H·W), how far"),
         ({"norm": lambda _: "l1"}, "norm=l1 is no option; there are: linf, l2."),
         ({"attack": lambda _: "pgd10"}, "attack=pgd10 is no option"),
         ({"attack": lambda _: "corruptions"}, "corruptions"),

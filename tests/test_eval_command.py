@@ -133,6 +133,66 @@ def test_a_run_is_attacked_in_l2(runs_here: Path, capsys: Capture) -> None:
     assert "holds results of another norm" in capsys.readouterr().err
 
 
+_FEW_STEPS = [
+    "train", "dataset=digits", "model=small_cnn", "model.width=4", "train.epochs=2", "bt=uniform",
+    "recipe.lr=0.1", "attack.steps=2", "dataset.train_examples=200", "dataset.test_examples=40",
+    "device=cpu",
+]  # fmt: skip
+
+_OWN_BALL = """
+from btrain.attacks.balls import L2Ball, LinfBall
+class Cube(LinfBall):
+    norm = "own"
+class Round(L2Ball):
+    norm = "own"
+"""
+
+
+def test_a_run_trained_in_l2_is_evaluated_in_l2(tmp_path: Path, capsys: Capture) -> None:
+    assert main([*_FEW_STEPS, "attack=l2_pgd", f"run.dir={tmp_path / 'A'}"]) == 0
+    summary = content(tmp_path / "A" / "summary.json")
+    assert main(["eval", f"checkpoint={tmp_path / 'A'}", "sanity=false"]) == 0
+    found = content(tmp_path / "A" / "eval" / "pgd20.json")
+    assert (found["norm"], found["epsilon"], found["note"]) == (
+        "l2", 0.75, "40 test images, class-balanced, not the whole test set.",
+    )  # fmt: skip
+    # The training's own evaluation, less the clean mistakes that the attack mends.
+    mistakes = 100 - summary["clean_acc"]
+    assert summary["robust_acc"] - mistakes <= found["accuracy"] <= summary["robust_acc"] + 1e-9
+    assert main(["eval", f"checkpoint={tmp_path / 'A'}", "norm=linf"]) == 1
+    assert "norm=linf needs a radius; please give epsilon=" in capsys.readouterr().err
+
+
+def test_a_run_in_a_ball_of_ones_own(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ball.py").write_text(_OWN_BALL)
+    own = ["attack=own", "attack.factory=ball.py:Round", "attack.epsilon=0.5"]
+    assert main([*_FEW_STEPS, *own, "attack.step_size=0.1", "run.dir=A"]) == 0
+    (tmp_path / "again.py").write_text(_OWN_BALL)  # which nobody has named in this process
+    config = tmp_path / "A" / "config.yaml"
+    for file in (config, tmp_path / "A" / "checkpoints" / "last.pt"):
+        assert b"ball.py:Round" in file.read_bytes()
+    command = ["eval", "checkpoint=A", "attack=custom", "attack.steps=3"]
+    assert main(command) == 1
+    refused = capsys.readouterr().err
+    assert "last.pt needs code, attack.factory=ball.py:Round, and nothing is imported" in refused
+    assert not (tmp_path / "A" / "eval").exists()
+    assert main([*command, "attack.factory=again.py:Round"]) == 0
+    told = capsys.readouterr().out
+    found = content(tmp_path / "A" / "eval" / "pgd3x1-ce.json")
+    assert (found["norm"], found["epsilon"]) == ("own", 0.5)
+    skipped = "AutoAttack and Square know the norms linf, l2, not own."
+    assert f"skipped     a black-box attack is no stronger than PGD  {skipped}" in told
+    assert main([*command[:2], "attack=autoattack", "trust_code=true"]) == 1
+    assert skipped in capsys.readouterr().err
+    # As a ball of btrain's, with its own evaluation beside.
+    assert main([*command, "norm=l2", "epsilon=0.5", "sanity=false"]) == 0
+    beside = content(tmp_path / "A" / "eval" / "norm_l2" / "pgd3x1-ce.json")
+    assert (beside["accuracy"], beside["norm"]) == (found["accuracy"], "l2")
+
+
 def test_files_that_do_not_tell_their_norm_are_of_linf(runs_here: Path, capsys: Capture) -> None:
     command = ["eval", "checkpoint=A", *FEW]
     path = runs_here / "A" / "eval" / "dataset.test_examples_30" / "pgd20.json"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from btrain import __version__
+from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
 from btrain.processes.launched import check_alone, first_complains, is_first, processes
 
@@ -122,7 +122,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from btrain.settings import compose as configs
 
     args = [configs.with_path_quoted(argument) for argument in args]
-    args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
+    args = configs.options_first(args)
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
@@ -148,6 +148,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
                 check_alone("a sweep")
             with first_complains():
                 config = configs.from_hydra(cfg, hydra_config.overrides.task)
+            own.allow_parts(config)
             run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]

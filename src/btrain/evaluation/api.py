@@ -23,6 +23,7 @@ from btrain.evaluation.examples import (
 from btrain.evaluation.pgd import farthest
 from btrain.evaluation.result import Result, Sanity
 from btrain.evaluation.sanity import check_sanity
+from btrain.settings.checks import no_farther
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings, PgdChanges
 
 
@@ -74,7 +75,8 @@ def robust_accuracy(
         raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
-    settings.check_lengths(norm, farthest(BALLS[norm], tuple(images.shape[1:])))
+    settings.check_lengths(norm)
+    no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
     with as_evaluated(model, device, precision):
         examples = replace(examples, classes=_classes(model, examples))
         correct = attacks.clean_correct(model, examples, batch_size=batch_size)
@@ -126,7 +128,8 @@ def sanity_checks(
     settings = EvalSettings(norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size)
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
-    settings.check_lengths(norm, farthest(BALLS[norm], tuple(images.shape[1:])))
+    settings.check_lengths(norm)
+    no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
     with as_evaluated(model, device):
         examples = replace(examples, classes=_classes(model, examples))
         check_gradient(model, examples)

@@ -31,6 +31,12 @@ class Examples:
     classes: tuple[str, ...]
     device: torch.device
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The size of an image, (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def __len__(self) -> int:
         return len(self.labels)
 

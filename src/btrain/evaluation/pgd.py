@@ -5,8 +5,9 @@ A threat model is a function from a radius to a `Ball`, such as `LinfBall` itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,6 +22,8 @@ from btrain.defenses import ce_inner_loss, kl_inner_loss
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples
 from btrain.evaluation.worst_case import Partial, worst_case
+from btrain.methods.make import NOTHING, Known, make_ball
+from btrain.settings import AttackConfig
 
 Threat = Callable[[float], Ball]
 
@@ -112,9 +115,24 @@ def evaluate(
     return Accuracy(clean=100 * clean / len(split), robust=100 * robust / len(split))
 
 
+def threat_of(attack: AttackConfig, known: Known = NOTHING) -> Threat:
+    """Return the threat model of a run.
+
+    Args:
+        known: what a ball of the user's may want to know.
+    """
+    return lambda radius: make_ball(replace(attack, epsilon=radius), known=known)
+
+
 def farthest(threat: Threat, shape: tuple[int, ...]) -> float:
-    """Return how far apart two images of this shape (C, H, W) can be: black and white."""
-    return float(threat(1.0).distance(torch.ones(1, *shape)))
+    """Return how far apart two images of this shape (C, H, W) can be: black and white.
+
+    Infinity where a ball of the user's does not measure distances.
+    """
+    try:
+        return float(threat(1.0).distance(torch.ones(1, *shape)))
+    except NotImplementedError:
+        return math.inf
 
 
 def random_start(ball: Ball, images: Tensor, generator: torch.Generator) -> Tensor:

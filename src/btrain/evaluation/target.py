@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.attacks.balls import BALLS, LinfBall
-from btrain.build import find_device, load_data, make_model
+from btrain.attacks.balls import BALLS
+from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.evaluation.pgd import Threat, farthest
+from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
-from btrain.settings import Config
+from btrain.settings import Config, FilesConfig, OwnModelConfig
+from btrain.settings.checks import no_farther
 from btrain.settings.compose import to_dict
 from btrain.settings.evaluation import EvalSettings, apply, compose
 
@@ -68,22 +69,23 @@ def find(settings: EvalSettings) -> Target:
         original = config = _foreign(settings)
         model, trained = None, None
     else:
-        original, model = _ours(checkpoint, run)
+        original, model = _ours(checkpoint, run, settings)
         config, trained = apply(original, settings.config), original.attack.epsilon
         _keep_downloads_here(config, settings)
-    threat = BALLS[settings.norm or original.attack.norm]
+    norm = settings.norm or original.attack.norm
+    settings.check_lengths(norm)
     epsilon = _epsilon(settings, original, config, trained)
-    if threat is LinfBall:  # rather now than after a download
-        settings.check_lengths(threat.norm, 1.0)
     data = load_data(config, device)
-    settings.check_lengths(threat.norm, farthest(threat, data.shape))
+    known = {"classes": len(data.classes), "shape": data.shape}
+    threat = BALLS.get(norm) or threat_of(original.attack, known)
+    no_farther("epsilon", epsilon, farthest(threat, data.shape))
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
         changes = _changes(original, config)
-        changes |= {} if threat.norm == original.attack.norm else {"norm": threat.norm}
+        changes |= {} if norm == original.attack.norm else {"norm": norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
@@ -120,24 +122,36 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
     return path, run if inside else None
 
 
-def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
+def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[Config, nn.Module]:
     """Return configuration and network, of a run folder by its `config.yaml`."""
-    from btrain.exchange.from_run import agreed, load_run, read_config
+    from btrain.exchange.from_run import (
+        UntrustedError,
+        agreed,
+        read_config,
+        read_run,
+        trusted,
+    )
 
+    trust = settings.trust_code, settings.factories
+    replaced = {"dataset": settings.config.get("dataset"), "attack": settings.norm}
+    needed = ["model", *(group for group, other in replaced.items() if other is None)]
     try:
-        config, model = load_run(checkpoint)
+        saved = read_run(checkpoint, trust_code=trust[0], factories=trust[1], needed=needed)
     except UserError as error:
-        if run is not None:
+        if run is not None or isinstance(error, UntrustedError):
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    config = saved.config
     if run is not None:
-        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
-        config = agreed(settings, config, run, checkpoint)
-    return config, model
+        whole = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(trusted(whole, run, *trust), config, run, checkpoint)
+    return config, saved.network()
 
 
 def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
     """Download nothing to a place outside of here that a checkpoint from elsewhere chose."""
+    if not isinstance(config.dataset, FilesConfig):
+        return
     root = Path(config.dataset.root)
     outside = root.is_absolute() or ".." in root.parts
     if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
@@ -155,11 +169,13 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
     from btrain.exchange.read import check_architecture, load_weights, read_weights
 
     weights, classes = read_weights(checkpoint), len(data.classes)
-    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
-    check_architecture(shapes, weights, checkpoint)
+    if not isinstance(config.model, OwnModelConfig):
+        shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+        check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
         model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
+    check_network(config.model, model, data)
     return model
 
 
@@ -180,15 +196,20 @@ def _epsilon(
         return float(config.attack.epsilon)
     if config.eval.epsilon != trained:
         other = f"is configured to be evaluated with {config.eval.epsilon:g}"
-    elif config.dataset.epsilon not in (trained, original.dataset.epsilon):
-        name = config.dataset.name.name
-        other = f"dataset={name} is usually attacked with {config.dataset.epsilon:g}"
+    elif (usual := _usual(config)) not in (trained, _usual(original)):
+        other = f"dataset={config.dataset.name.name} is usually attacked with {usual:g}"
     else:
         return trained
     raise UserError(
         f"{settings.checkpoint} was trained with ε = {trained:g} and {other}; "
         "please give epsilon=…."
     )
+
+
+def _usual(config: Config) -> float | None:
+    """Return the radius that a data set is usually attacked with, in the norm of the run."""
+    usual = {"linf": config.dataset.epsilon, "l2": config.dataset.l2_epsilon}
+    return usual.get(config.attack.norm)
 
 
 def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
@@ -212,13 +233,14 @@ def _changes(original: Config, config: Config) -> dict[str, Any]:
     """Return the overrides that make it another evaluation, which gets a folder of its own."""
     before, after = to_dict(original), to_dict(config)
     keys = [("dataset", "name"), ("dataset", "image_size"), ("dataset", "test_examples")]
+    keys += [("dataset", "factory"), ("dataset", "settings")]
     keys += [("model", key) for key in after["model"]]
     if after["dataset"]["name"] == "imagefolder":
         keys.append(("dataset", "root"))
     return {
         f"{group}.{key}": after[group][key]
         for group, key in keys
-        if after[group][key] != before[group][key]
+        if key in after[group] and after[group][key] != before[group].get(key)
     }
 
 

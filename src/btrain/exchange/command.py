@@ -106,11 +106,16 @@ def run(arguments: Sequence[str]) -> None:
         return
     export = parse(arguments)
 
-    from btrain.exchange.from_run import image_shape, load_run
+    from btrain.exchange.from_run import read_run
     from btrain.exchange.write import write
 
-    config, model = load_run(Path(export.checkpoint), "best" if export.which == "best" else "last")
-    shape = image_shape(config.dataset)
+    run = read_run(
+        Path(export.checkpoint),
+        "best" if export.which == "best" else "last",
+        trust_code=export.trust_code,
+        factories=export.factories,
+    )
+    model, shape = run.network(), run.shape
     write(
         model,
         Path(export.out),
@@ -121,6 +126,6 @@ def run(arguments: Sequence[str]) -> None:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{export.out}: {config.model.name} with {parameters:,} parameters as {export.format}, for "
-        f"{'×'.join(map(str, shape))} images in [0, 1]"
+        f"{export.out}: {run.config.model.name} with {parameters:,} parameters as {export.format}, "
+        f"for {'×'.join(map(str, shape))} images in [0, 1]"
     )

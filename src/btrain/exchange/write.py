@@ -15,7 +15,7 @@ from torch import nn
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
-from btrain.models.wide_resnet import WideResNet
+from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 
 ROBUSTBENCH_SHAPE = (3, 32, 32)
 """Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
@@ -71,8 +71,10 @@ def _writer(
         return partial(_write_safetensors, model)
     weights = dict(model.state_dict())
     if format == "robustbench":
-        if not isinstance(model, WideResNet):
-            raise UserError("format=robustbench is for WideResNets; this network is none.")
+        if not isinstance(model, WideResNet) or model.activation is not ACTIVATIONS["relu"]:
+            raise UserError(
+                "format=robustbench is for WideResNets with ReLU; this network is none."
+            )
         if shape != ROBUSTBENCH_SHAPE:
             theirs, ours = ("×".join(map(str, sizes)) for sizes in (ROBUSTBENCH_SHAPE, shape))
             raise UserError(f"RobustBench's WideResNet takes {theirs} images, not {ours}.")

@@ -57,8 +57,10 @@ def cost(job: Job, row: Row) -> Cost:
     units = expected_units(config, (boundary, robust, outlier))
     images = data.train_examples or (known and known[0] - data.val_examples)
     tested = data.test_examples or (known and known[1])
+    width = getattr(config.model, "width", None)
+    model = config.model.name if width is None else f"{config.model.name} of width {width}"
     settings = (
-        f"{config.model.name} of width {config.model.width}, {config.train.epochs} epochs of "
+        f"{model}, {config.train.epochs} epochs of "
         f"{'?' if images is None else f'{images:,}'} images, batches of {config.train.batch_size}"
     )
     if images is None or tested is None or data.name.name not in _SHAPES:

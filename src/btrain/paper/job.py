@@ -150,7 +150,7 @@ def _scale(config: Config) -> dict[str, Any]:
     return {
         "dataset": config.dataset.name.name,
         "model": config.model.name,
-        "model.width": config.model.width,
+        "model.width": getattr(config.model, "width", None),
         "train.epochs": config.train.epochs,
         "train.batch_size": config.train.batch_size,
         "train.precision": config.train.precision.name,

@@ -35,24 +35,6 @@ def at_least(least: float, key: str, value: float | None) -> None:
         require(value >= least and finite(value), key, f"at least {least}", value)
 
 
-def in_range(key: str, value: float | None, most: float, why: str = "") -> None:
-    """Raise UserError for a value that is not above 0 and at most `most`; None passes."""
-    if value is not None and not 0 < value <= most:
-        raise UserError(f"{key} must be greater than 0 and at most {most:.4g}{why}, not {value:g}.")
-
-
-def radius_in_range(key: str, value: float | None, norm: str, largest: float) -> None:
-    """Raise UserError for the radius of a ball that holds no other image, or every one.
-
-    Args:
-        value: in [0, 1] pixel units; None passes.
-        norm: of the ball, `linf` or `l2`.
-        largest: how far apart images can be, 1 in L∞ and √(C·H·W) in L2.
-    """
-    why = {"linf": "[0, 1] pixel units, like 8/255", "l2": "√(C·H·W) pixels, like 128/255"}
-    in_range(key, value, largest, f" ({why[norm]})" if norm in why else "")
-
-
 def seed_in_range(key: str, value: int | None) -> None:
     """What torch and NumPy both take for a seed."""
     if value is not None:
@@ -99,3 +81,14 @@ def pixels(key: str, value: object, norm: str, *, most: float = 1, least: bool =
             f"not {value}."
         )
     return length
+
+
+def no_farther(key: str, length: float | None, largest: float) -> None:
+    """Raise UserError for an L2 length that is above √(C·H·W); None passes.
+
+    Args:
+        largest: √(C·H·W), how far apart two images can be.
+    """
+    if length is not None and length > largest:
+        why = "√(C·H·W), how far apart two images can be"
+        raise UserError(f"{key} must be at most {largest:.4g} ({why}), not {length:g}.")

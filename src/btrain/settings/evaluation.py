@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings import Config, DatasetConfig, ModelConfig, words
-from btrain.settings.checks import at_least, in_range, radius_in_range, seed_in_range
+from btrain.settings import Config, words
+from btrain.settings.checks import at_least, pixels, seed_in_range
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 NORMS = ("linf", "l2")
@@ -77,7 +77,7 @@ class EvalSettings:
         attacks: names of `ATTACKS`; "all" stands alone.
         pgd: settings that change the PGD attacks among them.
         config: overrides of the run's `dataset` and `model`, key by key as they were typed.
-        factories: own code that the user names, by the group that it stands for.
+        factories: own code in the place of that which the run names, by its group.
         trust_code: whether own code that the checkpoint names may be imported.
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
@@ -126,14 +126,12 @@ class EvalSettings:
                 "gaussian_noise.npy and the others."
             )
 
-    def check_lengths(self, norm: str, largest: float) -> None:
-        """Raise UserError for an ε or a step size that no attack in this norm can mean.
-
-        Args:
-            largest: the distance of the farthest two images, 1 in L∞ and √(C·H·W) in L2.
-        """
-        radius_in_range("epsilon", self.epsilon, norm, largest)
-        in_range("attack.step_size", self.pgd.step_size, 2 * largest)
+    def check_lengths(self, norm: str) -> None:
+        """Raise UserError for an ε or a step size that no attack in this norm can mean."""
+        if self.epsilon is not None:
+            pixels("epsilon", self.epsilon, norm)
+        if self.pgd.step_size is not None:
+            pixels("attack.step_size", self.pgd.step_size, norm, most=2)
 
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:
         """Return a preset as the user has it, and its name then; a preset keeps its name."""
@@ -197,7 +195,8 @@ _WORDS = (
 # Words that go to the configuration: what decides test images and network.
 _CONFIG = (
     *("dataset", "dataset.root", "dataset.download", "dataset.image_size"),
-    *("dataset.test_examples", "model", "model.width", "model.depth", "model.mean", "model.std"),
+    *("dataset.test_examples", "model", "model.width", "model.depth", "model.activation"),
+    *("model.mean", "model.std"),
 )
 _FREE = re.compile(r"(dataset|model)\.settings\.[\w.]+")  # settings of own code
 FACTORIES = tuple(f"{group}.factory" for group in ("model", "dataset", "defense", "attack", "bt"))
@@ -217,9 +216,11 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
     values: dict[str, Any] = {"config": {}, "factories": {}}
     for key, text in given.items():
         value = os.path.expanduser(text) if key in _PATHS else text  # noqa: PTH111
-        if key in FACTORIES:
-            values["factories"][key.removesuffix(".factory")] = value
-        elif key in _CONFIG or _FREE.fullmatch(key):
+        group = key.partition(".")[0]
+        another = group in ("model", "dataset") and group in given  # attack= is no part of a run
+        if key in FACTORIES and not another:
+            values["factories"][group] = value
+        elif key in _CONFIG or key in FACTORIES or _FREE.fullmatch(key):
             values["config"][key] = value
         else:
             values[key] = words.names(text) if key == "attack" else value
@@ -247,12 +248,12 @@ def apply(config: Config, overrides: Mapping[str, str]) -> Config:
     Raises:
         UserError: an option or a value is wrong.
     """
-    for group, kind in (("dataset", DatasetConfig), ("model", ModelConfig)):
+    for group in ("dataset", "model"):
         own = {key: value for key, value in overrides.items() if key.startswith(f"{group}.")}
         if group in overrides:
             part = getattr(compose({group: overrides[group], **own}), group)
         elif own:
-            part = _merged(kind, getattr(config, group), group, own)
+            part = _merged(getattr(config, group), group, own)
         else:
             continue
         config = dataclasses.replace(config, **{group: part})
@@ -272,15 +273,14 @@ def compose(overrides: Mapping[str, str]) -> Config:
     return config
 
 
-def _merged(kind: type, node: Any, group: str, overrides: Mapping[str, str]) -> Any:
+def _merged(node: Any, group: str, overrides: Mapping[str, str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from btrain.settings import compose as configs
 
-    settings = OmegaConf.structured(kind)
     try:
-        settings = OmegaConf.merge(settings, dataclasses.asdict(node))
+        settings = OmegaConf.structured(node)
         for key, value in overrides.items():
             leaf = key.removeprefix(f"{group}.")
             typed = {leaf: value} if leaf == "root" else OmegaConf.from_dotlist([f"{leaf}={value}"])

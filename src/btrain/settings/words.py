@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from btrain.errors import UserError
+from btrain.settings.checks import number
 
 _T = TypeVar("_T")
 
@@ -101,14 +102,14 @@ def filled(schema: type[_T], given: Mapping[str, Any], fields: Mapping[str, str]
         if kind is bool and value.lower() not in ("true", "false"):
             raise wrong
         try:
-            OmegaConf.update(settings, field, _number(value) if kind is float else value)
-        except (OmegaConfBaseException, ValueError, ZeroDivisionError) as error:
+            OmegaConf.update(settings, field, number(key, value) if kind is float else value)
+        except OmegaConfBaseException as error:
             raise wrong from error
     filled: _T = OmegaConf.to_object(settings)  # type: ignore[assignment]
     return filled
 
 
-_KINDS = {bool: "one of true, false", int: "a whole number", float: "a number"}
+_KINDS = {bool: "one of true, false", int: "a whole number"}
 
 
 def _kind(schema: type, field: str) -> type:
@@ -118,8 +119,3 @@ def _kind(schema: type, field: str) -> type:
         kind = get_type_hints(kind)[name]
         kind = next((part for part in get_args(kind) if part is not type(None)), kind)
     return kind  # type: ignore[no-any-return]
-
-
-def _number(text: str) -> float:
-    above, _, below = text.partition("/")
-    return float(above) / float(below or 1)
