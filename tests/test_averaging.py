@@ -60,7 +60,7 @@ def test_average_of_a_known_sequence(decay: float) -> None:
         for name, tensor in model.state_dict().items():
             tensor.copy_(tensor.new_full((), n) if tensor.dim() == 0 else torch.randn_like(tensor))
             seen[name].append(tensor.clone())
-        average.after_batch(n, None, None)
+        average.update(n)
     for name, tensor in average.network.state_dict().items():
         want = expected(before[name], seen[name], decay)
         if tensor.is_floating_point():
@@ -74,9 +74,9 @@ def test_a_skipped_step_leaves_the_average() -> None:
     average = WeightAverage(model, 0.9)
     before = average.network.state_dict()["weight"].clone()
     nn.init.ones_(model.weight)
-    average.after_batch(5, None, torch.tensor(True))
+    average.update(5, skipped=torch.tensor(True))
     assert torch.equal(average.network.state_dict()["weight"], before)
-    average.after_batch(5, None, torch.tensor(False))
+    average.update(5, skipped=torch.tensor(False))
     torch.testing.assert_close(average.network.state_dict()["weight"], before + 0.6 * (1 - before))
 
 

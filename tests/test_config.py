@@ -30,6 +30,7 @@ from btrain.settings import (
     Metric,
 )
 from btrain.settings.compose import (
+    OPTIONS,
     compose,
     config_dir,
     from_hydra,
@@ -49,6 +50,8 @@ FILES = [
 ]
 NEEDS = {
     "dataset=imagefolder": ["dataset.root=photos"],
+    "dataset=own": ["dataset.factory=mine.py:load"],
+    "model=own": ["model.factory=mine.py:Net"],
     "attack=augmix": ["defense=augmix"],
     "rival=gradalign": ["defense=pgd"],
     "rival=free": ["defense=pgd"],
@@ -65,14 +68,16 @@ def names(enum: type[Enum]) -> set[str]:
 
 
 def leaves(node: type, prefix: str = "") -> list[str]:
-    """Every key of the schema that holds a value."""
+    """Every key of the schema that holds a value, with those of all options."""
     found = []
     for name, kind in typing.get_type_hints(node).items():
-        if dataclasses.is_dataclass(kind):
-            found += leaves(cast(type, kind), f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
-    return found
+        options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                found += leaves(cast(type, option), f"{prefix}{name}.")
+            else:
+                found.append(prefix + name)
+    return list(dict.fromkeys(found))
 
 
 LEAVES = leaves(Config)
@@ -120,9 +125,11 @@ def test_the_names_in_schema_code_and_yaml_files_agree() -> None:
     assert names(Metric) == set(METRICS)
     assert names(AllocatorName) == options("bt")
     assert names(LoggerName) == options("logger")
-    assert names(Architecture) == set(models.ARCHITECTURES)
+    elsewhere = {"torchvision", "timm", "own"}
+    assert names(Architecture) == {*models.ARCHITECTURES, *elsewhere}
     texts = [(CONFIGS / "model" / f"{model}.yaml").read_text() for model in options("model")]
-    assert {yaml.safe_load(text)["architecture"] for text in texts} == names(Architecture)
+    built = {yaml.safe_load(text).get("architecture") for text in texts}
+    assert built - {None} == names(Architecture)  # None: as the option that it begins from
     for enum in (DatasetName, DefenseName, AllocatorName, LoggerName, Architecture):
         assert all(member.name == member.value for member in enum)
 
@@ -206,7 +213,6 @@ NAN, INF = float("nan"), float("inf")
         ("dataset.train_examples", [-5, 0, 1]),  # BatchNorm cannot normalise a single example
         ("dataset.test_examples", [-1, 0]),
         ("dataset.val_examples", [-1]),
-        ("dataset.image_size", [-1, 0]),
         ("model.width", [-1, 0]),
         ("attack.steps", [-1, 0]),
         ("attack.epsilon", [-1, 0, NAN, INF]),
@@ -246,9 +252,33 @@ def test_values_out_of_range_are_refused_by_key(
         assert str(error.value).startswith(f"{key} must be "), value
 
 
+def test_an_image_folder_has_a_size() -> None:
+    for value in (-1, 0):
+        with pytest.raises(UserError, match=r"^dataset\.image_size must be at least 1"):
+            compose(["dataset=imagefolder", "dataset.root=photos", f"dataset.image_size={value}"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.depth=10",
+        "+model.depth=10",
+        "model.settings.width=3",
+        "model.factory=a.py:b",
+        "dataset.image_size=32",
+        "dataset.root=photos",
+    ],
+)
+def test_what_the_chosen_option_does_not_read_is_refused(override: str) -> None:
+    key = override.strip("+").partition("=")[0].replace(".width", "")
+    with pytest.raises(UserError, match=rf"^{key} is no setting with \w+=(small_cnn|digits)\.$"):
+        compose(["dataset=digits", "model=small_cnn", override])
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
+        ({"model.mean": [127.5], "model.std": [0.5]}, r"model.mean must be in \[0, 1\]"),
         ({"model.mean": [0.5]}, "model.std"),
         ({"model.std": [0.5]}, "model.std"),
         ({"model.mean": [0.5], "model.std": [0.0]}, "model.std"),
@@ -259,7 +289,7 @@ def test_values_out_of_range_are_refused_by_key(
 def test_a_normalisation_needs_mean_and_positive_std(
     composed: DictConfig, settings: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+    with pytest.raises(UserError, match=key):
         changed(composed, settings)
 
 
@@ -663,11 +693,12 @@ def test_the_yaml_text_holds_every_value_and_no_interpolation(
 
 
 def test_the_plain_containers_hold_every_key_of_the_schema(composed: DictConfig) -> None:
-    def keys(node: dict[str, Any], prefix: str = "") -> list[str]:
-        found = []
-        for key, value in node.items():
-            inner = isinstance(value, dict)
-            found += keys(value, f"{prefix}{key}.") if inner else [prefix + key]
-        return found
+    def same(plain: dict[str, Any], node: Any) -> None:
+        assert plain.keys() == {field.name for field in dataclasses.fields(node)}
+        for key, value in plain.items():
+            if isinstance(value, dict):
+                same(value, getattr(node, key))
 
-    assert sorted(keys(to_dict(changed(composed, {})))) == sorted(LEAVES)
+    config = changed(composed, {})
+    same(to_dict(config), config)
+    assert len(to_dict(config)) == len(dataclasses.fields(Config))

@@ -34,17 +34,14 @@ class WeightAverage:
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do nothing: one step a batch."""
-
-    def columns(self) -> dict[str, Any]:
-        """Return nothing: it is evaluated like any network."""
-        return {}
-
     @torch.no_grad()
-    def after_batch(self, done: int, stats: StepStats | None, skipped: Tensor | None) -> None:
-        """Move towards the model as it is now; with a skipped step the average stays, too."""
-        del stats
+    def update(self, done: int, skipped: Tensor | None = None) -> None:
+        """Move towards the model as it is now.
+
+        Args:
+            done: steps of the run before this one.
+            skipped: whether that step was undone, () bool; then the average stays, too.
+        """
         share: float | Tensor = 1 - min(self._decay, (1 + done) / (10 + done))
         if skipped is not None:
             share = torch.where(skipped, 0.0, share)
@@ -55,3 +52,15 @@ class WeightAverage:
         if self._counts:
             counts, counted = zip(*self._counts, strict=True)
             torch._foreach_copy_(list(counts), list(counted))
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: the average moves once a batch."""
+
+    def after_batch(self, done: int, stats: StepStats, skipped: Tensor | None) -> None:
+        """Move towards the model as it is now."""
+        del stats
+        self.update(done, skipped)
+
+    def columns(self) -> dict[str, Any]:
+        """Return nothing: it is evaluated like any network."""
+        return {}

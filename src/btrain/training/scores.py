@@ -14,7 +14,9 @@ from torch import nn
 from btrain.controllers.sparsity.controller import FlyingBirdPlus
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
+from btrain.evaluation.pgd import threat_of
 from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.make import Known
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
@@ -38,14 +40,16 @@ class Evaluator:
 
     Attributes:
         ahead: called ahead of each batch; a signal that one process got ends all of them there.
+        known: what a ball of the user's may want to know.
     """
 
     config: Config
     world: World
     ahead: Callable[[], None]
+    known: Known
 
     def __call__(self, model: nn.Module, split: Split) -> Accuracy:
-        """The accuracies under the run's own PGD, in all processes the same."""
+        """Return the accuracies under the run's own PGD, in all processes the same."""
         settings = self.config.eval
         return evaluate(
             model,
@@ -55,6 +59,7 @@ class Evaluator:
             steps=settings.steps,
             batch_size=settings.batch_size,
             seed=self.config.seed,
+            threat=threat_of(self.config.attack, self.known),
             show_progress=self.world.first,
             processes=self.world,
             ahead=self.ahead,
@@ -102,7 +107,7 @@ def after_epoch(
     if data.val is not None and (due or listens):
         held_out = evaluator(state.evaluated, data.val)
         if due:
-            _validate(evaluator, state, held_out, len(data.val), folder, metrics)
+            _validate(evaluator, state, held_out, data, folder, metrics)
     if isinstance(bird, FlyingBirdPlus) and listens:
         assert held_out is not None
         assert data.val is not None
@@ -122,7 +127,7 @@ def _validate(
     evaluator: Evaluator,
     state: TrainState,
     accuracy: Accuracy,
-    examples: int,
+    data: Data,
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
@@ -130,16 +135,18 @@ def _validate(
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
+    assert data.val is not None
     config = evaluator.config
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
-    if is_above(accuracy, examples):
+    if is_above(accuracy, len(data.val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
     by_clean = "attacking" not in config.defense.kinds
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
             model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
-            checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
+            content = {"state": model, "config": to_dict(config), **checkpoint.of_images(data)}
+            checkpoint.save(folder.best, content)
         state.best_epoch, state.best_val_acc = epoch, score
 
 

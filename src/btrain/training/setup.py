@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from btrain.build import make_model
+from btrain.build import check_network, make_model
+from btrain.controllers.sparsity.controller import Sparsity
 from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
@@ -49,6 +50,7 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     """Return the state of a run that has not begun."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
+    check_network(config.model, model, data)
     if config.train.channels_last:
         model = to_channels_last(model)
     optimizer = make_optimizer(config.recipe, model)
@@ -57,15 +59,20 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     if config.train.on_nonfinite is OnNonfinite.skip:
         memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
     state = TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
-    state.sparsity = make_sparsity(
+    state.sparsity = sparsity_of(config, state, data)
+    return state
+
+
+def sparsity_of(config: Config, state: TrainState, data: Data) -> Sparsity | None:
+    """Return what masks a network whose training has not begun, and mask it."""
+    return make_sparsity(
         config.sparsity,
-        model,
+        state.model,
         data,
         beside=[] if state.average is None else [state.average.network],
         length=Length(config.train.epochs, updates_per_epoch(config, len(data.train))),
         seed=config.seed,
     )
-    return state
 
 
 def known_of(data: Data) -> Known:
@@ -75,15 +82,16 @@ def known_of(data: Data) -> Known:
 
 def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer of all weights; fused, so that Adam counts its steps on the device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(
-            model.parameters(),
+            trained,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
     return torch.optim.SGD(
-        model.parameters(),
+        trained,
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,

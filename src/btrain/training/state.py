@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from btrain.controllers.averaging import WeightAverage
 from btrain.controllers.base import Controller
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
+from btrain.exchange.read import start_from
 from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats, stacked
 
@@ -96,6 +98,20 @@ class TrainState:
         """What acts on the weights, masks last: the average is to have them, too."""
         both: tuple[Controller | None, ...] = (self.average, self.sparsity)
         return [controller for controller in both if controller is not None]
+
+    def start_from(self, path: Path) -> str:
+        """Take the weights of a file or a run for a run that has not begun.
+
+        Returns:
+            A sentence that says which.
+
+        Raises:
+            UserError: they cannot be read or do not fit.
+        """
+        said = start_from(self.model, path)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.model.state_dict())
+        return said
 
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""

@@ -119,11 +119,15 @@ def thin(
     Raises:
         UserError: an excluded name is that of no layer.
     """
+    weights = layers(model, sparsity.exclude)
     return Thinned(
-        weights=layers(model, sparsity.exclude),
+        weights=weights,
         positions=positions(model, data.shape, data.train.images.device),
-        sizes={name: weight.numel() for name, weight in layers(model).items()},
-        beside=[layers(network, sparsity.exclude) for network in beside],
+        sizes={name: weight.numel() for name, weight in layers(model, frozen=True).items()},
+        beside=[
+            {name: network.get_submodule(name).get_parameter("weight") for name in weights}
+            for network in beside
+        ],
     )
 
 

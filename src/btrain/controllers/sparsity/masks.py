@@ -21,11 +21,14 @@ Layers = Mapping[str, Tensor]
 _MASKED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def layers(
+    model: nn.Module, exclude: Sequence[str] = (), *, frozen: bool = False
+) -> dict[str, nn.Parameter]:
     """Return the weights of convolutions and linear layers, biases and norms aside.
 
     Args:
         exclude: names of layers that stay dense; `block1.*` is a pattern.
+        frozen: whether weights that are not trained count, too.
 
     Raises:
         UserError: there are none, or an excluded name is that of no layer.
@@ -34,7 +37,8 @@ def layers(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parame
     for name, module in model.named_modules():
         if isinstance(module, _MASKED):
             weight = module.get_parameter("weight")
-            if not any(weight is other for other in found.values()):
+            new = not any(weight is other for other in found.values())
+            if new and (frozen or weight.requires_grad):
                 found[name] = weight
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in found):
