@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from btrain.data.download import import_torchvision
 from btrain.errors import UserError, first_line
 
 _FETCHES = re.compile(r"weights|pretrained|checkpoint|cache_dir")
@@ -61,10 +62,11 @@ def _imported(library: str) -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of image readers that are not needed here
+            torchvision = import_torchvision()  # timm needs it, too
             if library == "timm":
                 import timm as module
             else:
-                from torchvision import models as module
+                module = torchvision.models
     except ModuleNotFoundError as error:
         if error.name != library:
             raise UserError(f"{library} cannot be imported: {first_line(error)}.") from error
