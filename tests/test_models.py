@@ -227,6 +227,19 @@ class Several(Linear):
         return (logits, logits) if self.training else logits
 
 
+class Probabilities(Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).softmax(1)
+
+
+class FromZero(Linear):
+    """A last layer that begins at zero, as those of vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.layer.weight)
+
+
 class Whole(Linear):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x).argmax(1, keepdim=True).repeat(1, 4)
@@ -310,6 +323,12 @@ def test_a_network_is_tried_on_one_batch(network: type[Linear], sentence: str) -
     x, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
     with pytest.raises(UserError, match=sentence):
         models.check(network(), x, labels, 4, "mine")
+
+
+@pytest.mark.parametrize("network", [Linear, Probabilities, FromZero])
+def test_a_network_may_be_of_any_kind(network: type[Linear]) -> None:
+    torch.manual_seed(0)
+    models.check(network(), torch.rand(6, 3, 8, 8), torch.arange(6) % 4, 4, "mine")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
