@@ -271,7 +271,9 @@ def test_a_file_is_replaced_only_when_told_to(run: Path, tmp_path: Path, capsys:
     [
         ([], "checkpoint is missing; please give checkpoint=…, see btrain export --help."),
         (["{run}"], "{run} is not of the form key=value; see btrain export --help."),
-        (["out="], "out= is not of the form key=value; see btrain export --help."),
+        (["out="], "out needs a value; see btrain export --help."),
+        (["out=(a", "format=(b"], "format=(b is not of the form key=value; see btrain "
+         "export --help."),
         (["chekpoint=x"], "There is no setting chekpoint. Did you mean checkpoint?"),
         (["seed=1"], "There is no setting seed. btrain export --help lists them."),
         (["out=a.pt", "out=b.pt"], "out is given twice."),

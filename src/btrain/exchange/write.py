@@ -30,7 +30,7 @@ def write(
     sub_block1: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes a network in a format of `command.FORMATS`.
+    """Write a network in a format of `command.FORMATS`.
 
     Args:
         model: one of btrain's networks, on the CPU, in eval mode.
@@ -62,7 +62,7 @@ def write(
 def _writer(
     model: nn.Module, format: str, shape: tuple[int, int, int], sub_block1: bool
 ) -> Callable[[IO[bytes]], Any]:
-    """What writes the file, once it is known that it can."""
+    """Return what writes the file, once it is known that it can."""
     if format == "onnx":
         _require("onnx", "onnx", "onnxscript")
         return partial(_write_onnx, model, shape)

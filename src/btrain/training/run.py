@@ -142,7 +142,7 @@ def _train(
         )
         recording = _recording(config, state, data, provenance, folder, lock, warning, notes)
     with recording as record, stop_on_signals(world) as stop:
-        evaluator = Evaluator(config, world, stop.together)
+        evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)

@@ -13,7 +13,9 @@ from torch import nn
 
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
+from btrain.evaluation.pgd import threat_of
 from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.make import Known
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
@@ -36,14 +38,16 @@ class Evaluator:
 
     Attributes:
         ahead: called ahead of each batch; a signal that one process got ends all of them there.
+        known: what a ball of the user's may want to know.
     """
 
     config: Config
     world: World
     ahead: Callable[[], None]
+    known: Known
 
     def __call__(self, model: nn.Module, split: Split) -> Accuracy:
-        """The accuracies under the run's own PGD, in all processes the same."""
+        """Return the accuracies under the run's own PGD, in all processes the same."""
         settings = self.config.eval
         return evaluate(
             model,
@@ -53,6 +57,7 @@ class Evaluator:
             steps=settings.steps,
             batch_size=settings.batch_size,
             seed=self.config.seed,
+            threat=threat_of(self.config.attack, self.known),
             show_progress=self.world.first,
             processes=self.world,
             ahead=self.ahead,
