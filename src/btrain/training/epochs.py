@@ -129,8 +129,9 @@ def train_epoch(
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     order = epoch_order(len(split), plan.seed, state.epoch).to(device)
     began, before = _clock(device), state.train_seconds
+    several, first = (None if world.size == 1 else world), world.first
 
-    def draw(first: int) -> Iterator[Batch]:
+    def draw(begin: int) -> Iterator[Batch]:
         return batches(
             split,
             order,
@@ -138,7 +139,7 @@ def train_epoch(
             crop_padding=plan.crop_padding,
             flip=plan.flip,
             generator=state.generator,
-            first=first,
+            first=begin,
         )
 
     def draw_again(number: int, random_state: Tensor) -> Batch:
@@ -147,8 +148,9 @@ def train_epoch(
 
     def over() -> bool:
         limit, now = plan.max_seconds, time.perf_counter()
-        late = world.first and limit is not None and before + now - began >= limit
-        return bool(world.largest(int(stopped() or late)))
+        late = first and limit is not None and before + now - began >= limit
+        here = stopped() or late
+        return here if several is None else several.largest(int(here)) > 0
 
     heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
     state.model.train()
@@ -160,13 +162,13 @@ def train_epoch(
         lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        if world.first:
+        if first:
             heartbeat.random_states[state.batch + 1] = state.generator.get_state()
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(state, method, batch, heartbeat.check, plan, done, see, world)
-        if world.first:
+            _take(state, method, batch, heartbeat.check, plan, done, see, several)
+        if first:
             heartbeat.step(state)
         tick()
     elapsed = world.told(_clock(device) - began)
@@ -194,12 +196,11 @@ def _take(
     plan: Plan,
     done: int,
     see: See,
-    world: World,
+    several: World | None,
 ) -> None:
     """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
-    several = None if world.size == 1 else world
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
         network, state.optimizer, method, batch, state.memory, state.generator, several
