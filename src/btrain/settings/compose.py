@@ -477,10 +477,15 @@ def _unread(key: str, kind: str) -> str | None:
 
 
 def _chosen(key: str, kind: str) -> str | None:
-    """Return the option of a key's group as it is written, by its schema's name, or None."""
+    """Return the option of a key's group as it is written, by its schema's name, or None.
+
+    Where several options share a schema it is "this <group>".
+    """
     group = key.partition(".")[0]
     schemas = OPTIONS[group][1] if group in OPTIONS else {}
     names = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    if len(names) > 1:
+        return f"this {group}"
     return f"{group}={names[0]}" if names else None
 
 
