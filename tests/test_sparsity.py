@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from btrain import own
 from btrain.attacks.fast_paths import make_fast_paths
 from btrain.build import load_data
 from btrain.controllers.base import Controller
@@ -26,6 +27,7 @@ from btrain.exchange.from_run import load_run
 from btrain.methods.base import Memory
 from btrain.methods.make import make_methods
 from btrain.methods.statistics import StepStats
+from btrain.report.compare import compare
 from btrain.runs import checkpoint
 from btrain.settings import Config
 from btrain.settings.compose import compose
@@ -258,6 +260,98 @@ def test_counted_work_is_units_times_the_share_of_multiply_adds(tmp_path: Path) 
     size = 64 + 512 + 3200 + 1000
     assert zeros == size - round(0.2 * size)
     assert config.sparsity.name.name == "igq"
+
+
+def test_the_report_has_counted_work_where_a_run_is_sparse(tmp_path: Path) -> None:
+    more = ["train.epochs=1", "dataset.val_examples=50", "eval.train_examples=80"]
+    dense = train(tiny_in(tmp_path / "dense", *more))
+    assert "density" not in compare([tmp_path / "dense"])
+    sparse = train(tiny_in(tmp_path / "sparse", "sparsity=igq", *more))
+    head, _, *rows, _, sentence = compare([tmp_path / "dense", tmp_path / "sparse"]).splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    cells = [dict(zip(columns, map(str.strip, row.split("|")), strict=True)) for row in rows]
+    for summary, cell in zip((dense, sparse), cells, strict=True):
+        gap = summary["train_robust_acc"] - summary["robust_acc"]
+        assert float(cell["train − test"]) == pytest.approx(gap, abs=0.01)
+        fall = summary["best_robust_acc"] - summary["robust_acc"]
+        assert float(cell["best − final"]) == pytest.approx(fall, abs=0.01)
+        assert float(cell["density"]) == pytest.approx(summary.get("density", 1), abs=1e-3)
+        counted = summary.get("flops_counted", summary["flops"])
+        assert float(cell["TFLOP counted"]) == pytest.approx(counted / 1e12, rel=0.01)
+        assert cell["TFLOP executed"] == cell["TFLOP"]
+    assert "do not speed up dense kernels" in sentence
+
+
+class Tied(nn.Module):
+    """One linear layer used twice, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.out = nn.Linear(64, 64), nn.Linear(64, 10)
+        self.again = nn.Linear(64, 64)
+        self.again.weight = self.once.weight
+        self.fixed = nn.Linear(64, 64).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fixed(x.flatten(1)).relu()
+        logits: Tensor = self.out(self.again(self.once(hidden).relu()).relu())
+        return logits
+
+
+def by_value(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Score weights by their value, whatever their sign."""
+    assert len(images) == len(labels) == 100
+    return {name: m.weight for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+
+
+def test_own_scores_of_an_own_network(few: Data) -> None:
+    """A weight that two layers share counts once and costs twice; a frozen one is not masked."""
+    settings = {"sparsity.factory": own.give(Scores(by_value)), "model.factory": own.give(Tied)}
+    words = ["sparsity=own", "sparsity.examples=100", "model=own", "model.width=null"]
+    config = compose([*(w for w in TINY if not w.startswith("model")), "run.dir=unused",
+                      *words[:3], *(f"{k}={v}" for k, v in settings.items())])  # fmt: skip
+    state = make_state(config, few, CPU)
+    assert state.sparsity is not None
+    size = 64 * 64 + 640
+    assert sum(state.sparsity.kept().values()) == round(0.2 * size)
+    assert set(state.sparsity.masks) == {"once", "out"}
+    weights = state.sparsity.thinned.weights
+    lowest = min(float(weights[n][mask > 0].min()) for n, mask in state.sparsity.masks.items())
+    assert lowest > 0
+    kept = state.sparsity.kept()
+    left = (2 * kept["once"] + kept["out"] + 64 * 64) / (3 * 64 * 64 + 640)
+    assert float(state.sparsity.memory["macs_share"]) == pytest.approx(left)
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        (
+            lambda network, images, labels: {},
+            r"no scores of the shape \(4, 1, 4, 4\) for conv1",
+        ),
+        (lambda network, images, labels: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_own_scores_that_are_none_are_named(
+    scores: Callable[..., Any], sentence: str, few: Data
+) -> None:
+    config = tiny("sparsity=own", f"sparsity.factory='{own.give(Scores(scores))}'")
+    with pytest.raises(UserError, match=sentence):
+        make_state(config, few, CPU)
+
+
+class Scores:
+    """Something that is called in place of a factory's result."""
+
+    def __init__(self, scores: Callable[..., Any]) -> None:
+        self._scores = scores
+
+    def state_dict(self) -> None:
+        """Make this a thing that is handed out as it is."""
+
+    def __call__(self, *given: Any) -> Any:
+        return self._scores(*given)
 
 
 def test_without_sparsity_nothing_is_said_of_it(tmp_path: Path) -> None:

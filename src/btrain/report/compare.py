@@ -22,7 +22,8 @@ _Cell = Callable[[Runs, Runs], str]
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """Return a Markdown table of runs, with measured speedups over the first row's training time.
 
-    A time from another device than the first row's gives no speedup.
+    A time from another device than the first row's gives no speedup. Where one of them is sparse,
+    all are shown with their counted work and their robust overfitting.
 
     Args:
         runs: run folders, or folders of them, which stand for their runs in the order of time.
@@ -42,13 +43,16 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
         row.append(summary)
     baseline = next(iter(rows.values()))
     columns = _COLUMNS if merge_seeds else [column for column in _COLUMNS if column[0] != "seeds"]
-    return markdown(
+    sparse = any("macs_share" in run for runs in rows.values() for run in runs)
+    columns = columns + (_SPARSE if sparse else [])
+    table = markdown(
         ["run", *(head for head, _ in columns)],
         [
             [Path(name).name, *(cell(summaries, baseline) for _, cell in columns)]
             for name, summaries in rows.items()
         ],
     )
+    return f"{table}\n\n{_MASKED_KERNELS}" if sparse else table
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
@@ -65,7 +69,7 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
     fields = Fields(folder.path / "summary.json", summary)
-    for key in (SUMMARY_KEYS - {"device"}) | {"attack_steps_mean", "flops"}:
+    for key in (SUMMARY_KEYS - {"device"}) | {"attack_steps_mean", "flops"} | _SPARSE_KEYS:
         fields.optional_number(key)
     fields.number("train_seconds")
     if not isinstance(summary["device"], str):
@@ -81,6 +85,32 @@ def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
         values = [run.get(key) for run in runs]
         known = [value / divisor for value in values if value is not None]
         return _spread(known, form) + unit if len(known) == len(values) else NONE
+
+    return cell
+
+
+def _less(key: str, other: str) -> _Cell:
+    """Return the cell of a difference of two numbers of each run."""
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        del baseline
+        pairs = [(run.get(key), run.get(other)) for run in runs]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        return _spread(known, ".2f") if len(known) == len(pairs) else NONE
+
+    return cell
+
+
+def _or_dense(key: str, form: str, dense: str | float, divisor: float = 1) -> _Cell:
+    """Return the cell of a number that a dense run lacks: it is another one's, or fixed."""
+    shown = _mean("value", form, divisor=divisor)
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        values = [
+            run[key] if key in run else run.get(dense) if isinstance(dense, str) else dense
+            for run in runs
+        ]
+        return shown([{"value": value} for value in values], baseline)
 
     return cell
 
@@ -112,3 +142,21 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("training s", _mean("train_seconds", ".1f")),
     ("measured speedup", _measured),
 ]
+
+_SPARSE_KEYS = {
+    *("density", "macs_share", "flops_counted", "flops_executed"),
+    *("best_robust_acc", "train_robust_acc"),
+}
+_SPARSE: list[tuple[str, _Cell]] = [
+    ("best PGD %", _mean("best_robust_acc", ".2f")),
+    ("best − final", _less("best_robust_acc", "robust_acc")),
+    ("train − test", _less("train_robust_acc", "robust_acc")),
+    ("density", _or_dense("density", ".3f", 1.0)),
+    ("share of MACs", _or_dense("macs_share", ".3f", 1.0)),
+    ("TFLOP executed", _or_dense("flops_executed", ".3g", "flops", divisor=1e12)),
+    ("TFLOP counted", _or_dense("flops_counted", ".3g", "flops", divisor=1e12)),
+]
+_MASKED_KERNELS = (
+    "Counted TFLOP leave out multiply-adds by weights that are 0; masks of single weights do not "
+    "speed up dense kernels, which execute them."
+)

@@ -89,6 +89,7 @@ class SparsityName(Enum):
     flying_bird = "flying_bird"
     flying_bird_plus = "flying_bird_plus"
     robust_bird = "robust_bird"
+    own = "own"
 
 
 class LayerDensities(Enum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from btrain.settings.checks import MISSING, at_least, positive, require
+from btrain.settings.checks import MISSING, at_least, no_null, positive, require
 from btrain.settings.method import Choice
 from btrain.settings.names import (
     Growth,
@@ -55,6 +55,18 @@ class ScoredConfig(StaticConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(2, "sparsity.examples", self.examples)
+
+
+@dataclass
+class OwnSparsityConfig(ScoredConfig):
+    """Masks by scores of the user's."""
+
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("sparsity.factory", self.factory)
 
 
 @dataclass
@@ -155,4 +167,5 @@ SPARSITIES: dict[SparsityName, type[SparsityConfig]] = {
     SparsityName.flying_bird: FlyingBirdConfig,
     SparsityName.flying_bird_plus: FlyingBirdPlusConfig,
     SparsityName.robust_bird: RobustBirdConfig,
+    SparsityName.own: OwnSparsityConfig,
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from btrain import own
 from btrain.controllers.sparsity.controller import (
     Flight,
     FlyingBird,
@@ -45,6 +47,7 @@ from btrain.settings.names import IntervalUnit, Rewind, SparsityName
 from btrain.settings.sparsity import (
     FlyingBirdConfig,
     FlyingBirdPlusConfig,
+    OwnSparsityConfig,
     RobustBirdConfig,
     ScoredConfig,
     SparsityConfig,
@@ -157,6 +160,9 @@ def static_masks(
             return synflow(model, exclude, data.shape, masks)
 
         return in_rounds(score, kept, thinned.size, sparsity.rounds)
+    if isinstance(sparsity, OwnSparsityConfig):
+        scored = own_scores(sparsity, model, thinned, data, some(sparsity, data, seed))
+        return top_of_all(scored, kept)
     scores: dict[SparsityName, Callable[[], dict[str, Tensor]]] = {
         SparsityName.random: lambda: random_scores(thinned, seed),
         SparsityName.magnitude: lambda: magnitude(thinned.weights),
@@ -164,6 +170,30 @@ def static_masks(
         SparsityName.grasp: lambda: grasp(model, exclude, some(sparsity, data, seed)),
     }
     return top_of_all(scores[name](), kept)
+
+
+def own_scores(
+    sparsity: OwnSparsityConfig, model: nn.Module, thinned: Thinned, data: Data, batches: Batches
+) -> dict[str, Tensor]:
+    """Return what the user's callable says of a copy of the network in train mode.
+
+    Raises:
+        UserError: it fails, or does not score every weight with a finite number.
+    """
+    factory, network = sparsity.factory, copy.deepcopy(model).train()
+    known = {"classes": len(data.classes), "shape": data.shape}
+    score = own.call("sparsity", factory, sparsity.settings, **known)
+    where = f"sparsity.factory={factory}"
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with own.explained(where):
+        scored = dict(score(network, images, labels))
+    for name, weight in thinned.weights.items():
+        found = scored.get(name)
+        if not isinstance(found, Tensor) or found.shape != weight.shape:
+            raise UserError(f"{where} has no scores of the shape {tuple(weight.shape)} for {name}.")
+        if not torch.isfinite(found).all():
+            raise UserError(f"{where}: a score for {name} is not finite.")
+    return {name: scored[name].detach().to(weight) for name, weight in thinned.weights.items()}
 
 
 def random_scores(thinned: Thinned, seed: int) -> dict[str, Tensor]:

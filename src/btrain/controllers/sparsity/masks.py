@@ -65,20 +65,21 @@ def positions(
     A weight costs one multiply-add in each: those of a convolution as often as it has outputs in a
     channel. `shape` is (C, H, W).
     """
-    used: dict[str, int] = {}
+    used = dict.fromkeys(layers(model, frozen=True), 0)
 
     def count(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def counted(module: nn.Module, inputs: object, output: Tensor) -> None:
             del inputs
             weight = module.weight
             assert isinstance(weight, Tensor)
-            used[name] = used.get(name, 0) + output.numel() // len(weight)
+            used[name] += output.numel() // len(weight)
 
         return counted
 
+    names = {id(weight): name for name, weight in layers(model, frozen=True).items()}
     hooks = [
-        module.register_forward_hook(count(name))
-        for name, module in model.named_modules()
+        module.register_forward_hook(count(names[id(module.weight)]))
+        for module in model.modules()
         if isinstance(module, _MASKED)
     ]
     try:
