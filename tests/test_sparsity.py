@@ -316,7 +316,9 @@ def test_own_scores_of_an_own_network(few: Data) -> None:
     assert sum(state.sparsity.kept().values()) == round(0.2 * size)
     assert set(state.sparsity.masks) == {"once", "out"}
     weights = state.sparsity.thinned.weights
-    lowest = min(float(weights[n][mask > 0].min()) for n, mask in state.sparsity.masks.items())
+    lowest = min(
+        float(weights[n].detach()[mask > 0].min()) for n, mask in state.sparsity.masks.items()
+    )
     assert lowest > 0
     kept = state.sparsity.kept()
     left = (2 * kept["once"] + kept["out"] + 64 * 64) / (3 * 64 * 64 + 640)
