@@ -36,7 +36,7 @@ def test_a_wheel_in_an_empty_venv_finds_its_configs(tmp_path: Path) -> None:
     settings = run(
         environment / "bin" / "btrain", "train", "bt=uniform", "--cfg", "job", cwd=tmp_path
     )
-    assert "n_b: ${attack.steps}" in settings
+    assert "n_b: ${with_views:${attack.augmix},1,${attack.steps}}" in settings
     pages = (
         "from btrain.pages.html import render;"
         "render('btrain.report', 'sample.html', label='', pictures=[], difference='', factor=1);"

@@ -49,8 +49,8 @@ def number(key: str, value: object) -> float:
     """
     try:
         if isinstance(value, str):
-            above, _, below = value.partition("/")
-            return float(above) / float(below or 1)
+            above, over, below = value.partition("/")
+            return float(above) / float(below) if over else float(above)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     except (ValueError, ZeroDivisionError, OverflowError):

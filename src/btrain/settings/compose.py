@@ -110,12 +110,20 @@ def schema_of(saved: Mapping[str, Any]) -> Any:
 
 def _scale(length: object, factor: float, divisor: float) -> float:
     """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
-    return factor * number("a length", length) / max(divisor, 1)
+    return factor * _length(length) / max(divisor, 1)
 
 
 def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
     """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return number("a length", step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+    return _length(step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _length(value: object) -> float:
+    """Return a length; NaN for what is none, which the schema refuses by its own key."""
+    try:
+        return number("a length", value)
+    except UserError:
+        return math.nan
 
 
 def _with_views(augmix: object, views: int, steps: int) -> int:
@@ -420,15 +428,20 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         str(cause).split("\n")[0] + "\n",
     )
     key = re.search(r"full_key: (\S+)", str(cause))
+    kind = re.search(r"object_type=(\w+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
-        kind = re.search(r"object_type=(\w+)", str(cause))
         unread = _unread(name, kind.group(1)) if kind else None
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         group, _, name = option.group(1).rpartition("/")
         return UserError(_unknown_option(group, name, folder))
+    if key and _first_line(cause).endswith("is not Optional"):
+        chosen = _chosen(key.group(1), kind.group(1)) if kind else None
+        return UserError(
+            f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
+        )
     if key:
         return UserError(f"{key.group(1)}: {_first_line(cause)}")
     for group, _, value in (override.partition("=") for override in overrides):
@@ -457,11 +470,23 @@ def _unread(key: str, kind: str) -> str | None:
     group, _, leaf = key.partition(".")
     if group not in OPTIONS:
         return None
-    schemas = OPTIONS[group][1]
-    if not any(leaf in get_type_hints(schema) for schema in schemas.values()):
+    if not any(leaf in get_type_hints(schema) for schema in OPTIONS[group][1].values()):
         return None
-    chosen = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
-    return f"{key} is no setting with {group}={chosen[0]}." if chosen else None
+    chosen = _chosen(key, kind)
+    return f"{key} is no setting with {chosen}." if chosen else None
+
+
+def _chosen(key: str, kind: str) -> str | None:
+    """Return the option of a key's group as it is written, by its schema's name, or None.
+
+    Where several options share a schema it is "this <group>".
+    """
+    group = key.partition(".")[0]
+    schemas = OPTIONS[group][1] if group in OPTIONS else {}
+    names = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    if len(names) > 1:
+        return f"this {group}"
+    return f"{group}={names[0]}" if names else None
 
 
 def _unknown_option(group: str, option: str, folder: str | None) -> str:

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from btrain.settings.checks import MISSING, at_least, finite, no_null, pixels, positive, require
+from btrain.settings.checks import (
+    MISSING,
+    at_least,
+    finite,
+    no_null,
+    number,
+    pixels,
+    positive,
+    require,
+)
 from btrain.settings.method import Choice
 from btrain.settings.names import (
     Activation,
@@ -38,8 +47,9 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         self.epsilon = pixels("dataset.epsilon", self.epsilon, "linf")
-        self.step_size = pixels("dataset.step_size", self.step_size, "l2")
-        self.eval_step_size = pixels("dataset.eval_step_size", self.eval_step_size, "l2")
+        # They follow attack.epsilon and eval.epsilon, which the attack and the evaluation check.
+        self.step_size = number("dataset.step_size", self.step_size)
+        self.eval_step_size = number("dataset.eval_step_size", self.eval_step_size)
         self.l2_epsilon = pixels("dataset.l2_epsilon", self.l2_epsilon, "l2")
         at_least(2, "dataset.train_examples", self.train_examples)
         at_least(1, "dataset.test_examples", self.test_examples)
@@ -120,8 +130,8 @@ class ModelConfig:
         require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
                  self.std)  # fmt: skip
         for mean in self.mean or []:
-            require(finite(mean), "model.mean", "finite", mean)
-            require(0 <= mean <= 1, "model.mean", "in [0, 1] pixel units", mean)
+            rule = "in [0, 1], in pixel units like 0.4914"
+            require(finite(mean) and 0 <= mean <= 1, "model.mean", rule, mean)
         for std in self.std or []:
             positive("model.std", std)
         no_null("model.weights", self.weights)
