@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, cast, get_origin, get_type_hints
 
+from btrain import own
 from btrain.errors import UserError
-from btrain.settings import MISSING, Config, DatasetName
+from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
+from btrain.settings.run import DATASETS, MODELS
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -42,6 +44,8 @@ TASKS = {
 """By the file's name."""
 
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
+    "model": ("architecture", MODELS),
+    "dataset": ("name", DATASETS),
     "attack": ("name", ATTACKS),
     "defense": ("name", DEFENSES),
     "rival": ("name", RIVALS),
@@ -145,10 +149,14 @@ def _divided(count: int, divisor: float) -> int:
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     """The configuration that a task's command would run with the overrides; of its schema's class.
 
+    The overrides are the user's, who allows what they name.
+
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    return from_hydra(composed(overrides, task), overrides)
+    config = from_hydra(composed(overrides, task), overrides)
+    own.allow_parts(config)
+    return config
 
 
 def composed(overrides: Sequence[str], task: str) -> Any:
@@ -178,17 +186,40 @@ def quoted(text: str) -> str:
 
 
 _PATHS = (
-    *("dataset.root", "run.dir", "corrupt.out", "corrupt.frost"),
+    *("dataset.root", "run.dir", "model.weights", "corrupt.out", "corrupt.frost"),
     *("bench.checkpoint", "bench.out", "bench.plot"),
 )
 
 
 def with_path_quoted(argument: str) -> str:
-    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are.
+
+    So does a list of factories, which is a sweep.
+    """
     key, _, value = argument.partition("=")
-    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
+    factory = key.endswith(".factory") and "," not in value
+    if not (key in _PATHS or factory) or not value or value[0] in "'\"" or value == "null":
         return argument
     return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
+
+
+_WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg",
+                 "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")  # fmt: skip
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
+    options, settings, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        options.append(argument)
+        # --info may stand alone
+        if argument in _WITH_A_VALUE and rest and "=" not in rest[0] and rest[0][:1] != "-":
+            options.append(rest.pop(0))
+    return [*options, *settings]
 
 
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
@@ -257,7 +288,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for override in overrides:
-        if re.match(r"[\w.]+=\{", override):
+        if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
     cfg = cfg.copy()
     with open_dict(cfg):
@@ -298,18 +329,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
 
 
-def defaults(kind: type = Config) -> dict[str, Any]:
+def defaults(config: Any) -> dict[str, Any]:
     """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
-    hints = get_type_hints(kind)
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found[field.name] = defaults(hints[field.name])
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
         elif field.default != MISSING:
-            value = field.default
-            found[field.name] = value.name if isinstance(value, Enum) else value
+            default = field.default
+            found[field.name] = default.name if isinstance(default, Enum) else default
     return found
 
 
@@ -347,12 +378,9 @@ _LONGEST_NAME = 150  # bytes; file systems take 255
 def run_name(config: Config, overrides: Sequence[str]) -> str:
     """A readable folder name, different for different settings.
 
-    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`; an image folder goes by its own
-    name.
+    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`.
     """
-    data = config.dataset.name.name
-    if config.dataset.name is DatasetName.imagefolder:
-        data = Path(config.dataset.root).resolve().name
+    data = config.dataset.title
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
     changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
@@ -450,15 +478,14 @@ def _unknown_option(group: str, option: str) -> str:
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
-    import typing
-
+    """The keys of a schema with those of every option of its groups, each once."""
     keys = []
-    for name, kind in typing.get_type_hints(node).items():
-        if typing.get_origin(kind) is typing.ClassVar:
+    for name, kind in get_type_hints(node).items():
+        if get_origin(kind) is ClassVar:
             continue
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            options = OPTIONS[name][1].values() if name in OPTIONS else ()
-            for schema in (typing.cast(type, kind), *options):
-                keys += _all_keys(schema, f"{prefix}{name}.")
-    return keys
+        options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                keys += _all_keys(cast(type, option), f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
