@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, cast, get_origin, get_type_hints
 
@@ -229,7 +228,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     Raises:
         UserError: it is none.
     """
-    for argument, following in pairwise([*arguments, ""]):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option in ("--config-dir", "-cd"):
             folder = value if equals else following
