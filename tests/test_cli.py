@@ -366,7 +366,7 @@ def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(
 
 def test_what_does_not_change_the_result_may_differ(run: Path, capsys: Capture) -> None:
     before = contents(run.parent)
-    others = ["device=auto", "logger=wandb", "train.max_seconds=9"]
+    others = ["device=auto", "logger=wandb", "train.checkpoint_every=2", "train.max_seconds=9"]
     assert main(["train", *SMALL, "run.dir=run", *others]) == 0
     assert "finished already" in capsys.readouterr().out
     assert contents(run.parent) == before

@@ -725,7 +725,7 @@ def test_lengths_that_follow_a_fraction_follow_its_value() -> None:
 
 @pytest.mark.parametrize("mean", [125.3, 1.01])
 def test_a_mean_of_bytes_is_refused(mean: float) -> None:
-    with pytest.raises(UserError, match=r"^model\.mean must be in \[0, 1\], in pixel units like "):
+    with pytest.raises(UserError, match=r"^model\.mean must be in \[0, 1\], in pixel units"):
         compose([f"model.mean=[{mean}]", "model.std=[0.25]"])
 
 

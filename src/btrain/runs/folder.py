@@ -15,7 +15,7 @@ from typing import Any
 
 from btrain.durable import PARTIAL, append_line, make_folder, write_file
 from btrain.errors import Interrupted, UserError
-from btrain.runs.lengthening import LENGTH, lengthened
+from btrain.runs.lengthening import lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
@@ -94,24 +94,17 @@ class RunFolder:
         # A setting that btrain did not have when the run began was at its default.
         theirs = flat(defaults(config)) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
-        differing = [
-            key
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
-            and not any(key == k or key.startswith(f"{k}.") for k in may_differ)
-        ]
-        if set(differing) <= {*LENGTH, "recipe.schedule"}:  # the same run, but for its length
-            try:
-                may_differ = lengthened(theirs, ours)
-            except UserError as error:
-                raise UserError(f"{self.path}: {error}") from error
-            differing = [key for key in differing if key not in may_differ]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
-                f"{ours.get(key)}; please name another run.dir."
-            )
+        try:
+            may_differ += lengthened(theirs, ours)
+        except UserError as error:
+            raise UserError(f"{self.path} belongs to {error}") from error
+        for key in sorted(theirs.keys() | ours.keys()):
+            same = theirs.get(key) == ours.get(key)
+            if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
+                raise UserError(
+                    f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
+                    f"{ours.get(key)}; please name another run.dir."
+                )
 
     def _is_empty(self) -> bool:
         """Nothing but what a run leaves that was killed before it began."""

@@ -25,7 +25,7 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
     before, after = theirs.get("train.epochs"), ours.get("train.epochs")
     if type(before) is not int or type(after) is not int or after <= before:
         return ()
-    sentence = f"a run of {before} epochs cannot go on to {after}"
+    sentence = f"a run with train.epochs={before} and cannot go on to {after}"
     if (schedule := ours.get("recipe.schedule")) != "step" or theirs["recipe.schedule"] != schedule:
         raise UserError(f"{sentence}: recipe.schedule={schedule} falls until the end of the run.")
     try:
