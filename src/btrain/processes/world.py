@@ -62,7 +62,7 @@ class World:
         return torch.arange(examples, device=device)[self.share(examples)]
 
     def gathered(self, rows: Tensor, examples: int) -> Tensor:
-        """Return all rows of a batch, in order, from all processes' shares. (n, K) -> (all, K)"""
+        """Return a batch's rows in order from all processes' shares. (n, K) -> (examples, K)"""
         if self.size == 1:
             return rows
         most = -(-examples // self.size)
