@@ -1,4 +1,4 @@
-"""From a configuration to the method of a run."""
+"""The way from a configuration to the method of a run."""
 
 from __future__ import annotations
 

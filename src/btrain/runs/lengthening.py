@@ -1,4 +1,4 @@
-"""Runs that go on to more epochs than they were begun with."""
+"""The runs that go on to more epochs than they were begun with."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
 
 
 def _falls(settings: Mapping[str, Any], end: int) -> list[tuple[float, float]]:
-    """After how many epochs below `end` the learning rate changes, and its factor from there on."""
+    """Return after how many epochs below `end` the learning rate changes, and the factor then."""
     stretch = settings["train.epochs"] / settings["recipe.epochs"]
     milestones, factors = settings["recipe.milestones"], settings["recipe.lr_factors"]
     falls = [(epoch * stretch, factor) for epoch, factor in zip(milestones, factors, strict=True)]

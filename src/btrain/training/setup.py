@@ -1,4 +1,4 @@
-"""From a configuration to the state of a run that has not begun."""
+"""The way from a configuration to the state of a run that has not begun."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEED_ONE_PROCESS = ("own_step", "graphs")
 
 
 def check_shares(config: Config, examples: int, world: World) -> None:
-    """Makes sure that this training, on so many examples, can be done by several processes.
+    """Make sure that this training, on so many examples, can be done by several processes.
 
     Raises:
         UserError: it cannot; the sentence names the key.
@@ -73,7 +73,7 @@ def known_of(data: Data) -> Known:
 
 
 def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer of all weights; fused, so that Adam counts its steps on the device."""
+    """Return the recipe's optimizer of all weights; fused, so that Adam counts on the device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(
