@@ -37,10 +37,10 @@ PAIRS = (
 FOLDER = Path("results/gpu")
 _TRAINING_IMAGES = 50_000
 _SECONDS = 400.0
-"""After which nothing more is begun; the rest of eight minutes is for what is under way."""
+"""The time after which nothing is begun; the rest of eight minutes is for what is under way."""
 
 Keep = Callable[[Mapping[str, Any]], None]
-"""Takes what has been measured so far."""
+"""(what has been measured so far) -> None"""
 
 
 def run_gpu(tell: Callable[[str], None]) -> Path:

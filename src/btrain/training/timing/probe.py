@@ -33,7 +33,7 @@ class Probe:
     itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
     does. All this takes at most 1 % of the training time so far; until there is room for one step
     to warm up and one to time, nothing is measured.
-    Of several processes each does so for itself, on batches as large as its share and without the
+    With several processes each does so for itself, on batches as large as its share and without the
     others: one that fails or has no time keeps nobody waiting.
     """
 
