@@ -97,7 +97,7 @@ class RunFolder:
         try:
             may_differ += lengthened(theirs, ours)
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise UserError(f"{self.path} belongs to {error}") from error
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):

@@ -228,7 +228,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     Raises:
         UserError: it is none.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option in ("--config-dir", "-cd"):
             folder = value if equals else following

@@ -37,7 +37,7 @@ from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.safety.signals import StopRequest, stop_on_signals
 from btrain.training.schedule import make_plan
 from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_shares, known_of, make_state
+from btrain.training.setup import check_radius, check_shares, known_of, make_state
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
 from btrain.training.timing.probe import Probe
@@ -83,6 +83,7 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
             data_sha256 = data_hash(data)
             check_same_data(world, data_sha256)
             check_shares(config, len(data.train), world)
+            check_radius(config, data)
             state = make_state(config, data, device)
         with folder.taken(config) if world.first else nullcontext() as lock:
             if world.first:
