@@ -8,11 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from btrain.allocation import Scored
+from btrain.attacks.pgd import by_steps
 from btrain.bench.look import MEGABYTE, look
-from btrain.bench.selection import select
+from btrain.data import Batch
+from btrain.data.augmentation import batch_slices
+from btrain.methods.augmix import AugMix
 from btrain.methods.cost import forward_flops
+from btrain.methods.pool import Pool, deal, no_attack
 from btrain.methods.statistics import averages, stacked
+from btrain.processes.world import ALONE
 from btrain.settings import CudaGraphs, Precision
 from btrain.settings.bench import Contender
 from btrain.training.timing.clock import Product, seconds
@@ -113,8 +120,42 @@ def _selection_seconds(lane: Lane, device: torch.device) -> float:
         return 0.0
     batch = lane.prepare(0)
     z = deciding_logits(lane.inside, batch.x, lane.chooser)
-    taken = [seconds(lambda: select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
+    taken = [seconds(lambda: _select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
     return statistics.median(taken[1:]) / lane.config.bt.pool
+
+
+def _select(lane: Lane, batch: Batch, z: Tensor) -> None:
+    """Do what the step does between the clean logits z (m, K) and the attack, or the views."""
+    x, labels, _ = batch
+    chooser = lane.chooser
+    score = chooser.metric(z, labels)
+    robust_fraction = lane.memory["robust_fraction"]
+    scored = Scored(score, z, labels, robust_fraction, lane.generator, no_attack)
+    if isinstance(chooser, AugMix):
+        allocation = chooser.allocator(scored)
+        order, counts = by_steps(allocation.steps)
+        allocation.ordered(order)
+        _gathered([x, labels, z], order)
+        counts()
+        return
+    noise = torch.empty_like(x)
+    if isinstance(lane.method, Pool):
+        slices = batch_slices(len(z), lane.method.batch_size)
+        allocation = lane.method.allocate(scored, slices)
+        dealt = deal(allocation, slices, ALONE)
+        together = dealt.rows[dealt.order]
+        x_adv, *_ = _gathered([x, labels, z, noise], together)
+        chooser.attack.sizes(allocation.ordered(together).steps)
+        _gathered([x_adv], torch.argsort(dealt.order))
+        _gathered([x, labels, z, score], dealt.rows)
+        return
+    allocation = chooser.allocator(scored)
+    _, _, allocation, _ = chooser.in_order([x, labels, z, score, noise], None, allocation)
+    chooser.attack.sizes(allocation.steps)
+
+
+def _gathered(parts: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [part[rows] for part in parts]
 
 
 def _compare(
