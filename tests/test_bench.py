@@ -19,11 +19,10 @@ from torch import nn
 from btrain.allocation import BulletTrain
 from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
-from btrain.bench import run as bench_run
+from btrain.bench import measure as bench_measure
 from btrain.bench.look import look
-from btrain.bench.measure import Row, _timed_step, spread
+from btrain.bench.measure import Row, _timed_step, run_bench, spread
 from btrain.bench.plan import Case, make_cases, make_lanes
-from btrain.bench.run import run_bench
 from btrain.cli import main
 from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
@@ -501,8 +500,8 @@ def test_what_was_measured_is_kept_whatever_comes_then(
             raise KeyboardInterrupt
         return whole(case, *more)
 
-    whole = bench_run.measure_case
-    monkeypatch.setattr(bench_run, "measure_case", interrupted)
+    whole = bench_measure.measure_case
+    monkeypatch.setattr(bench_measure, "measure_case", interrupted)
     (tmp_path / "there.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("there.json")
     quick = [*SMALL_CNN, *QUICK, "bench.defenses=[trades]", "bench.methods=[lean]"]

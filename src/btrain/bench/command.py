@@ -41,8 +41,8 @@ def run(args: Sequence[str]) -> None:
         print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
         return
     bench, settings = parse(args)
+    from btrain.bench.measure import run_bench
     from btrain.bench.output import table
-    from btrain.bench.run import run_bench
 
     run_bench(bench, settings, _tell, lambda found: print(table(found["rows"], found["details"])))
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from btrain.bench import command, output
+from btrain.bench.measure import measure_case, surroundings
 from btrain.bench.plan import Case, make_cases
-from btrain.bench.run import measure_case, surroundings
 from btrain.build import find_device, make_model
 from btrain.data import Split
 from btrain.errors import UserError, first_reason
