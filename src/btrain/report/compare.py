@@ -45,10 +45,16 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     return markdown(
         ["run", *(head for head, _ in columns)],
         [
-            [Path(name).name, *(cell(summaries, baseline) for _, cell in columns)]
+            [_name(name, summaries), *(cell(summaries, baseline) for _, cell in columns)]
             for name, summaries in rows.items()
         ],
     )
+
+
+def _name(path: str, runs: Runs) -> str:
+    """Return a row's name, with a word on runs that were cut ahead of their end."""
+    cut = any(isinstance(run.get("cut"), str) for run in runs)
+    return f"{Path(path).name}{' (cut)' if cut else ''}"
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
