@@ -97,24 +97,23 @@ class Probe:
         paths = make_fast_paths(self._plain.train, state.device)
         method = make_method(self._plain, state.device, paths=paths, known=self._known)
 
-        def take(enough: Callable[[], bool]) -> tuple[float, float]:
+        def take(enough: Callable[[], bool]) -> tuple[float, float, float]:
             train_epoch(
                 tried, self._split, method, self._plan, see=paths.view,
                 tick=lambda: None, show=lambda means: None, stopped=enough,
             )  # fmt: skip
             assert tried.epoch_work is not None
-            return tried.epoch_work, float(tried.epoch_sums[EXAMPLES])
+            return tried.train_seconds, tried.epoch_work, float(tried.epoch_sums[EXAMPLES])
 
         def timed_enough() -> bool:
             late = time.perf_counter() + expected > ends
             return tried.batch > 1 and (late or tried.batch > _STEPS)
 
-        warm_work, warm_images = take(lambda: tried.batch == 1)
-        all_work, all_images = take(timed_enough)
-        if all_images == warm_images:  # the epoch is one batch
+        warm = take(lambda: tried.batch == 1)
+        seconds, work, images = (b - a for a, b in zip(warm, take(timed_enough), strict=True))
+        if images == 0:  # the epoch is one batch
             return None
-        self._work += all_work - warm_work
-        self._probed += all_images - warm_images
-        an_image = self._work / self._probed
-        self._step = an_image * self._plan.batch_size
-        return an_image
+        self._work += work
+        self._probed += images
+        self._step = seconds / images * self._plan.batch_size
+        return self._work / self._probed
