@@ -191,6 +191,10 @@ class GraphRecorder:
             except RuntimeError:
                 with torch.cuda.stream(current), suppress(RuntimeError):
                     _end_recording(self._device)
+                with suppress(RuntimeError, AttributeError):
+                    # torch up to 2.12 leaves the allocator recording: its cache is then never freed
+                    index = torch.cuda.current_device()
+                    torch._C._cuda_endAllocateToPool(index, self._pool)
                 raise
         self.graphs.append(graph)
         return graph.replay
