@@ -42,7 +42,7 @@ TASKS = {
     "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
     "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
 }
-"""By the file's name."""
+"""The tasks by the name of their file."""
 
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "model": ("architecture", MODELS),
@@ -53,7 +53,7 @@ OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "bt": ("name", ALLOCATORS),
     "sparsity": ("name", SPARSITIES),
 }
-"""By a group whose options have settings of their own: the key that tells the option, and the
+"""The key that tells the option of a group whose options have settings of their own, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""
 
 FREE = "settings"
@@ -314,6 +314,12 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
+        if option := re.match(r"\+*(\w+)\.(\w+)=(.*)$", override):
+            group, key, value = option.groups()
+            if group in OPTIONS and OPTIONS[group][0] == key:
+                raise UserError(
+                    f"{override} would give an option another one's name; choose {group}={value}."
+                )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
