@@ -241,6 +241,19 @@ def test_flying_bird_plus_hears_the_last_epochs_and_counts_what_that_costs(tmp_p
     assert low * 0.999 <= summary["flops_counted"] <= high * 1.001
 
 
+def test_flying_bird_plus_reads_the_running_accuracy_where_all_get_the_whole_attack(
+    tmp_path: Path,
+) -> None:
+    settings = [s for s in PLUS if "probe" not in s] + ["sparsity.switch_epochs=1", "defense=pgd"]
+    train(tiny_in(tmp_path, "train.epochs=2", "bt=uniform", *settings))
+    lines = read(tmp_path)
+    for line in lines:
+        gap = line["robust_acc_train"] - line["val_robust_acc"]
+        assert line["robust_gap"] == pytest.approx(gap)
+    saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]["sparsity"]["memory"]
+    assert float(saved["extra_units"]) == 0
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

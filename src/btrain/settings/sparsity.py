@@ -107,7 +107,7 @@ class FlyingBirdPlusConfig(FlyingBirdConfig):
     grow_share: float = MISSING
     prune_ratio: float = MISSING
     growth_ratio: float = MISSING
-    probe_examples: int = MISSING
+    probe_examples: int | None = MISSING
 
     refuses: ClassVar[Mapping[str, str]] = {"augmix": "its switches compare robust accuracies"}
 
