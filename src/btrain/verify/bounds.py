@@ -40,11 +40,11 @@ from btrain.verify.coefficients import (
     Start,
     added,
     as_rows,
-    radius,
+    reach,
     through_relu,
 )
 from btrain.verify.graph import Graph, Input, Operation, Relu, Sum, on_meta, summed
-from btrain.verify.operations import Reshape, Scale
+from btrain.verify.operations import Convolution, Reshape, Scale
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 ANY = "any"
@@ -190,7 +190,7 @@ def slopes(
             chunk = slice(start, start + plan.images)
             some = Box(images.centre[chunk], images.radius[chunk])
             state = _State(graph.operations(), some, "symbolic", plan.pieces)
-            upper = state.margins(labels[chunk])
+            upper = state.margins(labels[chunk], keep=True)
             assert state.reached is not None
             parts.append((upper, state.reached))
     upper, reached = zip(*parts, strict=True)
@@ -252,21 +252,24 @@ class _State:
         self.reached: Tensor | None = None
         """The margins' coefficients on the images."""
         self._root = _root(operations)
+        uses = [i for i, o in enumerate(operations) if self._root in o.inputs]
+        self._at_last = uses if len(uses) == 1 else []
+        """The only operation on the root, if there is only one."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
         """What rows are bounded around: the values at the middle of all relaxations."""
         self._relaxed: dict[int, Relaxation] = {}
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
-    def margins(self, labels: Tensor) -> Tensor:
-        """(m, K)"""
+    def margins(self, labels: Tensor, *, keep: bool = False) -> Tensor:
+        """(m, K); with `keep`, what they are of the images is in `reached` afterwards."""
         values = self._values[-1]
         unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
         right = unit[labels]
         start = Dense(unit - right[:, None], self.operations[-1].shape)
         centre = values - values.gather(1, labels[:, None])
-        reach = self._reach(len(self.operations) - 1, start, keep=True)
-        return (centre + _with_rounding(reach, values)).masked_fill(right.bool(), 0)
+        moved = self._reach(len(self.operations) - 1, start, keep=keep)
+        return (centre + _with_rounding(moved, values)).masked_fill(right.bool(), 0)
 
     def logits(self) -> Tensor:
         """(m, 2·K), lower bounds and then upper ones."""
@@ -299,8 +302,8 @@ class _State:
         """Lower and upper bounds of an operation's values."""
         span, value = self._spans[i], self._values[i]
         if span is not None and (span.exact or lines == "constant"):
-            reach = _with_rounding(span.radius, span.centre)
-            return span.centre - reach, span.centre + reach
+            radius = _with_rounding(span.radius, span.centre)
+            return span.centre - radius, span.centre + radius
         up, down = self._both_reaches(i, one_sided=lines == "adaptive")
         return value - down.view_as(value), value + up.view_as(value)
 
@@ -312,12 +315,12 @@ class _State:
         for first in range(0, shape[0], step):
             start = Start(shape, first, min(first + step, shape[0]), one_sided, value)
             if self.pieces > 1 and torch.is_grad_enabled():
-                reach = checkpoint(
+                moved = checkpoint(
                     self._reach, i, start, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                reach = self._reach(i, start)
-            up, down = reach.chunk(2, dim=1) if one_sided else (reach, reach)
+                moved = self._reach(i, start)
+            up, down = moved.chunk(2, dim=1) if one_sided else (moved, moved)
             ups.append(up)
             downs.append(down)
         up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=1)
@@ -334,7 +337,7 @@ class _State:
                 rows = as_rows(rows)
                 span = self._spans[i]
                 assert span is not None
-                reaches.append(radius(rows, span.radius))
+                reaches.append(reach(rows, span.radius))
                 if keep:
                     self._keep(rows)
                 continue
@@ -342,10 +345,19 @@ class _State:
             passed: Start | Rows | None = rows
             match operation.what:
                 case Relu():
-                    reach, passed = through_relu(as_rows(rows), self._relaxed[i])
-                    reaches.append(reach)
+                    by_gaps, passed = through_relu(as_rows(rows), self._relaxed[i])
+                    reaches.append(by_gaps)
                 case Input() | Sum():
                     pass
+                case Convolution() if i in self._at_last and not keep and isinstance(rows, Dense):
+                    span = self._spans[self._root]
+                    assert span is not None
+                    moved = operation.what.reach(rows, span.radius)
+                    if moved is None:
+                        passed = operation.what.pull(rows)
+                    else:
+                        reaches.append(moved)
+                        passed = None
                 case affine:
                     passed = affine.pull(rows)
             if passed is not None:
@@ -429,13 +441,13 @@ def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Re
     return Relaxation((line + low_line) / 2, (line - low_line) / 2, slope, low)
 
 
-def _with_rounding(reach: Tensor, values: Tensor) -> Tensor:
+def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
     """A radius made larger by what rounding may have taken from it; see the head of this page."""
     with torch.no_grad():
         largest = values.abs().flatten(1).amax(dim=1)
-        size = reach.abs() + largest.view(-1, *(1 for _ in reach.shape[1:]))
-        margin = size.mul_(_ROUNDING * torch.finfo(reach.dtype).eps)
-    return reach + margin
+        size = moved.abs() + largest.view(-1, *(1 for _ in moved.shape[1:]))
+        margin = size.mul_(_ROUNDING * torch.finfo(moved.dtype).eps)
+    return moved + margin
 
 
 class _Plan(NamedTuple):

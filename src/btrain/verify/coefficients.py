@@ -179,51 +179,86 @@ def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | Non
     Returns:
         (B, R), and coefficients on the values before the ReLU; None if it lets none pass.
     """
-    gap, up, low = (
-        None if values is None else _like_rows(values, rows)
-        for values in (relaxation.gap, relaxation.up, relaxation.low)
-    )
-    assert gap is not None
-    flat = rows.rows.flatten(3) if isinstance(rows, Patches) else rows.rows.flatten(2)
-    if up is None:
-        return _in_order(_Radius.apply(flat, gap), rows), None
-    radius, passed = _Pass.apply(flat, gap, up, low)
-    shape = (*passed.shape[:-1], *rows.rows.shape[flat.dim() - 1 :])
-    before = replace(rows, rows=passed.view(shape))
-    if isinstance(before, Patches):
-        before = replace(before, inside=True)
-    return _in_order(radius, rows), before
+    if relaxation.up is None:
+        return reach(rows, relaxation.gap), None
+    values = [relaxation.gap, relaxation.up]
+    if relaxation.low is not None:
+        values.append(relaxation.low)
+    flat, *values = _place_by_place(rows, *values)
+    moved, passed = _Pass.apply(flat, *values, *(() if len(values) == 3 else (None,)))
+    return _in_order(moved, rows, len(relaxation.gap)), _like(passed, rows, len(relaxation.gap))
 
 
-def radius(rows: Rows, radii: Tensor) -> Tensor:
+def reach(rows: Rows, radii: Tensor) -> Tensor:
     """How far each row moves at most, (B, R), when each value moves by its radius at most."""
-    flat = rows.rows.flatten(3) if isinstance(rows, Patches) else rows.rows.flatten(2)
-    return _in_order(_Radius.apply(flat, _like_rows(radii, rows)), rows)
+    return _in_order(_Reach.apply(*_place_by_place(rows, radii)), rows, len(radii))
 
 
-def _like_rows(values: Tensor, rows: Rows) -> Tensor:
-    """A layer's values (B, C, H, W) or (B, N) as (B, M), or for patches as (B, L, M)."""
-    if values.dim() == 2:
-        return values
-    last = values.permute(0, 2, 3, 1)
+def _place_by_place(rows: Rows, *values: Tensor) -> list[Tensor]:
+    """Coefficients as (b or 1, R, M) and values of their layer (B, …) as (b, M), each with its own.
+
+    For patches b counts the images' positions, R their channels and M the values of a window; else
+    b counts images.
+    """
+    last = [v.permute(0, 2, 3, 1) if v.dim() == 4 else v for v in values]
     if isinstance(rows, Patches):
-        return rows.windows(last).flatten(2)
-    return last.flatten(1)
+        windows = [rows.windows(v).flatten(2).flatten(0, 1) for v in last]
+        flat = rows.rows.flatten(3)
+        if 1 < flat.shape[0] * flat.shape[1] < len(windows[0]):
+            flat = flat.expand(len(values[0]), *flat.shape[1:])
+        return [flat.flatten(0, 1), *windows]
+    return [rows.rows.flatten(2), *(v.flatten(1) for v in last)]
 
 
-def _in_order(bounds: Tensor, rows: Rows) -> Tensor:
-    """(B, R) or, for patches, (B, L, O), as (B, R) with R = (o, i, j)."""
-    return bounds.transpose(1, 2).flatten(1) if isinstance(rows, Patches) else bounds
+def _in_order(moved: Tensor, rows: Rows, images: int) -> Tensor:
+    """(b, R) place by place as (B, R) image by image; of patches with R = (o, i, j)."""
+    if isinstance(rows, Patches):
+        return moved.unflatten(0, (images, -1)).transpose(1, 2).flatten(1)
+    return moved
+
+
+def _like(flat: Tensor, rows: Rows, images: int) -> Rows:
+    """Coefficients (b, R, M) place by place in the form of others, of which they were made."""
+    if isinstance(rows, Patches):
+        shaped = flat.view(images, -1, *rows.rows.shape[2:])
+        return replace(rows, rows=shaped, inside=True)
+    return replace(rows, rows=flat.view(images, *rows.rows.shape[1:]))
+
+
+_AT_ONCE = 2**19
+"""Numbers that a processor keeps at hand; more are taken slice by slice."""
+
+
+def _slices(rows: Tensor, places: int) -> list[slice]:
+    """Of (b, R, M): large tensors cost a CPU more time to be made than to be filled.
+
+    What is needed on the way is made for one slice and written over by the next.
+    """
+    step = places
+    if rows.device.type == "cpu":
+        step = min(places, max(1, _AT_ONCE // rows.shape[1:].numel()))
+    return [slice(start, min(start + step, places)) for start in range(0, places, step)]
 
 
 def _sum_abs(rows: Tensor, radii: Tensor) -> Tensor:
-    """Σ_m |rows_m|·radii_m, (b…, R, M), (B…, M) -> (B…, R)"""
-    if rows.shape[:-2].numel() == 1:  # the same coefficients for all: one product of matrices
-        return radii @ rows.abs().reshape(rows.shape[-2:]).t()
-    return (rows.abs() @ radii.unsqueeze(-1)).squeeze(-1)
+    """Σ_m |rows_m|·radii_m, (b or 1, R, M), (b, M) -> (b, R)"""
+    if len(rows) == 1:  # the same coefficients everywhere: one product of matrices
+        return radii @ rows[0].abs().t()
+    moved = radii.new_empty(*rows.shape[:2], 1)
+    parts = _slices(rows, len(rows))
+    sizes = torch.empty_like(rows[parts[0]])
+    for part in parts:
+        size = torch.abs(rows[part], out=sizes[: part.stop - part.start])
+        torch.bmm(size, radii[part].unsqueeze(-1), out=moved[part])
+    return moved.squeeze(-1)
 
 
-class _Radius(torch.autograd.Function):
+def _weighted_abs(weights: Tensor, rows: Tensor) -> Tensor:
+    """Σ_r weights_r·|rows_r|, (b, R), (b or 1, R, M) -> (b, M)"""
+    return _sum_abs(rows.transpose(1, 2), weights)
+
+
+class _Reach(torch.autograd.Function):
     """Σ_m |rows_m|·radii_m, keeping nothing for the backward pass but its arguments."""
 
     @staticmethod
@@ -234,28 +269,25 @@ class _Radius(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, radii = ctx.saved_tensors
-        for_rows = for_radii = None
-        if ctx.needs_input_grad[0]:
-            if rows.shape[:-2].numel() == 1:
-                outer = grads[0].flatten(0, -2).t() @ radii.flatten(0, -2)
-                for_rows = rows.sign().mul_(outer)
-            else:
-                for_rows = rows.sign().mul_(grads[0].unsqueeze(-1)).mul_(radii.unsqueeze(-2))
-                for_rows = for_rows.sum_to_size(rows.shape)
-        if ctx.needs_input_grad[1]:
-            for_radii = _weighted_abs(grads[0], rows)
+        for_rows = _through_abs(rows, grads[0], radii) if ctx.needs_input_grad[0] else None
+        for_radii = _weighted_abs(grads[0], rows) if ctx.needs_input_grad[1] else None
         return for_rows, for_radii
 
 
-def _weighted_abs(weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ_r weights_r·|rows_r|, (B…, R), (b…, R, M) -> (B…, M)"""
-    if rows.shape[:-2].numel() == 1:
-        return weights @ rows.abs().reshape(rows.shape[-2:])
-    return (weights.unsqueeze(-2) @ rows.abs()).squeeze(-2)
+def _through_abs(rows: Tensor, for_moved: Tensor, radii: Tensor) -> Tensor:
+    """The gradient to rows of Σ_m |rows_m|·radii_m."""
+    if len(rows) == 1:
+        return rows.sign().mul_(for_moved.t() @ radii)
+    for_rows = torch.empty_like(rows)
+    for part in _slices(rows, len(rows)):
+        torch.sign(rows[part], out=for_rows[part])
+        for_rows[part] *= radii[part].unsqueeze(1)
+        for_rows[part] *= for_moved[part].unsqueeze(2)
+    return for_rows
 
 
 class _Pass(torch.autograd.Function):
-    """A ReLU's gap and slopes in one function: the radius and the coefficients before it.
+    """A ReLU's gap and slopes in one function: the reach of its gaps, and the rows before it.
 
     Keeps no intermediate result. Lower slopes get no gradient: they are chosen, not computed.
     """
@@ -265,37 +297,36 @@ class _Pass(torch.autograd.Function):
         ctx: Any, rows: Tensor, gap: Tensor, up: Tensor, low: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows, gap, up, *(() if low is None else (low,)))
-        if low is None:
-            passed = rows * up.unsqueeze(-2)
-        else:
-            passed = rows.clamp(min=0) * up.unsqueeze(-2) + rows.clamp(max=0) * low.unsqueeze(-2)
+        passed = rows.new_empty(len(up), *rows.shape[1:])
+        for part in _slices(rows, len(up)):
+            own = rows if len(rows) == 1 else rows[part]
+            if low is None:
+                torch.mul(own, up[part].unsqueeze(1), out=passed[part])
+            else:
+                torch.mul(own.clamp(min=0), up[part].unsqueeze(1), out=passed[part])
+                passed[part].addcmul_(own.clamp(max=0), low[part].unsqueeze(1))
         return _sum_abs(rows, gap), passed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, gap, up, *rest = ctx.saved_tensors
-        for_radius, for_passed = grads
-        up_rows = rows.clamp(min=0) if rest else rows
-        for_rows = for_gap = for_up = None
-        if ctx.needs_input_grad[0]:
-            same = rows.shape[:-2].numel() == 1
+        for_moved, for_passed = grads
+        shared = len(rows) == 1
+        for_rows = _through_abs(rows, for_moved, gap)
+        for_gap = _weighted_abs(for_moved, rows)
+        for_up = torch.empty_like(up)
+        parts = _slices(rows, len(up))
+        products = torch.empty_like(for_passed[parts[0]])
+        for part in parts:
+            own, theirs = rows if shared else rows[part], for_passed[part]
+            product = products[: part.stop - part.start]
+            slopes = up[part].unsqueeze(1)
             if rest:
-                slopes = torch.where(rows > 0, up.unsqueeze(-2), rest[0].unsqueeze(-2))
-                for_rows = slopes.mul_(for_passed).sum_to_size(rows.shape)
-            elif same:
-                for_rows = torch.einsum(
-                    "arm,am->rm", for_passed.flatten(0, -3), up.flatten(0, -2)
-                ).view(rows.shape)
+                slopes = torch.where(own > 0, slopes, rest[0][part].unsqueeze(1))
+            if shared:
+                for_rows += torch.mul(theirs, slopes, out=product).sum(0)
             else:
-                for_rows = for_passed * up.unsqueeze(-2)
-            if same:
-                outer = for_radius.flatten(0, -2).t() @ gap.flatten(0, -2)
-                for_rows = for_rows + rows.sign().mul_(outer)
-            else:
-                outer = for_radius.unsqueeze(-1) * gap.unsqueeze(-2)
-                for_rows = for_rows + outer.mul_(rows.sign()).sum_to_size(rows.shape)
-        if ctx.needs_input_grad[1]:
-            for_gap = _weighted_abs(for_radius, rows)
-        if ctx.needs_input_grad[2]:
-            for_up = (for_passed * up_rows).sum(-2)
+                for_rows[part].addcmul_(theirs, slopes)
+            torch.mul(theirs, own.clamp(min=0) if rest else own, out=product)
+            torch.sum(product, 1, out=for_up[part])
         return for_rows, for_gap, for_up, None

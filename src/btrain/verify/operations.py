@@ -6,6 +6,7 @@ All but the ReLU and the sum are affine, x -> A·x + b: `forward` computes it, `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btrain.verify.coefficients import Dense, Patches, Rows, Shape, Start, as_rows
+from btrain.verify.coefficients import Dense, Patches, Rows, Shape, Start, as_rows, reach
 
 _WASTE = 8
 """A product with a matrix that is mostly zeros pays up to so many times the multiplications."""
@@ -103,6 +104,38 @@ class Convolution:
             return self._pull_patches(rows.confined())
         return self._pull_dense(rows)
 
+    def reach(self, dense: Dense, radii: Tensor) -> Tensor | None:
+        """How far rows on the outcome move at most when what comes in moves by `radii` at most.
+
+        The same as from `pull`, but the coefficients are left in the order in which a convolution
+        with a channel for each phase of the stride gives them: on images, which have few channels,
+        that takes a third of the time.
+
+        Returns:
+            (B, R); None for convolutions it is not made for.
+        """
+        if self.groups > 1 or self.dilation != (1, 1):
+            return None
+        batch, many, height, width, out = dense.rows.shape
+        (sy, sx), (top, left) = self.stride, self.padding
+        taps_y, taps_x = (
+            math.ceil(k / s) for k, s in zip(self.weight.shape[2:], self.stride, strict=True)
+        )
+        missing = (0, taps_x * sx - self.weight.shape[3], 0, taps_y * sy - self.weight.shape[2])
+        phases = F.pad(self.weight, missing).unflatten(3, (taps_x, sx)).unflatten(2, (taps_y, sy))
+        kernel = phases.flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
+        moved = F.conv2d(
+            dense.rows.reshape(batch * many, height, width, out).permute(0, 3, 1, 2),
+            kernel.contiguous(memory_format=torch.channels_last),
+            padding=(taps_y - 1, taps_x - 1),
+        )
+        tall, wide = moved.shape[2] * sy, moved.shape[3] * sx
+        around = (left, wide - left - self.shape[2], top, tall - top - self.shape[1])
+        by_phase = F.pad(radii, around).unflatten(3, (-1, sx)).unflatten(2, (-1, sy))
+        by_phase = by_phase.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        rows = moved.permute(0, 2, 3, 1).unflatten(0, (batch, many))
+        return reach(Dense(rows, tuple(by_phase.shape[1:])), by_phase)
+
     def _small(self, patches: Patches) -> Rows:
         """Without patches once they are no smaller than the whole map."""
         (h, w), (_, height, width) = patches.window, self.shape
@@ -120,11 +153,8 @@ class Convolution:
         before, after = h * w * channels, window[0] * window[1] * into
         many = batch * positions * out
         needed = before * kernel[0] * kernel[1] * into // self.groups
-        matrix = many > before and (into < _FEW or before * after <= _WASTE * needed)
-        if matrix:
-            unit = torch.eye(before, dtype=rows.dtype, device=rows.device)
-            table = self._transposed(unit.view(before, h, w, channels), (0, 0), (0, 0))
-            pulled = rows.reshape(many, before) @ table.reshape(before, after)
+        if self.groups == 1 and (into < _FEW or before * after <= _WASTE * needed):
+            pulled = rows.reshape(many, before) @ self._table((h, w), (window[0], window[1]))
         else:
             pulled = self._transposed(rows.reshape(many, h, w, channels), (0, 0), (0, 0))
         stride, padding = (
@@ -140,6 +170,28 @@ class Convolution:
                 (padding[0] + self.padding[0], padding[1] + self.padding[1]),
                 inside=False,
             )
+        )
+
+    def _table(self, window: Pair, reached: Pair) -> Tensor:
+        """The matrix from a window's values to those of the window it reaches, both (h, w, C)."""
+        weight, device = self.weight, self.weight.device
+        kernel = weight.shape[2:]
+        place = torch.zeros((), dtype=torch.int64, device=device)
+        within = torch.ones((), dtype=torch.bool, device=device)
+        for axis in range(2):  # which tap leads from each place to each that it reaches
+            size = [1, 1, 1, 1]
+            size[axis], size[axis + 2] = window[axis], reached[axis]
+            begin = torch.arange(window[axis], device=device)[:, None] * self.stride[axis]
+            offset = torch.arange(reached[axis], device=device) - begin
+            tap = offset.div(self.dilation[axis], rounding_mode="floor").view(size)
+            fits = (offset % self.dilation[axis] == 0).view(size)
+            within = within & fits & (tap >= 0) & (tap < kernel[axis])
+            place = place * kernel[axis] + tap
+        taps = F.pad(weight.permute(2, 3, 0, 1).flatten(0, 1), (0, 0, 0, 0, 0, 1))  # 0 at last
+        place = torch.where(within, place, len(taps) - 1)
+        table = taps.index_select(0, place.flatten()).view(*place.shape, *taps.shape[1:])
+        return table.permute(0, 1, 4, 2, 3, 5).reshape(
+            math.prod(window) * weight.shape[0], math.prod(reached) * weight.shape[1]
         )
 
     def _pull_dense(self, dense: Dense) -> Rows:
