@@ -73,5 +73,3 @@ def through(layer: nn.Module, z: Zonotope) -> Zonotope:
     if hasattr(layer, "main") and hasattr(layer, "skip"):
         return through(layer.main, z).plus(through(layer.skip, z)).relu()
     return z.affine(layer)
-
-

@@ -132,9 +132,7 @@ def _fan_out(layers: list[nn.Module]) -> list[nn.Module]:
     return layers
 
 
-NETWORKS: dict[
-    str, tuple[tuple[tuple[int, int], ...], Callable[[Shape, int], list[nn.Module]]]
-] = {
+NETWORKS: dict[str, tuple[tuple[tuple[int, int], ...], Callable[[Shape, int], list[nn.Module]]]] = {
     "mixtrain_mnist_small": (((28, 28),), _small),
     "mixtrain_mnist_large": (((28, 28),), _large),
     "mixtrain_cifar_small": (((32, 32),), _small),

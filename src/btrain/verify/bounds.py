@@ -183,18 +183,17 @@ def slopes(
     Returns:
         (m, K) as from `margins` with `symbolic`, and (m, K, C, H, W) or (m, K, N).
     """
-    parts = []
+    uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):
         plan = _plan(graph, "symbolic", labels, memory, images.centre, len(labels))
         for start in range(0, len(labels), plan.images):
             chunk = slice(start, start + plan.images)
             some = Box(images.centre[chunk], images.radius[chunk])
             state = _State(graph.operations(), some, "symbolic", plan.pieces)
-            upper = state.margins(labels[chunk], keep=True)
+            uppers.append(state.margins(labels[chunk], keep=True))
             assert state.reached is not None
-            parts.append((upper, state.reached))
-    upper, reached = zip(*parts, strict=True)
-    return torch.cat(upper), torch.cat(reached)
+            reached.append(state.reached)
+    return torch.cat(uppers), torch.cat(reached)
 
 
 def _in_chunks(
@@ -515,11 +514,11 @@ def _size(graph: Graph, engine: str, joint: bool, like: Tensor, pieces: int) -> 
     return _Size(*graph.sizes[key])
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of all tensors that are made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
         self.total = 0
 

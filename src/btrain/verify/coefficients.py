@@ -7,6 +7,7 @@ channel is the last dimension, which is what the convolutions are fastest with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,12 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 """Of one example's values at a layer: (C, H, W) or (N,)."""
+
+
+def map_size(shape: Shape) -> tuple[int, int]:
+    """Height and width of a map."""
+    _, height, width = shape
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Start:
         if len(self.shape) == 1:
             return Dense(rows[None], self.shape)
         patch = rows[None, None, :, None, None, :]
-        return Patches(patch, self.shape, self.shape[1:], (1, 1), (0, 0), inside=True)
+        return Patches(patch, self.shape, map_size(self.shape), (1, 1), (0, 0), inside=True)
 
 
 @dataclass(frozen=True)
@@ -149,8 +156,7 @@ def _added_patches(a: Patches, b: Patches) -> Patches:
     def placed(patches: Patches) -> Tensor:
         top, left = (p - q for p, q in zip(padding, patches.padding, strict=True))
         bottom, right = (
-            n - k - before
-            for n, k, before in zip(window, patches.window, (top, left), strict=True)
+            n - k - before for n, k, before in zip(window, patches.window, (top, left), strict=True)
         )
         return F.pad(patches.rows, (0, 0, left, right, top, bottom))
 
@@ -185,13 +191,13 @@ def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | Non
     if relaxation.low is not None:
         values.append(relaxation.low)
     flat, *values = _place_by_place(rows, *values)
-    moved, passed = _Pass.apply(flat, *values, *(() if len(values) == 3 else (None,)))
+    moved, passed = _pass(flat, *values, *(() if len(values) == 3 else (None,)))
     return _in_order(moved, rows, len(relaxation.gap)), _like(passed, rows, len(relaxation.gap))
 
 
 def reach(rows: Rows, radii: Tensor) -> Tensor:
     """How far each row moves at most, (B, R), when each value moves by its radius at most."""
-    return _in_order(_Reach.apply(*_place_by_place(rows, radii)), rows, len(radii))
+    return _in_order(_reach(*_place_by_place(rows, radii)), rows, len(radii))
 
 
 def _place_by_place(rows: Rows, *values: Tensor) -> list[Tensor]:
@@ -213,7 +219,7 @@ def _place_by_place(rows: Rows, *values: Tensor) -> list[Tensor]:
 def _in_order(moved: Tensor, rows: Rows, images: int) -> Tensor:
     """(b, R) place by place as (B, R) image by image; of patches with R = (o, i, j)."""
     if isinstance(rows, Patches):
-        return moved.unflatten(0, (images, -1)).transpose(1, 2).flatten(1)
+        return moved.view(images, -1, moved.shape[1]).transpose(1, 2).flatten(1)
     return moved
 
 
@@ -330,3 +336,7 @@ class _Pass(torch.autograd.Function):
             torch.mul(theirs, own.clamp(min=0) if rest else own, out=product)
             torch.sum(product, 1, out=for_up[part])
         return for_rows, for_gap, for_up, None
+
+
+_reach: Callable[[Tensor, Tensor], Tensor] = _Reach.apply
+_pass: Callable[..., tuple[Tensor, Tensor]] = _Pass.apply

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from btrain.errors import UserError, first_line
@@ -168,8 +167,7 @@ def _shapes(traced: fx.GraphModule, shape: Shape) -> dict[fx.Node, Any]:
         Record(on_meta).run(torch.empty(2, *shape, dtype=dtype, device="meta"))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"The network does not take images of {'×'.join(map(str, shape))}: "
-            f"{first_line(error)}."
+            f"The network does not take images of {'×'.join(map(str, shape))}: {first_line(error)}."
         ) from error
     return outcomes
 
@@ -261,9 +259,10 @@ class _Reader:
                 raise UserError("Bounds need a network that returns its logits alone.")
             if self.place[last] != len(self.nodes) - 1:  # what is computed besides is left out
                 self.nodes = self.nodes[: self.place[last] + 1]
-        elif node.op != "get_attr" and any(n in self.place for n in node.all_input_nodes):
-            if isinstance(self.outcomes[node], Tensor):
-                self._operation(node)
+        elif any(n in self.place for n in node.all_input_nodes) and isinstance(
+            self.outcomes[node], Tensor
+        ):
+            self._operation(node)
 
     def _put(self, node: fx.Node, make: Callable[[], Any], inputs: tuple[int, ...]) -> None:
         outcome = self.outcomes[node]
@@ -323,7 +322,7 @@ class _Reader:
 
     def _only(self, node: fx.Node, many: int, ignored: tuple[str, ...] = ()) -> None:
         """Refuse arguments that change the meaning, like `alpha` of a sum."""
-        if len(node.args) > many and not ignored or set(node.kwargs) - {"input", *ignored}:
+        if (len(node.args) > many and not ignored) or set(node.kwargs) - {"input", *ignored}:
             raise self._refused(node)
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
@@ -449,10 +448,11 @@ class _Reader:
         """first·a + second·b, where one of the two may be a constant."""
         signs = (first, second)
         values = [self._value(node, i) for i in range(2)]
-        if all(isinstance(v, int) for v in values):
+        if all(isinstance(value, int) for value in values):
             places = [
-                v if sign == 1 else self._extra_scale(v, -1.0)  # type: ignore[arg-type]
-                for v, sign in zip(values, signs, strict=True)
+                value if sign == 1 else self._extra_scale(value, sign)
+                for value, sign in zip(values, signs, strict=True)
+                if isinstance(value, int)
             ]
             if any(self.nodes[p].shape != tuple(self.outcomes[node].shape[1:]) for p in places):
                 raise self._refused(node)
@@ -473,9 +473,7 @@ class _Reader:
         constant = values[1 - i]
         if not callable(constant) or (inverse and i == 1):
             raise self._refused(node, ", of two values that depend on the image")
-        self._scale(
-            node, node.args[i], factor=(lambda: 1 / constant()) if inverse else constant
-        )
+        self._scale(node, node.args[i], factor=(lambda: 1 / constant()) if inverse else constant)
 
     def _value(self, node: fx.Node, i: int) -> int | Callable[[], Any]:
         """The place of an argument, or what computes it if it does not depend on the images."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btrain.verify.coefficients import Dense, Patches, Rows, Shape, Start, as_rows, reach
+from btrain.verify.coefficients import Dense, Patches, Rows, Shape, Start, as_rows, map_size, reach
 
 _WASTE = 8
 """A product with a matrix that is mostly zeros pays up to so many times the multiplications."""
@@ -95,7 +95,7 @@ class Convolution:
     def pull(self, rows: Start | Rows) -> Rows:
         if isinstance(rows, Start) and self.groups == 1 and self.dilation == (1, 1):
             kernels = rows.matrix(self.weight).permute(0, 2, 3, 1)[None, None]
-            grid = rows.shape[1:]
+            grid = map_size(rows.shape)
             return self._small(
                 Patches(kernels, self.shape, grid, self.stride, self.padding, inside=False)
             )
@@ -122,7 +122,8 @@ class Convolution:
             math.ceil(k / s) for k, s in zip(self.weight.shape[2:], self.stride, strict=True)
         )
         missing = (0, taps_x * sx - self.weight.shape[3], 0, taps_y * sy - self.weight.shape[2])
-        phases = F.pad(self.weight, missing).unflatten(3, (taps_x, sx)).unflatten(2, (taps_y, sy))
+        into = self.shape[0]
+        phases = F.pad(self.weight, missing).view(out, into, taps_y, sy, taps_x, sx)
         kernel = phases.flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
         moved = F.conv2d(
             dense.rows.reshape(batch * many, height, width, out).permute(0, 3, 1, 2),
@@ -131,9 +132,11 @@ class Convolution:
         )
         tall, wide = moved.shape[2] * sy, moved.shape[3] * sx
         around = (left, wide - left - self.shape[2], top, tall - top - self.shape[1])
-        by_phase = F.pad(radii, around).unflatten(3, (-1, sx)).unflatten(2, (-1, sy))
+        by_phase = F.pad(radii, around).view(
+            len(radii), into, moved.shape[2], sy, moved.shape[3], sx
+        )
         by_phase = by_phase.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        rows = moved.permute(0, 2, 3, 1).unflatten(0, (batch, many))
+        rows = moved.permute(0, 2, 3, 1).reshape(batch, many, *moved.shape[2:], moved.shape[1])
         return reach(Dense(rows, tuple(by_phase.shape[1:])), by_phase)
 
     def _small(self, patches: Patches) -> Rows:
@@ -284,7 +287,7 @@ class Reshape:
         return Dense(values, self.shape)
 
     def _of_map(self, start: Start) -> Start | None:
-        """The start of a vector as that of the map which was flattened, if it has whole channels."""
+        """The start of a vector as that of the map that was flattened, if it has whole channels."""
         if len(self.shape) == 1 or len(self.out) == 3:
             return None
         pixels = self.shape[1] * self.shape[2]
@@ -303,9 +306,7 @@ def _each(values: Tensor | None, many: int) -> Tensor | None:
     return None if values is None else values.reshape(-1).expand(many)
 
 
-def _affine_bias(
-    bias: Tensor | None, factor: Tensor | None, shift: Tensor | None
-) -> Tensor | None:
+def _affine_bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
     """bias·factor + shift"""
     if bias is not None and factor is not None:
         bias = bias * factor
