@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,37 +16,23 @@ from btrain.verify import bounds
 from btrain.verify.graph import Graph, trace
 from zonotopes import Zonotope, margins, through
 
-SHAPE = (2, 8, 8)
+SHAPE = (2, 6, 6)
 CLASSES = 4
-
-
-class Shifted(nn.Module):
-    """A residual block whose branches have different windows, without weights beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(6)
-        self.main = nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1))
-        self.skip = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(x)
-        return F.relu(self.main(x) + x)
 
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
         Normalise([0.4, 0.5], [0.2, 0.3]),
         nn.Conv2d(2, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 6, 3, 1, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, CLASSES),
+        nn.Flatten(), nn.Linear(54, 12), nn.ReLU(), nn.Linear(12, CLASSES),
     )  # fmt: skip
 
 
 def residual() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, 1, 1), nn.ReLU(),
-        Residual(4, 4, smaller=False), Residual(4, 6, smaller=True),
-        nn.Flatten(), nn.Linear(96, CLASSES),
+        nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(),
+        Residual(3, 3, smaller=False), Residual(3, 4, smaller=True),
+        nn.Flatten(), nn.Linear(36, CLASSES),
     )  # fmt: skip
 
 
@@ -53,7 +41,7 @@ def normalised() -> nn.Module:
         nn.Conv2d(2, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Conv2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6),
         nn.AvgPool2d(2), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES),
+        nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES),
     )  # fmt: skip
 
 
@@ -197,7 +185,7 @@ def test_gradients_are_those_of_finite_differences(name: str, engine: str) -> No
     gradients = torch.autograd.grad(loss(), weights)
     for weight, gradient in zip(weights, gradients, strict=True):
         direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        direction *= 1e-6 / direction.norm()
+        direction *= 1e-7 / direction.norm()
         with torch.no_grad():
             weight += direction
             above = loss()
@@ -205,17 +193,17 @@ def test_gradients_are_those_of_finite_differences(name: str, engine: str) -> No
             below = loss()
             weight += direction
         expected = (gradient * direction).sum().item()
-        assert (above - below).item() / 2 == pytest.approx(expected, rel=1e-4, abs=1e-12)
+        assert (above - below).item() / 2 == pytest.approx(expected, rel=1e-4, abs=1e-13)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
     """Rounding in float32 moves no bound inwards: the margin is larger than what it takes."""
-    _, exact = made(name)
-    _, rounded = made(name, torch.float32)
+    network, rounded = made(name, torch.float32)
+    exact = trace(copy.deepcopy(network).double(), SHAPE)
     x, labels = images(8, torch.float32)
     for engine in bounds.ENGINES:
-        for epsilon in (0.0, 0.01, 0.3):
+        for epsilon in (0.0, 0.1):
             box = bounds.box(x, epsilon)
             theirs = bounds.margins(
                 exact, bounds.Box(*(t.double() for t in box)), labels, engine=engine
@@ -226,23 +214,25 @@ def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", bounds.ENGINES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["convolutional", "residual"])
 def test_little_memory_gives_the_same_bounds_and_gradients(name: str, engine: str) -> None:
     network, graph = made(name)
-    x, labels = images(4)
+    x, labels = images(3)
 
     def bounded(memory: int) -> tuple[Tensor, ...]:
         upper = bounds.margins(graph, bounds.box(x, 0.1), labels, engine=engine, memory=memory)
         return upper, *torch.autograd.grad(upper.logsumexp(1).sum(), list(network.parameters()))
 
-    plenty, little = bounded(2**30), bounded(400_000)
-    for a, b in zip(plenty, little, strict=True):
-        assert (a - b).abs().max() <= 1e-12 * (1 + a.abs().max())
-    with torch.no_grad():
-        pieces = bounds.margins(
-            graph, bounds.box(x, 0.1), labels, engine=engine, memory=100_000
-        )  # less than a layer's rows take at once
-        assert (pieces - plenty[0]).abs().max() < 1e-12
+    plenty = bounded(2**30)
+    size = bounds.size(graph, engine, joint=True, like=x)
+    for memory in (size.total, size.total // 2):  # an image at a time, half a layer at a time
+        for a, b in zip(plenty, bounded(memory), strict=True):
+            assert (a - b).abs().max() <= 1e-12 * (1 + a.abs().max())
+    if engine in ("symbolic", "crown"):
+        with torch.no_grad():
+            memory = 2 * size.largest  # three of its size are held at once
+            upper = bounds.margins(graph, bounds.box(x, 0.1), labels, engine=engine, memory=memory)
+        assert (upper - plenty[0]).abs().max() < 1e-12
 
 
 def test_too_little_memory_for_one_image() -> None:
@@ -296,7 +286,7 @@ def test_interval_bounds_by_hand() -> None:
         assert torch.allclose(interval.lower, centre - radius, rtol=0, atol=1e-12)
         assert torch.allclose(interval.upper, centre + radius, rtol=0, atol=1e-12)
         lower, upper = interval.lower.relu(), interval.upper.relu()
-    assert [tuple(i.lower.shape[1:]) for i in found] == [(5, 4, 4), (6, 4, 4), (12,)]
+    assert [tuple(i.lower.shape[1:]) for i in found] == [(5, 3, 3), (6, 3, 3), (12,)]
 
 
 def test_slopes_on_the_images_give_the_bound_of_a_linear_piece() -> None:
@@ -321,5 +311,5 @@ def test_unknown_engine() -> None:
 def test_images_of_another_size() -> None:
     _, graph = made("convolutional")
     box = bounds.box(torch.rand(1, 2, 9, 9, dtype=torch.float64), 0.1)
-    with pytest.raises(UserError, match="made for images of 2×8×8, not of 2×9×9"):
+    with pytest.raises(UserError, match="made for images of 2×6×6, not of 2×9×9"):
         bounds.margins(graph, box, torch.zeros(1, dtype=torch.int64), engine="ibp")

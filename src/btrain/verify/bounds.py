@@ -472,24 +472,24 @@ def _plan(
     most = max(o.shape[0] for o in graph.nodes)
     pieces = 1
     while True:
-        size = _size(graph, engine, labels is not None, like, pieces)
-        at_once = size.total // pieces if with_gradients else 3 * size.largest
+        needed = size(graph, engine, joint=labels is not None, like=like, pieces=pieces)
+        at_once = needed.total // pieces if with_gradients else 3 * needed.largest
         if at_once <= memory:
             break
         if pieces >= most:
             raise UserError(
-                f"Bounds by {engine} need about {at_once / 2**20:,.0f} MiB for one image, and may "
-                f"take {memory / 2**20:,.0f} MiB."
+                f"Bounds by {engine} need about {at_once / 2**20:.3g} MiB for one image, and may "
+                f"take {memory / 2**20:.3g} MiB."
             )
         pieces = min(2 * pieces, most)
     fitting = max(1, memory // at_once)
     images = fitting
     if like.device.type == "cpu":
-        images = min(images, max(1, _IN_CACHE // (3 * size.largest)))
+        images = min(images, max(1, _IN_CACHE // (3 * needed.largest)))
     return _Plan(images, pieces, with_gradients and count > fitting)
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
     """Bytes for one image."""
 
     largest: int
@@ -498,8 +498,14 @@ class _Size(NamedTuple):
     """Of all intermediate results."""
 
 
-def _size(graph: Graph, engine: str, joint: bool, like: Tensor, pieces: int) -> _Size:
-    """What one image takes, by a computation without numbers; remembered by the graph."""
+def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
+    """What one image takes, by a computation without numbers; remembered by the graph.
+
+    Args:
+        joint: True for margins, False for logits.
+        like: a tensor of the images' dtype.
+        pieces: into how many the rows of a layer are split.
+    """
     key = (engine, joint, like.dtype, pieces)
     if key not in graph.sizes:
         images = torch.empty((1, *graph.shape), dtype=like.dtype, device="meta")
@@ -511,7 +517,7 @@ def _size(graph: Graph, engine: str, joint: bool, like: Tensor, pieces: int) -> 
             else:
                 state.logits()
         graph.sizes[key] = (counted.largest, counted.total)
-    return _Size(*graph.sizes[key])
+    return Size(*graph.sizes[key])
 
 
 class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -527,7 +533,7 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and func._schema.returns[0].alias_info is None:
-            size = out.numel() * out.element_size()
-            self.largest = max(self.largest, size)
-            self.total += size
+            made = out.numel() * out.element_size()
+            self.largest = max(self.largest, made)
+            self.total += made
         return out

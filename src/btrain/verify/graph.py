@@ -118,6 +118,8 @@ def trace(network: nn.Module, shape: Shape) -> Graph:
     Raises:
         UserError: an operation cannot be bounded, or the forward pass branches on the images.
     """
+    if isinstance(network, _LEAVES):
+        network = nn.Sequential(network)
     try:
         traced = fx.GraphModule(network, _Tracer().trace(network))
     except fx.proxy.TraceError as error:
@@ -429,7 +431,7 @@ class _Reader:
         if {d % 4 for d in dim} != {2, 3} or given.get("dtype") is not None:
             raise self._refused(node)
         self._average(node, (shape[1], shape[2]), (1, 1), (0, 0), at)
-        if out.dim() == 2:
+        if len(out) == 2:
             at, pooled = self.place[node], (shape[0], 1, 1)
             self._put(node, lambda: Reshape(pooled, (shape[0],)), (at,))
 
@@ -544,7 +546,8 @@ class _Reader:
         def fitted(given: Any) -> Tensor | None:
             if given is None:
                 return None
-            value = torch.as_tensor(given() if callable(given) else given).to(like())
+            value, weight = given() if callable(given) else given, like()
+            value = torch.as_tensor(value, dtype=weight.dtype, device=weight.device)
             while value.dim() > len(shape):
                 value = value.squeeze(0)
             return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
