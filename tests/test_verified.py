@@ -71,7 +71,7 @@ def test_the_worst_case_loss_is_above_the_loss_of_every_point(
 
 
 def test_training_by_bounds_verifies_images(net: tuple[nn.Module, Graph]) -> None:
-    network, graph = net
+    network, _ = net
     x, labels = images(60)
     (trained,) = accuracy.verify(network, x, labels, epsilon=EPSILON, engines=["symbolic"])
     untrained, _ = made()
@@ -228,7 +228,7 @@ def test_less_epsilon_verifies_more(net: tuple[nn.Module, Graph]) -> None:
 def test_a_verified_and_broken_image_is_reported() -> None:
     verified = torch.tensor([True, True, False, True])
     accuracy.refuse_broken(verified, torch.tensor([False, False, True, False]))
-    with pytest.raises(accuracy.VerifiedAndBrokenError, match="1 images .*: 3.") as raised:
+    with pytest.raises(accuracy.VerifiedAndBrokenError, match=r"1 images .*: 3\.") as raised:
         accuracy.refuse_broken(verified, torch.tensor([False, False, True, True]))
     assert raised.value.indices == (3,)
 

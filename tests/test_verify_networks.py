@@ -149,7 +149,7 @@ def overwriting(x: Tensor) -> Tensor:
 REFUSED = {
     "max pooling": (
         nn.MaxPool2d(2),
-        r"through the layer 1 \(MaxPool2d\); bounds pass through conv",
+        r"the layer 1 \(MaxPool2d\); bounds pass through conv",
     ),
     "sigmoid": (nn.Sigmoid(), r"through the layer 1 \(Sigmoid\)"),
     "product": (Function(lambda x: x * x), r"through the operation mul in .*two values"),
