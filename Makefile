@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-kill test-soak test-fuzz lint format typecheck clean
+.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight
 
 test: lint typecheck  ## lint, type check and run all tests, on every core
 	python -m pytest --numprocesses=auto --dist=loadfile
+
+test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
+	python scripts/same_bits.py $(SAME)
 
 test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
 	python -m pytest -m slow tests/test_kill.py -s

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -133,11 +134,13 @@ class Allocation(NamedTuple):
     Attributes:
         classes, steps: (m,) int64.
         overhead: steps an example that finding this out has taken.
+        patience: steps that a boundary example takes after it is misclassified; None for all.
     """
 
     classes: Tensor
     steps: Tensor
     overhead: int = 0
+    patience: int | None = None
 
     def ordered(self, order: Tensor | slice) -> Allocation:
         """The same in another order of the examples, or of some of them."""
@@ -173,12 +176,7 @@ def filled_up(
     return allocation._replace(steps=steps), active
 
 
-def uniform(labels: Tensor, budget: Tensor) -> Allocation:
-    """The plain defense: every example gets the full number of steps."""
-    return by_class(torch.full_like(labels, BOUNDARY), budget)
-
-
-def bullettrain(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Allocation:
+def by_score(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Allocation:
     """Algorithm 2, line 12: classes by SVar (or another metric) and the estimated F_R."""
     return by_class(classify(score, robust_fraction), budget)
 
@@ -201,26 +199,6 @@ def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor
     classes = torch.full((m,), OUTLIER, device=score.device)
     classes[:stay], classes[:boundary] = ROBUST, BOUNDARY
     return classes
-
-
-def predicted(
-    allocator: str,
-    score: Tensor,
-    robust_fraction: Tensor,
-    budget: Tensor,
-    generator: torch.Generator,
-    fractions: tuple[float, float, float] | None = None,
-) -> Allocation:
-    """Classes from a score: BulletTrain's, which `random` deals out anew.
-
-    With `fractions` (F_B, F_R, F_O) `random` deals out those, whatever the score.
-    """
-    if allocator != "random":
-        return bullettrain(score, robust_fraction, budget)
-    classes = (
-        classify(score, robust_fraction) if fractions is None else at_fractions(fractions, score)
-    )
-    return randomised(by_class(classes, budget), generator)
 
 
 def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:
@@ -248,3 +226,163 @@ def step_sizes(steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float) -
     exactly. (m,) -> (m,) float32
     """
     return torch.where(steps == n_b, step_size_b, 1.7 * epsilon / steps.clamp(min=1))
+
+
+class Scored(NamedTuple):
+    """A batch as an allocator sees it.
+
+    Attributes:
+        score: signed distance from the boundary by the run's metric, (m,); NaN where no clean
+            logits were computed.
+        z: clean logits, (m, K), or (m, 0) where none were computed.
+        labels: (m,).
+        robust_fraction: F_R of now, ().
+        generator: of all random choices, on the device.
+        attacked: (steps, step size) -> the logits (m, K) of all examples after an attack so long;
+            name its steps as the allocation's overhead.
+    """
+
+    score: Tensor
+    z: Tensor
+    labels: Tensor
+    robust_fraction: Tensor
+    generator: torch.Generator
+    attacked: Callable[[int, float], Tensor]
+
+
+class Expected(NamedTuple):
+    """The attack of an average batch.
+
+    Attributes:
+        steps: of an example, on average.
+        attacked: the share of the examples that take at least one.
+        overhead: steps of every example that the choice itself takes.
+    """
+
+    steps: float
+    attacked: float
+    overhead: int = 0
+
+
+class Allocator(Protocol):
+    """The choice of how many attack steps each example of a batch gets (Algorithm 2, line 12).
+
+    Attributes:
+        needs_scores: whether it reads `score` or `z`, which cost a forward pass.
+        by_distance: whether a group that is rounded up takes the examples nearest to the boundary.
+    """
+
+    needs_scores: ClassVar[bool]
+    by_distance: ClassVar[bool]
+
+    def __call__(self, batch: Scored) -> Allocation:
+        """Return classes and steps of the batch."""
+        ...
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
+        """Return what F_B, F_R, F_O come to; None where they do not tell."""
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The plain defense: every example gets N_B steps."""
+
+    n_b: int
+    needs_scores: ClassVar[bool] = False
+    by_distance: ClassVar[bool] = True
+
+    def __call__(self, batch: Scored) -> Allocation:
+        classes = torch.full_like(batch.labels, BOUNDARY)
+        return Allocation(classes, torch.full_like(classes, self.n_b))
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected:
+        del fractions
+        return Expected(self.n_b, min(self.n_b, 1))
+
+
+@dataclass(frozen=True)
+class BulletTrain:
+    """BulletTrain's rule: classes by the score and the estimated F_R, and steps by class.
+
+    Attributes:
+        budget: N_O, N_R, N_B, (3,) int64 on the device.
+        steps: N_B, N_R, N_O, the same on the host.
+    """
+
+    budget: Tensor
+    steps: tuple[int, int, int]
+    needs_scores: ClassVar[bool] = True
+    by_distance: ClassVar[bool] = True
+
+    def __call__(self, batch: Scored) -> Allocation:
+        return by_score(batch.score, batch.robust_fraction, self.budget)
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected:
+        shares = list(zip(fractions, self.steps, strict=True))
+        return Expected(
+            sum(share * n for share, n in shares), sum(share for share, n in shares if n)
+        )
+
+
+@dataclass(frozen=True)
+class EarlyExit(BulletTrain):
+    """BulletTrain's rule, whose boundary examples stop some steps after they are misclassified."""
+
+    patience: int = 1
+
+    def __call__(self, batch: Scored) -> Allocation:
+        return super().__call__(batch)._replace(patience=self.patience)
+
+
+@dataclass(frozen=True)
+class Random(BulletTrain):
+    """The control that the choice matters: the budgets on randomly chosen examples.
+
+    Attributes:
+        fractions: F_B, F_R, F_O of every batch; None for those of BulletTrain's rule.
+    """
+
+    fractions: tuple[float, float, float] | None = None
+    by_distance: ClassVar[bool] = False
+
+    def __call__(self, batch: Scored) -> Allocation:
+        if self.fractions is None:
+            return randomised(super().__call__(batch), batch.generator)
+        classes = at_fractions(self.fractions, batch.score)
+        return randomised(by_class(classes, self.budget), batch.generator)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The quantised Gaussian of `gaussian`."""
+
+    n_b: int
+    mean_steps: float
+    needs_scores: ClassVar[bool] = True
+    by_distance: ClassVar[bool] = True
+
+    def __call__(self, batch: Scored) -> Allocation:
+        return gaussian(
+            batch.score, batch.robust_fraction, n_b=self.n_b, mean_steps=self.mean_steps
+        )
+
+    def expected(self, fractions: tuple[float, float, float]) -> None:
+        """Return None: how many examples take a step depends on how the scores are spread."""
+        del fractions
+
+
+@dataclass(frozen=True)
+class Oracle(BulletTrain):
+    """The true classes of eqs. 1 to 3, by an attack of its own on every example (Section 3.1)."""
+
+    oracle_steps: int = 10
+    oracle_step_size: float = 0.0
+
+    def __call__(self, batch: Scored) -> Allocation:
+        adv_logits = batch.attacked(self.oracle_steps, self.oracle_step_size)
+        classes = true_classes(batch.z, adv_logits, batch.labels)
+        return by_class(classes, self.budget)._replace(overhead=self.oracle_steps)
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected:
+        return super().expected(fractions)._replace(overhead=self.oracle_steps)

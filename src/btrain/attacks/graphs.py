@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from btrain.attacks.pgd import InnerLoss, box, per_image
+from btrain.attacks.balls import Ball, per_image
+from btrain.attacks.pgd import InnerLoss
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a step that reads and writes fixed memory; returns what runs it again on that memory."""
@@ -39,13 +40,24 @@ class _Batch(NamedTuple):
     images: Tensor
     at: Tensor
     """Where the next gradient is taken, like the images."""
-    lower: Tensor
-    upper: Tensor
     size: Tensor
     """Step sizes, (m, 1, 1, 1)."""
     target: Tensor
     """Clean logits, (m, K)."""
     labels: Tensor
+    region: tuple[Tensor, ...]
+    """Of the ball, a row for each example."""
+
+    def first(self, n: int) -> _Batch:
+        """Return the memory of the first n examples."""
+        return _Batch(
+            self.images[:n],
+            self.at[:n],
+            self.size[:n],
+            self.target[:n],
+            self.labels[:n],
+            tuple(part[:n] for part in self.region),
+        )
 
 
 class ReplayedPGD:
@@ -76,25 +88,25 @@ class ReplayedPGD:
         active: Sequence[int],
         step_size: Tensor,
         inner_loss: InnerLoss,
-        epsilon: float | Tensor,
+        ball: Ball,
         noise: Tensor | None,
         probe: Tensor | None = None,
     ) -> Tensor:
         """As `prefix_pgd`; every number in `active` that is new costs a recording."""
-        self._prepare(model, x, labels, clean_logits, inner_loss)
+        region = ball.region(x)
+        self._prepare(model, x, labels, clean_logits, inner_loss, ball, region)
         for n in sorted(set(active) - self._replay.keys(), reverse=True):
             # Ahead of this batch's data, which the trial steps of a recorder would move.
-            step = partial(_step, model, inner_loss, _Batch(*(part[:n] for part in self._batch)))
+            step = partial(_step, model, inner_loss, ball, self._batch.first(n))
             self._replay[n] = self._record(step)
             self.recorded += 1
-        m = len(x)
-        batch = _Batch(*(part[:m] for part in self._batch))
+        batch = self._batch.first(len(x))
         batch.images.copy_(x)
         batch.size.copy_(per_image(step_size, x))
         batch.target.copy_(clean_logits)
         batch.labels.copy_(labels)
-        for ours, bound in zip((batch.lower, batch.upper), box(x, epsilon), strict=True):
-            ours.copy_(bound)
+        for ours, theirs in zip(batch.region, region, strict=True):
+            ours.copy_(theirs)
         if noise is not None and active:
             batch.images[: active[0]] += noise[: active[0]]
         batch.at.copy_(batch.images if probe is None else x + probe)
@@ -103,13 +115,20 @@ class ReplayedPGD:
         return batch.images.clone()
 
     def _prepare(
-        self, model: nn.Module, x: Tensor, labels: Tensor, z: Tensor, inner_loss: InnerLoss
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        z: Tensor,
+        inner_loss: InnerLoss,
+        ball: Ball,
+        region: tuple[Tensor, ...],
     ) -> None:
         """Drops what was recorded if it does not hold for these, and makes room for them."""
         weights = tuple(t.data_ptr() for t in chain(model.parameters(), model.buffers()))
-        kinds = tuple((t.shape[1:], t.dtype, t.device) for t in (x, labels, z))
+        kinds = tuple((t.shape[1:], t.dtype, t.device) for t in (x, labels, z, *region))
         self._examples = max(self._examples, len(x))
-        made_for = (model, weights, kinds, inner_loss, self._examples)
+        made_for = (model, weights, kinds, inner_loss, type(ball), self._examples)
         if made_for == self._made_for:
             return
         if self._replay and x.is_cuda:
@@ -117,20 +136,22 @@ class ReplayedPGD:
         self._replay.clear()
         self._record = self._new_recorder()
         m = self._examples
-        images, at, lower, upper = (x.new_zeros(m, *x.shape[1:]) for _ in range(4))
-        size, target = per_image(x.new_zeros(m), x), z.new_zeros(m, z.shape[1])
-        self._batch = _Batch(images, at, lower, upper, size, target, labels.new_zeros(m))
+        images, at, size, target, labels, *region_memory = (
+            part.new_zeros(m, *part.shape[1:])
+            for part in (x, x, per_image(x.new_zeros(1), x), z, labels, *region)
+        )
+        self._batch = _Batch(images, at, size, target, labels, tuple(region_memory))
         self._made_for = made_for
 
 
-def _step(model: nn.Module, inner_loss: InnerLoss, batch: _Batch) -> None:
+def _step(model: nn.Module, inner_loss: InnerLoss, ball: Ball, batch: _Batch) -> None:
     """One step of `prefix_pgd` on the whole of this memory, and nothing kept beside it."""
     at = batch.at.detach().requires_grad_()
     with torch.enable_grad():
         loss = inner_loss(model(at), batch.target, batch.labels).sum()
     (gradient,) = torch.autograd.grad(loss, [at])
-    moved = batch.images + batch.size * gradient.sign()
-    batch.images.copy_(torch.clamp(moved, batch.lower, batch.upper))
+    moved = ball.direction(gradient).mul_(batch.size).add_(batch.images)
+    batch.images.copy_(ball.project(moved, *batch.region))
     batch.at.copy_(batch.images)
 
 

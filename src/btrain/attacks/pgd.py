@@ -1,4 +1,4 @@
-"""L∞ projected gradient ascent with a step count and a step size for each example.
+"""Projected gradient ascent with a step count and a step size for each example.
 
 Examples with fewer steps cost less: sorted by descending step count, every step runs on a
 contiguous prefix of the batch. Gradients reach the images only.
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import Ball, LinfBall, per_image
+
 InnerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(adversarial logits (m, K), clean logits (m, K), labels (m,)) -> what to ascend (m,)"""
 
@@ -26,10 +28,11 @@ def pgd(
     steps: Tensor,
     step_size: Tensor,
     inner_loss: InnerLoss,
-    epsilon: float,
     noise: Tensor | None,
+    epsilon: float | None = None,
+    ball: Ball | None = None,
 ) -> Tensor:
-    """Adversarial examples within the ε-ball around x and the box [0, 1].
+    """Return adversarial examples within the ε-ball around x and the box [0, 1].
 
     The model is attacked in the mode it is in (see `evaluation_mode`). One copy from the device to
     the host, of the step counts. Other than in the returned order, an example's result depends on
@@ -42,16 +45,20 @@ def pgd(
         clean_logits: handed to `inner_loss`, (m, K).
         steps: how many steps each example takes, (m,) int64; with 0 it comes back untouched.
         step_size: of each example, in pixel units, (m,).
-        inner_loss: per example; its sum is ascended by the sign of its gradient.
-        epsilon: radius of the ball, in pixel units.
+        inner_loss: per example; its sum is ascended.
         noise: added to x as the start, like x, not projected before the first step; or None.
+        epsilon: radius of an L∞ ball, in pixel units.
+        ball: another threat model, in place of `epsilon`.
 
     Returns:
         Like x, in x's order.
 
     Raises:
-        ValueError: `steps` are no integers, or not one an image.
+        ValueError: `steps` are no integers, or not one an image; there is no radius, or two.
     """
+    if (epsilon is None) == (ball is None):
+        raise ValueError("pgd needs either epsilon, of an L∞ ball, or a ball")
+    ball = ball or LinfBall(epsilon or 0.0)
     if steps.shape != x.shape[:1] or steps.is_floating_point():
         shape, images = tuple(steps.shape), len(x)
         raise ValueError(f"steps must be integers, one for each of {images} images, not {shape}")
@@ -66,7 +73,7 @@ def pgd(
         active=counts(),
         step_size=step_size,
         inner_loss=inner_loss,
-        epsilon=epsilon,
+        ball=ball,
         noise=noise,
     )
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
@@ -123,18 +130,18 @@ def prefix_pgd(
     active: Sequence[int],
     step_size: Tensor,
     inner_loss: InnerLoss,
-    epsilon: float | Tensor,
+    ball: Ball,
     noise: Tensor | None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    """`pgd` on a batch in descending order of steps: step j moves the first `active[j]` examples.
+    """Run `pgd` on a batch in descending order of steps: step j moves the first `active[j]`.
 
-    `active` is what `active_counts` returns, on the host, so that nothing is copied here. The
-    radius may be each example's own, (m,). The first gradient is taken at x + `probe`, like x, if
-    one is given: a point so far off that its logits differ from x's by more than rounding.
+    `active` is what `active_counts` returns, on the host, so that nothing is copied here. The first
+    gradient is taken at x + `probe`, like x, if one is given: a point so far off that its logits
+    differ from x's by more than rounding.
     """
     x_adv = x.detach().clone()
-    lower, upper = box(x, epsilon)
+    region = ball.region(x)
     target = clean_logits.detach()
     step_size = per_image(step_size, x)
     if noise is not None and active:
@@ -146,8 +153,8 @@ def prefix_pgd(
         with torch.enable_grad():
             loss = inner_loss(model(images), target[:n], labels[:n]).sum()
         (gradient,) = torch.autograd.grad(loss, [images])
-        moved = x_adv[:n] + step_size[:n] * gradient.sign()
-        x_adv[:n] = torch.clamp(moved, lower[:n], upper[:n])
+        moved = ball.direction(gradient).mul_(step_size[:n]).add_(x_adv[:n])
+        x_adv[:n] = ball.project(moved, *(part[:n] for part in region))
     return x_adv
 
 
@@ -163,11 +170,11 @@ def early_exit_pgd(
     patience: int,
     step_size: Tensor,
     inner_loss: InnerLoss,
-    epsilon: float,
+    ball: Ball,
     noise: Tensor,
     probe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """`prefix_pgd` in which some examples stop `patience` steps after they are misclassified.
+    """Run `prefix_pgd`; some examples stop `patience` steps after they are misclassified.
 
     A stopped example is masked, which needs no copy to the host; it leaves the batch after steps
     2, 4, 8, …, and whenever `active` falls, with one copy each after the first step.
@@ -184,9 +191,8 @@ def early_exit_pgd(
     """
     n = active[0] if active else 0
     rows = torch.arange(n, device=x.device)
-    lower, upper = box(x, epsilon)
-    batch = [lower, upper, per_image(step_size, x), clean_logits.detach(), labels, exits, steps]
-    lower, upper, size, target, labels, exits, left = (part[:n] for part in batch)
+    batch = [per_image(step_size, x), clean_logits.detach(), labels, exits, steps, *ball.region(x)]
+    size, target, labels, exits, left, *region = (part[:n] for part in batch)
     images, taken, forwarded = x[:n] + noise[:n], torch.zeros_like(steps), 0
     x_adv = x.detach().clone()
     for done, n in enumerate(active):
@@ -195,8 +201,8 @@ def early_exit_pgd(
             # Behind the first step still a prefix; later a mask would be copied once for each part.
             stay = slice(n) if done == 1 else left.nonzero().flatten()
             x_adv[rows] = images
-            batch = [rows, images, lower, upper, size, target, labels, exits, left]
-            rows, images, lower, upper, size, target, labels, exits, left = (
+            batch = [rows, images, size, target, labels, exits, left, *region]
+            rows, images, size, target, labels, exits, left, *region = (
                 part[stay] for part in batch
             )
         if len(rows) == 0:
@@ -212,28 +218,20 @@ def early_exit_pgd(
         if at is images:  # what falls further off says nothing of the example where it is
             left = torch.where(fallen, left.clamp(max=patience), left)
         moves = (left > 0).long()
-        moved = images.detach() + per_image(moves, x) * size * gradient.sign()
-        images = torch.clamp(moved, lower, upper)
+        step = ball.direction(gradient).mul_(per_image(moves, x) * size)
+        images = ball.project(step.add_(images.detach()), *region)
         left = left - moves
         taken[rows] += moves
     x_adv[rows] = images
     return x_adv, taken, forwarded
 
 
-def box(x: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds like x: the ε-ball within [0, 1]; ε is a number or (m,)."""
-    radius = per_image(epsilon, x) if isinstance(epsilon, Tensor) else epsilon
-    return (x - radius).clamp_(0, 1), (x + radius).clamp_(0, 1)
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    """One value an example, shaped to meet the images x: (m,) -> (m, 1, 1, 1)."""
-    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own mode afterwards (a frozen BatchNorm stays frozen)."""
+    """Switch to eval mode inside, and back to each module's own afterwards.
+
+    A frozen BatchNorm stays frozen.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

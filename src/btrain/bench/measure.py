@@ -112,7 +112,7 @@ def _selection_seconds(lane: Lane, device: torch.device) -> float:
     if lane.contender not in (Contender.bullettrain, Contender.pooled):
         return 0.0
     batch = lane.prepare(0)
-    z = deciding_logits(lane.inside, batch.x, lane.method)
+    z = deciding_logits(lane.inside, batch.x, lane.chooser)
     taken = [seconds(lambda: select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
     return statistics.median(taken[1:]) / lane.config.bt.pool
 

@@ -17,9 +17,10 @@ from btrain.errors import UserError
 from btrain.exchange.from_run import image_shape, load_run
 from btrain.methods.make import plain_defense
 from btrain.runs.checkpoint import load
-from btrain.settings import AllocatorName, Config, CudaGraphs, DefenseName, TrainConfig
+from btrain.settings import Config, CudaGraphs, DefenseName, TrainConfig
 from btrain.settings.bench import BenchConfig, Contender
 from btrain.settings.compose import compose
+from btrain.settings.method import BulletTrainConfig
 from btrain.training.timing.forced import class_counts
 from btrain.training.timing.lane import CLASSES, Lane, Workload
 
@@ -104,7 +105,7 @@ def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[st
     config, _ = load_run(path)
     if settings:
         raise UserError(f"{settings[0]}: with bench.checkpoint the settings are the run's.")
-    if config.bt.name is not AllocatorName.bullettrain:
+    if type(config.bt) is not BulletTrainConfig:
         raise UserError(f"{path} was trained with bt={config.bt.name.value}, not bullettrain.")
     images = len(load_data(config, torch.device("cpu")).train)
     if max(batch_sizes) > images:
@@ -158,14 +159,17 @@ def _exists(defense: DefenseName, contender: Contender, train: TrainConfig) -> b
 
 
 def _variant(config: Config, contender: Contender, train: TrainConfig) -> Config:
-    """The configuration of a lane: what is not BulletTrain takes the plain attack's steps.
+    """Return the configuration of a lane: what is not BulletTrain takes the plain attack's steps.
 
     Only `pooled` attacks the batches of `bt.pool` at once.
     """
     pool = config.bt.pool if contender is Contender.pooled else 1
     config = replace(config, train=train, bt=replace(config.bt, pool=pool))
-    bullettrain = contender in (Contender.bullettrain, Contender.pooled)
-    return config if bullettrain else plain_defense(config)
+    plain = plain_defense(config)
+    if contender is Contender.masked:  # BulletTrain's budgets, but for the longest
+        bt = replace(config.bt, n_b=plain.bt.n_b, step_size_b=plain.bt.step_size_b)
+        return replace(config, bt=bt)
+    return config if contender in (Contender.bullettrain, Contender.pooled) else plain
 
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:

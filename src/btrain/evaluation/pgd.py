@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain import precision
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.pgd import evaluation_mode, prefix_pgd
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
@@ -88,7 +89,7 @@ def evaluate(
                 active=[len(x)] * steps,
                 step_size=torch.full((len(x),), step_size, device=device),
                 inner_loss=ce_inner_loss,
-                epsilon=epsilon,
+                ball=LinfBall(epsilon),
                 noise=noise,
             )
             with torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.pgd import prefix_pgd
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples
@@ -106,7 +107,7 @@ def _last_iterate(
         active=[len(x)] * attack.steps,
         step_size=torch.full((len(x),), attack.step_size, device=x.device),
         inner_loss=LOSSES[attack.loss],
-        epsilon=attack.epsilon,
+        ball=LinfBall(attack.epsilon),
         noise=noise,
     )
 

@@ -164,7 +164,7 @@ def _epsilon(
     if settings.epsilon is not None:
         return settings.epsilon
     if trained is None:
-        return config.attack.epsilon
+        return float(config.attack.epsilon)
     if config.eval.epsilon != trained:
         other = f"is configured to be evaluated with {config.eval.epsilon:g}"
     elif config.dataset.epsilon not in (trained, original.dataset.epsilon):

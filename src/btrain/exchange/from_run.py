@@ -19,6 +19,7 @@ from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config, DatasetConfig, DatasetName, ModelConfig
 from btrain.settings import compose as configs
+from btrain.settings.older import translated
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
 
@@ -179,7 +180,8 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
 
     _check_plain(saved, origin)
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(saved)))
+        saved = translated(saved)
+        settings = OmegaConf.merge(configs.schema_of(saved), OmegaConf.create(dict(saved)))
         missing = sorted(OmegaConf.missing_keys(settings))
         if missing:
             settings = OmegaConf.merge(_defaults(saved), OmegaConf.create(dict(saved)))

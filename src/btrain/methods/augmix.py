@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,43 +14,21 @@ from btrain import precision
 from btrain.allocation import (
     BOUNDARY,
     Allocation,
-    predicted,
-    uniform,
+    Allocator,
+    Scored,
+    Uniform,
     update_robust_fraction,
 )
 from btrain.attacks.pgd import by_steps
+from btrain.data import Batch, Data
 from btrain.defenses import augmix_loss
-from btrain.methods.bullettrain import descend
-from btrain.methods.statistics import StepStats, step_stats
+from btrain.methods.base import Loss, Memory, Reach
+from btrain.methods.pool import no_attack
+from btrain.methods.statistics import step_stats
 from btrain.processes.world import ALONE, World
 
 
-@dataclass(frozen=True)
-class AugMixMethod:
-    """What a run of AugMix chooses once.
-
-    Attributes:
-        make_views: one AugMix view of each image, (m, C, H, W) -> (m, C, H, W), or of some rows.
-        allocator: bullettrain, uniform or random.
-        fractions: F_B, F_R, F_O of `random`; None for those of BulletTrain's rule.
-        budget: N_O, N_R, N_B = 0, 0, 1, (3,) int64 on the device.
-        jsd: False for the paper's "– JSD loss": cross-entropy on one view of each image.
-        world: the processes that a batch is dealt out to.
-    """
-
-    make_views: Callable[[Tensor, torch.Generator, Tensor | None], Tensor]
-    allocator: str
-    metric: Callable[[Tensor, Tensor], Tensor]
-    budget: Tensor
-    fractions: tuple[float, float, float] | None
-    jsd: bool
-    jsd_weight: float
-    gamma: float
-    momentum: float
-    world: World = ALONE
-
-
-class _Passed(NamedTuple):
+class Passed(NamedTuple):
     """This process' part of a batch behind the network.
 
     Attributes:
@@ -71,131 +49,161 @@ class _Passed(NamedTuple):
     share: float
 
 
-def augmix_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    *,
-    method: AugMixMethod,
-) -> tuple[Tensor, StepStats]:
-    """Updates the weights; returns the new F_R, of the accuracy on the views, and the statistics.
+@dataclass(frozen=True)
+class AugMix:
+    """Cross-entropy on clean images and consistency with two views of each.
 
     Plain AugMix sends an image and its two views through one forward pass of 3m, so that they share
     BatchNorm's statistics. With BulletTrain one train-mode forward of the clean images decides who
     gets views and enters the loss; the views follow in a pass of their own. Of several processes
     each gets the whole batch and makes views of its share alone.
+
+    Attributes:
+        make_views: one AugMix view of each image, (m, C, H, W) -> (m, C, H, W), or of some rows.
+        allocator: gives an example 1, a pair of views, or 0.
+        jsd: False for the paper's "– JSD loss": cross-entropy on one view of each image.
+        gamma, momentum: γ and p of eq. 5, for the accuracy on the views.
     """
-    if not method.jsd:
-        passed = _one_view(model, x, labels, generator, method)
-    elif method.allocator == "uniform":
-        passed = _two_views_of_all(model, x, labels, generator, method)
-    else:
-        passed = _two_views_of_some(model, x, labels, robust_fraction, generator, method)
-    return _update(optimizer, passed, robust_fraction, method)
 
+    make_views: Callable[[Tensor, torch.Generator, Tensor | None], Tensor]
+    allocator: Allocator
+    metric: Callable[[Tensor, Tensor], Tensor]
+    jsd: bool
+    jsd_weight: float
+    gamma: float
+    momentum: float
+    world: World = ALONE
+    in_units: ClassVar[bool] = True
 
-def _one_view(
-    model: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator, method: AugMixMethod
-) -> _Passed:
-    m, own = len(x), method.world.share(len(x))
-    logits = model(method.make_views(x, generator, method.world.rows(m, x.device)))
-    labels = labels[own]
-    loss = F.cross_entropy(precision.full(logits), labels)
-    # No pass beyond ordinary training: no step in the sense of eq. 7.
-    nothing = Allocation(torch.full_like(labels, BOUNDARY), torch.zeros_like(labels))
-    unread = x.new_empty(len(labels), 0)
-    return _Passed(loss, nothing, unread, logits, labels, None, len(labels), len(labels) / m)
+    def memory(self, data: Data, device: torch.device) -> Memory:
+        """Return F_R before the first batch."""
+        del data
+        return {"robust_fraction": torch.zeros((), device=device)}
 
+    def examples(
+        self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Yield the batch as it is: whose views are made depends on the training pass."""
+        del network, memory, generator
+        yield batch
 
-def _two_views_of_all(
-    model: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator, method: AugMixMethod
-) -> _Passed:
-    m, own = len(x), method.world.share(len(x))
-    views = _pairs_of_views(x, generator, method)
-    x, labels = x[own], labels[own]
-    clean, view1, view2 = model(torch.cat([x, views])).chunk(3)
-    loss = augmix_loss(clean, view1, view2, labels, jsd_weight=method.jsd_weight)
-    allocation = uniform(labels, method.budget)
-    score = method.metric(clean.detach(), labels)
-    return _Passed(loss, allocation, clean, view1, labels, score, 3 * len(x), len(x) / m)
-
-
-def _two_views_of_some(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    method: AugMixMethod,
-) -> _Passed:
-    """BulletTrain, or the control `random`.
-
-    The clean logits decide where an example's views are made, so that of several processes one may
-    hold the clean logits of an example and another those of its views. All logits are gathered and
-    every process has the loss of the whole batch, and its gradient for the logits that are its own.
-    """
-    world, m = method.world, len(x)
-    own = world.share(m)
-    clean = world.attached(model(x[own]), m)  # Algorithm 2, line 11
-    score = method.metric(clean.detach(), labels)
-    allocation = predicted(
-        method.allocator,
-        score,
-        robust_fraction,
-        method.budget,
-        generator,
-        method.fractions,
-    )
-    order, counts = by_steps(allocation.steps)
-    x, labels, clean = x[order], labels[order], clean[order]
-    n = sum(counts())
-    view1 = view2 = clean
-    made = 0
-    if n:
-        views = _pairs_of_views(x[:n], generator, method)
-        made = len(views) // 2
-        logits = model(views) if made else clean.new_empty(0, clean.shape[1])
-        view1, view2 = (
-            torch.cat([world.attached(part, n), clean[n:]])
-            for part in (logits[:made], logits[made:])
+    def loss(
+        self, network: nn.Module, examples: Batch, memory: Memory, generator: torch.Generator
+    ) -> Loss:
+        """Return the loss over images and views, and remember F_R."""
+        x, labels, _ = examples
+        if not self.jsd:
+            passed = self._one_view(network, x, labels, generator)
+        elif isinstance(self.allocator, Uniform):
+            passed = self._two_views_of_all(network, x, labels, generator)
+        else:
+            passed = self._two_views_of_some(network, x, labels, memory, generator)
+        loss, allocation, clean_logits, view_logits, labels, score, passes, share = passed
+        memory["robust_fraction"] = update_robust_fraction(
+            memory["robust_fraction"],
+            view_logits,
+            labels,
+            momentum=self.momentum,
+            gamma=self.gamma,
+            mean=self.world.mean,
         )
-    loss = augmix_loss(clean, view1, view2, labels, jsd_weight=method.jsd_weight)
-    rows = order[own]
-    passes = len(rows) + 2 * made
-    allocation, score = allocation.ordered(rows), score[rows]
-    return _Passed(loss, allocation, clean[own], view1[own], labels[own], score, passes, share=1.0)
+        made = allocation._replace(steps=2 * allocation.steps)
+        stats = step_stats(
+            made, loss, clean_logits, score, clean_logits, view_logits, labels, units=3 * passes
+        )
+        return Loss(loss, stats, share)
 
+    def _one_view(
+        self, network: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Passed:
+        m, own = len(x), self.world.share(len(x))
+        logits = network(self.make_views(x, generator, self.world.rows(m, x.device)))
+        labels = labels[own]
+        loss = F.cross_entropy(precision.full(logits), labels)
+        # No pass beyond ordinary training: no step in the sense of eq. 7.
+        nothing = Allocation(torch.full_like(labels, BOUNDARY), torch.zeros_like(labels))
+        unread = x.new_empty(len(labels), 0)
+        return Passed(loss, nothing, unread, logits, labels, None, len(labels), len(labels) / m)
 
-def _pairs_of_views(x: Tensor, generator: torch.Generator, method: AugMixMethod) -> Tensor:
-    """Two views of each image of this process' share, all first ones first.
+    def _two_views_of_all(
+        self, network: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Passed:
+        m, own = len(x), self.world.share(len(x))
+        views = self._pairs_of_views(x, generator)
+        x, labels = x[own], labels[own]
+        clean, view1, view2 = network(torch.cat([x, views])).chunk(3)
+        loss = augmix_loss(clean, view1, view2, labels, jsd_weight=self.jsd_weight)
+        everyone = torch.full_like(labels, BOUNDARY)
+        allocation = Allocation(everyone, torch.ones_like(everyone))
+        score = self.metric(clean.detach(), labels)
+        return Passed(loss, allocation, clean, view1, labels, score, 3 * len(x), len(x) / m)
 
-    (m, C, H, W) -> (2n, C, H, W)
-    """
-    rows = method.world.rows(len(x), x.device)
-    both = None if rows is None else torch.cat([rows, len(x) + rows])
-    return method.make_views(x.repeat(2, 1, 1, 1), generator, both)
+    def _two_views_of_some(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        memory: Memory,
+        generator: torch.Generator,
+    ) -> Passed:
+        """Make views for BulletTrain, or for the control `random`.
 
+        The clean logits decide where an example's views are made, so that of several processes one
+        may hold the clean logits of an example and another those of its views. All logits are
+        gathered and every process has the loss of the whole batch, and its gradient for the logits
+        that are its own.
+        """
+        world, m = self.world, len(x)
+        own = world.share(m)
+        clean = world.attached(network(x[own]), m)  # Algorithm 2, line 11
+        z = clean.detach()
+        score = self.metric(z, labels)
+        allocation = self.allocator(
+            Scored(score, z, labels, memory["robust_fraction"], generator, no_attack)
+        )
+        order, counts = by_steps(allocation.steps)
+        x, labels, clean = x[order], labels[order], clean[order]
+        n = sum(counts())
+        view1 = view2 = clean
+        made = 0
+        if n:
+            views = self._pairs_of_views(x[:n], generator)
+            made = len(views) // 2
+            logits = network(views) if made else clean.new_empty(0, clean.shape[1])
+            view1, view2 = (
+                torch.cat([world.attached(part, n), clean[n:]])
+                for part in (logits[:made], logits[made:])
+            )
+        loss = augmix_loss(clean, view1, view2, labels, jsd_weight=self.jsd_weight)
+        rows = order[own]
+        passes = len(rows) + 2 * made
+        allocation, score = allocation.ordered(rows), score[rows]
+        return Passed(
+            loss, allocation, clean[own], view1[own], labels[own], score, passes, share=1.0
+        )
 
-def _update(
-    optimizer: torch.optim.Optimizer,
-    passed: _Passed,
-    robust_fraction: Tensor,
-    method: AugMixMethod,
-) -> tuple[Tensor, StepStats]:
-    loss, allocation, clean_logits, view_logits, labels, score, passes, share = passed
-    descend(optimizer, method.world.weighted(loss, share))
-    robust_fraction = update_robust_fraction(
-        robust_fraction,
-        view_logits,
-        labels,
-        momentum=method.momentum,
-        gamma=method.gamma,
-        mean=method.world.mean,
-    )
-    made = allocation._replace(steps=2 * allocation.steps)
-    return robust_fraction, step_stats(
-        made, loss, clean_logits, score, clean_logits, view_logits, labels, units=3 * passes
-    )
+    def _pairs_of_views(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return two views of each image of this process' share, all first ones first.
+
+        (m, C, H, W) -> (2n, C, H, W)
+        """
+        rows = self.world.rows(len(x), x.device)
+        both = None if rows is None else torch.cat([rows, len(x) + rows])
+        return self.make_views(x.repeat(2, 1, 1, 1), generator, both)
+
+    @property
+    def eq7(self) -> bool:
+        """Whether eq. 7 describes what it costs."""
+        return True
+
+    @property
+    def reach(self) -> Reach:
+        """How far from the clean images it trains."""
+        return Reach(None)
+
+    def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
+        """Return three units for each pass of an image or view."""
+        expected = self.allocator.expected(fractions)
+        if expected is None:
+            return None
+        return 3 + 6 * expected.attacked if self.jsd else 3

@@ -1,20 +1,90 @@
-"""What is done with one batch, and what is remembered for the next."""
+"""The protocol of a method: what is done with one batch, and what it remembers for the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from btrain.data import Batch
+from btrain.data import Batch, Data
 from btrain.methods.statistics import StepStats
 
 Memory = dict[str, Tensor]
-"""What a method remembers between batches, F_R and more, by name; a step changes it in place."""
+"""What a method remembers between batches, F_R and more, by name; its phases change it."""
 
-Step = Callable[
-    [nn.Module, torch.optim.Optimizer, Batch, Memory, torch.Generator],
-    StepStats,
-]
-"""One batch: (model, optimizer, batch, memory, generator) -> statistics."""
+
+class Loss(NamedTuple):
+    """The end of a method's second phase.
+
+    Attributes:
+        value: what the weights descend, (), with its graph.
+        stats: sums over the examples for the log; None for one of several updates of a batch that
+            the log does not show.
+        share: of the whole batch, where several processes share it.
+    """
+
+    value: Tensor
+    stats: StepStats | None
+    share: float = 1.0
+
+
+class Reach(NamedTuple):
+    """How far the training images of a method may lie from the clean ones.
+
+    Attributes:
+        radius: in this norm, in pixel units; None for any distance.
+        slack: by which they may leave the pixel box.
+    """
+
+    radius: float | None
+    norm: str = "linf"
+    slack: float = 0.0
+
+
+class Method(Protocol):
+    """What is done with a batch, in two phases around which others can stand.
+
+    A method is made for an epoch (see `make.make_methods`); it holds settings and no state. All
+    that lasts from one batch to the next is in the memory, which a checkpoint keeps.
+
+    Attributes:
+        in_units: whether its units an example compare with the plain defense's.
+    """
+
+    in_units: ClassVar[bool]
+
+    @property
+    def eq7(self) -> bool:
+        """Whether eq. 7 describes what it costs."""
+        ...
+
+    @property
+    def reach(self) -> Reach:
+        """How far from the clean images it trains."""
+        ...
+
+    def memory(self, data: Data, device: torch.device) -> Memory:
+        """Return what is remembered before the first batch."""
+        ...
+
+    def examples(
+        self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
+    ) -> Iterator[Any]:
+        """Yield what the weights are to learn from; each is one update, made before the next."""
+        ...
+
+    def loss(
+        self, network: nn.Module, examples: Any, memory: Memory, generator: torch.Generator
+    ) -> Loss:
+        """Return the loss of what `examples` yielded, and the statistics of the batch."""
+        ...
+
+    def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
+        """Return units an example of a batch with these F_B, F_R, F_O; None if they do not tell.
+
+        It is what `units_per_example` of a log will be where its fractions are these, but for
+        batches whose single perturbed example takes another one along.
+        """
+        ...

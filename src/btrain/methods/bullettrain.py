@@ -1,36 +1,40 @@
-"""One batch of Algorithm 2: the same code for the plain defense and for BulletTrain."""
+"""Algorithm 2 (Hua et al.): one batch, the same code for the plain defense and for BulletTrain.
+
+The numbers at the ends of lines are the algorithm's. m is the batch size, K the number of classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from btrain.allocation import Allocation, filled_up, update_robust_fraction
+from btrain.allocation import Allocation, Allocator, Scored, filled_up, update_robust_fraction
+from btrain.attacks.attack import Attack
 from btrain.attacks.pgd import by_steps
-from btrain.methods.generation import (
-    Method,
-    allocate,
-    clean_forward,
-    perturb,
-    score_of,
-    start_noise,
-    true_allocation,
-)
-from btrain.methods.gradalign import misalignment
-from btrain.methods.statistics import StepStats, step_stats
-from btrain.processes.world import ALONE, World
+from btrain.attacks.shadow import attacked
+from btrain.data import Batch, Data
+from btrain.defenses import Defense
+from btrain.methods.base import Loss, Memory, Reach
+from btrain.methods.statistics import step_stats
+
+Regulariser = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+"""(network, images, labels, generator) -> what is added to the loss, ()"""
 
 
-class Generated(NamedTuple):
-    """A batch after line 13 of Algorithm 2, in descending order of steps.
+class Examples(NamedTuple):
+    """A batch after line 13, in descending order of steps.
 
     Attributes:
-        clean_logits, z, score: as `clean_forward` and `score_of` return them.
+        clean_logits: of a shared clean forward, with their graph, (m, K); else None.
+        z: the logits that decided the allocation, (m, K), or (m, 0) where nobody reads them.
+        score: of z by the run's metric, (m,); NaN where there are none.
         perturbed: how many examples took a step.
-        units: what all this has cost.
+        units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
     """
 
@@ -46,147 +50,215 @@ class Generated(NamedTuple):
     share: float = 1.0
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    *,
-    method: Method,
-) -> tuple[Tensor, StepStats]:
-    """Lines 11 to 16 of Algorithm 2: updates the weights, returns the new F_R and the statistics.
+@dataclass(frozen=True)
+class BulletTrain:
+    """A defense, an attack, and an allocator that says who is attacked for how long.
 
-    From line 13 on the batch is in the order of descending step count; the m step counts are copied
-    to the host while the batch is put in order, the only copy of a step but for `early_exit`. Of
-    several processes each gets the whole batch, decides the same for it, and from line 13 on works
-    on its share: of every group as many examples as the others, or with a shared clean forward
-    those that it has forwarded.
+    Attributes:
+        metric: the score of each example from clean logits and labels, (m, K), (m,) -> (m,).
+        gamma, momentum: γ and p of eq. 5.
+        share_clean_forward: whether line 11 and the loss share one clean forward, in train mode.
+        forward_unperturbed: whether examples without a step go through the adversarial forward.
+        regulariser: added to the loss, and what it costs an example.
     """
-    batch = generate(model, x, labels, robust_fraction, generator, method)
-    return learn(model, optimizer, batch, robust_fraction, generator, method)
+
+    defense: Defense
+    attack: Attack
+    allocator: Allocator
+    metric: Callable[[Tensor, Tensor], Tensor]
+    gamma: float
+    momentum: float
+    share_clean_forward: bool = False
+    forward_unperturbed: bool = False
+    regulariser: tuple[Regulariser, float] | None = None
+    in_units: ClassVar[bool] = True
+
+    def memory(self, data: Data, device: torch.device) -> Memory:
+        """Return F_R before the first batch."""
+        del data
+        return {"robust_fraction": torch.zeros((), device=device)}  # line 8
+
+    def examples(
+        self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
+    ) -> Iterator[Examples]:
+        """Yield the batch once, attacked; one copy to the host, of the step counts."""
+        x, labels, _ = batch
+        clean_logits, z = self.forward_clean(network, x)  # line 11
+        score = self.score(z, labels)
+        noise = self.attack.noise(x, generator)
+
+        def attacked_logits(steps: int, step_size: float) -> Tensor:
+            return self.attacked_logits(network, x, labels, z, noise, steps, step_size)
+
+        allocation = self.allocator(  # line 12
+            Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
+        )
+        parts, clean_logits, allocation, active = self.in_order(
+            [x, labels, z, score, noise], clean_logits, allocation
+        )
+        x, labels, z, score, noise = parts
+        x_adv, allocation, forwarded = self.attack(  # line 13
+            network, x, labels, z, allocation, active, noise
+        )
+        m, overhead = len(x), allocation.overhead
+        units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
+        units += m * (2 * overhead + 1) if overhead else 0
+        yield Examples(
+            x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
+            share=m / len(batch.x),
+        )  # fmt: skip
+
+    def loss(
+        self, network: nn.Module, examples: Examples, memory: Memory, generator: torch.Generator
+    ) -> Loss:
+        """Return the loss of the training passes, and remember F_R."""
+        x, labels, x_adv, clean_logits, z, score, allocation, perturbed, units, share = examples
+        m = len(x)
+        if self.defense.outer_reads_clean:  # line 14
+            clean_logits = network(x) if clean_logits is None else clean_logits
+            rows = rows_to_forward(m if self.forward_unperturbed else perturbed, m)
+            adv_logits = forward_prefix(network, x_adv, rows, clean_logits)
+            trained = m + rows
+        else:
+            clean_logits, adv_logits, trained = z, network(x_adv), m
+        memory["robust_fraction"] = update_robust_fraction(  # line 15
+            memory["robust_fraction"],
+            adv_logits,
+            labels,
+            momentum=self.momentum,
+            gamma=self.gamma,
+            mean=self.mean,
+        )
+        loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+        units += 3 * trained
+        if self.regulariser is not None:
+            regulariser, cost = self.regulariser
+            loss = loss + regulariser(network, x, labels, generator)
+            units += cost * m
+        stats = step_stats(
+            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
+        )
+        return Loss(loss, stats, share)
+
+    def forward_clean(self, network: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the clean logits for the loss, if they are shared, and z.
+
+        z is in the mode of the attack, for a KL between two modes would be large without any; or
+        with the shared forward in train mode. Where nobody reads it, it is (m, 0). It keeps no
+        graph.
+        """
+        if self.shares_clean_forward:
+            clean_logits = network(x)
+            return clean_logits, clean_logits.detach()
+        if self.defense.inner_reads_clean or self.allocator.needs_scores:
+            return None, eval_logits(network, x)
+        return None, x.new_empty(len(x), 0)
+
+    @property
+    def shares_clean_forward(self) -> bool:
+        """Whether line 11 and the loss share one clean forward."""
+        in_train_mode = self.attack.train_mode and self.defense.inner_reads_clean
+        return self.share_clean_forward or in_train_mode
+
+    def score(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Return the metric, NaN where no logits were computed. (m, K), (m,) -> (m,)"""
+        return self.metric(z, labels) if z.shape[1] else z.new_full((len(z),), math.nan)
+
+    def attacked_logits(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        z: Tensor,
+        noise: Tensor,
+        steps: int,
+        step_size: float,
+    ) -> Tensor:
+        """Return the logits (m, K) after an attack of this length on everybody."""
+        sizes = torch.full((len(x),), step_size, device=x.device)
+        x_adv = self.attack.evenly(network, x, labels, z, sizes, [len(x)] * steps, noise)
+        return eval_logits(network, x_adv)
+
+    def in_order(
+        self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
+    ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
+        """Put the batch in descending order of steps, with groups rounded up as the attack wants.
+
+        Args:
+            parts: images, labels, z, score and noise, (m, …) each.
+            clean_logits: of a shared clean forward, (m, K), or None.
+
+        Returns:
+            The rows of both, their allocation, and how many of them take the first attack step, the
+            second, …
+        """
+        order, counts = by_steps(allocation.steps, self.distance(parts[3]))
+        parts = [part[order] for part in parts]
+        clean_logits = None if clean_logits is None else clean_logits[order]
+        allocation, active = self.rounded(allocation, order, counts())
+        return parts, clean_logits, allocation.ordered(order), active
+
+    def distance(self, score: Tensor) -> Tensor | None:
+        """Return how far from the boundary examples are, (m,): who is next in a group rounded up.
+
+        None where no group is, or where chance decides, as it does by the batch's order.
+        """
+        rounds = self.attack.multiple > 1 and self.allocator.by_distance
+        return score.abs() if rounds else None
+
+    def rounded(
+        self, allocation: Allocation, order: Tensor, active: list[int]
+    ) -> tuple[Allocation, list[int]]:
+        """Return the allocation and its group sizes, rounded up to the attack's multiple."""
+        if self.attack.multiple == 1:
+            return allocation, active
+        return filled_up(allocation, order, active, self.attack.multiple)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the batch. (m,) -> ()"""
+        return values.mean()
+
+    @property
+    def eq7(self) -> bool:
+        """Whether eq. 7 describes what it costs."""
+        return self.regulariser is None
+
+    @property
+    def reach(self) -> Reach:
+        """How far from the clean images it trains."""
+        epsilon = self.attack.ball.epsilon
+        assert isinstance(epsilon, float)
+        return Reach(epsilon, self.attack.ball.norm)
+
+    def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
+        """Return units an example; None where the allocator cannot tell."""
+        expected = self.allocator.expected(fractions)
+        if expected is None:
+            return None
+        needs_z = self.defense.inner_reads_clean or self.allocator.needs_scores
+        scoring = 1 if needs_z and not self.shares_clean_forward else 0
+        perturbed = 1 if self.forward_unperturbed else expected.attacked
+        training = 3 + 3 * perturbed if self.defense.outer_reads_clean else 3
+        choosing = 2 * expected.overhead + 1 if expected.overhead else 0
+        penalty = self.regulariser[1] if self.regulariser is not None else 0
+        return 2 * expected.steps + scoring + training + choosing + penalty
 
 
-def generate(
-    model: nn.Module, x: Tensor, labels: Tensor, robust_fraction: Tensor,
-    generator: torch.Generator, method: Method,
-) -> Generated:  # fmt: skip
-    """Lines 11 to 13: finds out who is attacked for how long, and attacks."""
-    world, whole = method.world, len(x)
-    own = world.share(whole)
-    clean_logits, z = clean_forward(model, x[own], method)  # line 11
-    z = world.gathered(z, whole)
-    score = score_of(z, labels, method)
-    noise = start_noise(x, method, generator)
-    if method.allocator == "oracle":  # line 12
-        allocation = true_allocation(model, x, labels, z, noise, method)
-    else:
-        allocation = allocate(score, labels, robust_fraction, method, generator)
-    if clean_logits is not None:  # an example stays where its graph is
-        x, labels, z, score, noise = x[own], labels[own], z[own], score[own], noise[own]
-        allocation = allocation.ordered(own)
-    shared = [] if clean_logits is None else [clean_logits]
-    (x, labels, z, score, noise, *shared), allocation, active = put_in_order(
-        [x, labels, z, score, noise, *shared], score, allocation, method, ALONE if shared else world
-    )
-    clean_logits, m = shared[0] if shared else None, len(x)
-    x_adv, allocation, forwarded = perturb(model, x, labels, z, allocation, active, noise, method)
-    units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
-    units += m * (2 * allocation.overhead + 1) if allocation.overhead else 0
-    return Generated(
-        x=x,
-        labels=labels,
-        x_adv=x_adv,
-        clean_logits=clean_logits,
-        z=z,
-        score=score,
-        allocation=allocation,
-        perturbed=sum(active[:1]),
-        units=units,
-        share=m / whole,
-    )
-
-
-def put_in_order(
-    parts: Sequence[Tensor], score: Tensor, allocation: Allocation, method: Method, world: World
-) -> tuple[list[Tensor], Allocation, list[int]]:
-    """This process' share of a batch in descending order of steps.
-
-    Args:
-        parts: what the batch consists of, (m, …) each.
-        score: as of `score_of`, (m,).
-
-    Returns:
-        The parts' rows, their allocation, with groups rounded up as the method wants, and how many
-        of them take the first attack step, the second, …
-    """
-    order, counts = by_steps(allocation.steps, _distance(score, method))
-    rows = order[world.share(len(order))]
-    parts = [part[rows] for part in parts]
-    active = counts()
-    if method.multiple > 1:
-        allocation, active = filled_up(allocation, order, active, method.multiple)
-    return parts, allocation.ordered(rows), world.dealt(active)
-
-
-def _distance(score: Tensor, method: Method) -> Tensor | None:
-    """How far from the boundary examples are, (m,): who is next where a group is rounded up.
-
-    None where no group is, or where chance decides, as it does by the batch's order.
-    """
-    return None if method.multiple == 1 or method.allocator == "random" else score.abs()
-
-
-def learn(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Generated, robust_fraction: Tensor,
-    generator: torch.Generator, method: Method,
-) -> tuple[Tensor, StepStats]:  # fmt: skip
-    """Lines 14 to 16: the training passes, the new F_R, the update of the weights."""
-    x, labels, x_adv, clean_logits, z, score, allocation, perturbed, units, share = batch
-    m = len(x)
-    if method.defense.outer_reads_clean:  # line 14
-        clean_logits = model(x) if clean_logits is None else clean_logits
-        rows = rows_to_forward(m if method.forward_unperturbed else perturbed, m)
-        adv_logits = forward_prefix(model, x_adv, rows, clean_logits)
-        trained = m + rows
-    else:
-        clean_logits, adv_logits, trained = z, model(x_adv), m
-    robust_fraction = update_robust_fraction(  # line 15
-        robust_fraction,
-        adv_logits,
-        labels,
-        momentum=method.momentum,
-        gamma=method.gamma,
-        mean=method.world.mean,
-    )
-    loss = method.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
-    units += 3 * trained
-    if method.grad_align_weight:
-        around = torch.empty_like(x).uniform_(-method.epsilon, method.epsilon, generator=generator)
-        loss = loss + method.grad_align_weight * misalignment(model, x, labels, around)
-        units += 8 * m  # two gradients of the images, one of them differentiated again
-    descend(optimizer, method.world.weighted(loss, share))
-    return robust_fraction, step_stats(
-        allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
-    )
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One update of the weights."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+def eval_logits(network: nn.Module, x: Tensor) -> Tensor:
+    """Return logits (m, K) in eval mode, without a graph."""
+    with attacked(network) as frozen, torch.no_grad():
+        logits: Tensor = frozen(x)
+    return logits
 
 
 def rows_to_forward(perturbed: int, m: int) -> int:
-    """How many examples share the adversarial forward pass when so many are perturbed.
+    """Return how many examples share the adversarial forward pass when so many are perturbed.
 
     A single one takes an unperturbed one along, for BatchNorm cannot normalise it alone.
     """
     return min(max(perturbed, 2), m) if perturbed else 0
 
 
-def forward_prefix(model: nn.Module, x_adv: Tensor, rows: int, clean_logits: Tensor) -> Tensor:
-    """Logits (m, K) of the first `rows` examples; the others keep their clean logits."""
-    return torch.cat([model(x_adv[:rows]), clean_logits[rows:]]) if rows else clean_logits
+def forward_prefix(network: nn.Module, x_adv: Tensor, rows: int, clean_logits: Tensor) -> Tensor:
+    """Return logits (m, K) of the first `rows` examples; the others keep their clean logits."""
+    return torch.cat([network(x_adv[:rows]), clean_logits[rows:]]) if rows else clean_logits

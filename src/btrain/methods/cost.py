@@ -1,10 +1,11 @@
-"""What training costs: the FLOPs of a network, and the log's three speedups.
+"""The cost of training: the FLOPs of a network, and the log's three speedups.
 
 A unit is one forward pass of one example: an attack step takes two, a training pass three.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from btrain.allocation import theoretical_speedup
 from btrain.attacks.pgd import evaluation_mode
-from btrain.methods.make import make_defense, plain_defense
-from btrain.settings import AllocatorName, AttackMode, Config, DefenseName, RivalName
+from btrain.methods.make import NOTHING, Known, make_method, plain_defense
+from btrain.settings import Config
+from btrain.settings.method import TradesConfig
 
 PAPER_FRACTIONS = (0.28, 0.54, 0.18)
 """F_B, F_R, F_O of the paper's TRADES + BT with N_R = 2 (Table 2)."""
 
 
 def forward_flops(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> int:
-    """Floating-point operations of one image's forward pass, by torch's counter.
+    """Return the floating-point operations of one image's forward pass, by torch's counter.
 
     A multiply-add counts as two. `shape` is (C, H, W).
     """
@@ -31,50 +33,44 @@ def forward_flops(model: nn.Module, shape: tuple[int, int, int], device: torch.d
 
 
 def expected_units(config: Config, fractions: tuple[float, float, float]) -> float | None:
-    """Units an example of a training step with these F_B, F_R, F_O; None for Free and MMA.
+    """Return units an example of a training step with these F_B, F_R, F_O; see `Method`."""
+    return make_method(config, torch.device("cpu")).expected_units(fractions)
 
-    What `units_per_example` of a log will be where its fractions are these, but for batches whose
-    single perturbed example takes another one along.
+
+@dataclass(frozen=True)
+class Costs:
+    """What the units of a run are compared with.
+
+    Attributes:
+        steps: N of the plain attack.
+        lean: units an example of the plain defense with the same settings, without wasted work.
+        official: units an example of TRADES' published step structure, which forwards the clean
+            images again in every attack step, and twice in the loss; None for other defenses.
+        eq7: whether eq. 7 describes the run.
+        in_units: whether its units compare at all.
     """
-    bt, defense = config.bt, config.defense
-    if config.rival.name in (RivalName.free, RivalName.mma):
-        return None
-    plain = bt.name is AllocatorName.uniform
-    shares = (1.0, 0.0, 0.0) if plain else fractions
-    if defense.name is DefenseName.augmix:
-        return 3 + 6 * shares[0] if defense.jsd else 3
-    budget = (bt.n_b, bt.n_r, bt.n_o)
-    steps = sum(share * n for share, n in zip(shares, budget, strict=True))
-    attacked = sum(share for share, n in zip(shares, budget, strict=True) if n)
-    loss = make_defense(defense)
-    shared = bt.share_clean_forward or (
-        config.attack.mode is AttackMode.train and loss.inner_reads_clean
-    )
-    scores = 1 if (loss.inner_reads_clean or not plain) and not shared else 0
-    training = 3 + 3 * (1 if bt.forward_unperturbed else attacked)
-    training = training if loss.outer_reads_clean else 3
-    oracle = 2 * bt.oracle_steps + 1 if bt.name is AllocatorName.oracle else 0
-    penalty = 8 if config.rival.grad_align_weight else 0
-    return 2 * steps + scores + training + oracle + penalty
+
+    steps: int
+    lean: float
+    official: float | None
+    eq7: bool
+    in_units: bool
+
+    @staticmethod
+    def of(config: Config, known: Known = NOTHING) -> Costs:
+        """Return those of a configuration; `known` is of the data, for the user's own parts."""
+        device = torch.device("cpu")
+        method = make_method(config, device, known=known)
+        plain = make_method(plain_defense(config), device, known=known)
+        lean = plain.expected_units((1, 0, 0))
+        assert lean is not None
+        trades = isinstance(config.defense, TradesConfig)
+        official = 3 * config.attack.steps + 9 if trades else None
+        return Costs(config.attack.steps, lean, official, method.eq7, method.in_units)
 
 
-def lean_units(config: Config) -> float:
-    """Units an example of the plain defense with these settings costs, without wasted work."""
-    units = expected_units(plain_defense(config), (1, 0, 0))
-    assert units is not None
-    return units
-
-
-def official_units(config: Config) -> float | None:
-    """Units an example of TRADES' published step structure costs; None for other defenses.
-
-    It forwards the clean images again in every attack step, and twice in the loss.
-    """
-    return 3 * config.attack.steps + 9 if config.defense.name is DefenseName.trades else None
-
-
-def speedups(config: Config, means: dict[str, Any]) -> dict[str, float | None]:
-    """The log's three speedups for an epoch's averages; None where a number has no meaning.
+def speedups(costs: Costs, means: dict[str, Any]) -> dict[str, float | None]:
+    """Return the log's three speedups for an epoch's averages; None where one has no meaning.
 
     `theoretical_speedup` is eq. 7, whose sum over the classes is the mean number of steps, also
     where that varies within a class. The other two compare units: with the plain defense of the
@@ -82,14 +78,11 @@ def speedups(config: Config, means: dict[str, Any]) -> dict[str, float | None]:
     and none of the three describes Free or MMA, nor a run that ended before its first batch.
     """
     steps, units = means["attack_steps_mean"], means["units_per_example"]
-    if units is None or config.rival.name in (RivalName.free, RivalName.mma):
+    if units is None or not costs.in_units:
         return dict.fromkeys(("theoretical_speedup", "speedup_flops", "speedup_official"))
-    official = official_units(config)
-    eq7 = theoretical_speedup(
-        fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=config.attack.steps
-    )
+    eq7 = theoretical_speedup(fractions=(1, 0, 0), steps=(steps, 0, 0), baseline_steps=costs.steps)
     return {
-        "theoretical_speedup": None if config.rival.name is RivalName.gradalign else eq7,
-        "speedup_flops": lean_units(config) / units,
-        "speedup_official": None if official is None else official / units,
+        "theoretical_speedup": eq7 if costs.eq7 else None,
+        "speedup_flops": costs.lean / units,
+        "speedup_official": None if costs.official is None else costs.official / units,
     }

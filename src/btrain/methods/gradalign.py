@@ -7,10 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import precision
+from btrain.methods.bullettrain import Regulariser
+
+UNITS = 8
+"""The cost an example: two gradients of the images, one of them differentiated again."""
+
+
+def regulariser(weight: float, epsilon: float) -> Regulariser:
+    """Return λ times the misalignment of each image with a random point of its ε-ball."""
+
+    def added(network: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        around = torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
+        return weight * misalignment(network, x, labels, around)
+
+    return added
 
 
 def misalignment(model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-    """1 − cos(∇L(x), ∇L(x + noise)) of the cross-entropy, the mean over the examples.
+    """Return 1 − cos(∇L(x), ∇L(x + noise)) of the cross-entropy, the mean over the examples.
 
     The model is used in the mode it is in. As published, the weights' gradient goes through
     ∇L(x + noise) only, and an example with a gradient that is zero everywhere does not count; of

@@ -1,310 +1,177 @@
-"""From a configuration to what is done with a batch, and what is remembered for the next."""
+"""From a configuration to the method of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from btrain.allocation import METRICS
-from btrain.attacks.fast_paths import FastPaths, make_fast_paths
+from btrain import allocation, own
+from btrain.allocation import METRICS, Allocator
+from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
+from btrain.attacks.balls import BALLS, Ball
+from btrain.attacks.fast_paths import FastPaths
 from btrain.attacks.views import augmix
-from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES, Defense
-from btrain.methods.augmix import AugMixMethod, augmix_step
-from btrain.methods.base import Memory, Step
-from btrain.methods.bullettrain import train_step
-from btrain.methods.free import free_step
-from btrain.methods.generation import Method
-from btrain.methods.mma import MMAMethod, mma_step
-from btrain.methods.pool import pooled_step
-from btrain.methods.statistics import StepStats, stacked
+from btrain.methods import gradalign
+from btrain.methods.augmix import AugMix
+from btrain.methods.base import Method
+from btrain.methods.bullettrain import BulletTrain
+from btrain.methods.dealt import DealtBulletTrain
+from btrain.methods.free import Free
+from btrain.methods.mma import MMA
+from btrain.methods.own_parts import checked_ball, checked_defense, with_own_steps
+from btrain.methods.pool import Pool
 from btrain.processes.world import ALONE, World
 from btrain.settings import (
     AllocatorName,
+    AttackConfig,
     AttackMode,
     BTConfig,
     Config,
     DefenseConfig,
-    DefenseName,
-    OnNonfinite,
     Precision,
     RivalConfig,
-    RivalName,
-    Start,
+)
+from btrain.settings import Start as StartName
+from btrain.settings.method import (
+    AugMixDefenseConfig,
+    BulletTrainConfig,
+    EarlyExitConfig,
+    FreeConfig,
+    GaussianConfig,
+    GradAlignConfig,
+    MartConfig,
+    MMAConfig,
+    OracleConfig,
+    OwnAllocatorConfig,
+    OwnAttackConfig,
+    OwnDefenseConfig,
+    RandomConfig,
+    TradesConfig,
+    UniformConfig,
 )
 
+Known = Mapping[str, Any]
+"""What own parts may want to know of the data: `classes`, the number K, and `shape`, (C, H, W)."""
 
-def make_steps(config: Config, device: torch.device, world: World = ALONE) -> Callable[[int], Step]:
-    """What is done with a batch, by epoch from 0: the first epochs may differ.
+NOTHING: Known = {}
 
-    In `bt.warmup_epochs` every example gets N_B steps, in
-    `attack.epsilon_warmup_epochs` every length of the attack is a share of what it will be.
+
+def make_methods(
+    config: Config,
+    device: torch.device,
+    *,
+    paths: FastPaths,
+    known: Known = NOTHING,
+    world: World = ALONE,
+) -> Callable[[int], Method]:
+    """Return the method of each epoch, from 0: the first epochs may differ.
+
+    In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
+    length of the attack is a share of what it will be.
     """
 
-    paths = make_fast_paths(config.train, device)
-
     @lru_cache(maxsize=1)
-    def step(plain: bool, share: float) -> Step:
-        return make_step(config, device, warm_up=plain, share=share, world=world, paths=paths)
+    def made(plain: bool, share: float) -> Method:
+        return make_method(
+            config, device, plain=plain, share=share, paths=paths, known=known, world=world
+        )
 
-    def of_epoch(epoch: int) -> Step:
-        return step(epoch < config.bt.warmup_epochs, config.attack.share(epoch))
+    def of_epoch(epoch: int) -> Method:
+        return made(epoch < config.bt.plain_epochs, config.attack.share(epoch))
 
     return of_epoch
 
 
-def make_step(
+def make_method(
     config: Config,
     device: torch.device,
     *,
-    warm_up: bool = False,
+    plain: bool = False,
     share: float = 1.0,
-    world: World = ALONE,
     paths: FastPaths | None = None,
-) -> Step:
-    """What is done with a batch: Algorithm 2's open choices, from the configuration.
-
-    `warm_up` gives every example N_B steps, whatever the allocator; `share` is of ε and of the step
-    sizes. `paths` are the configuration's, where several steps share them.
-    """
-    paths = paths or make_fast_paths(config.train, device)
-    step = _make_step(config, device, warm_up=warm_up, share=share, world=world, paths=paths)
-    return in_parallel(in_view(step, paths.view), world)
-
-
-def in_parallel(step: Step, world: World) -> Step:
-    """The same step by all processes together, with the statistics of the whole batch."""
-    if world.size == 1:
-        return step
-
-    def together(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        stats = step(world.wrapped(model), optimizer, batch, memory, generator)
-        world.average_statistics(model)
-        return StepStats._make(world.sum(stacked(stats)))
-
-    return together
-
-
-def in_view(step: Step, view: Callable[[nn.Module], nn.Module]) -> Step:
-    """The same step with the network as `view` shows it."""
-
-    def viewed(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: Batch,
-        memory: Memory,
-        generator: torch.Generator,
-    ) -> StepStats:
-        return step(view(model), optimizer, batch, memory, generator)
-
-    return viewed
-
-
-def _make_step(
-    config: Config,
-    device: torch.device,
-    *,
-    warm_up: bool,
-    share: float,
-    world: World,
-    paths: FastPaths,
-) -> Step:
-    if config.rival.name is RivalName.free:
-        assert config.rival.replays is not None
-        return partial(_free, replays=config.rival.replays, epsilon=config.attack.epsilon)
-    if config.rival.name is RivalName.mma:
-        return partial(_mma, method=_mma_method(config))
-    allocator = "uniform" if warm_up else config.bt.name.value
-    update: Callable[..., tuple[Tensor, StepStats]]
-    if config.defense.name is DefenseName.augmix:
-        update = partial(augmix_step, method=augmix_method(config, device, allocator, world))
-    else:
-        method = attack_method(config, device, allocator, share, world)
-        method = replace(method, pgd=paths.pgd, multiple=paths.multiple)
-        update = partial(train_step, method=method)
-        if config.bt.pool > 1:
-            update = partial(pooled_step, method=method, batch_size=config.train.batch_size)
-    return partial(_follow, update=update)
-
-
-def _follow(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    memory: Memory,
-    generator: torch.Generator,
-    *,
-    update: Callable[..., tuple[Tensor, StepStats]],
-) -> StepStats:
-    """A step of Algorithm 2 or AugMix, which remembers F_R."""
-    memory["robust_fraction"], stats = update(
-        model, optimizer, batch.x, batch.labels, memory["robust_fraction"], generator
-    )
-    return stats
-
-
-def _free(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    memory: Memory,
-    generator: torch.Generator,
-    *,
-    replays: int,
-    epsilon: float,
-) -> StepStats:
-    """A step of Free, which remembers the perturbation."""
-    del generator
-    x, labels, _ = batch
-    delta = memory["delta"][: len(x)]
-    memory["delta"][: len(x)], stats = free_step(
-        model, optimizer, x, labels, delta, replays=replays, epsilon=epsilon
-    )
-    return stats
-
-
-def _mma(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    memory: Memory,
-    generator: torch.Generator,
-    *,
-    method: MMAMethod,
-) -> StepStats:
-    """A step of MMA, which remembers every example's margin."""
-    x, labels, indices = batch
-    memory["margin"][indices], stats = mma_step(
-        model, optimizer, x, labels, memory["margin"][indices], generator, method=method
-    )
-    return stats
-
-
-def plain_defense(config: Config) -> Config:
-    """The same training with the plain defense: the attack's own number of steps for everybody."""
-    attack, bt = config.attack, config.bt
-    bt = replace(bt, name=AllocatorName.uniform, fractions=None, pool=1)
-    if config.defense.name is not DefenseName.augmix:
-        bt = replace(bt, n_b=attack.steps, step_size_b=attack.step_size)
-    return replace(config, bt=bt, rival=RivalConfig())
-
-
-def make_memory(config: Config, data: Data, device: torch.device) -> Memory:
-    """What the run's method remembers, before its first batch: F_R is 0 (Algorithm 2, line 8)."""
-    memory = {"robust_fraction": torch.zeros((), device=device)}
-    if config.train.on_nonfinite is OnNonfinite.skip:
-        memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
-    if config.rival.name is RivalName.free:
-        most = config.train.batch_size + 1  # a last batch of one example joins its neighbour
-        memory["delta"] = torch.zeros(most, *data.shape, device=device)
-    if config.rival.name is RivalName.mma:
-        memory["margin"] = torch.zeros(len(data.train), device=device)
-    return memory
-
-
-def attack_method(
-    config: Config,
-    device: torch.device,
-    allocator: str,
-    share: float = 1.0,
+    known: Known = NOTHING,
     world: World = ALONE,
 ) -> Method:
-    """The choices of the adversarial defenses; `share` is of ε and of the step sizes."""
-    bt, attack = config.bt, config.attack
-    return Method(
-        defense=make_defense(config.defense),
-        allocator=allocator,
+    """Return what a configuration does with a batch.
+
+    Args:
+        plain: whether every example gets N_B steps, whatever the allocator.
+        share: of ε and of the step sizes.
+        paths: ways to see and attack the network; None for the plain ones.
+    """
+    match config.rival:
+        case FreeConfig() as rival:
+            ball = make_ball(config.attack, share, known)
+            return Free(rival.replays, ball, config.train.batch_size)
+        case MMAConfig() as rival:
+            return MMA(
+                norm=config.attack.norm,
+                max_margin=rival.max_margin,
+                first_margin=rival.first_margin,
+                steps=config.attack.steps,
+                bisections=rival.bisections,
+                clean_weight=rival.clean_weight,
+            )
+    if isinstance(config.defense, AugMixDefenseConfig):
+        return make_augmix(config, device, plain=plain, known=known, world=world)
+    method = make_bullettrain(
+        config, device, plain=plain, share=share, paths=paths, known=known, world=world
+    )
+    if config.bt.pool > 1:
+        return Pool(method, config.train.batch_size, world)
+    return method
+
+
+def make_bullettrain(
+    config: Config,
+    device: torch.device,
+    *,
+    plain: bool = False,
+    share: float = 1.0,
+    paths: FastPaths | None = None,
+    known: Known = NOTHING,
+    world: World = ALONE,
+) -> BulletTrain:
+    """Return Algorithm 2 with the configuration's defense, attack and allocator."""
+    bt = config.bt
+    method = BulletTrain(
+        defense=make_defense(config.defense, known),
+        attack=make_attack(config, share, paths, known),
+        allocator=make_allocator(bt, device, plain=plain, share=share, known=known),
         metric=METRICS[bt.metric.value],
-        budget=torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device),
-        n_b=bt.n_b,
-        step_size_b=share * bt.step_size_b,
-        patience=bt.patience,
-        mean_steps=bt.mean_steps,
-        fractions=_fractions(bt),
-        oracle_steps=bt.oracle_steps,
-        oracle_step_size=share * bt.oracle_step_size,
-        epsilon=share * attack.epsilon,
-        start=attack.start.value,
-        start_std=attack.start_std,
-        probe=probe_factor(config, share),
-        attack_in_train_mode=attack.mode is AttackMode.train,
         gamma=bt.gamma,
         momentum=bt.momentum,
         share_clean_forward=bt.share_clean_forward,
         forward_unperturbed=bt.forward_unperturbed,
-        grad_align_weight=config.rival.grad_align_weight or 0.0,
-        world=world,
     )
+    if isinstance(config.rival, GradAlignConfig):
+        weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
+        added = gradalign.regulariser(weight, epsilon)
+        method = replace(method, regulariser=(added, gradalign.UNITS))
+    if world.size == 1:
+        return method
+    parts = {item.name: getattr(method, item.name) for item in fields(method)}
+    return DealtBulletTrain(**parts, world=world)
 
 
-_PROBE = 0.3  # ε
-
-
-def probe_factor(config: Config, share: float = 1.0) -> float | None:
-    """How much further than the start the first gradient is taken in bf16, for a KL divergence.
-
-    Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
-    than bf16 resolves, and the gradient is one of rounding errors. It is linear in the noise, whose
-    length therefore does not matter: 0.3·ε gives float32's attack strength at no cost.
-    """
-    attack = config.attack
-    if (
-        config.train.precision is Precision.float32
-        or not make_defense(config.defense).inner_reads_clean
-        or attack.start is not Start.normal
-        or not 0 < attack.start_std < _PROBE * share * attack.epsilon
-    ):
-        return None
-    return _PROBE * share * attack.epsilon / attack.start_std
-
-
-def make_defense(defense: DefenseConfig) -> Defense:
-    """The losses of an adversarial defense."""
-    settings = {} if defense.beta is None else {"beta": defense.beta}
-    return DEFENSES[defense.name.value](**settings)
-
-
-def _fractions(bt: BTConfig) -> tuple[float, float, float] | None:
-    if bt.fractions is None:
-        return None
-    boundary, robust, outlier = bt.fractions
-    return boundary, robust, outlier
-
-
-def _mma_method(config: Config) -> MMAMethod:
-    """The choices of MMA."""
-    rival = config.rival
-    assert rival.max_margin is not None
-    assert rival.first_margin is not None
-    assert rival.bisections is not None
-    assert rival.clean_weight is not None
-    return MMAMethod(
-        max_margin=rival.max_margin,
-        first_margin=rival.first_margin,
-        steps=config.attack.steps,
-        bisections=rival.bisections,
-        clean_weight=rival.clean_weight,
-    )
-
-
-def augmix_method(
-    config: Config, device: torch.device, allocator: str, world: World = ALONE
-) -> AugMixMethod:
-    """The choices of AugMix."""
+def make_augmix(
+    config: Config,
+    device: torch.device,
+    *,
+    plain: bool = False,
+    known: Known = NOTHING,
+    world: World = ALONE,
+) -> AugMix:
+    """Return AugMix with the configuration's views and allocator."""
     bt, defense, views = config.bt, config.defense, config.attack.augmix
+    assert isinstance(defense, AugMixDefenseConfig)
     assert views is not None
-    assert defense.jsd is not None
-    assert defense.jsd_weight is not None
 
     def make_views(images: Tensor, generator: torch.Generator, rows: Tensor | None) -> Tensor:
         return augmix(
@@ -317,15 +184,139 @@ def augmix_method(
             all_ops=views.all_ops,
         )
 
-    return AugMixMethod(
+    return AugMix(
         make_views=make_views,
-        allocator=allocator,
+        allocator=make_allocator(bt, device, plain=plain, known=known),
         metric=METRICS[bt.metric.value],
-        budget=torch.tensor([0, 0, 1], device=device),
-        fractions=_fractions(bt),
         jsd=defense.jsd,
         jsd_weight=defense.jsd_weight,
         gamma=bt.gamma,
         momentum=bt.momentum,
         world=world,
     )
+
+
+def make_defense(defense: DefenseConfig, known: Known = NOTHING) -> Defense:
+    """Return the losses of an adversarial defense.
+
+    Raises:
+        UserError: a defense of the user's is not what it must be.
+    """
+    match defense:
+        case OwnDefenseConfig():
+            made = own.call("defense", defense.factory, defense.settings, **known)
+            return checked_defense(made, defense.factory)
+        case TradesConfig() | MartConfig():
+            return DEFENSES[defense.name.value](beta=defense.beta)
+    return DEFENSES[defense.name.value]()
+
+
+def make_attack(
+    config: Config, share: float, paths: FastPaths | None, known: Known = NOTHING
+) -> Attack:
+    """Return the attack at a share of its lengths."""
+    attack, bt = config.attack, config.bt
+    made = Attack(
+        ball=make_ball(attack, share, known),
+        inner_loss=make_defense(config.defense, known).inner_loss,
+        n_b=bt.n_b,
+        step_size_b=share * bt.step_size_b,
+        start=make_start(attack),
+        train_mode=attack.mode is AttackMode.train,
+        probe=probe_factor(config, share, known),
+    )
+    return made if paths is None else replace(made, pgd=paths.pgd, multiple=paths.multiple)
+
+
+def make_start(attack: AttackConfig) -> Start:
+    """Return where the attack starts."""
+    return {
+        StartName.clean: at_the_image,
+        StartName.uniform: within_the_ball,
+        StartName.normal: nearby(attack.start_std),
+    }[attack.start]
+
+
+def make_ball(attack: AttackConfig, share: float = 1.0, known: Known = NOTHING) -> Ball:
+    """Return the threat model, with a share of its radius.
+
+    Raises:
+        UserError: a ball of the user's is not what it must be.
+    """
+    epsilon = share * attack.epsilon
+    if isinstance(attack, OwnAttackConfig):
+        made = own.call("attack", attack.factory, attack.settings, epsilon=epsilon, **known)
+        return checked_ball(made, attack.factory, known)
+    return BALLS[attack.norm](epsilon)
+
+
+def make_allocator(
+    bt: BTConfig,
+    device: torch.device,
+    *,
+    plain: bool = False,
+    share: float = 1.0,
+    known: Known = NOTHING,
+) -> Allocator:
+    """Return who is attacked for how long; everybody for N_B steps if `plain`.
+
+    Raises:
+        UserError: an allocator of the user's is not what it must be.
+    """
+    if plain or isinstance(bt, UniformConfig):
+        return allocation.Uniform(bt.n_b)
+    match bt:
+        case GaussianConfig():
+            return allocation.Gaussian(bt.n_b, bt.mean_steps)
+        case OwnAllocatorConfig():
+            return with_own_steps(own.call("bt", bt.factory, bt.settings, **known), bt.factory)
+    assert isinstance(bt, BulletTrainConfig)
+    budget = torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device)
+    steps = (bt.n_b, bt.n_r, bt.n_o)
+    match bt:
+        case EarlyExitConfig():
+            return allocation.EarlyExit(budget, steps, bt.patience)
+        case RandomConfig():
+            fractions = None if bt.fractions is None else _three(bt.fractions)
+            return allocation.Random(budget, steps, fractions)
+        case OracleConfig():
+            size = share * bt.oracle_step_size
+            return allocation.Oracle(budget, steps, bt.oracle_steps, size)
+    return allocation.BulletTrain(budget, steps)
+
+
+def _three(fractions: list[float]) -> tuple[float, float, float]:
+    boundary, robust, outlier = fractions
+    return boundary, robust, outlier
+
+
+_PROBE = 0.3  # ε
+
+
+def probe_factor(config: Config, share: float = 1.0, known: Known = NOTHING) -> float | None:
+    """Return how much further than the start the first gradient is taken in bf16, for a KL.
+
+    Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
+    than bf16 resolves, and the gradient is one of rounding errors. It is linear in the noise, whose
+    length therefore does not matter: 0.3·ε gives float32's attack strength at no cost. None for
+    attacks that do not need it.
+    """
+    attack = config.attack
+    if (
+        config.train.precision is Precision.float32
+        or not make_defense(config.defense, known).inner_reads_clean
+        or attack.start is not StartName.normal
+        or not 0 < attack.start_std < _PROBE * share * attack.epsilon
+    ):
+        return None
+    return float(_PROBE * share * attack.epsilon / attack.start_std)
+
+
+def plain_defense(config: Config) -> Config:
+    """Return the same training with the attack's own number of steps for everybody."""
+    attack, bt = config.attack, config.bt
+    common = {item.name: getattr(bt, item.name) for item in fields(BTConfig)}
+    common |= {"name": AllocatorName.uniform, "pool": 1}
+    if not isinstance(config.defense, AugMixDefenseConfig):
+        common |= {"n_b": attack.steps, "step_size_b": attack.step_size}
+    return replace(config, bt=UniformConfig(**common), rival=RivalConfig())

@@ -6,127 +6,128 @@ small ones. Its weights are those ahead of the pool's first update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from btrain.allocation import Allocation
+from btrain.allocation import Allocation, Scored
 from btrain.attacks.pgd import active_counts
+from btrain.data import Batch, Data
 from btrain.data.augmentation import batch_slices
-from btrain.methods.bullettrain import Generated, learn
-from btrain.methods.generation import (
-    Method,
-    allocate,
-    clean_forward,
-    perturb,
-    score_of,
-    start_noise,
-)
-from btrain.methods.statistics import StepStats
-from btrain.processes.world import World
+from btrain.methods.base import Loss, Memory, Reach
+from btrain.methods.bullettrain import BulletTrain, Examples
+from btrain.processes.world import ALONE, World
 
 
-def pooled_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    *,
-    method: Method,
-    batch_size: int,
-) -> tuple[Tensor, StepStats]:
-    """One update for every `batch_size` of the examples; the new F_R and the sums of statistics."""
-    all_stats = []
-    for batch in generate_pool(
-        model, x, labels, robust_fraction, generator, method=method, batch_size=batch_size
-    ):
-        robust_fraction, stats = learn(model, optimizer, batch, robust_fraction, generator, method)
-        all_stats.append(stats)
-    sums = (torch.stack(values).sum(0) for values in zip(*all_stats, strict=True))
-    return robust_fraction, StepStats._make(sums)
+@dataclass(frozen=True)
+class Pool:
+    """Algorithm 2 with one attack for all of a pool's batches, and one update for each.
 
-
-def generate_pool(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    *,
-    method: Method,
-    batch_size: int,
-) -> list[Generated]:
-    """Lines 11 to 13 for all batches of a pool, with the weights and the F_R of now.
-
-    Each batch has its own percentile (eq. 6) and gets the classes that it would get alone. One copy
-    to the host, of the step counts.
+    Attributes:
+        one: Algorithm 2 for a batch.
+        batch_size: of the batches in a pool; the last one may be smaller.
     """
-    world, whole = method.world, len(x)
-    batches = batch_slices(whole, batch_size)
-    _, z = clean_forward(model, x[world.share(whole)], method)
-    z = world.gathered(z, whole)
-    score = score_of(z, labels, method)
-    noise = start_noise(x, method, generator)
-    allocation = allocate_each(score, labels, robust_fraction, generator, method, batches)
-    steps, dealt, mine, order, active = deal(allocation, batches, world)
-    ends = list(accumulate(map(len, dealt)))
-    together = mine[order]
-    x_adv, attacked, forwarded = perturb(
-        model,
-        x[together],
-        labels[together],
-        z[together],
-        allocation.ordered(together),
-        active,
-        noise[together],
-        method,
-    )
-    # Back to the batches, in each of which the order of descending steps remains.
-    back = torch.argsort(order)
-    x_adv, attacked = x_adv[back], attacked.ordered(back)
-    spent = 2 * forwarded / len(mine) + (1 if z.shape[1] else 0)
-    return [
-        Generated(
-            x=x[mine[own]],
-            labels=labels[mine[own]],
-            x_adv=x_adv[own],
-            clean_logits=None,
-            z=z[mine[own]],
-            score=score[mine[own]],
-            allocation=Allocation(attacked.classes[own], attacked.steps[own]),
-            perturbed=sum(steps[i] > 0 for i in each),
-            units=spent * len(each),
-            share=len(each) / (batch.stop - batch.start),
+
+    one: BulletTrain
+    batch_size: int
+    world: World = ALONE
+    in_units: ClassVar[bool] = True
+
+    def memory(self, data: Data, device: torch.device) -> Memory:
+        """Return what Algorithm 2 remembers."""
+        return self.one.memory(data, device)
+
+    def examples(
+        self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
+    ) -> Iterator[Examples]:
+        """Yield the pool's batches, attacked with the weights and the F_R of now.
+
+        Each batch has its own percentile (eq. 6) and gets the classes that it would get alone. One
+        copy to the host, of the step counts.
+        """
+        one, world, (x, labels, _) = self.one, self.world, batch
+        slices = batch_slices(len(x), self.batch_size)
+        _, z = one.forward_clean(network, x)
+        score = one.score(z, labels)
+        noise = one.attack.noise(x, generator)
+        scored = Scored(score, z, labels, memory["robust_fraction"], generator, no_attack)
+        allocation = self.allocate(scored, slices)
+        steps, dealt, mine, order, active = deal(allocation, slices, world)
+        together = mine[order]
+        x_adv, attacked, forwarded = one.attack(
+            network,
+            x[together],
+            labels[together],
+            z[together],
+            allocation.ordered(together),
+            active,
+            noise[together],
         )
-        for batch, each, own in zip(batches, dealt, map(slice, [0, *ends], ends), strict=True)
-    ]
+        # Back to the batches, in each of which the order of descending steps remains.
+        back = torch.argsort(order)
+        x_adv, attacked = x_adv[back], attacked.ordered(back)
+        spent = 2 * forwarded / len(mine) + (1 if z.shape[1] else 0)
+        ends = list(accumulate(map(len, dealt)))
+        for whole, each, own in zip(slices, dealt, map(slice, [0, *ends], ends), strict=True):
+            yield Examples(
+                x=x[mine[own]],
+                labels=labels[mine[own]],
+                x_adv=x_adv[own],
+                clean_logits=None,
+                z=z[mine[own]],
+                score=score[mine[own]],
+                allocation=Allocation(attacked.classes[own], attacked.steps[own]),
+                perturbed=sum(steps[i] > 0 for i in each),
+                units=spent * len(each),
+                share=len(each) / (whole.stop - whole.start),
+            )
+
+    def loss(
+        self, network: nn.Module, examples: Examples, memory: Memory, generator: torch.Generator
+    ) -> Loss:
+        """Return Algorithm 2's loss of one batch of the pool."""
+        return self.one.loss(network, examples, memory, generator)
+
+    def allocate(self, scored: Scored, slices: Sequence[slice]) -> Allocation:
+        """Return classes and steps of a pool, (m,): of each of its batches what that gets alone."""
+        allocations = [
+            self.one.allocator(
+                scored._replace(score=scored.score[own], z=scored.z[own], labels=scored.labels[own])
+            )
+            for own in slices
+        ]
+        return allocations[0]._replace(
+            classes=torch.cat([allocation.classes for allocation in allocations]),
+            steps=torch.cat([allocation.steps for allocation in allocations]),
+        )
+
+    @property
+    def eq7(self) -> bool:
+        """Whether eq. 7 describes what it costs."""
+        return self.one.eq7
+
+    @property
+    def reach(self) -> Reach:
+        """How far from the clean images it trains."""
+        return self.one.reach
+
+    def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
+        """Return what Algorithm 2 costs."""
+        return self.one.expected_units(fractions)
 
 
-def allocate_each(
-    score: Tensor,
-    labels: Tensor,
-    robust_fraction: Tensor,
-    generator: torch.Generator,
-    method: Method,
-    batches: Sequence[slice],
-) -> Allocation:
-    """Classes and steps of a pool, (m,): of each of its batches what that gets alone."""
-    each = [
-        allocate(score[own], labels[own], robust_fraction, method, generator) for own in batches
-    ]
-    return Allocation(
-        torch.cat([allocation.classes for allocation in each]),
-        torch.cat([allocation.steps for allocation in each]),
-    )
+def no_attack(steps: int, step_size: float) -> Tensor:
+    """Raise ValueError: the batches of a pool are attacked together, once all have their steps."""
+    del steps, step_size
+    raise ValueError("an allocator that attacks by itself has no part in a pool of batches")
 
 
 class Dealt(NamedTuple):
-    """Which examples of a pool are this process'.
+    """The examples of a pool that are this process'.
 
     Attributes:
         steps: of all examples, on the host.
@@ -143,14 +144,14 @@ class Dealt(NamedTuple):
     active: list[int]
 
 
-def deal(allocation: Allocation, batches: Sequence[slice], world: World) -> Dealt:
-    """This process' share of every batch, and all of it in the attack's order."""
+def deal(allocation: Allocation, slices: Sequence[slice], world: World) -> Dealt:
+    """Return this process' share of every batch, and all of it in the attack's order."""
     steps: list[int] = allocation.steps.tolist()
     dealt = [
         sorted(range(own.start, own.stop), key=lambda i: -steps[i])[
             world.share(own.stop - own.start)
         ]
-        for own in batches
+        for own in slices
     ]
     rows = [i for each in dealt for i in each]
     mine = torch.tensor(rows, device=allocation.steps.device)

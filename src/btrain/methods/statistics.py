@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ def step_stats(
         labels: (m,).
         units: what the batch has cost.
     """
-    classes, steps, overhead = allocation
+    classes, steps, overhead, _ = allocation
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
     has_clean, has_adv = clean_logits.shape[1] > 0, adv_logits.shape[1] > 0
     wrong = z.argmax(dim=1) != labels if z.shape[1] else outlier
@@ -108,6 +108,11 @@ def step_stats(
 def _summed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
     return dict(zip(rows, torch.stack([*rows.values()]).sum(dim=1).unbind(), strict=True))
+
+
+def summed(several: Sequence[StepStats]) -> StepStats:
+    """Return the sums of several batches' statistics."""
+    return StepStats._make(torch.stack(values).sum(0) for values in zip(*several, strict=True))
 
 
 def stacked(stats: StepStats) -> Tensor:

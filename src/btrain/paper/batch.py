@@ -7,20 +7,28 @@ from pathlib import Path
 
 import torch
 
-from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, bullettrain, signed_prediction_variance
+from btrain.allocation import (
+    BOUNDARY,
+    OUTLIER,
+    ROBUST,
+    by_score,
+    signed_prediction_variance,
+    true_classes,
+)
 from btrain.build import load_data
 from btrain.data.augmentation import to_unit
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
-from btrain.methods.generation import eval_logits, start_noise, true_allocation
-from btrain.methods.make import attack_method
+from btrain.methods.bullettrain import eval_logits
+from btrain.methods.make import make_bullettrain
 from btrain.training.epochs import epoch_order
 from btrain.untrusted import read_text
 
 FILE = "allocation.json"
 _NAMES = {BOUNDARY: "boundary", ROBUST: "robust", OUTLIER: "outlier"}
 _N_R = 2  # the paper's
+_ORACLE_STEPS = 10
 _LARGEST = 64 << 20  # bytes of metrics.jsonl
 
 
@@ -39,15 +47,16 @@ def write_allocation(folder: Path) -> Path:
     first = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
     x, labels = to_unit(data.train.images[first]), data.train.labels[first]
     robust_fraction = torch.tensor(_last_robust_fraction(folder / "metrics.jsonl"))
-    method = attack_method(config, cpu, "oracle")
+    method = make_bullettrain(config, cpu)
     z = eval_logits(model, x)
-    noise = start_noise(x, method, torch.Generator().manual_seed(config.seed))
-    truth = true_allocation(model, x, labels, z, noise, method)
+    noise = method.attack.noise(x, torch.Generator().manual_seed(config.seed))
+    size = float(method.attack.sizes(torch.tensor([_ORACLE_STEPS])))
+    adv_logits = method.attacked_logits(model, x, labels, z, noise, _ORACLE_STEPS, size)
     svar = signed_prediction_variance(z, labels)
-    steps = bullettrain(svar, robust_fraction, torch.tensor([0, _N_R, config.attack.steps])).steps
+    steps = by_score(svar, robust_fraction, torch.tensor([0, _N_R, config.attack.steps])).steps
     content = {
         "svar": svar.tolist(),
-        "outcome": [_NAMES[number] for number in truth.classes.tolist()],
+        "outcome": [_NAMES[number] for number in true_classes(z, adv_logits, labels).tolist()],
         "steps": steps.tolist(),
         "robust_fraction": float(robust_fraction),
     }

@@ -160,7 +160,7 @@ def _scale(config: Config) -> dict[str, Any]:
         "attack.epsilon_warmup_epochs": config.attack.epsilon_warmup_epochs,
         "recipe.optimizer": config.recipe.optimizer.name,
         "recipe.lr": config.recipe.lr,
-        "defense.beta": config.defense.beta,
+        "defense.beta": getattr(config.defense, "beta", None),
         "eval.steps": config.eval.steps,
     }
 

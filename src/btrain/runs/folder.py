@@ -18,6 +18,7 @@ from btrain.errors import Interrupted, UserError
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
+from btrain.settings.older import translated
 from btrain.untrusted import read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
@@ -32,6 +33,7 @@ _MAY_DIFFER = (
     "train.score_every",
     "bt.probe_every",
     "dataset.download",
+    "dataset.l2_epsilon",  # of which attack.epsilon is made
 )
 
 _LOCK = "run.lock"
@@ -89,7 +91,7 @@ class RunFolder:
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
         # A setting that btrain did not have when the run began was at its default.
-        theirs = flat(defaults()) | flat(read_yaml(self._config))
+        theirs = flat(defaults()) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)

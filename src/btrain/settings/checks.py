@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 from btrain.errors import UserError
@@ -42,9 +41,43 @@ def seed_in_range(key: str, value: int | None) -> None:
         require(0 <= value < 2**63, key, "in [0, 2^63)", value)
 
 
-def check_settings(group: str, node: Any, wanted: set[str]) -> None:
-    """Each setting but the name is given where the option has it, and only there."""
-    for key in (item.name for item in fields(node) if item.name != "name"):
-        if (getattr(node, key) is not None) != (key in wanted):
-            what = "needs a value" if key in wanted else "is no setting"
-            raise UserError(f"{group}.{key} {what} with {group}={node.name.name}.")
+def number(key: str, value: object) -> float:
+    """Return a number, which may be written as a fraction: 8/255.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        if isinstance(value, str):
+            above, _, below = value.partition("/")
+            return float(above) / float(below or 1)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        pass
+    raise UserError(f"{key} must be a number, like 0.031 or 8/255, not {value}.")
+
+
+def pixels(key: str, value: object, norm: str, *, most: float = 1, least: bool = False) -> float:
+    """Return a length in [0, 1] pixel units.
+
+    Args:
+        norm: in which it is one; an L∞ length is at most `most`, others are at most what the size
+            of the images allows, which is not known here.
+        least: whether 0 is a length, too.
+
+    Raises:
+        UserError: it is no number, or out of range.
+    """
+    length = number(key, value)
+    enough = length >= 0 if least else length > 0
+    if norm != "linf":
+        rule = "at least 0" if least else "greater than 0"
+        require(enough and finite(length), key, f"finite and {rule}", value)
+    elif not enough or not length <= most:
+        rule = "at least" if least else "greater than"
+        raise UserError(
+            f"{key} must be {rule} 0 and at most {most} ([0, 1] pixel units, like 8/255), "
+            f"not {value}."
+        )
+    return length

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any, get_type_hints
 from btrain.errors import UserError
 from btrain.settings import MISSING, Config, DatasetName
 from btrain.settings.bench import BenchRun
+from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
+from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -39,6 +41,18 @@ TASKS = {
 }
 """By the file's name."""
 
+OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
+    "attack": ("name", ATTACKS),
+    "defense": ("name", DEFENSES),
+    "rival": ("name", RIVALS),
+    "bt": ("name", ALLOCATORS),
+}
+"""By a group whose options have settings of their own: the key that tells the option, and the
+schema of each; a YAML file names it as `<option>_schema` in its defaults."""
+
+FREE = "settings"
+"""The key of a group that takes any names: what an own part is called with."""
+
 
 def config_dir() -> str:
     """The folder of the YAML files: inside an installed wheel, or at the top of the repository."""
@@ -52,22 +66,67 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="schema", node=Config)
-    ConfigStore.instance().store(name="corrupt_schema", node=CorruptConfig)
-    ConfigStore.instance().store(name="bench_schema", node=BenchRun)
+    store = ConfigStore.instance().store
+    store(name="schema", node=Config)
+    store(name="corrupt_schema", node=CorruptConfig)
+    store(name="bench_schema", node=BenchRun)
+    for group, (_, options) in OPTIONS.items():
+        for option, schema in options.items():
+            store(group=group, name=f"{option.name}_schema", node=_with_free_settings(schema))
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
+    OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
+    OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
 
 
-def _scale(length: float, factor: float, divisor: float) -> float:
+def _with_free_settings(schema: type) -> Any:
+    """The schema as OmegaConf has it; `settings` takes new keys without a `+`."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(schema)
+    if FREE in node:
+        OmegaConf.set_struct(node[FREE], False)
+    return node
+
+
+def schema_of(saved: Mapping[str, Any]) -> Any:
+    """The schema of a saved configuration, with that of each group's own option."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(Config)
+    for group, (key, options) in OPTIONS.items():
+        node = saved.get(group)
+        name = node.get(key) if isinstance(node, Mapping) else None
+        for option, kind in options.items():
+            if option.name == name:
+                schema[group] = OmegaConf.structured(kind)
+    return schema
+
+
+def _scale(length: object, factor: float, divisor: float) -> float:
     """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
-    return factor * length / max(divisor, 1)
+    return factor * number("a length", length) / max(divisor, 1)
 
 
-def _full_step(n_b: int, steps: int, step_size: float, epsilon: float) -> float:
+def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
     """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return step_size if n_b == steps else _scale(epsilon, 1.7, n_b)
+    return number("a length", step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _with_views(augmix: object, views: int, steps: int) -> int:
+    """`${with_views:${attack.augmix},1,10}` = 1 where AugMix' views stand for attack steps."""
+    return steps if augmix is None else views
+
+
+def _recipe_of(defense: str, dataset: str) -> str:
+    """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
+
+    It is that of both, of TRADES on that data set, of the defense, or TRADES'.
+    """
+    known = _options("recipe")
+    wanted = (f"{defense}_{dataset}", f"trades_{dataset}", defense)
+    return next((name for name in wanted if name in known), "trades")
 
 
 def _divided(count: int, divisor: float) -> int:
@@ -141,7 +200,8 @@ def help_text(overrides: Sequence[str], task: str = "train") -> str:
 
 
 def _options(group: str) -> list[str]:
-    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))
+    files = (Path(config_dir()) / group).glob("[!_]*.yaml")
+    return sorted(file.stem for file in files)
 
 
 _HELP = """\
@@ -311,7 +371,9 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     key = re.search(r"full_key: (\S+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
-        return UserError(_unknown_key(name, TASKS[task].schema))
+        kind = re.search(r"object_type=(\w+)", str(cause))
+        unread = _unread(name, kind.group(1)) if kind else None
+        return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
@@ -335,6 +397,21 @@ def _unknown_key(key: str, schema: type) -> str:
     return f"There is no setting {key}. {hint}"
 
 
+def _unread(key: str, kind: str) -> str | None:
+    """Return a sentence for a setting that another option of its group has, else None.
+
+    `kind` is the name of the schema of the option that was chosen.
+    """
+    group, _, leaf = key.partition(".")
+    if group not in OPTIONS:
+        return None
+    schemas = OPTIONS[group][1]
+    if not any(leaf in get_type_hints(schema) for schema in schemas.values()):
+        return None
+    chosen = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    return f"{key} is no setting with {group}={chosen[0]}." if chosen else None
+
+
 def _unknown_option(group: str, option: str) -> str:
     if not group:
         return f"There is no configuration file {option}.yaml."
@@ -351,6 +428,8 @@ def _all_keys(node: type, prefix: str) -> list[str]:
 
     keys = []
     for name, kind in typing.get_type_hints(node).items():
+        if typing.get_origin(kind) is typing.ClassVar:
+            continue
         keys.append(prefix + name)
         if dataclasses.is_dataclass(kind):
             keys += _all_keys(typing.cast(type, kind), f"{prefix}{name}.")

@@ -1,12 +1,16 @@
-"""The groups that say how the network is made robust: attack, defense, rival, BulletTrain."""
+"""The groups that say how the network is made robust: attack, defense, rival, allocation.
+
+Each option of a group has settings of its own, and says itself what it does not go with.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from btrain.errors import UserError
-from btrain.settings.checks import MISSING, at_least, check_settings, positive, require
+from btrain.settings.checks import MISSING, at_least, no_null, pixels, require
 from btrain.settings.names import (
     AllocatorName,
     AttackMode,
@@ -16,6 +20,24 @@ from btrain.settings.names import (
     RivalName,
     Start,
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that was chosen, as it stands among the others.
+
+    Attributes:
+        written: how a user writes it.
+        kinds: the words by which others may refuse it.
+        refuses: kinds that it does not go with, and why.
+    """
+
+    written: str
+    kinds: frozenset[str] = frozenset()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------- attack
 
 
 @dataclass
@@ -36,129 +58,386 @@ class AugMixConfig:
 
 @dataclass
 class AttackConfig:
+    """An attack in an L∞ ball, and what all attacks have."""
+
     name: AttackName = MISSING
     steps: int = MISSING
-    epsilon: float = MISSING
-    step_size: float = MISSING
+    epsilon: Any = MISSING
+    step_size: Any = MISSING
     start: Start = MISSING
-    start_std: float = MISSING
+    start_std: Any = MISSING
     epsilon_warmup_epochs: int = 0
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
 
+    norm: ClassVar[str] = "linf"
+    kinds: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         at_least(1, "attack.steps", self.steps)
-        positive("attack.epsilon", self.epsilon)
-        positive("attack.step_size", self.step_size)
-        at_least(0, "attack.start_std", self.start_std)
+        self.epsilon = pixels("attack.epsilon", self.epsilon, self.norm)
+        self.step_size = pixels("attack.step_size", self.step_size, self.norm, most=2)
+        self.start_std = pixels("attack.start_std", self.start_std, self.norm, least=True)
         at_least(0, "attack.epsilon_warmup_epochs", self.epsilon_warmup_epochs)
 
     def share(self, epoch: int) -> float:
-        """What ε and the step sizes are in an epoch, from 0, as a share of what they will be."""
+        """Return ε and step sizes of an epoch, from 0, as a share of what they will be."""
         return min(1.0, (epoch + 1) / (self.epsilon_warmup_epochs + 1))
+
+    def choices(self) -> list[Choice]:
+        views = self.augmix is not None
+        found = [
+            Choice(
+                f"attack={self.name.name}",
+                self.kinds | ({"augmix_attack"} if views else {"gradient_attack"}),
+                {"attacking": "the attack augmix belongs to the defense augmix"} if views else {},
+            )
+        ]
+        if self.mode is AttackMode.train:
+            why = "the groups of a batch would each see their own BatchNorm statistics (bt=uniform)"
+            found.append(Choice("attack.mode=train", frozenset({"train_mode"}), {"chooses": why}))
+        if self.start is Start.clean:
+            found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
+        if self.epsilon_warmup_epochs:
+            written = f"attack.epsilon_warmup_epochs={self.epsilon_warmup_epochs}"
+            found.append(Choice(written, frozenset({"epsilon_warmup"})))
+        return found
+
+
+@dataclass
+class L2AttackConfig(AttackConfig):
+    """An attack in an L2 ball."""
+
+    norm: ClassVar[str] = "l2"
+    kinds: ClassVar[frozenset[str]] = frozenset({"l2"})
+
+
+@dataclass
+class OwnAttackConfig(AttackConfig):
+    """An attack in a ball of the user's."""
+
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("attack.factory", self.factory)
+
+    norm: ClassVar[str] = "own"
+    kinds: ClassVar[frozenset[str]] = frozenset({"own_ball"})
+
+
+ATTACKS: dict[AttackName, type[AttackConfig]] = {
+    AttackName.linf_pgd: AttackConfig,
+    AttackName.madry: AttackConfig,
+    AttackName.augmix: AttackConfig,
+    AttackName.l2_pgd: L2AttackConfig,
+    AttackName.own: OwnAttackConfig,
+}
+
+
+# --------------------------------------------------------------------------------------- defense
 
 
 @dataclass
 class DefenseConfig:
+    """What all defenses have: a name."""
+
     name: DefenseName = MISSING
-    beta: float | None = None
-    jsd: bool | None = None
-    jsd_weight: float | None = None
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"attacking", "not_pgd"})
+    refuses: ClassVar[Mapping[str, str]] = {}
+
+    def choices(self) -> list[Choice]:
+        return [Choice(f"defense={self.name.name}", self.kinds, self.refuses)]
+
+
+@dataclass
+class TradesConfig(DefenseConfig):
+    beta: float = MISSING
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        "clean_start": "at the clean image its KL divergence has no gradient"
+    }
 
     def __post_init__(self) -> None:
-        check_settings("defense", self, _DEFENSE_SETTINGS[self.name])
         at_least(0, "defense.beta", self.beta)
+
+
+@dataclass
+class MartConfig(DefenseConfig):
+    beta: float = MISSING
+
+    def __post_init__(self) -> None:
+        at_least(0, "defense.beta", self.beta)
+
+
+@dataclass
+class PGDConfig(DefenseConfig):
+    kinds: ClassVar[frozenset[str]] = frozenset({"attacking", "one_pass"})
+
+
+@dataclass
+class AugMixDefenseConfig(DefenseConfig):
+    jsd: bool = MISSING
+    jsd_weight: float = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"augmix", "one_pass", "not_pgd"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "gradient_attack": "the attack augmix belongs to the defense augmix",
+        "train_mode": "it makes views and no attack",
+        "epsilon_warmup": "it makes views and no attack",
+    }
+
+    def __post_init__(self) -> None:
         at_least(0, "defense.jsd_weight", self.jsd_weight)
 
+    def choices(self) -> list[Choice]:
+        found = super().choices()
+        if not self.jsd:
+            why = "it makes one view of every image (bt=uniform)"
+            found.append(Choice("defense.jsd=false", frozenset(), {"chooses": why}))
+        return found
 
-_DEFENSE_SETTINGS = {
-    DefenseName.trades: {"beta"},
-    DefenseName.mart: {"beta"},
-    DefenseName.pgd: set[str](),
-    DefenseName.augmix: {"jsd", "jsd_weight"},
+
+@dataclass
+class OwnDefenseConfig(DefenseConfig):
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        no_null("defense.factory", self.factory)
+
+
+DEFENSES: dict[DefenseName, type[DefenseConfig]] = {
+    DefenseName.trades: TradesConfig,
+    DefenseName.mart: MartConfig,
+    DefenseName.pgd: PGDConfig,
+    DefenseName.augmix: AugMixDefenseConfig,
+    DefenseName.own: OwnDefenseConfig,
 }
+
+
+# ----------------------------------------------------------------------------------------- rival
+
+_ALIKE = {"chooses": "a rival treats all examples alike (bt=uniform)"}
+_ATTACKS = {"augmix": "it needs an adversarial defense"}
+_OWN_LOSS = {"not_pgd": "it needs defense=pgd"}
+_NOT_GRADUALLY = {"epsilon_warmup": "it is run as published"}
 
 
 @dataclass
 class RivalConfig:
+    """No rival, and what all rivals have."""
+
     name: RivalName = RivalName.none
-    grad_align_weight: float | None = None
-    replays: int | None = None
-    max_margin: float | None = None
-    first_margin: float | None = None
-    bisections: int | None = None
-    clean_weight: float | None = None
+
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = {}
+    mode: ClassVar[AttackMode | None] = None
+    """The only mode of the attack that it goes with; None for any."""
+
+    def choices(self) -> list[Choice]:
+        if not self.kinds:
+            return []
+        return [Choice(f"rival={self.name.name}", self.kinds, self.refuses)]
+
+
+@dataclass
+class FastConfig(RivalConfig):
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival"})
+    refuses: ClassVar[Mapping[str, str]] = _ALIKE | _ATTACKS
+
+
+@dataclass
+class YopoConfig(FastConfig):
+    pass
+
+
+@dataclass
+class GradAlignConfig(RivalConfig):
+    grad_align_weight: float = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    refuses: ClassVar[Mapping[str, str]] = (
+        _ALIKE
+        | _ATTACKS
+        | {
+            "l2": "it aligns the gradients of an L∞ ball",
+            "own_ball": "it aligns the gradients of an L∞ ball",
+        }
+    )
 
     def __post_init__(self) -> None:
-        check_settings("rival", self, _RIVAL_SETTINGS.get(self.name, set()))
         at_least(0, "rival.grad_align_weight", self.grad_align_weight)
+
+
+@dataclass
+class FreeConfig(RivalConfig):
+    replays: int = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    refuses: ClassVar[Mapping[str, str]] = _ALIKE | _OWN_LOSS | _NOT_GRADUALLY
+    mode: ClassVar[AttackMode | None] = AttackMode.train
+
+    def __post_init__(self) -> None:
         at_least(1, "rival.replays", self.replays)
+
+
+@dataclass
+class MMAConfig(RivalConfig):
+    max_margin: Any = MISSING
+    first_margin: Any = MISSING
+    bisections: int = MISSING
+    clean_weight: float = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    refuses: ClassVar[Mapping[str, str]] = (
+        _ALIKE
+        | _OWN_LOSS
+        | _NOT_GRADUALLY
+        | {"own_ball": "its attack has a radius of its own for each example"}
+    )
+    mode: ClassVar[AttackMode | None] = AttackMode.eval
+
+    def __post_init__(self) -> None:
         at_least(1, "rival.bisections", self.bisections)
-        if self.name is RivalName.mma:
-            assert self.first_margin is not None
-            assert self.max_margin is not None
-            assert self.clean_weight is not None
-            positive("rival.first_margin", self.first_margin)
-            require(
-                self.max_margin >= self.first_margin and math.isfinite(self.max_margin),
-                "rival.max_margin",
-                f"finite and at least rival.first_margin = {self.first_margin:g}",
-                self.max_margin,
-            )
-            require(
-                0 <= self.clean_weight <= 1, "rival.clean_weight", "in [0, 1]", self.clean_weight
-            )
+        self.first_margin = pixels("rival.first_margin", self.first_margin, "l2")
+        self.max_margin = pixels("rival.max_margin", self.max_margin, "l2")
+        require(
+            self.max_margin >= self.first_margin and math.isfinite(self.max_margin),
+            "rival.max_margin",
+            f"finite and at least rival.first_margin = {self.first_margin:g}",
+            self.max_margin,
+        )
+        require(0 <= self.clean_weight <= 1, "rival.clean_weight", "in [0, 1]", self.clean_weight)
 
 
-_RIVAL_SETTINGS = {
-    RivalName.gradalign: {"grad_align_weight"},
-    RivalName.free: {"replays"},
-    RivalName.mma: {"max_margin", "first_margin", "bisections", "clean_weight"},
+RIVALS: dict[RivalName, type[RivalConfig]] = {
+    RivalName.none: RivalConfig,
+    RivalName.fast: FastConfig,
+    RivalName.yopo: YopoConfig,
+    RivalName.gradalign: GradAlignConfig,
+    RivalName.free: FreeConfig,
+    RivalName.mma: MMAConfig,
 }
+
+
+# ------------------------------------------------------------------------------------ allocation
 
 
 @dataclass
 class BTConfig:
+    """What all allocators have; alone it is the plain defense, N_B steps for everybody."""
+
     name: AllocatorName = MISSING
     n_b: int = MISSING
-    n_r: int = MISSING
-    n_o: int = MISSING
     gamma: float = MISSING
     momentum: float = MISSING
-    step_size_b: float = MISSING
+    step_size_b: Any = MISSING
     metric: Metric = MISSING
-    warmup_epochs: int = MISSING
-    patience: int = MISSING
-    mean_steps: float = MISSING
-    fractions: list[float] | None = None
-    oracle_steps: int = MISSING
-    oracle_step_size: float = MISSING
     forward_unperturbed: bool = MISSING
     share_clean_forward: bool = MISSING
     pool: int = 1
     probe_every: int | None = None
 
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = {}
+
     def __post_init__(self) -> None:
-        at_least(0, "bt.n_o", self.n_o)
-        at_least(0, "bt.n_r", self.n_r)
         at_least(0, "bt.n_b", self.n_b)
         require(0 < self.gamma <= 1, "bt.gamma", "in (0, 1]", self.gamma)
         require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
-        positive("bt.step_size_b", self.step_size_b)
-        at_least(0, "bt.warmup_epochs", self.warmup_epochs)
-        at_least(0, "bt.patience", self.patience)
-        at_least(0, "bt.mean_steps", self.mean_steps)
-        self._check_fractions()
+        self.step_size_b = pixels("bt.step_size_b", self.step_size_b, "l2")
         at_least(1, "bt.pool", self.pool)
         at_least(0, "bt.probe_every", self.probe_every)
-        at_least(1, "bt.oracle_steps", self.oracle_steps)
-        positive("bt.oracle_step_size", self.oracle_step_size)
 
-    def _check_fractions(self) -> None:
+    @property
+    def plain_epochs(self) -> int:
+        """The first epochs in which every example gets N_B steps."""
+        return 0
+
+    def choices(self) -> list[Choice]:
+        found = [Choice(f"bt={self.name.name}", self.kinds, self.refuses)]
+        if self.pool > 1:
+            found.append(Choice(f"bt.pool={self.pool}", frozenset({"pool"}), _NO_POOL))
+        if self.share_clean_forward:
+            found.append(Choice("bt.share_clean_forward=true", frozenset({"shared"}), _ONE_PASS))
+        if self.forward_unperturbed:
+            found.append(Choice("bt.forward_unperturbed=true", frozenset(), _ONE_PASS))
+        return found
+
+
+_NO_POOL = {
+    "rival": "a rival is run as published",
+    "augmix": "there is no attack",
+    "attacks_by_itself": "it attacks every batch by itself to know the classes",
+    "train_mode": "the batches would share BatchNorm's statistics",
+    "shared": "the loss needs the logits of newer weights",
+}
+_NEEDS_ATTACK = {"augmix": "it needs an attack"}
+_ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"}
+
+
+@dataclass
+class UniformConfig(BTConfig):
+    pass
+
+
+@dataclass
+class ChoosingConfig(BTConfig):
+    """An allocator that tells examples apart."""
+
+    warmup_epochs: int = 0
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"chooses"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, "bt.warmup_epochs", self.warmup_epochs)
+
+    @property
+    def plain_epochs(self) -> int:
+        return self.warmup_epochs
+
+
+@dataclass
+class BulletTrainConfig(ChoosingConfig):
+    n_r: int = MISSING
+    n_o: int = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, "bt.n_o", self.n_o)
+        at_least(0, "bt.n_r", self.n_r)
+        self.check_order()
+
+    def check_order(self) -> None:
+        """Raise UserError unless N_O ≤ N_R ≤ N_B."""
+        require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
+        require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+
+
+@dataclass
+class EarlyExitConfig(BulletTrainConfig):
+    patience: int = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "early_exit"})
+    refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, "bt.patience", self.patience)
+
+
+@dataclass
+class RandomConfig(BulletTrainConfig):
+    fractions: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.fractions is None:
             return
-        if self.name is not AllocatorName.random:
-            raise UserError(f"bt.fractions is no setting with bt={self.name.name}.")
         shares = len(self.fractions) == 3 and min(self.fractions) >= 0
         require(
             shares and abs(sum(self.fractions) - 1) < 0.005,
@@ -167,8 +446,51 @@ class BTConfig:
             self.fractions,
         )
 
+
+@dataclass
+class GaussianConfig(ChoosingConfig):
+    mean_steps: float = MISSING
+
+    refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, "bt.mean_steps", self.mean_steps)
+
+
+@dataclass
+class OracleConfig(BulletTrainConfig):
+    oracle_steps: int = MISSING
+    oracle_step_size: Any = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "attacks_by_itself"})
+    refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, "bt.oracle_steps", self.oracle_steps)
+        self.oracle_step_size = pixels("bt.oracle_step_size", self.oracle_step_size, "l2")
+
     def check_order(self) -> None:
-        """N_O ≤ N_R ≤ N_B, but for the allocators that ignore them or study them."""
-        if self.name not in (AllocatorName.uniform, AllocatorName.oracle):
-            require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
-            require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+        """Raise nothing: with the true classes any budgets are worth a study (Figure 2)."""
+
+
+@dataclass
+class OwnAllocatorConfig(ChoosingConfig):
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("bt.factory", self.factory)
+
+
+ALLOCATORS: dict[AllocatorName, type[BTConfig]] = {
+    AllocatorName.uniform: UniformConfig,
+    AllocatorName.bullettrain: BulletTrainConfig,
+    AllocatorName.early_exit: EarlyExitConfig,
+    AllocatorName.random: RandomConfig,
+    AllocatorName.gaussian: GaussianConfig,
+    AllocatorName.oracle: OracleConfig,
+    AllocatorName.own: OwnAllocatorConfig,
+}

@@ -22,7 +22,9 @@ class Architecture(Enum):
 class AttackName(Enum):
     linf_pgd = "linf_pgd"
     madry = "madry"
+    l2_pgd = "l2_pgd"
     augmix = "augmix"
+    own = "own"
 
 
 class Start(Enum):
@@ -41,6 +43,7 @@ class DefenseName(Enum):
     mart = "mart"
     pgd = "pgd"
     augmix = "augmix"
+    own = "own"
 
 
 class AllocatorName(Enum):
@@ -50,6 +53,7 @@ class AllocatorName(Enum):
     gaussian = "gaussian"
     early_exit = "early_exit"
     random = "random"
+    own = "own"
 
 
 class RivalName(Enum):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from btrain.settings.checks import MISSING, at_least, finite, no_null, positive, require
+from btrain.settings.checks import MISSING, at_least, finite, no_null, pixels, positive, require
+from btrain.settings.method import Choice
 from btrain.settings.names import (
     Architecture,
     CudaGraphs,
@@ -28,11 +30,16 @@ class DatasetConfig:
     train_examples: int | None = None
     test_examples: int | None = None
     val_examples: int = 0
-    epsilon: float = MISSING
-    step_size: float = MISSING
-    eval_step_size: float = MISSING
+    epsilon: Any = MISSING
+    step_size: Any = MISSING
+    eval_step_size: Any = MISSING
+    l2_epsilon: Any = 128 / 255
 
     def __post_init__(self) -> None:
+        self.epsilon = pixels("dataset.epsilon", self.epsilon, "linf")
+        self.step_size = pixels("dataset.step_size", self.step_size, "l2")
+        self.eval_step_size = pixels("dataset.eval_step_size", self.eval_step_size, "l2")
+        self.l2_epsilon = pixels("dataset.l2_epsilon", self.l2_epsilon, "l2")
         at_least(2, "dataset.train_examples", self.train_examples)
         at_least(1, "dataset.test_examples", self.test_examples)
         at_least(0, "dataset.val_examples", self.val_examples)
@@ -139,18 +146,43 @@ class TrainConfig:
         if self.max_seconds is not None:
             positive("train.max_seconds", self.max_seconds)
 
+    def choices(self) -> list[Choice]:
+        found = []
+        if self.compile:
+            found.append(Choice("train.compile=true", frozenset({"compile"}), _NO_COMPILER))
+        if self.cuda_graphs is not CudaGraphs.never:
+            written = f"train.cuda_graphs={self.cuda_graphs.name}"
+            found.append(Choice(written, frozenset({"graphs"}), _NO_GRAPHS))
+        return found
+
+
+_NO_COMPILER = {
+    "own_step": "its step has another attack",
+    "augmix": "there is no attack",
+    "train_mode": "only an attack in eval mode is compiled",
+}
+_NO_GRAPHS = {
+    "own_step": "its step has another attack",
+    "augmix": "there is no attack",
+    "early_exit": "its groups shrink by what the attack finds",
+    "pool": "the groups of its batches would be rounded up as one",
+    "train_mode": "only an attack in eval mode is recorded",
+    "own_ball": "only btrain's own balls are recorded",
+    "compile": "choose one of them",
+}
+
 
 @dataclass
 class EvalConfig:
-    epsilon: float = MISSING
-    step_size: float = MISSING
+    epsilon: Any = MISSING
+    step_size: Any = MISSING
     steps: int = MISSING
     batch_size: int = MISSING
     every_epochs: int = MISSING
 
     def __post_init__(self) -> None:
-        positive("eval.epsilon", self.epsilon)
-        positive("eval.step_size", self.step_size)
+        self.epsilon = pixels("eval.epsilon", self.epsilon, "l2")  # see Config for L∞
+        self.step_size = pixels("eval.step_size", self.step_size, "l2")
         at_least(0, "eval.steps", self.steps)
         at_least(1, "eval.batch_size", self.batch_size)
         at_least(1, "eval.every_epochs", self.every_epochs)

@@ -9,21 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btrain.attacks.pgd import evaluation_mode
 from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
-from btrain.methods.base import Step
+from btrain.methods.base import Method
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.processes.world import ALONE, World
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.schedule import Plan
 from btrain.training.state import TrainState
+from btrain.training.update import train_batch
 
 Averages = dict[str, Any]
+
+See = Callable[[nn.Module], nn.Module]
+"""A network -> the network as a step sees it, in bf16 perhaps; see `attacks.fast_paths`."""
 
 _HEARTBEAT_SECONDS = 1.0
 _CHECKED = 64  # training images
@@ -90,9 +94,10 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 def train_epoch(
     state: TrainState,
     split: Split,
-    step: Step,
+    method: Method,
     plan: Plan,
     *,
+    see: See,
     tick: Callable[[], None],
     show: Callable[[Averages], None],
     stopped: Callable[[], bool] = lambda: False,
@@ -102,7 +107,8 @@ def train_epoch(
     """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
     Args:
-        step: what is done with a batch.
+        method: what is done with a batch.
+        see: the network as a step sees it.
         tick: called after each batch.
         show: called about once a second with the epoch's averages so far.
         stopped: asked ahead of each batch.
@@ -123,8 +129,9 @@ def train_epoch(
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     order = epoch_order(len(split), plan.seed, state.epoch).to(device)
     began, before = _clock(device), state.train_seconds
+    several, first = (None if world.size == 1 else world), world.first
 
-    def draw(first: int) -> Iterator[Batch]:
+    def draw(begin: int) -> Iterator[Batch]:
         return batches(
             split,
             order,
@@ -132,7 +139,7 @@ def train_epoch(
             crop_padding=plan.crop_padding,
             flip=plan.flip,
             generator=state.generator,
-            first=first,
+            first=begin,
         )
 
     def draw_again(number: int, random_state: Tensor) -> Batch:
@@ -141,8 +148,9 @@ def train_epoch(
 
     def over() -> bool:
         limit, now = plan.max_seconds, time.perf_counter()
-        late = world.first and limit is not None and before + now - began >= limit
-        return bool(world.largest(int(stopped() or late)))
+        late = first and limit is not None and before + now - began >= limit
+        here = stopped() or late
+        return here if several is None else several.largest(int(here)) > 0
 
     heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
     state.model.train()
@@ -154,13 +162,13 @@ def train_epoch(
         lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        if world.first:
+        if first:
             heartbeat.random_states[state.batch + 1] = state.generator.get_state()
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(step, state, batch, heartbeat.check, plan, done)
-        if world.first:
+            _take(state, method, batch, heartbeat.check, plan, done, see, several)
+        if first:
             heartbeat.step(state)
         tick()
     elapsed = world.told(_clock(device) - began)
@@ -181,12 +189,22 @@ def train_epoch(
 
 
 def _take(
-    step: Step, state: TrainState, batch: Batch, check: FiniteCheck, plan: Plan, done: int
+    state: TrainState,
+    method: Method,
+    batch: Batch,
+    check: FiniteCheck,
+    plan: Plan,
+    done: int,
+    see: See,
+    several: World | None,
 ) -> None:
-    """One step after `done` others of the run, undone and counted if it is to be skipped."""
+    """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
-    stats = step(state.model, state.optimizer, batch, state.memory, state.generator)
+    network = see(state.model if several is None else several.wrapped(state.model))
+    stats = train_batch(
+        network, state.optimizer, method, batch, state.memory, state.generator, several
+    )
     bad = check.see(state.batch + 1, stats)
     state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
     if before is not None:

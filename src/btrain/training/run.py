@@ -9,13 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from btrain.attacks.fast_paths import check_fast_paths
+from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
 from btrain.build import find_device, load_data, meant
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import Interrupted
-from btrain.methods.cost import forward_flops, speedups
-from btrain.methods.make import make_steps
+from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.make import make_methods
 from btrain.methods.statistics import UNITS
 from btrain.precision import bf16_hint
 from btrain.processes.world import World, device_of, joined
@@ -30,12 +30,12 @@ from btrain.training.lines import describe, fractions, headline, number
 from btrain.training.record import Record
 from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
 from btrain.training.safety.determinism import deterministic
-from btrain.training.safety.inputs import make_input_guard
+from btrain.training.safety.inputs import InputGuard
 from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.safety.signals import StopRequest, stop_on_signals
 from btrain.training.schedule import make_plan
 from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import check_shares, known_of, make_state
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
 from btrain.training.timing.probe import Probe
@@ -181,10 +181,12 @@ def _train_epochs(
     if short and (hint := bf16_hint("train.precision", device)):
         log.warning("%s", hint)
     config = with_graphs_settled(config, state, data.train)
-    step_of = make_steps(config, device, world)
+    paths = make_fast_paths(config.train, device)
+    method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world)
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
-    probe = Probe(config, data.train, world)
+    costs = Costs.of(config, known_of(data))
+    probe = Probe(config, data.train, costs, known_of(data), world)
     done = state.epoch * batches + state.batch
     hidden = None if world.first else True  # None: where nobody would see it
     with tqdm(total=plan.epochs * batches, initial=done, unit="batch", disable=hidden) as bar:
@@ -192,19 +194,20 @@ def _train_epochs(
         def show(means: Averages) -> None:
             bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, F_B/F_R/F_O {fractions(means)}, "
-                f"speedup {number(speedups(config, means)['theoretical_speedup'])}",
+                f"speedup {number(speedups(costs, means)['theoretical_speedup'])}",
                 refresh=False,
             )
 
         while not _is_over(config, vars(state)):
-            guard = make_input_guard(config, state.epoch)
+            method = method_of(state.epoch)
+            guard = InputGuard(method.reach)
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             if record is not None:
                 record.save_epoch_start()
             with record.offending_batch_kept() if record is not None else nullcontext():
                 means = train_epoch(
-                    state, data.train, step_of(state.epoch), plan, tick=bar.update, show=show,
-                    stopped=stop.made, guard=guard, world=world,
+                    state, data.train, method, plan, see=paths.view,
+                    tick=bar.update, show=show, stopped=stop.made, guard=guard, world=world,
                 )  # fmt: skip
             if means is not None:
                 check_weights(state, data.train)
@@ -215,7 +218,7 @@ def _train_epochs(
             if means is None:
                 break
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
-            metrics |= speedups(config, means)
+            metrics |= speedups(costs, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None

@@ -13,17 +13,18 @@ from torch import nn
 
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
-from btrain.methods.cost import forward_flops, speedups
+from btrain.methods.cost import Costs, forward_flops, speedups
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.runs.provenance import device_name, git_commit, git_dirty
-from btrain.settings import Config, DefenseName
+from btrain.settings import Config
 from btrain.settings.compose import to_dict
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above
+from btrain.training.setup import known_of
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -119,7 +120,7 @@ def _validate(
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
-    by_clean = config.defense.name is DefenseName.augmix
+    by_clean = "attacking" not in config.defense.kinds
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
@@ -160,7 +161,7 @@ def summarise(
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        **speedups(config, means),
+        **speedups(Costs.of(config, known_of(data)), means),
         "speedup_measured": statistics.fmean(measured) if measured else None,
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],

@@ -9,18 +9,19 @@ from btrain.build import make_model
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
-from btrain.methods.make import make_memory
+from btrain.methods.make import Known, make_method
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
 from btrain.settings import (
     Config,
+    OnNonfinite,
     OptimizerName,
     RecipeConfig,
 )
 from btrain.training.state import TrainState
 
 _NEED_ONE_PROCESS = ("own_step", "graphs")
-"""Kinds of `Config.choices`."""
+"""Kinds of `settings.method.Choice`."""
 
 
 def check_shares(config: Config, examples: int, world: World) -> None:
@@ -31,12 +32,9 @@ def check_shares(config: Config, examples: int, world: World) -> None:
     """
     if world.size == 1:
         return
-    chosen = config.choices()
     for kind in _NEED_ONE_PROCESS:
-        if kind in chosen:
-            raise UserError(
-                f"{chosen[kind]} needs one process; with torchrun there are {world.size}."
-            )
+        if (written := config.chosen(kind)) is not None:
+            raise UserError(f"{written} needs one process; with torchrun there are {world.size}.")
     sizes = [part.stop - part.start for part in batch_slices(examples, config.train.batch_size)]
     if min(sizes) < 2 * world.size:
         raise UserError(
@@ -46,13 +44,22 @@ def check_shares(config: Config, examples: int, world: World) -> None:
 
 
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
+    """Return the state of a run that has not begun."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
     if config.train.channels_last:
         model = to_channels_last(model)
     optimizer = make_optimizer(config.recipe, model)
-    memory = make_memory(config, data, device)
+    method = make_method(config, device, known=known_of(data))
+    memory = method.memory(data, device)
+    if config.train.on_nonfinite is OnNonfinite.skip:
+        memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
     return TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+
+
+def known_of(data: Data) -> Known:
+    """Return what own parts may want to know of the data."""
+    return {"classes": len(data.classes), "shape": data.shape}
 
 
 def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from btrain.evaluation import Accuracy
-from btrain.settings import Config, DefenseName, RivalName
+from btrain.methods.base import Reach
 
 COLLAPSE = 20.0  # points
 _ROUNDING = 1e-5
 _EXAMPLES = 32
+_NORMS = {"linf": torch.inf, "l2": 2.0}
 
 
 class InputGuard:
@@ -26,8 +27,11 @@ class InputGuard:
     in train mode are none of training; where they begin may lie outside.
     """
 
-    def __init__(self, radius: float | None, box_slack: float = 0.0) -> None:
-        self._radius, self._slack = radius, box_slack
+    def __init__(self, reach: Reach) -> None:
+        self._radius, norm, self._slack = reach
+        self._p = _NORMS.get(norm)
+        if self._p is None:
+            self._radius = None
         self._outside: list[Tensor] = []
 
     @contextmanager
@@ -43,7 +47,7 @@ class InputGuard:
                 return
             seen = images.detach()[:_EXAMPLES].float().flatten(1)
             box = torch.maximum(-seen.amin(), seen.amax() - 1)
-            ball = torch.cdist(seen, clean, p=torch.inf).amin(dim=1).amax()
+            ball = torch.cdist(seen, clean, p=self._p or torch.inf).amin(dim=1).amax()
             self._outside.append(torch.stack([box, ball]))
 
         handle = model.register_forward_pre_hook(look)
@@ -66,18 +70,6 @@ class InputGuard:
                 f"{self._radius:.3g}"
             )
         return found
-
-
-def make_input_guard(config: Config, epoch: int) -> InputGuard:
-    """The radius of the attack in an epoch, from 0; none for AugMix, whose views are no attack."""
-    epsilon, rival = config.attack.share(epoch) * config.attack.epsilon, config.rival
-    if config.defense.name is DefenseName.augmix:
-        return InputGuard(None)
-    if rival.name is RivalName.mma:
-        assert rival.max_margin is not None
-        return InputGuard(1.05 * rival.max_margin)
-    # What Free brings from the batch before leaves the box.
-    return InputGuard(epsilon, box_slack=epsilon if rival.name is RivalName.free else 0.0)
 
 
 def epoch_warnings(

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from btrain.data import Batch
 from btrain.errors import UserError
-from btrain.methods.augmix import AugMixMethod
+from btrain.methods.augmix import AugMix
 from btrain.methods.base import Memory
-from btrain.methods.generation import Method, clean_forward
+from btrain.methods.bullettrain import BulletTrain
+
+Timed = BulletTrain | AugMix
+"""A method whose choice of examples the bench looks into."""
 
 
 def class_counts(fractions: Sequence[float], m: int) -> tuple[int, int, int]:
@@ -40,18 +43,18 @@ def robust_fraction_for(robust: int, m: int) -> float:
 
 
 @torch.no_grad()
-def deciding_logits(model: nn.Module, x: Tensor, method: Method | AugMixMethod) -> Tensor:
+def deciding_logits(model: nn.Module, x: Tensor, method: Timed) -> Tensor:
     """The clean logits by which the step will decide the classes, (m, K)."""
-    if isinstance(method, AugMixMethod):
+    if isinstance(method, AugMix):
         logits: Tensor = model(x)
         return logits
-    return clean_forward(model, x, method)[1]
+    return method.forward_clean(model, x)[1]
 
 
 def force(
     model: nn.Module,
     x: Tensor,
-    method: Method | AugMixMethod,
+    method: Timed,
     fractions: Sequence[float],
     memory: Memory,
 ) -> Batch:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from btrain.allocation import BulletTrain as Rule
 from btrain.allocation import classify
 from btrain.attacks.fast_paths import FastPaths, make_fast_paths
 from btrain.data import Batch
-from btrain.methods.augmix import AugMixMethod
-from btrain.methods.base import Memory, Step
-from btrain.methods.generation import Method
-from btrain.methods.make import attack_method, augmix_method, in_view, make_step
+from btrain.methods.augmix import AugMix
+from btrain.methods.base import Memory, Method
+from btrain.methods.bullettrain import BulletTrain
+from btrain.methods.make import make_augmix, make_bullettrain, make_method, plain_defense
 from btrain.methods.statistics import StepStats
 from btrain.precision import to_channels_last
-from btrain.settings import Config, CudaGraphs, DefenseName
+from btrain.settings import Config, CudaGraphs
 from btrain.settings.bench import Contender
+from btrain.settings.method import AugMixDefenseConfig, BulletTrainConfig, TradesConfig
 from btrain.training.setup import make_optimizer
-from btrain.training.timing.forced import deciding_logits, force
-from btrain.training.timing.masked import masked_step
-from btrain.training.timing.official import official_step
+from btrain.training.timing.forced import Timed, deciding_logits, force
+from btrain.training.timing.masked import Masked
+from btrain.training.timing.official import Official
+from btrain.training.update import train_batch
 
 CLASSES = 10
 
@@ -62,8 +64,8 @@ class Lane:
     device: torch.device
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
-    method: Method | AugMixMethod = field(init=False)
-    step: Step = field(init=False)
+    method: Method = field(init=False)
+    chooser: Timed = field(init=False)
     generator: torch.Generator = field(init=False)
     memory: Memory = field(init=False, default_factory=dict)
     stats: list[StepStats] = field(init=False, default_factory=list)
@@ -76,10 +78,8 @@ class Lane:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self._paths = make_fast_paths(self.config.train, self.device)
-        self.method = _method(self.config, self.device, "bullettrain")
-        if isinstance(self.method, Method):
-            self.method = replace(self.method, multiple=self._paths.multiple)
-        self.step = _step(self.config, self.contender, self.device, self._paths)
+        self.method = _method(self.config, self.contender, self.device, self._paths)
+        self.chooser = _chooser(self.config, self.device, self._paths)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     @property
@@ -94,15 +94,15 @@ class Lane:
         """
         x, work = self.workload.images(repetition), self.workload
         if work.fractions is not None:
-            batch = force(self.inside, x, self.method, work.fractions, self.memory)
+            batch = force(self.inside, x, self.chooser, work.fractions, self.memory)
         else:
             assert work.labels is not None
             rows = torch.arange(len(x), device=self.device)
             batch = Batch(x, work.labels(repetition), rows)
             self.memory["robust_fraction"] = torch.tensor(work.robust_fraction, device=self.device)
         if self.contender is Contender.masked:
-            logits = deciding_logits(self.inside, x, self.method)
-            score = self.method.metric(logits, batch.labels)
+            logits = deciding_logits(self.inside, x, self.chooser)
+            score = self.chooser.metric(logits, batch.labels)
             self.memory["classes"] = classify(score, self.memory["robust_fraction"])
 
         pool = self.config.bt.pool
@@ -110,7 +110,9 @@ class Lane:
 
     def run(self, batch: Batch) -> None:
         """One training step."""
-        stats = self.step(self.model, self.optimizer, batch, self.memory, self.generator)
+        stats = train_batch(
+            self.inside, self.optimizer, self.method, batch, self.memory, self.generator
+        )
         self.optimizer.zero_grad(set_to_none=True)  # as in a run
         self.stats.append(stats)
 
@@ -133,19 +135,28 @@ class Lane:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def _method(config: Config, device: torch.device, allocator: str) -> Method | AugMixMethod:
-    if config.defense.name is DefenseName.augmix:
-        return augmix_method(config, device, allocator)
-    return attack_method(config, device, allocator)
-
-
-def _step(config: Config, contender: Contender, device: torch.device, paths: FastPaths) -> Step:
+def _method(config: Config, contender: Contender, device: torch.device, paths: FastPaths) -> Method:
     if contender in (Contender.lean, Contender.bullettrain, Contender.pooled):
-        return make_step(config, device, paths=paths)
-    method = _method(config, device, "uniform")
+        return make_method(config, device, paths=paths)
+    plain = make_method(plain_defense(config), device)
     if contender is Contender.masked:
-        return in_view(masked_step(method), paths.view)
-    assert isinstance(method, Method)
-    assert config.defense.beta is not None
-    step = partial(official_step, method=method, beta=config.defense.beta)
-    return in_view(step, paths.view)
+        assert isinstance(plain, BulletTrain | AugMix)
+        return Masked(plain, _rule(config, device).budget)
+    assert isinstance(plain, BulletTrain)
+    assert isinstance(config.defense, TradesConfig)
+    return Official(plain, config.defense.beta)
+
+
+def _chooser(config: Config, device: torch.device, paths: FastPaths) -> Timed:
+    """Return the lane's method with BulletTrain's rule, by which its batches are made."""
+    if isinstance(config.defense, AugMixDefenseConfig):
+        return replace(make_augmix(config, device), allocator=_rule(config, device))
+    made = make_bullettrain(config, device, paths=paths)
+    return replace(made, allocator=_rule(config, device))
+
+
+def _rule(config: Config, device: torch.device) -> Rule:
+    """Return BulletTrain's rule; of a plain defense only boundary examples take steps."""
+    bt = config.bt
+    n_r, n_o = (bt.n_r, bt.n_o) if isinstance(bt, BulletTrainConfig) else (0, 0)
+    return Rule(torch.tensor([n_o, n_r, bt.n_b], device=device), (bt.n_b, n_r, n_o))

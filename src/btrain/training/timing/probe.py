@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import torch
 
+from btrain.attacks.fast_paths import make_fast_paths
 from btrain.data import Split
 from btrain.errors import UserError
-from btrain.methods.cost import lean_units
-from btrain.methods.make import make_step, plain_defense
+from btrain.methods.cost import Costs
+from btrain.methods.make import Known, make_method, plain_defense
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.processes.world import ALONE, World
-from btrain.settings import Config, RivalName
+from btrain.settings import Config
+from btrain.settings.method import FreeConfig
 from btrain.training.epochs import train_epoch
 from btrain.training.safety.out_of_memory import ran_out
 from btrain.training.schedule import make_plan
@@ -35,13 +37,16 @@ class Probe:
     others: one that fails or has no time keeps nobody waiting.
     """
 
-    def __init__(self, config: Config, split: Split, world: World = ALONE) -> None:
-        self._config, self._split = config, split
+    def __init__(
+        self, config: Config, split: Split, costs: Costs, known: Known, world: World = ALONE
+    ) -> None:
+        self._split, self._lean = split, costs.lean
+        self._plain, self._known = plain_defense(config), known
         self._images = len(split) / world.size  # of an epoch, this process'
         # An epoch of Free is many epochs of others, and so is its time.
-        free = config.rival.name is RivalName.free
+        free = isinstance(config.rival, FreeConfig)
         self._every = 0 if free else config.bt.probe_every or 0
-        plan = make_plan(plain_defense(config))
+        plan = make_plan(self._plain)
         self._plan = replace(
             plan,
             batch_size=plan.batch_size // world.size,
@@ -79,16 +84,17 @@ class Probe:
         """Seconds an image, of one step to five, if there is time for that."""
         units = float(state.epoch_sums[UNITS]) / len(self._split)
         share = self._plan.batch_size / self._images
-        expected = self._step or state.epoch_seconds * share * lean_units(self._config) / units
+        expected = self._step or state.epoch_seconds * share * self._lean / units
         ends = time.perf_counter() + _SHARE * self._trained - self._spent
         if time.perf_counter() + 2 * expected > ends:
             return None
         tried = state.throw_away_copy()
-        step = make_step(plain_defense(self._config), state.device)
+        paths = make_fast_paths(self._plain.train, state.device)
+        method = make_method(self._plain, state.device, paths=paths, known=self._known)
 
         def take(enough: Callable[[], bool]) -> tuple[float, float]:
             train_epoch(
-                tried, self._split, step, self._plan,
+                tried, self._split, method, self._plan, see=paths.view,
                 tick=lambda: None, show=lambda means: None, stopped=enough,
             )  # fmt: skip
             return tried.train_seconds, float(tried.epoch_sums[EXAMPLES])

@@ -1,0 +1,65 @@
+"""Algorithm 2 on several processes (torchrun), each of which works on its share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from btrain.allocation import Allocation
+from btrain.attacks.pgd import by_steps
+from btrain.methods.bullettrain import BulletTrain
+from btrain.processes.world import ALONE, World
+
+
+@dataclass(frozen=True)
+class DealtBulletTrain(BulletTrain):
+    """Algorithm 2, of which each process gets the whole batch and decides the same for it.
+
+    From line 13 on a process works on its share: of every group as many examples as the others, or
+    with a shared clean forward those that it has forwarded, for an example stays where its graph
+    is.
+    """
+
+    world: World = ALONE
+
+    def forward_clean(self, network: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the shared clean logits of this process' examples, and z of all."""
+        clean_logits, z = super().forward_clean(network, x[self.world.share(len(x))])
+        return clean_logits, self.world.gathered(z, len(x))
+
+    def attacked_logits(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        z: Tensor,
+        noise: Tensor,
+        steps: int,
+        step_size: float,
+    ) -> Tensor:
+        """Attack this process' examples, and return the logits of all."""
+        own = self.world.share(len(x))
+        logits = super().attacked_logits(
+            network, x[own], labels[own], z[own], noise[own], steps, step_size
+        )
+        return self.world.gathered(logits, len(x))
+
+    def in_order(
+        self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
+    ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
+        """Return this process' share of the batch in descending order of steps."""
+        own = self.world.share(len(parts[0]))
+        if clean_logits is not None:
+            own_parts = [part[own] for part in parts]
+            return super().in_order(own_parts, clean_logits, allocation.ordered(own))
+        order, counts = by_steps(allocation.steps, self.distance(parts[3]))
+        rows = order[own]
+        parts = [part[rows] for part in parts]
+        allocation, active = self.rounded(allocation, order, counts())
+        return parts, None, allocation.ordered(rows), self.world.dealt(active)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the whole batch. (n,) -> ()"""
+        return self.world.mean(values)

@@ -1,0 +1,152 @@
+"""Defenses, balls and allocators of the user's, checked before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from btrain.allocation import Allocation, Allocator, Expected, Scored, classify
+from btrain.attacks.balls import Ball
+from btrain.defenses import Defense
+from btrain.errors import UserError, first_line
+
+_M, _K, _SHAPE = 4, 3, (1, 4, 4)
+
+
+def checked_defense(made: Any, factory: str) -> Defense:
+    """Return the losses of an object with `inner_loss` and `outer_loss`, tried on a few logits.
+
+    `inner_reads_clean` and `outer_reads_clean` say which of them read the clean logits; both do
+    unless the object has attributes that say otherwise.
+
+    Raises:
+        UserError: it has no such losses, or they do not return (m,) and () with a gradient.
+    """
+    where = f"defense.factory={factory}"
+    for name in ("inner_loss", "outer_loss"):
+        if not callable(getattr(made, name, None)):
+            raise UserError(f"{where}: what it returns has no {name}.")
+    defense = Defense(
+        made.inner_loss,
+        made.outer_loss,
+        inner_reads_clean=bool(getattr(made, "inner_reads_clean", True)),
+        outer_reads_clean=bool(getattr(made, "outer_reads_clean", True)),
+    )
+    generator = torch.Generator().manual_seed(0)
+    clean, adv = (torch.randn(_M, _K, generator=generator) for _ in range(2))
+    labels = torch.arange(_M) % _K
+    unread = clean[:, :0]
+    with _tried(where, "inner_loss"):
+        at = adv.clone().requires_grad_()
+        each = defense.inner_loss(at, clean if defense.inner_reads_clean else unread, labels)
+        _check_tensor(where, "inner_loss", each, (_M,))
+        if not each.requires_grad:
+            raise UserError(f"{where}: inner_loss has no gradient at the adversarial logits.")
+    with _tried(where, "outer_loss"):
+        at = adv.clone().requires_grad_()
+        loss = defense.outer_loss(clean if defense.outer_reads_clean else unread, at, labels)
+        _check_tensor(where, "outer_loss", loss, ())
+        if not loss.requires_grad:
+            raise UserError(f"{where}: outer_loss has no gradient at the adversarial logits.")
+    return defense
+
+
+def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
+    """Return the ball, tried on a few images.
+
+    Raises:
+        UserError: it is no `btrain.attacks.Ball`, or its start, direction or projection are not
+            like the images, or the projection leaves [0, 1].
+    """
+    where = f"attack.factory={factory}"
+    if not isinstance(made, Ball):
+        kind = type(made).__name__
+        raise UserError(f"{where} returns a {kind}; a ball is a subclass of btrain.attacks.Ball.")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(_M, *known.get("shape", _SHAPE), generator=generator)
+    gradient = torch.randn(x.shape, generator=generator)
+    with _tried(where, "start"):
+        _check_tensor(where, "start", made.start(x, generator), x.shape)
+    with _tried(where, "direction"):
+        direction = made.direction(gradient.clone())
+        _check_tensor(where, "direction", direction, x.shape)
+    with _tried(where, "project"):
+        projected = made.project(x + direction, *made.region(x))
+        _check_tensor(where, "project", projected, x.shape)
+        if projected.min() < 0 or projected.max() > 1:
+            raise UserError(f"{where}: project leaves the pixel box [0, 1].")
+    return made
+
+
+def with_own_steps(made: Any, factory: str) -> Allocator:
+    """Return an allocator by a callable that gives a batch its steps, or an allocation.
+
+    Raises:
+        UserError: it cannot be called.
+    """
+    if not callable(made):
+        kind = type(made).__name__
+        raise UserError(f"bt.factory={factory} returns a {kind}, which cannot be called.")
+    return OwnSteps(made, factory)
+
+
+@dataclass(frozen=True)
+class OwnSteps:
+    """An allocator of the user's, each of whose answers is checked; no copy to the host."""
+
+    decide: Callable[[Scored], Any]
+    factory: str
+    needs_scores: ClassVar[bool] = True
+    by_distance: ClassVar[bool] = True
+
+    def __call__(self, batch: Scored) -> Allocation:
+        """Return its allocation; of steps alone the classes are BulletTrain's, for the log.
+
+        Raises:
+            UserError: it fails, or the steps are not (m,) integers.
+        """
+        where = f"bt.factory={self.factory}"
+        with _tried(where, "the allocator"):
+            decided = self.decide(batch)
+        if isinstance(decided, Tensor):
+            decided = Allocation(classify(batch.score, batch.robust_fraction), decided)
+        if not isinstance(decided, Allocation):
+            kind = type(decided).__name__
+            raise UserError(f"{where} returned a {kind}, neither steps nor an Allocation.")
+        for name, part in (("steps", decided.steps), ("classes", decided.classes)):
+            if part.shape != batch.labels.shape or part.is_floating_point():
+                shape, m = tuple(part.shape), len(batch.labels)
+                raise UserError(
+                    f"{where}: {name} must be ({m},) integers, not {shape} of {part.dtype}."
+                )
+        return decided._replace(steps=decided.steps.long().clamp(min=0))
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
+        """Return what the user's own says, if it has an `expected`; else None."""
+        own = getattr(self.decide, "expected", None)
+        return None if own is None else own(fractions)
+
+
+@contextmanager
+def _tried(where: str, what: str) -> Iterator[None]:
+    """Turn what the user's code raises into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{where}: {what} failed ({reason}).") from error
+
+
+def _check_tensor(where: str, what: str, value: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{where}: {what} must return {tuple(shape)}, not {got}.")
+    if not torch.isfinite(value).all():
+        raise UserError(f"{where}: {what} returns numbers that are not finite.")

@@ -1,0 +1,282 @@
+"""The user's own parts: the one place that imports code which is not btrain's.
+
+A part is named by a factory, `mine.py:Net` or `package.module:Name`. Nothing is imported unless
+`allow` was called for it, which is what a command line and a call from Python do; what a file says
+is never enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from btrain.errors import UserError, first_line
+
+GIVEN = "object:"
+"""The beginning of the factory of an object that was given from Python."""
+
+_allowed: set[str] = set()
+_given: dict[str, Any] = {}
+_sources: dict[str, str] = {}
+"""By a loaded file's module name, the SHA-256 of what was executed."""
+
+
+def allow(*factories: str) -> None:
+    """Permit the import of what the user has named, on the command line or from Python."""
+    _allowed.update(factories)
+
+
+def allow_parts(config: Any) -> None:
+    """Permit all own parts of a configuration that the user has typed."""
+    allow(*(factory for factory, _ in parts(config).values()))
+
+
+def parts(config: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return factory and settings of each own part of a configuration, by its group."""
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name: (group.factory, dict(group.settings))
+        for name, group in groups.items()
+        if getattr(group, "factory", None) is not None
+    }
+
+
+def give(thing: Any) -> str:
+    """Return a factory, already allowed, for an object of this process: `object:<its name>`.
+
+    A callable is a factory itself; anything else is handed out as it is.
+    """
+    name = getattr(thing, "__name__", type(thing).__name__)
+    factory = f"{GIVEN}{name}"
+    _given[factory] = thing
+    allow(factory)
+    return factory
+
+
+def load(group: str, factory: str) -> Any:
+    """Import what a factory names.
+
+    Args:
+        group: `model`, `dataset`, …, for the sentence of an error.
+        factory: `mine.py:Net`, relative to the working directory, or `package.module:Name`.
+
+    Raises:
+        UserError: nobody has allowed it, there is no such file, module or name, or its import
+            fails.
+    """
+    if factory not in _allowed:
+        raise UserError(f"{group}.factory={factory} is code that nobody has named or trusted here.")
+    if factory.startswith(GIVEN):
+        if factory not in _given:
+            name = factory.removeprefix(GIVEN)
+            raise UserError(f"{group}.factory={factory}: no {name} was given from Python here.")
+        return _given[factory]
+    place, colon, name = factory.rpartition(":")
+    if not colon or not place or not name:
+        raise UserError(
+            f"{group}.factory={factory} must be FILE.py:NAME or package.module:NAME, with a colon."
+        )
+    module = _file(group, factory, place) if place.endswith(".py") else _module(group, place)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{group}.factory={factory}: there is no {name} in {place}.")
+        found = getattr(found, part)
+    return found
+
+
+def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) -> Any:
+    """Return what a factory makes.
+
+    Args:
+        group: `model`, `dataset`, …, whose `settings` they are, for the sentence of an error.
+        settings: the user's; they take the place of what is known.
+        known: what the factory may want to know (`classes`, `shape`); it gets what it takes.
+
+    Raises:
+        UserError: as `load`; it cannot be called, takes other settings, or fails.
+    """
+    make = load(group, factory)
+    if factory.startswith(GIVEN) and not _makes(make):
+        return make
+    if not callable(make):
+        raise UserError(
+            f"{group}.factory={factory} is of type {type(make).__name__} and cannot be called."
+        )
+    takes = _parameters(make)
+    arguments = {key: value for key, value in known.items() if takes is None or key in takes}
+    arguments |= settings
+    if takes is not None:
+        _check_arguments(group, factory, make, arguments, settings, known)
+    with explained(f"{group}.factory={factory}"):
+        return make(**arguments)
+
+
+def facts(group: str, factory: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run folder keeps of an own part: path, settings, SHA-256 of its file.
+
+    Raises:
+        UserError: as `load`.
+    """
+    found = load(group, factory)
+    path = digest = None
+    if not factory.startswith(GIVEN):
+        place = factory.rpartition(":")[0]
+        module = _module_name(_resolved(place)) if place.endswith(".py") else place
+        path = getattr(sys.modules[module], "__file__", None)
+        digest = _sources.get(module)
+        if digest is None and path is not None and Path(path).is_file():
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    name = getattr(found, "__qualname__", type(found).__name__)
+    return {
+        "factory": factory,
+        "name": name,
+        "path": path,
+        "sha256": digest,
+        "settings": dict(settings),
+    }
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn an exception of the user's code into one sentence with its file and line.
+
+    Raises:
+        UserError: there was one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} fails{_where(error)}: {_said(error)}.") from error
+
+
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _where(error: Exception) -> str:
+    """The last line of the user's own files on the way to the error."""
+    own = {getattr(sys.modules.get(name), "__file__", None) for name in _sources}
+    if isinstance(error, SyntaxError) and error.filename in own:
+        return f" in {Path(str(error.filename)).name}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in own:
+            return f" in {Path(frame.filename).name}, line {frame.lineno}"
+    return ""
+
+
+def _makes(thing: Any) -> bool:
+    """A class or a function makes something; a network, which can be called, is the thing."""
+    return inspect.isclass(thing) or (callable(thing) and not hasattr(thing, "state_dict"))
+
+
+def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters that take a keyword; None where Python cannot tell."""
+    try:
+        return {
+            name: parameter
+            for name, parameter in inspect.signature(make).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_arguments(
+    group: str,
+    factory: str,
+    make: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    known: Mapping[str, Any],
+) -> None:
+    """Raise UserError for a setting too many or too few."""
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        takes = _parameters(make) or {}
+        own = [name for name in takes if name not in known]
+        has = f"it takes {', '.join(own)}" if own else "it takes none"
+        for name in settings:
+            if name not in takes:
+                raise UserError(
+                    f"{group}.settings.{name} is no setting of {factory}; {has}."
+                ) from error
+        for name in own:
+            if name not in arguments and takes[name].default is inspect.Parameter.empty:
+                raise UserError(
+                    f"{factory} needs {name}; please give {group}.settings.{name}=…."
+                ) from error
+        raise UserError(f"{group}.factory={factory} cannot be called: {first_line(error)}.") from (
+            error
+        )
+
+
+def _resolved(place: str) -> Path:
+    return Path(place).expanduser().resolve()
+
+
+def _module_name(path: Path) -> str:
+    """The same in every process, so that what is pickled in one is found in another."""
+    return f"btrain_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _file(group: str, factory: str, place: str) -> ModuleType:
+    """The module of a file, executed again where the file has changed since."""
+    path = _resolved(place)
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{group}.factory={factory}: {path} cannot be read ({error.strerror})."
+        ) from error
+    name, digest = _module_name(path), hashlib.sha256(source).hexdigest()
+    if _sources.get(name) == digest and name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    _find_beside(path.parent)
+    sys.modules[name], _sources[name] = module, digest
+    try:
+        with explained(f"{group}.factory={factory}: importing {place}"):
+            # Not by the spec's loader, which leaves a cache beside the file and may believe it.
+            exec(compile(source, str(path), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name], _sources[name]
+        raise
+    return module
+
+
+def _module(group: str, place: str) -> ModuleType:
+    _find_beside(Path.cwd())
+    try:
+        with explained(f"{group}.factory: importing {place}"):
+            return importlib.import_module(place)
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and place.startswith(cause.name or " "):
+            raise UserError(
+                f"{group}.factory: there is no module {cause.name}; a file needs its .py, as in "
+                f"{group}.factory=my_file.py:Name."
+            ) from cause
+        raise
+
+
+def _find_beside(folder: Path) -> None:
+    """Let an own file import its neighbours; last, so that they hide nothing."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

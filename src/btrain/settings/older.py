@@ -1,0 +1,53 @@
+"""Settings as earlier versions of btrain wrote them, in today's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from btrain.settings.method import ALLOCATORS, DEFENSES, RIVALS
+
+_BUDGETS = {"n_r", "n_o", "warmup_epochs", "patience", "mean_steps", "fractions"}
+_ONCE_COMMON: dict[str, tuple[Mapping[Any, type], set[str]]] = {
+    "bt": (ALLOCATORS, _BUDGETS | {"oracle_steps", "oracle_step_size"}),
+    "defense": (DEFENSES, {"beta", "jsd", "jsd_weight"}),
+    "rival": (
+        RIVALS,
+        {
+            "grad_align_weight",
+            "replays",
+            "max_margin",
+            "first_margin",
+            "bisections",
+            "clean_weight",
+        },
+    ),
+}
+"""By a group: its options, and the settings that once stood in every option, read or not."""
+
+_RECIPES = {
+    f"{defense}_{data}": defense
+    for defense in ("trades", "mart", "pgd", "augmix")
+    for data in ("cifar10", "cifar100", "imagefolder")
+} | {"mart_mnist": "trades_mnist", "mart_digits": "trades_digits"}
+
+
+def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration without what its options do not read, by today's names.
+
+    What is unknown today as then stays, for the schema to refuse.
+    """
+    settings = dict(saved)
+    for group, (options, common) in _ONCE_COMMON.items():
+        node = settings.get(group)
+        if isinstance(node, Mapping):
+            kinds = [kind for option, kind in options.items() if option.name == node.get("name")]
+            read = {item.name for kind in kinds for item in fields(kind)}
+            unread = common - read if kinds else set()
+            settings[group] = {key: value for key, value in node.items() if key not in unread}
+    recipe = settings.get("recipe")
+    if isinstance(recipe, Mapping) and isinstance(recipe.get("name"), str):
+        name = recipe["name"]
+        settings["recipe"] = {**recipe, "name": _RECIPES.get(name, name)}
+    return settings
