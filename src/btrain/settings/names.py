@@ -43,6 +43,12 @@ class DefenseName(Enum):
     mart = "mart"
     pgd = "pgd"
     augmix = "augmix"
+    mixtrain = "mixtrain"
+    verified = "verified"
+    ibp = "ibp"
+    crown_ibp = "crown_ibp"
+    mtl_ibp = "mtl_ibp"
+    sabr = "sabr"
     own = "own"
 
 
@@ -70,6 +76,11 @@ class Metric(Enum):
     cross_entropy = "cross_entropy"
     grad_norm = "grad_norm"
     margin = "margin"
+
+
+class MixForm(Enum):
+    bernoulli = "bernoulli"
+    convex = "convex"
 
 
 class OptimizerName(Enum):
