@@ -16,7 +16,7 @@ LAYERS = [
     ["durable", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
-    ["attacks", "defenses"],
+    ["attacks", "defenses", "verify"],
     ["controllers", "methods", "build"],
     ["runs", "exchange", "evaluation", "report"],
     ["training"],

@@ -11,6 +11,7 @@ import torch
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
+from btrain.evaluation import verification
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
@@ -22,6 +23,7 @@ from btrain.evaluation.table import describe
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.verify.graph import Graph
 
 SAMPLES = 12
 
@@ -96,13 +98,19 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         show_progress=True,
     )
     results = []
+    names = _names(settings)
+    bounded = settings.verify or any(name in verification.INTERVAL_ATTACKS for name in names)
+    graph = verification.graph_of(subject) if bounded else None
     start = Start(subject.correct)
-    for name in _names(settings):
-        result = _attack(settings, subject, name, start)
+    for name in names:
+        result = _attack(settings, subject, name, start, graph)
         results.append(result)
         if settings.attacks == ("all",) and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
+    if graph is not None:
+        results += [verification.verified(subject, graph, engine) for engine in settings.verify]
+        verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
     page = None
     if settings.report:
@@ -130,7 +138,11 @@ def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
                 )
 
 
-def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -> Result:
+def _attack(
+    settings: EvalSettings, subject: Subject, name: str, start: Start, graph: Graph | None
+) -> Result:
+    if graph is not None and name in verification.INTERVAL_ATTACKS:
+        return verification.attacked(subject, graph, name, start)
     if name == "corruptions":
         return _corruptions(settings, subject)
     if name in AUTOATTACKS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.settings.checks import at_least, seed_in_range
+from btrain.settings.method import ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 PRECISIONS = ("float32", "bf16")
@@ -41,7 +42,10 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
-ATTACKS = ("clean", *PRESETS, *AUTOATTACKS, "corruptions", "custom", "all")
+INTERVAL_ATTACKS = ("interval", "interval50")
+ATTACKS = (
+    "clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS, "corruptions", "custom", "all",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class EvalSettings:
         config: overrides of the run's `dataset` and `model`, key by key as they were typed.
         epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
+        verify: engines of `btrain.verify.bounds`, several of them joined by +, or any.
     """
 
     checkpoint: str
@@ -70,9 +75,11 @@ class EvalSettings:
     sanity: bool = True
     report: bool = False
     out: str | None = None
+    verify: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_attacks(self.attacks)
+        self._check_bounds()
         _check_range("epsilon", self.epsilon, 0, 1, " ([0, 1] pixel units, like 8/255)")
         _check_range("attack.step_size", self.pgd.get("step_size"), 0, 2, "")
         for key in ("steps", "restarts"):
@@ -94,6 +101,19 @@ class EvalSettings:
             raise UserError(
                 "attack=corruptions needs dataset.corruptions_root, the folder that holds "
                 "gaussian_noise.npy and the others."
+            )
+
+    def _check_bounds(self) -> None:
+        for engine in self.verify:
+            for name in engine.split("+"):
+                _one_of("verify", name, (*ENGINES, "any"))
+        if len(set(self.verify)) < len(self.verify):
+            raise UserError(f"verify={','.join(self.verify)} must name each engine once.")
+        bounded = self.verify or [name for name in self.attacks if name in INTERVAL_ATTACKS]
+        if bounded and self.precision != "float32":
+            raise UserError(
+                f"precision={self.precision} does not go with bounds ({bounded[0]}): they hold for "
+                "float32."
             )
 
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:

@@ -13,6 +13,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import Config, DatasetConfig, ModelConfig
 from btrain.settings.evaluation import ATTACKS, LOSSES, EvalSettings
+from btrain.settings.method import ENGINES
 
 HELP = f"""\
 usage: btrain eval checkpoint=RUN|FILE [option=value …]
@@ -22,6 +23,8 @@ checkpoint=RUN             a run folder (its last checkpoint), or a checkpoint f
 attack=NAME[,NAME …]       {" ".join(ATTACKS)} (default pgd20)
 attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
                            PGD of your own; also changes a preset
+verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
+                           which images no attack within epsilon (L∞) can break
 attack.extra_corruptions=true
                            the 4 extra corruptions, too; they are no part of the mean
 dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
@@ -185,6 +188,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "attack.extra_corruptions": ("extra_corruptions", _switch),
     "dataset.corruptions_root": ("corruptions_root", _path),
     "epsilon": ("epsilon", _number),
+    "verify": ("verify", _names),
     "seed": ("seed", _whole),
     "device": ("device", _text),
     "eval.batch_size": ("batch_size", _whole),
