@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks.fast_paths import make_fast_paths
 from btrain.data import Batch, Data, load
 from btrain.data.augmentation import to_unit
-from btrain.methods.make import make_memory, make_steps
+from btrain.methods.make import make_methods
 from btrain.methods.statistics import stacked
 from btrain.processes.world import World, joined
 from btrain.settings.compose import compose
+from btrain.training.update import train_batch
+from steps import memory_of
 
 CPU = torch.device("cpu")
 MIXED, ONE_PERTURBED = "mixed", "one perturbed"
@@ -92,15 +95,17 @@ def run(
         model.double()
         model.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    memory = make_memory(config, digits, CPU)
+    memory = memory_of(config, digits, CPU)
     memory["robust_fraction"] = memory["robust_fraction"] + 0.5
     generator = torch.Generator().manual_seed(0)
-    step_of, fractions, stats = make_steps(config, CPU, world), [], []
+    paths = make_fast_paths(config.train, CPU)
+    method_of = make_methods(config, CPU, paths=paths, world=world)
+    several, fractions, stats = None if world.size == 1 else world, [], []
     for number in range(STEPS):
         x = to_unit(digits.train.images[number * m : (number + 1) * m])
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
-        step = step_of(number // 2)
-        sums = step(model.train(), optimizer, batch, memory, generator)
+        network, method = paths.view(world.wrapped(model.train())), method_of(number // 2)
+        sums = train_batch(network, optimizer, method, batch, memory, generator, several)
         fractions.append(memory["robust_fraction"].double())
         stats.append(stacked(sums))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -12,18 +12,20 @@ from btrain.allocation import (
     METRICS,
     OUTLIER,
     ROBUST,
-    bullettrain,
+    Random,
+    Scored,
+    Uniform,
+    by_score,
     classify,
     gaussian,
-    predicted,
     randomised,
     signed_prediction_variance,
     step_sizes,
     theoretical_speedup,
     true_classes,
-    uniform,
     update_robust_fraction,
 )
+from btrain.methods.pool import no_attack
 
 
 def test_svar_is_the_softmax_variance_with_the_sign_of_the_prediction() -> None:
@@ -75,6 +77,12 @@ def test_a_misclassified_uniform_output_is_an_outlier() -> None:
 BUDGET = torch.tensor([0, 2, 10])
 
 
+def scored(score: torch.Tensor, labels: torch.Tensor, robust_fraction: float = 0.5) -> Scored:
+    """A batch of which an allocator sees the score and the labels alone."""
+    generator, unread = torch.Generator().manual_seed(0), torch.empty(len(labels), 0)
+    return Scored(score, unread, labels, torch.tensor(robust_fraction), generator, no_attack)
+
+
 def some_batch(m: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random logits, about 70 % of them right."""
     generator = torch.Generator().manual_seed(m)
@@ -90,7 +98,7 @@ def some_batch(m: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_classes_are_ordered_by_every_metric(metric: str, m: int, robust_fraction: float) -> None:
     logits, labels = some_batch(m)
     svar = METRICS[metric](logits, labels)
-    classes, steps, _ = bullettrain(svar, torch.tensor(robust_fraction), BUDGET)
+    classes, steps, *_ = by_score(svar, torch.tensor(robust_fraction), BUDGET)
     assert torch.equal(steps, BUDGET[classes])
     assert torch.equal(classes == OUTLIER, logits.argmax(1) != labels)
     for lower, upper in ((OUTLIER, BOUNDARY), (OUTLIER, ROBUST), (BOUNDARY, ROBUST)):
@@ -114,7 +122,8 @@ def test_metrics_agree_with_their_definitions() -> None:
 
 
 def test_uniform_makes_everything_boundary() -> None:
-    classes, steps, _ = uniform(torch.tensor([0, 1, 2, 0, 1]), BUDGET)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    classes, steps, *_ = Uniform(10)(scored(torch.full((5,), math.nan), labels))
     assert classes.tolist() == [BOUNDARY] * 5
     assert steps.tolist() == [10] * 5
 
@@ -128,9 +137,8 @@ def test_true_classes_follow_eqs_1_to_3() -> None:
 
 
 def test_random_deals_out_the_shares_it_is_given() -> None:
-    score, generator = torch.linspace(-1, 1, 200), torch.Generator().manual_seed(0)
-    shares = (0.3, 0.5, 0.2)
-    chosen = predicted("random", score, torch.tensor(0.5), BUDGET, generator, shares)
+    batch = scored(torch.linspace(-1, 1, 200), torch.zeros(200, dtype=torch.int64))
+    chosen = Random(BUDGET, (10, 2, 0), fractions=(0.3, 0.5, 0.2))(batch)
     counts = torch.bincount(chosen.classes, minlength=3).tolist()
     assert (counts[OUTLIER], counts[ROBUST], counts[BOUNDARY]) == (40, 100, 60)
     assert torch.equal(chosen.steps, BUDGET[chosen.classes])
@@ -139,7 +147,7 @@ def test_random_deals_out_the_shares_it_is_given() -> None:
 
 def test_random_keeps_the_budgets_and_moves_them() -> None:
     svar = signed_prediction_variance(*some_batch(128))
-    chosen = bullettrain(svar, torch.tensor(0.5), BUDGET)
+    chosen = by_score(svar, torch.tensor(0.5), BUDGET)
     moved = randomised(chosen, torch.Generator().manual_seed(0))
     assert torch.equal(moved.steps, BUDGET[moved.classes])
     assert torch.equal(moved.steps.sort().values, chosen.steps.sort().values)

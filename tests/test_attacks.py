@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,12 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from btrain.attacks.balls import L2Ball, LinfBall
 from btrain.attacks.pgd import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
 from btrain.bench.look import look
+from btrain.data import Batch as DataBatch
 from btrain.data import Data
-from btrain.defenses import ce_inner_loss, kl_inner_loss
+from btrain.defenses import DEFENSES, ce_inner_loss, kl_inner_loss
+from btrain.errors import UserError
+from btrain.methods.base import Reach
+from btrain.methods.free import Free
+from btrain.methods.make import make_method
+from btrain.methods.mma import MMA
+from btrain.settings import AllocatorName
+from btrain.settings.compose import compose
+from btrain.training.safety.inputs import InputGuard
+from btrain.training.update import descend
 
 Batch = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
 
 
 def textbook_pgd(
@@ -136,7 +150,7 @@ def test_early_exit_stops_some_time_after_misclassification(
         return early_exit_pgd(
             model, x, labels, clean_logits, steps=steps, active=active, exits=exits,
             patience=patience, step_size=torch.full((40,), 0.03, dtype=x.dtype),
-            inner_loss=ce_inner_loss, epsilon=0.3, noise=noise,
+            inner_loss=ce_inner_loss, ball=LinfBall(0.3), noise=noise,
         )  # fmt: skip
 
     x_adv, taken, forwarded = run()
@@ -266,3 +280,201 @@ def test_evaluation_mode_restores_each_module(preact: nn.Module) -> None:
         raise RuntimeError("inside")
     assert not frozen.training
     assert all(module.training for module in preact.modules() if module is not frozen)
+
+
+# The L2 ball
+
+
+def textbook_l2_pgd(
+    model: nn.Module,
+    x: Tensor,
+    clean_logits: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    epsilon: float,
+    noise: Tensor,
+) -> Tensor:
+    """L2 PGD on the KL divergence of one example: a step of a given length, the ball, the box."""
+    x_adv = x + noise
+    target = F.softmax(clean_logits, dim=1)
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        loss = F.kl_div(F.log_softmax(model(x_adv), dim=1), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [x_adv])
+        delta = x_adv.detach() + step_size * gradient / gradient.pow(2).sum().sqrt() - x
+        delta = delta * min(1.0, epsilon / float(delta.pow(2).sum().sqrt()))
+        x_adv = (x + delta).clamp(0, 1)
+    return x_adv.detach()
+
+
+def l2(difference: Tensor) -> Tensor:
+    return difference.flatten(1).pow(2).sum(dim=1).sqrt()
+
+
+def test_in_l2_every_example_gets_textbook_steps_of_its_own(
+    preact: nn.Module, batch: Batch
+) -> None:
+    """Those that it gets alone, so that its neighbours have no part in them."""
+    model, (x, labels) = double(preact, batch)
+    generator = torch.Generator().manual_seed(1)
+    steps = torch.randint(0, 6, (len(x),), generator=generator)
+    step_size = 0.05 + 0.2 * torch.rand(len(x), dtype=x.dtype, generator=generator)
+    noise = 0.001 * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    x_adv = ours(model, (x, labels), steps, step_size, noise=noise, epsilon=None, ball=L2Ball(0.3))
+    assert len(set(steps.tolist())) == 6
+    for i, n in enumerate(steps.tolist()):
+        alone = slice(i, i + 1)
+        expected = x[alone]
+        if n:
+            expected = textbook_l2_pgd(
+                model, x[alone], model(x[alone]).detach(), steps=n, step_size=float(step_size[i]),
+                epsilon=0.3, noise=noise[alone],
+            )  # fmt: skip
+        torch.testing.assert_close(x_adv[alone], expected, rtol=0, atol=1e-10)
+    distance = l2(x_adv - x)
+    assert 0 < (distance > 0.299).sum() < (steps > 0).sum()  # the ball held some of them
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_in_l2_a_linear_network_is_left_by_the_shortest_way(scale: float) -> None:
+    """Along ±w however small the gradient; one of zero moves nothing, also of neighbours."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(64), 0.3 + 0.4 * torch.rand(6, 1, 8, 8)
+    dead = torch.arange(6) % 3 == 0
+
+    class Slope(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            height = torch.where(dead, 0.0, images.flatten(1) @ (scale * weight))
+            return torch.stack([height, -height], dim=1)
+
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    x_adv = pgd(
+        Slope(), x, labels, torch.zeros(6, 2), steps=torch.full((6,), 3),
+        step_size=torch.full((6,), 0.5), inner_loss=ce_inner_loss, ball=L2Ball(0.7), noise=None,
+    )  # fmt: skip
+    away = torch.where(labels == 0, -0.7, 0.7)[:, None] * weight / weight.norm()
+    expected = torch.where(dead[:, None], 0.0, away).view_as(x)
+    torch.testing.assert_close(x_adv - x, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [128 / 255, 3.0])
+def test_the_result_stays_in_the_l2_ball_and_in_the_box(
+    small_cnn: nn.Module, batch: Batch, epsilon: float
+) -> None:
+    noise = 2 * torch.randn_like(batch[0])  # a start far outside
+    steps, size, ball = torch.randint(1, 5, (24,)), torch.full((24,), 5.0), L2Ball(epsilon)
+    x_adv = ours(small_cnn, batch, steps, size, noise=noise, epsilon=None, ball=ball)
+    assert l2(x_adv - batch[0]).max() <= epsilon + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_an_l2_start_is_uniform_in_the_ball(*, each: bool) -> None:
+    """(distance / ε)^d is uniform on [0, 1], and no direction is preferred; the box cuts."""
+    x = torch.full((4000, 1, 2, 2), 0.5)
+    radius = torch.linspace(0.1, 0.4, 4000) if each else torch.full((4000,), 0.4)
+    ball = L2Ball(radius if each else 0.4)
+    noise = ball.start(x, torch.Generator().manual_seed(0))
+    share = (l2(noise) / radius) ** 4
+    assert (share.sort().values - torch.linspace(0, 1, 4000)).abs().max() < 0.03
+    assert noise.mean(dim=0).abs().max() < 0.01
+    at_zero = ball.start(0 * x, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(at_zero, noise.clamp(min=0), rtol=0, atol=1e-7)
+
+
+def test_pgd_takes_one_radius() -> None:
+    x, labels = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    common: dict[str, Any] = {
+        "steps": torch.ones(2, dtype=torch.int64), "step_size": torch.ones(2),
+        "inner_loss": ce_inner_loss, "noise": None,
+    }  # fmt: skip
+    for radii in ({}, {"epsilon": 0.1, "ball": L2Ball(0.1)}):
+        with pytest.raises(ValueError, match="either epsilon, of an L∞ ball, or a ball"):
+            pgd(nn.Flatten(), x, labels, torch.zeros(2, 64), **common, **radii)
+
+
+CHOICES = [
+    *(f"bt={name.name}" for name in AllocatorName if name is not AllocatorName.own),
+    "bt.pool=2", "rival=fast", "rival=yopo",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("defense", "choice"), [*itertools.product(DEFENSES, CHOICES)])
+def test_every_step_goes_with_the_l2_attack(
+    digits: Data, small_cnn: nn.Module, defense: str, choice: str
+) -> None:
+    """Examples within ε of their images and in the box, and the weights learn from them."""
+    config = compose(
+        ["dataset=digits", "attack=l2_pgd", f"defense={defense}", choice, "train.batch_size=32"]
+    )
+    epsilon = config.attack.epsilon
+    x = digits.train.images[:60].float() / 255
+    with torch.no_grad():
+        labels = (small_cnn(x).argmax(dim=1) + (torch.arange(60) % 5 == 0)) % 10
+    before = [parameter.detach().clone() for parameter in small_cnn.parameters()]
+    optimizer = torch.optim.SGD(small_cnn.train().parameters(), lr=0.1)
+    memory, generator = {"robust_fraction": torch.tensor(0.4)}, torch.Generator().manual_seed(0)
+    method, batch = make_method(config, CPU), DataBatch(x, labels, torch.arange(60))
+    assert method.reach == Reach(epsilon, "l2")
+    attacked = 0
+    for examples in method.examples(small_cnn, batch, memory, generator):
+        distance = l2(examples.x_adv - examples.x)
+        assert torch.equal(distance > 0, examples.allocation.steps > 0)
+        assert 0.9 * epsilon < distance.max() <= epsilon + 1e-6
+        assert examples.x_adv.min() >= 0
+        assert examples.x_adv.max() <= 1
+        loss, _, _ = method.loss(small_cnn, examples, memory, generator)
+        descend(optimizer, loss)
+        attacked += int((distance > 0).sum())
+    assert 0 < attacked <= 60
+    for old, new in zip(before, small_cnn.parameters(), strict=True):
+        assert torch.isfinite(new).all()
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("rival", ["free", "mma"])
+def test_free_and_mma_stay_within_their_l2_radius(
+    digits: Data, plain_net: nn.Module, rival: str
+) -> None:
+    config = compose(["dataset=digits", "attack=l2_pgd", "defense=pgd", f"rival={rival}"])
+    network, method = copy.deepcopy(plain_net).train(), make_method(config, CPU)
+    memory, generator = method.memory(digits, CPU), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    radius = method.reach.radius
+    assert radius is not None
+    furthest = 0.0
+    for first in (0, 40):
+        rows = torch.arange(first, first + 40)
+        batch = DataBatch(digits.train.images[rows] / 255, digits.train.labels[rows], rows)
+        for examples in method.examples(network, batch, memory, generator):
+            if isinstance(method, Free):
+                distance = l2(examples.delta.detach())
+            else:
+                distance = l2(examples.x_adv - examples.x)
+                assert (distance <= examples.margin + 1e-6).all()
+            furthest = max(furthest, float(distance.max()))
+            loss, _, _ = method.loss(network, examples, memory, generator)
+            descend(optimizer, loss)
+    assert 0.5 * radius < furthest <= radius + 1e-6
+    if isinstance(method, MMA):
+        assert 0 < memory["margin"].count_nonzero() <= 80
+
+
+def test_gradalign_is_of_an_linf_ball() -> None:
+    sentence = r"rival=gradalign does not go with attack=l2_pgd: it aligns the gradients of an L∞"
+    with pytest.raises(UserError, match=sentence):
+        compose(["dataset=digits", "defense=pgd", "attack=l2_pgd", "rival=gradalign"])
+
+
+def test_rounding_is_no_way_out_of_an_l2_ball() -> None:
+    """On the sphere of large images, whose distances a product of matrices would not resolve."""
+    x = 0.2 + 0.6 * torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ball, moved = L2Ball(128 / 255), x + 0.05 * torch.randn_like(x)
+    guard = InputGuard(Reach(128 / 255, "l2"))
+    network = nn.Flatten()
+    for at, found in ((ball.project(moved, *ball.region(x)), 0), (moved, 1)):
+        with guard.over(network, x):
+            network(at)
+        assert len(guard.warnings()) == found

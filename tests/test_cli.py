@@ -138,7 +138,7 @@ sys.exit(main(sys.argv[1:]))
             ["train", "--help"],
             0,
             [
-                "bt: bullettrain, early_exit, gaussian, oracle, random, uniform",
+                "bt: bullettrain, early_exit, gaussian, oracle, own, random, uniform",
                 "--multirun",
                 "gamma: 0.8",
             ],

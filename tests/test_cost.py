@@ -18,11 +18,11 @@ from torch.utils.flop_counter import flop_registry
 from btrain import models
 from btrain.data import Batch, Data
 from btrain.defenses import DEFENSES
-from btrain.methods.cost import lean_units, official_units, speedups
-from btrain.methods.make import make_memory, make_step
+from btrain.methods.cost import Costs, speedups
 from btrain.methods.statistics import StepStats
 from btrain.settings import AllocatorName, DefenseName, RivalName
 from btrain.settings.compose import compose
+from steps import memory_of, step_of
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -44,6 +44,16 @@ class Flops(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+BUDGETS = {
+    "bullettrain": ["bt.n_r=1"],
+    "early_exit": ["bt.n_r=1"],
+    "random": ["bt.n_r=1"],
+    "oracle": ["bt.n_r=1", f"bt.oracle_steps={ORACLE_STEPS}"],
+    "gaussian": ["bt.mean_steps=1.5"],
+    "uniform": [],
+}
 
 
 def expected_units(defense: str, allocator: str, steps: int, n: int) -> int:
@@ -69,7 +79,7 @@ def one_step(digits: Data, *overrides: str) -> Counted:
     """A step on digits of which the network gets four in five right, with F_R = 0.4."""
     config = compose(
         ["dataset=digits", "model=preact_resnet18", f"train.batch_size={M}",
-         f"bt.oracle_steps={ORACLE_STEPS}", "bt.mean_steps=1.5", *overrides]
+         *overrides]
     )  # fmt: skip
     torch.manual_seed(0)
     model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
@@ -85,7 +95,7 @@ def one_step(digits: Data, *overrides: str) -> Counted:
     passes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    step, memory = make_step(config, CPU), make_memory(config, digits, CPU)
+    step, memory = step_of(config, CPU), memory_of(config, digits, CPU)
     memory["robust_fraction"].fill_(0.4)
     batch, generator = Batch(x, labels, torch.arange(M)), torch.Generator().manual_seed(0)
     model.train()
@@ -98,12 +108,12 @@ def one_step(digits: Data, *overrides: str) -> Counted:
 @pytest.mark.parametrize(
     ("defense", "allocator"),
     [
-        *itertools.product(DEFENSES, [name.name for name in AllocatorName]),
+        *itertools.product(DEFENSES, [name.name for name in AllocatorName if name.name != "own"]),
         *itertools.product(["augmix"], ["bullettrain", "uniform", "random"]),
     ],
 )
 def test_counted_flops_are_the_analytical_units(digits: Data, defense: str, allocator: str) -> None:
-    budgets = [] if defense == "augmix" else ["bt.n_r=1", f"attack.steps={STEPS}"]
+    budgets = [] if defense == "augmix" else [*BUDGETS[allocator], f"attack.steps={STEPS}"]
     counted = one_step(digits, f"defense={defense}", f"bt={allocator}", *budgets)
     assert counted.units == pytest.approx(float(counted.stats.units), rel=0.05)
     attacked = int(counted.stats.steps) - (ORACLE_STEPS * M if allocator == "oracle" else 0)
@@ -156,11 +166,11 @@ def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
         torch.nn.functional.cross_entropy(preact(x), labels).backward()
         optimizer.step()
     config = compose(["dataset=digits", "defense=pgd", "rival=mma", "attack.steps=3"])
-    memory, batch = make_memory(config, digits, CPU), Batch(x, labels, torch.arange(M))
+    memory, batch = memory_of(config, digits, CPU), Batch(x, labels, torch.arange(M))
     with Flops() as unit, torch.no_grad():
         preact(x)
     with Flops() as flops:
-        stats = make_step(config, CPU)(preact, optimizer, batch, memory, torch.Generator())
+        stats = step_of(config, CPU)(preact, optimizer, batch, memory, torch.Generator())
     correct = int(M - stats.outlier)
     assert 20 < correct < M
     assert stats.units == 6 * M + (2 * 3 + 1 + 10) * correct
@@ -184,9 +194,10 @@ def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
 def test_the_plain_defense_is_no_faster_than_itself(digits: Data, overrides: list[str]) -> None:
     counted = one_step(digits, "bt=uniform", *overrides)
     config = compose(["dataset=digits", "bt=uniform", *overrides])
-    assert lean_units(config) == float(counted.stats.units) / M
-    means = {"attack_steps_mean": 1.0, "units_per_example": lean_units(config)}
-    assert speedups(config, means)["speedup_flops"] == 1
+    costs = Costs.of(config)
+    assert costs.lean == float(counted.stats.units) / M
+    means = {"attack_steps_mean": 1.0, "units_per_example": costs.lean}
+    assert speedups(costs, means)["speedup_flops"] == 1
 
 
 @pytest.mark.parametrize(
@@ -197,15 +208,15 @@ def test_the_plain_defense_is_no_faster_than_itself(digits: Data, overrides: lis
 def test_only_trades_has_a_published_structure_of_its_own(
     overrides: list[str], official: int | None
 ) -> None:
-    config = compose(overrides)
-    assert official_units(config) == official
+    costs = Costs.of(compose(overrides))
+    assert costs.official == official
     means = {"attack_steps_mean": 3.88, "units_per_example": 13.0}
     expected = None if official is None else official / 13
-    assert speedups(config, means)["speedup_official"] == expected
+    assert speedups(costs, means)["speedup_official"] == expected
 
 
 @pytest.mark.parametrize("rival", ["free", "mma"])
 def test_a_rival_of_another_kind_has_no_speedup(rival: str) -> None:
-    config = compose(["defense=pgd", f"rival={rival}"])
+    costs = Costs.of(compose(["defense=pgd", f"rival={rival}"]))
     means = {"attack_steps_mean": 8.0, "units_per_example": 24.0}
-    assert set(speedups(config, means).values()) == {None}
+    assert set(speedups(costs, means).values()) == {None}

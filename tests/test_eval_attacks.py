@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import BALLS, Ball, L2Ball, LinfBall
 from btrain.bench.look import look
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate, robust_accuracy
-from btrain.evaluation.losses import LOSSES
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.examples import as_evaluated
+from btrain.evaluation.pgd import LOSSES, Pgd, pgd_images, pgd_stands, random_start
 from eval_nets import Linear, digits_examples, of_split
 
 EPSILON = 0.1
@@ -31,28 +32,45 @@ def linear_problem(classes: int) -> tuple[Linear, Tensor, Tensor]:
     return model, images, labels
 
 
-def analytically_robust(model: Linear, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    """Whether the least margin over the ball, z_y − z_j − ε·‖w_y − w_j‖₁, is positive for all j."""
+DUAL = {"linf": 1, "l2": 2}
+
+
+def analytically_robust(
+    model: Linear, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf"
+) -> Tensor:
+    """Return whether z_y − z_j − ε·‖w_y − w_j‖, the least margin in the ball, is > 0 for all j.
+
+    The norm of the weights is the dual one, 1 for L∞ and 2 for L2.
+    """
     weight, logits = model.weight.detach().double(), model(images).detach().double()
     own = logits.gather(1, labels[:, None])
-    norms = (weight[labels][:, None] - weight[None]).abs().sum(dim=2)
+    difference = weight[labels][:, None] - weight[None]
+    norms = torch.linalg.vector_norm(difference, ord=DUAL[norm], dim=2)
     margins = own - logits - epsilon * norms
     margins.scatter_(1, labels[:, None], torch.inf)
     return margins.amin(dim=1) > 0
 
 
 @pytest.mark.parametrize(
-    ("classes", "loss"), [(2, "ce"), (2, "cw"), (5, "cw"), (5, "dlr"), (10, "cw")]
+    ("classes", "loss", "norm"),
+    [
+        *((2, "ce", "linf"), (2, "cw", "linf"), (5, "cw", "linf"), (5, "dlr", "linf")),
+        *((10, "cw", "linf"), (2, "ce", "l2"), (5, "dlr", "l2"), (5, "cw", "l2")),
+    ],
 )
-def test_on_a_linear_model_pgd_is_the_analytical_robustness(classes: int, loss: str) -> None:
+def test_on_a_linear_model_pgd_is_the_analytical_robustness(
+    classes: int, loss: str, norm: str
+) -> None:
     model, images, labels = linear_problem(classes)
     shares = []
-    for epsilon in (0.001, 0.003, 0.01, 0.03, 0.1):
-        expected = analytically_robust(model, images, labels, epsilon)
+    for size in (0.001, 0.003, 0.01, 0.03, 0.1):
+        epsilon = size if norm == "linf" else 5 * size
+        expected = analytically_robust(model, images, labels, epsilon, norm)
         found = robust_accuracy(
-            model, images, labels, epsilon=epsilon, attack="custom", steps=40, restarts=5,
-            loss=loss, step_size=epsilon / 4,
+            model, images, labels, epsilon=epsilon, norm=norm, attack="custom", steps=40,
+            restarts=5, loss=loss, step_size=epsilon / 4,
         )  # fmt: skip
+        assert found.settings["norm"] == norm
         assert found.correct.tolist() == expected.tolist()
         shares.append(found.accuracy)
     assert shares[0] > 80 > 10 > shares[-1]
@@ -92,19 +110,58 @@ def test_every_loss_fools_a_plain_network(plain_net: nn.Module, digits: Data, lo
     assert result.accuracy < (40 if loss == "kl" else 15)  # its target is the prediction
 
 
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", EPSILON), ("l2", 0.5)])
 def test_pgd20_is_the_evaluation_of_a_training_but_for_clean_mistakes(
-    robust_net: nn.Module, digits: Data
+    robust_net: nn.Module, digits: Data, norm: str, epsilon: float
 ) -> None:
     ours = robust_accuracy(
-        robust_net, digits.test.images, digits.test.labels, epsilon=EPSILON, seed=3
+        robust_net, digits.test.images, digits.test.labels, epsilon=epsilon, norm=norm, seed=3
     )
     theirs = evaluate(
-        robust_net, digits.test, epsilon=EPSILON, step_size=EPSILON / 10, steps=20, batch_size=100,
-        seed=3,
+        robust_net, digits.test, epsilon=epsilon, step_size=epsilon / 10, steps=20, batch_size=100,
+        seed=3, threat=BALLS[norm],
     )  # fmt: skip
     mistakes = 100 - theirs.clean
     assert theirs.robust - mistakes <= ours.accuracy <= theirs.robust + 1e-6
     assert ours.settings["clean_accuracy"] == pytest.approx(theirs.clean)
+
+
+def textbook_l2_pgd(
+    model: nn.Module, x: Tensor, labels: Tensor, start: Tensor, epsilon: float, size: float
+) -> Tensor:
+    """Return the last of 20 iterates, image by image: as a textbook has it (Madry et al. 2018)."""
+    found = []
+    for image, label, first in zip(x, labels, start, strict=True):
+        moved = first
+        for _ in range(20):
+            moved = moved.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(model(moved[None]), label[None])
+            (gradient,) = torch.autograd.grad(loss, [moved])
+            change = moved.detach() + size * gradient / (gradient**2).sum().sqrt() - image
+            length = (change**2).sum().sqrt()
+            change = change if length <= epsilon else epsilon * change / length
+            moved = (image + change).clip(0, 1)
+        found.append(moved)
+    return torch.stack(found)
+
+
+def test_pgd_in_l2_is_the_textbooks(robust_net: nn.Module, digits: Data) -> None:
+    examples, epsilon, size = digits_examples(digits, 40), 0.5, 0.1
+    x, labels = examples.batch(torch.arange(40))
+    with as_evaluated(robust_net, torch.device("cpu")):
+        attack = Pgd(epsilon, size, 20, seed=2, threat=L2Ball)
+        found = pgd_images(robust_net, examples, attack)
+        start = random_start(L2Ball(epsilon), x, torch.Generator().manual_seed(2))
+        expected = textbook_l2_pgd(robust_net, x, labels, x + start, epsilon, size)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    lengths = (found - x).flatten(1).norm(dim=1)
+    assert lengths.max() <= epsilon + 1e-6
+    assert lengths.median() > epsilon - 1e-3  # it goes as far as it may
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert start.flatten(1).norm(dim=1).max() <= epsilon + 1e-6
+    # Not the same for two images, and not that of another seed.
+    assert len({tuple(row.flatten().tolist()) for row in start}) == 40
 
 
 def test_restarts_keep_the_worst_case_and_only_attack_what_stands(
@@ -167,9 +224,12 @@ def test_results_do_not_depend_on_the_batch_size(preact: nn.Module, digits: Data
     assert 0 < sum(next(iter(found))) < 40
 
 
-def test_a_subset_has_the_random_starts_of_the_whole(robust_net: nn.Module, digits: Data) -> None:
+@pytest.mark.parametrize(("threat", "epsilon"), [(LinfBall, EPSILON), (L2Ball, 0.5)])
+def test_a_subset_has_the_random_starts_of_the_whole(
+    robust_net: nn.Module, digits: Data, threat: type[Ball], epsilon: float
+) -> None:
     examples = digits_examples(digits, 60)
-    attack = Pgd(EPSILON, EPSILON, 1, restarts=3, seed=5)
+    attack = Pgd(epsilon, epsilon, 1, restarts=3, seed=5, threat=threat)
     whole = pgd_stands(robust_net, examples, torch.ones(60).bool(), attack, batch_size=60)
     some = torch.arange(60) % 3 == 0
     part = pgd_stands(robust_net, examples, some, attack, batch_size=7)
@@ -215,6 +275,8 @@ def test_bf16_is_only_on_request(robust_net: nn.Module, digits: Data) -> None:
         ({"labels": lambda y: y + 9}, "but the model has 10 classes"),
         ({"labels": lambda y: y[:-1]}, "labels (n,)"),
         ({"epsilon": lambda _: 8.0}, "epsilon must be greater than 0 and at most 1"),
+        ({"epsilon": lambda _: 8.1, "norm": lambda _: "l2"}, "at most 8 (√(C·H·W), how far"),
+        ({"norm": lambda _: "l1"}, "norm=l1 is no option; there are: linf, l2."),
         ({"attack": lambda _: "pgd10"}, "attack=pgd10 is no option"),
         ({"attack": lambda _: "corruptions"}, "corruptions"),
     ],
@@ -227,6 +289,7 @@ def test_python_callers_get_a_sentence(
         "labels": digits.test.labels[:20],
         "epsilon": 0.1,
         "attack": "pgd20",
+        "norm": "linf",
     }
     arguments = {key: change.get(key, lambda v: v)(value) for key, value in arguments.items()}
     with pytest.raises(UserError) as caught:

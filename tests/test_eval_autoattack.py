@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks.balls import Ball, L2Ball, LinfBall
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import autoattack, robust_accuracy
-from btrain.evaluation.autoattack import autoattack_stands
+from btrain.evaluation.autoattack import InParts, autoattack_stands
 from btrain.evaluation.examples import Examples, as_evaluated
-from btrain.evaluation.partial import Partial
-from btrain.evaluation.parts import InParts
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.pgd import Pgd, pgd_stands
+from btrain.evaluation.worst_case import Partial
 from eval_nets import CPU, Linear, digits_examples, of_split, trained_on
 
 EPSILON = 0.1
+BALL = LinfBall(EPSILON)
+VERSIONS = ("standard", "rand")
 
 
 def standing(
@@ -34,7 +36,7 @@ def standing(
     stands: Tensor | None = None,
     *,
     version: str = "standard",
-    epsilon: float = EPSILON,
+    ball: Ball = BALL,
     batch_size: int = 20,
     partial: Partial | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -46,7 +48,7 @@ def standing(
             examples,
             stands,
             version=version,
-            epsilon=epsilon,
+            ball=ball,
             seed=0,
             batch_size=batch_size,
             partial=partial,
@@ -218,25 +220,65 @@ def test_a_network_in_parts_has_the_gradients_of_the_whole(preact: nn.Module) ->
         torch.testing.assert_close(InParts(preact, 3)(x), whole.detach())
 
 
-@pytest.mark.parametrize("version", ["standard", "rand"])
-@pytest.mark.parametrize("classes", [2, 3, 5])
-def test_few_classes_do_not_crash(classes: int, version: str) -> None:
+@pytest.mark.parametrize(
+    ("classes", "version", "ball"),
+    [
+        *((classes, version, LinfBall(0.01)) for classes in (2, 3, 5) for version in VERSIONS),
+        *((classes, "standard", L2Ball(0.05)) for classes in (2, 5)),
+    ],
+    ids=lambda value: getattr(value, "norm", str(value)),
+)
+def test_few_classes_do_not_crash(classes: int, version: str, ball: Ball) -> None:
     generator = torch.Generator().manual_seed(classes)
     model = Linear(torch.randn(classes, 48, generator=generator))
     images = 0.2 + 0.6 * torch.rand(6, 3, 4, 4, generator=generator)
     examples = of_split(images, model(images).argmax(dim=1), classes)
-    epsilon = 0.01
-    stands, found = standing(model, examples, version=version, epsilon=epsilon)
+    stands, found = standing(model, examples, version=version, ball=ball)
     logits = model(images)
     own = logits.gather(1, examples.labels[:, None])
-    norms = (model.weight[examples.labels][:, None] - model.weight[None]).abs().sum(dim=2)
-    margins = (own - logits - epsilon * norms).scatter(1, examples.labels[:, None], torch.inf)
+    difference = model.weight[examples.labels][:, None] - model.weight[None]
+    norms = torch.linalg.vector_norm(difference, ord={"linf": 1, "l2": 2}[ball.norm], dim=2)
+    margins = (own - logits - ball.epsilon * norms).scatter(1, examples.labels[:, None], torch.inf)
     provable = margins.amin(dim=1) > 0
     assert not (provable & ~stands).any()
     if version == "standard":  # whose targeted attacks try every class
         assert torch.equal(stands, provable)
         assert ("apgd-t" in found["attacks"]) == (classes >= 4)
         assert ("apgd-t" in (found["note"] or "")) == (classes < 4)
+        in_l2 = ball.norm == "l2"
+        assert ("square" in found["attacks"]) != in_l2
+        assert ("square cannot attack 4×4 images in L2" in (found["note"] or "")) == in_l2
+
+
+def test_square_is_left_out_where_it_would_crash() -> None:
+    from pyautoattack.square import SquareAttack
+
+    torch.manual_seed(0)
+    ball, refused = L2Ball(0.1), set()
+    sizes = [(side, side) for side in (4, 5, 8, 9, 10, 14, 18, 24, 28, 32)] + [(10, 14), (14, 10)]
+    for height, width in sizes:
+        x = 0.2 + 0.6 * torch.rand(4, 1, height, width)
+        model = Linear(torch.randn(2, height * width))
+        labels = model(x).argmax(dim=1)
+        examples = of_split(x, labels, 2)
+        attack = SquareAttack(model, norm="L2", eps=0.1, n_queries=3, device="cpu")
+        if autoattack.square_refuses(ball, examples) is None:
+            assert (attack.perturb(x, labels) - x).flatten(1).norm(dim=1).max() <= 0.1 + 1e-6
+        else:
+            refused.add((height, width))
+            with pytest.raises((RuntimeError, ZeroDivisionError)):
+                attack.perturb(x, labels)
+        assert autoattack.square_refuses(LinfBall(0.5), examples) is None
+    assert (4, 4) in refused
+    assert (32, 32) not in refused
+
+
+def test_a_norm_that_the_library_does_not_know_is_told(robust_net: nn.Module, digits: Data) -> None:
+    class Own(LinfBall):
+        norm = "own"
+
+    with pytest.raises(UserError, match="AutoAttack and Square know the norms linf, l2, not own"):
+        standing(robust_net, digits_examples(digits, 2), ball=Own(0.1))
 
 
 class UpstreamsAutoAttack:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,100 @@ def test_other_conditions_get_a_folder_of_their_own(
     assert "elsewhere holds results of another ε (pgd2x1-ce.json)" in capsys.readouterr().err
 
 
+def test_a_run_is_attacked_in_l2(runs_here: Path, capsys: Capture) -> None:
+    command = ["eval", "checkpoint=A", "norm=l2", "epsilon=128/255", "attack=pgd20,custom"]
+    command += ["attack.steps=3", "attack.restarts=2", "sanity=false"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "Attacked in l2, not in linf as trained." in told
+    assert " l2 0.502 " in told
+    folder = runs_here / "A" / "eval" / "norm_l2-epsilon_0.5019607843137255"
+    found = content(folder / "pgd3x2-ce.json")
+    assert (found["norm"], found["epsilon"]) == ("l2", 128 / 255)
+    assert found["step_size"] == pytest.approx(12.8 / 255)  # a tenth, as the run's own
+    clean, attacked = (content(folder / f"{name}.json") for name in ("clean", "pgd3x2-ce"))
+    assert 0 < attacked["accuracy"] < clean["accuracy"]
+    assert "norm" not in clean
+    assert main([*command, "epsilon=0.1", "attack=clean"]) == 1
+    assert main(["eval", "checkpoint=A", "sanity=false", "epsilon=128/255", f"out={folder}"]) == 1
+    assert "holds results of another norm" in capsys.readouterr().err
+
+
+_FEW_STEPS = [
+    "train", "dataset=digits", "model=small_cnn", "model.width=4", "train.epochs=2", "bt=uniform",
+    "recipe.lr=0.1", "attack.steps=2", "dataset.train_examples=200", "dataset.test_examples=40",
+    "device=cpu",
+]  # fmt: skip
+
+_OWN_BALL = """
+from btrain.attacks.balls import L2Ball, LinfBall
+class Cube(LinfBall):
+    norm = "own"
+class Round(L2Ball):
+    norm = "own"
+"""
+
+
+def test_a_run_trained_in_l2_is_evaluated_in_l2(tmp_path: Path, capsys: Capture) -> None:
+    assert main([*_FEW_STEPS, "attack=l2_pgd", f"run.dir={tmp_path / 'A'}"]) == 0
+    summary = content(tmp_path / "A" / "summary.json")
+    assert main(["eval", f"checkpoint={tmp_path / 'A'}", "sanity=false"]) == 0
+    found = content(tmp_path / "A" / "eval" / "pgd20.json")
+    assert (found["norm"], found["epsilon"], found["note"]) == (
+        "l2", 0.75, "40 test images, class-balanced, not the whole test set.",
+    )  # fmt: skip
+    # The training's own evaluation, less the clean mistakes that the attack mends.
+    mistakes = 100 - summary["clean_acc"]
+    assert summary["robust_acc"] - mistakes <= found["accuracy"] <= summary["robust_acc"] + 1e-9
+    assert main(["eval", f"checkpoint={tmp_path / 'A'}", "norm=linf"]) == 1
+    assert "norm=linf needs a radius; please give epsilon=" in capsys.readouterr().err
+
+
+def test_a_run_in_a_ball_of_ones_own(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ball.py").write_text(_OWN_BALL)
+    own = ["attack=own", "attack.factory=ball.py:Round", "attack.epsilon=0.5"]
+    assert main([*_FEW_STEPS, *own, "attack.step_size=0.1", "run.dir=A"]) == 0
+    (tmp_path / "again.py").write_text(_OWN_BALL)  # which nobody has named in this process
+    config = tmp_path / "A" / "config.yaml"
+    for file in (config, tmp_path / "A" / "checkpoints" / "last.pt"):
+        assert b"ball.py:Round" in file.read_bytes()
+    command = ["eval", "checkpoint=A", "attack=custom", "attack.steps=3"]
+    assert main(command) == 1
+    refused = capsys.readouterr().err
+    assert "last.pt needs code, attack.factory=ball.py:Round, and nothing is imported" in refused
+    assert not (tmp_path / "A" / "eval").exists()
+    assert main([*command, "attack.factory=again.py:Round"]) == 0
+    told = capsys.readouterr().out
+    found = content(tmp_path / "A" / "eval" / "pgd3x1-ce.json")
+    assert (found["norm"], found["epsilon"]) == ("own", 0.5)
+    skipped = "AutoAttack and Square know the norms linf, l2, not own."
+    assert f"skipped     a black-box attack is no stronger than PGD  {skipped}" in told
+    assert main([*command[:2], "attack=autoattack", "trust_code=true"]) == 1
+    assert skipped in capsys.readouterr().err
+    # As a ball of btrain's, with its own evaluation beside.
+    assert main([*command, "norm=l2", "epsilon=0.5", "sanity=false"]) == 0
+    beside = content(tmp_path / "A" / "eval" / "norm_l2" / "pgd3x1-ce.json")
+    assert (beside["accuracy"], beside["norm"]) == (found["accuracy"], "l2")
+
+
+def test_files_that_do_not_tell_their_norm_are_of_linf(runs_here: Path, capsys: Capture) -> None:
+    command = ["eval", "checkpoint=A", *FEW]
+    path = runs_here / "A" / "eval" / "dataset.test_examples_30" / "pgd20.json"
+    assert main(command) == 0
+    found = content(path)
+    assert found.pop("norm") == "linf"
+    path.write_text(json.dumps(found))
+    assert main([*command, "out=new"]) == 0
+    assert content(runs_here / "new" / "pgd20.json")["norm"] == "linf"
+    assert main(["eval", "compare", "new", str(path.parent)]) == 0
+    assert main(command) == 0
+    assert "pgd20 is there already" in capsys.readouterr().out
+    assert content(path) == found
+
+
 def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
     few = ["dataset.test_examples=12", "sanity=false"]
@@ -156,12 +249,12 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
 def test_an_interrupted_command_goes_on(
     runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from btrain.evaluation import restarts
+    from btrain.evaluation import pgd
 
     command = ["eval", "checkpoint=A", "attack=custom", "attack.restarts=4", "sanity=false"]
     command += ["eval.batch_size=50"]
     assert main([*command, "out=whole"]) == 0
-    attack, calls = restarts._fooled_on_the_way, 0
+    attack, calls = pgd._fooled_on_the_way, 0
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -170,7 +263,7 @@ def test_an_interrupted_command_goes_on(
             raise KeyboardInterrupt
         return attack(*arguments)
 
-    monkeypatch.setattr(restarts, "_fooled_on_the_way", interrupted)
+    monkeypatch.setattr(pgd, "_fooled_on_the_way", interrupted)
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err
     folder = runs_here / "A" / "eval"
@@ -185,13 +278,11 @@ def test_an_interrupted_command_goes_on(
 def test_samples_for_the_page(runs_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
-    class Page:
-        @staticmethod
-        def write_page(folder: Path) -> Path:
-            seen.append(folder)
-            return folder / "index.html"
+    def write_page(folder: Path) -> Path:
+        seen.append(folder)
+        return folder / "index.html"
 
-    monkeypatch.setitem(sys.modules, "btrain.report.eval_page", Page)  # type: ignore[arg-type]
+    monkeypatch.setattr("btrain.report.evaluation.write_page", write_page)
     assert main(["eval", "checkpoint=A", *FEW, "report=true"]) == 0
     assert [path.name for path in seen] == ["dataset.test_examples_30"]
     samples = arrays(runs_here / seen[0] / "samples.npz")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btrain.errors import UserError
-from btrain.report.eval_page import write_page
+from btrain.report.evaluation import write_page
 from evaluation_page import samples, write_samples
 
 DAMAGED_JSON = [

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from btrain.cli import main
-from btrain.settings.evaluation_words import parse
+from btrain.exchange.command import parse as parse_export
+from btrain.settings.evaluation import parse
 
 Capture = pytest.CaptureFixture[str]
 
@@ -91,6 +92,27 @@ ERRORS: list[tuple[list[str], list[str], Callable[[Path], None]]] = [
     (["checkpoint=A", "attack=autoattack", "attack.steps=3"], ["attack.steps"], nothing),
     (["checkpoint=A", "epsilon=8"], ["epsilon", "[0, 1]", "8/255"], nothing),
     (["checkpoint=A", "epsilon=0"], ["epsilon", "greater than 0"], nothing),
+    (["checkpoint=A", "epsilon=nan"], ["epsilon", "greater than 0", "not nan"], nothing),
+    (
+        ["checkpoint=A", "epsilon=8/0"],
+        ["epsilon must be a number, like 0.031 or 8/255, not 8/0."],
+        nothing,
+    ),
+    (["checkpoint=A", "norm=l2"], ["norm=l2 needs a radius; please give epsilon="], nothing),
+    (
+        ["checkpoint=A", "norm=l2", "epsilon=128"],
+        ["at most 8 (√(C·H·W), how far apart two images can be), not 128."],
+        nothing,
+    ),
+    (["checkpoint=A", "norm=L1", "epsilon=1"], ["norm=L1 is no option", "linf, l2"], nothing),
+    (
+        ["checkpoint=A", "attack.step_size=3"],
+        ["attack.step_size", "at most 2 (", "not 3.0."],
+        nothing,
+    ),
+    (["checkpoint=A", "trust_code=1"], ["trust_code must be one of true, false, not 1."], nothing),
+    (["checkpoint=A", "seed=(1"], ["seed=(1 is not of the form key=value."], nothing),
+    (["checkpoint=A", "model.setting.width=3"], ["model.setting.width"], nothing),
     (["checkpoint=A", "attack=pgd20", "attack=all"], ["attack is given twice"], nothing),
     (["checkpoint=A", "precision=fp16"], ["precision=fp16", "bf16"], nothing),
     (["checkpoint=A", "report"], ["report", "key=value"], nothing),
@@ -192,11 +214,26 @@ def test_another_network_than_the_files(
 def test_settings_are_what_was_typed() -> None:
     settings = parse(["checkpoint=a=b", "attack=[pgd20, autoattack]", "dataset.root=x y", "seed=3"])
     assert settings.checkpoint == "a=b"
-    assert settings.attacks == ("pgd20", "autoattack")
+    assert settings.attacks == ["pgd20", "autoattack"]
     assert settings.config == {"dataset.root": "x y"}
-    assert parse(["checkpoint=A", "attack.steps=7"]).attacks == ("custom",)
-    assert parse(["checkpoint=A", "attack.step_size=2/255"]).pgd["step_size"] == 2 / 255
+    assert parse(["checkpoint=A", "attack.steps=7"]).attacks == ["custom"]
+    assert parse(["checkpoint=A", "attack.step_size=2/255"]).pgd.step_size == 2 / 255
     assert settings.pgd_attack("pgd20")[0] == "pgd20"
+    assert (settings.norm, settings.trust_code, settings.factories) == (None, False, {})
+    assert parse(["checkpoint=A", "attack=pgd20, 'autoattack'"]).attacks == settings.attacks
+
+
+def test_own_code_is_named_by_its_group() -> None:
+    words = ["model.factory=~/my nets.py:Net", "dataset.factory=data.py:load", "trust_code=true"]
+    words += ["model.settings.width=32", "dataset.settings.deep.er=[1, 2]"]
+    settings = parse(["checkpoint=A", *words])
+    assert settings.trust_code
+    factories = {"model": f"{Path.home()}/my nets.py:Net", "dataset": "data.py:load"}
+    assert settings.factories == factories
+    assert settings.config == {"model.settings.width": "32", "dataset.settings.deep.er": "[1, 2]"}
+    export = parse_export(["checkpoint=A", "format=onnx", "out=a.onnx", *words[:3]])
+    assert export.trust_code
+    assert export.factories == factories
 
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
@@ -206,7 +243,7 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
     )
     for arguments, last in (
         (["--help"], "False False 0"),
-        (["checkpoint=A", "x=1"], "False False 1"),
+        (["checkpoint=A", "x=1"], "False True 1"),  # its grammar reads the words
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, "eval", *arguments],

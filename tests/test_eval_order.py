@@ -15,12 +15,16 @@ from btrain.settings.compose import compose
 from btrain.training import train
 
 
-def check_order(model: nn.Module, digits: Data, count: int, epsilon: float) -> None:
+def check_order(
+    model: nn.Module, digits: Data, count: int, epsilon: float, norm: str = "linf"
+) -> None:
     """AutoAttack ≤ PGD-100×10 ≤ PGD-20 ≤ clean, each attack on its own."""
     images, labels = digits.test.images[:count], digits.test.labels[:count]
     clean, pgd20, pgd100x10, strongest = (
         torch.from_numpy(
-            robust_accuracy(model, images, labels, epsilon=epsilon, attack=attack).correct
+            robust_accuracy(
+                model, images, labels, epsilon=epsilon, norm=norm, attack=attack
+            ).correct
         )
         for attack in ("clean", "pgd20", "pgd100x10", "autoattack")
     )
@@ -31,11 +35,14 @@ def check_order(model: nn.Module, digits: Data, count: int, epsilon: float) -> N
     assert 0 < strongest.sum() < clean.sum()
 
 
-@pytest.mark.parametrize(("name", "epsilon"), [("robust_net", 0.1), ("plain_net", 0.04)])
+@pytest.mark.parametrize(
+    ("name", "epsilon", "norm"),
+    [("robust_net", 0.1, "linf"), ("plain_net", 0.04, "linf"), ("robust_net", 0.5, "l2")],
+)
 def test_stronger_attacks_leave_less(
-    name: str, epsilon: float, digits: Data, request: pytest.FixtureRequest
+    name: str, epsilon: float, norm: str, digits: Data, request: pytest.FixtureRequest
 ) -> None:
-    check_order(request.getfixturevalue(name), digits, 20, epsilon)
+    check_order(request.getfixturevalue(name), digits, 20, epsilon, norm)
 
 
 @pytest.mark.parametrize("defense", ["trades", "mart", "pgd", "augmix"])

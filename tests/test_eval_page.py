@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from btrain.errors import UserError
-from btrain.report.eval_page import duration, write_page
+from btrain.report.evaluation import duration, write_page
 from evaluation_page import Page, change, samples, write_samples
 
 HOSTILE = (

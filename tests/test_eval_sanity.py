@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.attacks.balls import LinfBall
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import sanity, sanity_checks
@@ -44,6 +45,17 @@ def test_an_honest_network_passes(name: str, digits: Data, request: pytest.Fixtu
     # Both curves begin with the clean accuracy, and share the point ε, 20 steps.
     assert found.curves["epsilon"][0][1] == found.curves["steps"][0][1] > 85
     assert found.curves["epsilon"][2][1] == dict(found.curves["steps"])[20]
+
+
+def test_an_honest_network_passes_in_l2(robust_net: nn.Module, digits: Data) -> None:
+    images, labels = digits.test.images[:100], digits.test.labels[:100]
+    found = sanity_checks(robust_net, images, labels, epsilon=3, norm="l2", batch_size=70)
+    assert set(verdicts(found).values()) == {"passed"}
+    assert found.norm == "l2"
+    # No two images of 64 pixels are farther apart than √64.
+    assert [x for x, _ in found.curves["epsilon"]] == [0, 1.5, 3, 4.5, 6, 7.5, 8]
+    unbounded = next(check for check in found.checks if check.name == UNBOUNDED)
+    assert "at ε = 8," in unbounded.detail
 
 
 @pytest.mark.parametrize(
@@ -98,6 +110,7 @@ def test_without_the_library_square_is_skipped(
     monkeypatch.setattr(sanity, "library", missing)
     examples = digits_examples(digits, 10)
     correct = torch.ones(10, dtype=torch.bool)
-    check = sanity._black_box(plain_net, examples, correct, EPSILON, 0, 10, 50.0, 1.0)
+    ball = LinfBall(EPSILON)
+    check = sanity._black_box(plain_net, examples, correct, ball, 0, 10, 50.0, 1.0)
     assert check.verdict == "skipped"
     assert "btrain[eval]" in check.detail

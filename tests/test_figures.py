@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from btrain.report import figures
+from btrain.report import pictures as figures
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])

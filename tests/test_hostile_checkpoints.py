@@ -234,7 +234,7 @@ def test_settings_for_an_enormous_network_make_none(
 )
 def test_settings_are_plain_values(tmp_path: Path, setting: Any, words: str) -> None:
     content = run_checkpoint()
-    content["config"]["dataset"]["root"] = setting
+    content["config"]["dataset"].update(name="mnist", root=setting, download=True)
     torch.save(content, tmp_path / "run.pt")
     with pytest.raises(UserError, match=words) as caught:
         load_run(tmp_path / "run.pt")

@@ -33,9 +33,9 @@ from btrain.corruptions.read import read as read_corrupted
 from btrain.data import cifar, imagefolder, load, mnist
 from btrain.data.download import import_torchvision
 from btrain.errors import UserError
+from btrain.evaluation.result import Evaluation
 from btrain.evaluation.target import find
 from btrain.report import compare
-from btrain.report.eval_files import read as read_evaluation
 from btrain.settings.compose import compose, read_yaml, run_name
 from btrain.settings.evaluation import EvalSettings
 from btrain.training import train
@@ -152,7 +152,7 @@ def test_a_bomb_of_samples_is_not_unpacked(evaluation: Path) -> None:
             archive.writestr(name, content)
     del members, content
     with little_memory(), pytest.raises(UserError, match=r"samples\.npz is damaged"):
-        read_evaluation(evaluation)
+        Evaluation.read(evaluation)
 
 
 # Images

@@ -13,21 +13,21 @@ ROOT = Path(btrain.__file__).parent
 
 LAYERS = [
     ["errors"],
-    ["durable", "untrusted"],
+    ["durable", "own", "pages", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
     ["attacks", "defenses", "verify"],
     ["controllers", "methods", "build"],
-    ["runs", "exchange", "evaluation", "report"],
+    ["runs", "exchange", "evaluation"],
     ["training"],
-    ["bench"],
-    ["paper", "cli", "__main__", "__init__"],
+    ["bench", "paper", "report"],
+    ["cli", "__main__", "__init__"],
 ]
 """From the lowest to the highest; rooms of one layer may import from each other."""
 
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
-APART = {"bench", "paper"}
-"""They import from the rooms below, and from each other not at all."""
+APART = {"bench", "paper", "report"}
+"""They import from the rooms below and not from each other; the command line alone uses them."""
 
 
 def room(path: Path) -> str:

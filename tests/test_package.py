@@ -36,8 +36,13 @@ def test_a_wheel_in_an_empty_venv_finds_its_configs(tmp_path: Path) -> None:
     settings = run(
         environment / "bin" / "btrain", "train", "bt=uniform", "--cfg", "job", cwd=tmp_path
     )
-    assert "n_b: ${attack.steps}" in settings
-    style = "from btrain.report.html import page; print(page('').count('prefers-color-scheme'))"
-    assert int(run(python, "-c", style, cwd=tmp_path)) > 0
+    assert "n_b: ${with_views:${attack.augmix},1,${attack.steps}}" in settings
+    pages = (
+        "from btrain.pages.html import render;"
+        "render('btrain.report', 'sample.html', label='', pictures=[], difference='', factor=1);"
+        "page = render('btrain.paper', 'index.html', title='', table='');"
+        "print(page.count('prefers-color-scheme'))"
+    )
+    assert int(run(python, "-c", pages, cwd=tmp_path)) > 0
     where = run(python, "-c", "import btrain; print(btrain.__file__)", cwd=tmp_path)
     assert where.startswith(str(environment))

@@ -12,8 +12,7 @@ import pytest
 from btrain import cli
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import LIBRARIES
-from btrain.paper.job import Job, check, make_plan
-from btrain.paper.left import unfinished
+from btrain.paper.job import Job, check, make_plan, unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
@@ -179,7 +178,7 @@ def test_a_defect_in_one_run_and_an_evaluation_that_fails_are_counted(
     def broken(*_: object, **__: object) -> None:
         raise BadNetworkError("of this test")
 
-    monkeypatch.setattr("btrain.training.setup.models.build", broken)
+    monkeypatch.setattr("btrain.build.models.build", broken)
     command = ["paper", "table2", "only=table2_bt_nr2", f"out={tmp_path}", *SMALLER]
     assert cli.main(command) == 1
     told = capsys.readouterr().err

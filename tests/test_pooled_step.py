@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.fast_paths import make_fast_paths
 from btrain.bench.look import look
-from btrain.data import Data, Split
+from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
-from btrain.methods.bullettrain import Generated, generate, rows_to_forward, train_step
-from btrain.methods.generation import Method
-from btrain.methods.make import attack_method, make_step
-from btrain.methods.pool import generate_pool, pooled_step
+from btrain.methods.bullettrain import BulletTrain, Examples, rows_to_forward
+from btrain.methods.make import make_bullettrain, make_method
+from btrain.methods.pool import Pool
 from btrain.methods.statistics import EXAMPLES
 from btrain.settings import Config
 from btrain.settings.compose import compose
@@ -28,6 +28,7 @@ from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from steps import take
 
 CPU = torch.device("cpu")
 TINY = [
@@ -39,10 +40,10 @@ TINY = [
     "train.batch_size=32",
     "train.epochs=2",
     "attack.steps=3",
-    "bt.n_r=1",
     "eval.steps=2",
     "device=cpu",
 ]
+BY_CLASS = "bt.n_r=1"
 F_R = torch.tensor(0.4)
 
 
@@ -50,9 +51,8 @@ def tiny(*overrides: str) -> Config:
     return compose([*TINY, *overrides])
 
 
-def method(*overrides: str) -> Method:
-    config = tiny(*overrides)
-    return attack_method(config, CPU, config.bt.name.value)
+def method(*overrides: str) -> BulletTrain:
+    return make_bullettrain(tiny(*overrides), CPU)
 
 
 def images(digits: Data, model: nn.Module, n: int) -> tuple[Tensor, Tensor]:
@@ -63,24 +63,35 @@ def images(digits: Data, model: nn.Module, n: int) -> tuple[Tensor, Tensor]:
     return x, torch.where(torch.arange(n) % 3 == 0, labels, right)
 
 
+def examples(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    chosen: BulletTrain | Pool,
+    generator: torch.Generator,
+) -> list[Examples]:
+    batch = Batch(x, labels, torch.arange(len(x)))
+    return [*chosen.examples(model, batch, {"robust_fraction": F_R}, generator)]
+
+
 def one_by_one(
-    model: nn.Module, x: Tensor, labels: Tensor, chosen: Method, sizes: list[int]
-) -> list[Generated]:
+    model: nn.Module, x: Tensor, labels: Tensor, chosen: BulletTrain, sizes: list[int]
+) -> list[Examples]:
     """Each batch attacked by itself, its noise drawn from where the one before stopped."""
     generator = torch.Generator().manual_seed(0)
     batches = zip(x.split(sizes), labels.split(sizes), strict=True)
-    return [generate(model, *batch, F_R, generator, chosen) for batch in batches]
+    return [one for each in batches for one in examples(model, *each, chosen, generator)]
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["defense=trades"],
+        ["defense=trades", BY_CLASS],
         ["defense=trades", "bt.n_r=0"],
         ["defense=trades", "bt=uniform"],
         ["defense=mart", "bt=gaussian"],
         ["defense=pgd", "bt=uniform"],
-        ["defense=trades", "bt=early_exit", "bt.n_b=5"],
+        ["defense=trades", "bt=early_exit", "bt.n_b=5", BY_CLASS],
     ],
 )
 @pytest.mark.parametrize("sizes", [[16, 16, 16], [16, 16, 7], [16, 17], [16]])
@@ -91,7 +102,7 @@ def test_with_constant_weights_a_pool_is_attacked_like_its_batches(
     chosen = method(*settings)
     small_cnn.double()  # in float32 a large pass rounds otherwise than a small one
     x, generator = x.double(), torch.Generator().manual_seed(0)
-    pool = generate_pool(small_cnn, x, labels, F_R, generator, method=chosen, batch_size=16)
+    pool = examples(small_cnn, x, labels, Pool(chosen, batch_size=16), generator)
     alone = one_by_one(small_cnn, x, labels, chosen, sizes)
     assert any(batch.perturbed > 0 for batch in pool)
     for ours, theirs in zip(pool, alone, strict=True):
@@ -116,13 +127,11 @@ def test_a_pool_of_one_batch_is_the_plain_step(
 ) -> None:
     preact.train()
     x, labels = images(digits, preact, 24)
-    chosen, other = method(f"defense={defense}"), copy.deepcopy(preact)
-    plain = train_step(
-        preact, sgd(preact, 0.1), x, labels, F_R, torch.Generator().manual_seed(0), method=chosen
-    )
-    pooled = pooled_step(
-        other, sgd(other, 0.1), x, labels, F_R, torch.Generator().manual_seed(0),
-        method=chosen, batch_size=24,
+    chosen, other = method(f"defense={defense}", BY_CLASS), copy.deepcopy(preact)
+    plain = take(chosen, preact, sgd(preact, 0.1), x, labels, F_R, torch.Generator().manual_seed(0))
+    pooled = take(
+        Pool(chosen, batch_size=24), other, sgd(other, 0.1), x, labels, F_R,
+        torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert torch.equal(plain[0], pooled[0])
     torch.testing.assert_close(plain[1], pooled[1], rtol=0, atol=0, equal_nan=True)
@@ -135,14 +144,13 @@ def test_every_batch_has_its_update_and_the_ledger_is_that_of_the_batches(
 ) -> None:
     preact.train()
     x, labels = images(digits, preact, 56)
-    chosen, sizes = method(), [24, 24, 8]
+    chosen, sizes = method(BY_CLASS), [24, 24, 8]
     still = copy.deepcopy(preact)
     alone = one_by_one(still, x, labels, chosen, sizes)
     adam = torch.optim.Adam(preact.parameters())
     generator = torch.Generator().manual_seed(0)
-    robust_fraction, stats = pooled_step(
-        preact, adam, x, labels, F_R, generator, method=chosen, batch_size=24
-    )
+    pool = Pool(chosen, batch_size=24)
+    robust_fraction, stats = take(pool, preact, adam, x, labels, F_R, generator)
     assert next(float(each["step"]) for each in adam.state.values()) == 3
     # Attack and clean forward, then three units for each image in a training pass.
     passes = [
@@ -158,16 +166,16 @@ def test_every_batch_has_its_update_and_the_ledger_is_that_of_the_batches(
 def test_it_copies_the_step_counts_to_the_host_once(digits: Data, small_cnn: nn.Module) -> None:
     x, labels = images(digits, small_cnn, 48)
     seen = look(
-        lambda: pooled_step(
-            small_cnn, sgd(small_cnn, 0.0), x, labels, F_R, torch.Generator(),
-            method=method(), batch_size=16,
+        lambda: take(
+            Pool(method(BY_CLASS), batch_size=16), small_cnn, sgd(small_cnn, 0.0), x, labels, F_R,
+            torch.Generator(),
         ),
         CPU,
     )  # fmt: skip
     assert seen.host_copies == 1
 
 
-POOLED = ["bt.pool=3", "model=preact_resnet18", "model.width=2"]
+POOLED = [BY_CLASS, "bt.pool=3", "model=preact_resnet18", "model.width=2"]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +188,13 @@ def test_a_run_cut_between_two_pools_goes_on_like_an_uncut_one(
     split = Split(digits.train.images[:250], digits.train.labels[:250])  # 8 batches, 3 pools
     data = replace(digits, train=split)
 
+    paths = make_fast_paths(config.train, CPU)
+
     def advance(state: TrainState, pools: float) -> None:
         train_epoch(
-            state, split, make_step(config, CPU), make_plan(config),
-            tick=lambda: None, show=lambda means: None, stopped=lambda: state.batch >= pools,
+            state, split, make_method(config, CPU, paths=paths), make_plan(config),
+            see=paths.view, tick=lambda: None, show=lambda means: None,
+            stopped=lambda: state.batch >= pools,
         )  # fmt: skip
 
     whole, cut, resumed = (make_state(config, data, CPU) for _ in range(3))

@@ -16,7 +16,7 @@ from btrain.bench.plan import make_cases
 from btrain.cli import main
 from btrain.data import Data
 from btrain.settings.compose import compose
-from btrain.settings.evaluation_words import parse, parse_compare
+from btrain.settings.evaluation import parse, parse_compare
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

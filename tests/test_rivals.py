@@ -17,9 +17,9 @@ from btrain.attacks.pgd import pgd
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.methods.gradalign import misalignment
-from btrain.methods.make import make_memory, make_step
-from btrain.methods.mma import MMAMethod, mma_step, shortest_attack, soft_logit_margin
+from btrain.methods.mma import MMA, soft_logit_margin
 from btrain.settings.compose import compose
+from steps import memory_of, step_of, take
 
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_gradalign_adds_its_penalty_to_the_loss(
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         config = compose([*common, f"rival.grad_align_weight={weight}"])
         memory = {"robust_fraction": torch.zeros(())}
-        step, generator = make_step(config, CPU), torch.Generator().manual_seed(0)
+        step, generator = step_of(config, CPU), torch.Generator().manual_seed(0)
         step(model, optimizer, Batch(x, labels, torch.arange(len(x))), memory, generator)
         return [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
 
@@ -163,19 +163,27 @@ def test_gradalign_adds_its_penalty_to_the_loss(
         torch.testing.assert_close(with_it, expected, rtol=1e-3, atol=1e-5)
 
 
+def lengths(rows: Tensor) -> Tensor:
+    """Euclidean, (m, C, H, W) -> (m, 1, 1, 1)"""
+    return rows.pow(2).sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
 class ZeroLogits(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         return rows[:, :10] * 0
 
 
-def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data) -> None:
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data, norm: str) -> None:
     config = compose(
-        ["dataset=digits", "defense=pgd", "rival=free", "rival.replays=3", "train.batch_size=16"]
-    )
-    x, labels = digits.train.images[:40].float() / 255, digits.train.labels[:40]
+        ["dataset=digits", "defense=pgd", "rival=free", "rival.replays=3", "train.batch_size=16",
+         f"attack={norm}_pgd"]
+    )  # fmt: skip
+    preact.double()  # in float32 rounding grows to 1e-3 of an L2 step
+    x, labels = digits.train.images[:40].double() / 255, digits.train.labels[:40]
     theirs, epsilon = copy.deepcopy(preact).train(), config.attack.epsilon
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
-    delta = torch.zeros(16, 1, 8, 8)
+    delta = torch.zeros(16, 1, 8, 8, dtype=x.dtype)
     for part in (slice(0, 16), slice(16, 32), slice(32, 40)):  # the last batch is a short one
         images, m = x[part], len(x[part])
         for _ in range(3):
@@ -185,22 +193,31 @@ def test_free_training_is_its_loop_written_out(preact: nn.Module, digits: Data) 
             for weight, gradient in zip(theirs.parameters(), gradients[1:], strict=True):
                 weight.grad = gradient
             optimizer.step()
-            moved = delta[:m] + epsilon * gradients[0].sign()
-            moved = torch.max(torch.min(moved, torch.tensor(epsilon)), torch.tensor(-epsilon))
+            if norm == "linf":
+                moved = delta[:m] + epsilon * gradients[0].sign()
+                moved = moved.clamp(-epsilon, epsilon)
+            else:
+                moved = delta[:m] + epsilon * gradients[0] / lengths(gradients[0])
+                moved = moved * (epsilon / lengths(moved)).clamp(max=1)
             delta[:m] = torch.max(torch.min(moved, 1 - images), -images)
 
-    ours, memory = preact.train(), make_memory(config, digits, CPU)
+    ours, memory = preact.train(), memory_of(config, digits, CPU)
+    memory["delta"] = memory["delta"].double()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
-    step = make_step(config, CPU)
+    step = step_of(config, CPU)
     for part in (slice(0, 16), slice(16, 32), slice(32, 40)):
         batch = Batch(x[part], labels[part], torch.arange(40)[part])
         step(ours, optimizer, batch, memory, torch.Generator())
     torch.testing.assert_close(memory["delta"][:16], delta)
+    if norm == "l2":
+        assert lengths(delta).max() <= epsilon + 1e-6
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-MMA = MMAMethod(max_margin=0.3, first_margin=0.05, steps=10, bisections=30, clean_weight=1 / 3)
+METHOD = MMA(
+    norm="linf", max_margin=0.3, first_margin=0.05, steps=10, bisections=30, clean_weight=1 / 3
+)
 
 
 def linear_model(classes: int = 2) -> nn.Module:
@@ -208,21 +225,33 @@ def linear_model(classes: int = 2) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).double()
 
 
-def test_the_margin_found_is_that_of_a_linear_classifier() -> None:
-    """|f_1 − f_0| / ‖w_1 − w_0‖₁ in L∞; bisection reaches it from too small and too large radii."""
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_the_margin_found_is_that_of_a_linear_classifier(norm: str, dual: int) -> None:
+    """|f_1 − f_0| / ‖w_1 − w_0‖ in the dual norm, L1 of L∞ and L2 of L2.
+
+    Bisection reaches it from too small and too large radii.
+    """
     model = linear_model()
     x = 0.4 + 0.2 * torch.rand(50, 1, 8, 8, dtype=torch.float64)
     logits = model(x).detach()
     labels = logits.argmax(dim=1)
     weight = model[1].weight.detach()  # type: ignore[union-attr, index, operator]
-    exact = (logits[:, 1] - logits[:, 0]).abs() / (weight[1] - weight[0]).abs().sum()
-    assert exact.max() < MMA.max_margin
+    exact = (logits[:, 1] - logits[:, 0]).abs() / (weight[1] - weight[0]).norm(p=dual)
+    method = replace(METHOD, norm=norm, max_margin=0.3 if norm == "linf" else 2.0)
+    assert exact.max() < method.max_margin
     radius = exact * torch.linspace(0.3, 3, 50, dtype=torch.float64)
-    x_adv, margin = shortest_attack(
-        model, x, labels, radius, torch.Generator().manual_seed(0), method=MMA
+    x_adv, margin = method.shortest_attack(
+        model, x, labels, radius, torch.Generator().manual_seed(0)
     )
-    torch.testing.assert_close(margin, exact, rtol=1e-6, atol=1e-8)
-    assert (x_adv - x).abs().flatten(1).amax(dim=1) == pytest.approx(margin, abs=1e-9)
+    moved = (x_adv - x).flatten(1)
+    if norm == "linf":
+        torch.testing.assert_close(margin, exact, rtol=1e-6, atol=1e-8)
+        assert moved.abs().amax(dim=1) == pytest.approx(margin, abs=1e-9)
+    else:  # ten steps turn the random start towards the shortest way, not quite all of it
+        normal = (weight[1] - weight[0]) / (weight[1] - weight[0]).norm()
+        torch.testing.assert_close((moved @ normal).abs(), exact, rtol=1e-6, atol=1e-8)
+        assert ((exact <= margin + 1e-8) & (margin < 1.05 * exact)).all()
+        assert moved.norm(dim=1) == pytest.approx(margin, abs=1e-9)
 
 
 def test_a_margin_beyond_the_search_ends_there() -> None:
@@ -232,8 +261,8 @@ def test_a_margin_beyond_the_search_ends_there() -> None:
         model[1].bias.copy_(torch.tensor([9.0, 0.0]))  # type: ignore[operator]
     x = torch.full((3, 1, 8, 8), 0.5, dtype=torch.float64)
     radius = torch.full((3,), 0.05, dtype=torch.float64)
-    _, margin = shortest_attack(
-        model, x, torch.zeros(3, dtype=torch.int64), radius, torch.Generator(), method=MMA
+    _, margin = METHOD.shortest_attack(
+        model, x, torch.zeros(3, dtype=torch.int64), radius, torch.Generator()
     )
     assert margin == pytest.approx(1.05 * 0.3, abs=1e-6)
 
@@ -248,11 +277,11 @@ def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) ->
     model = linear_model(10)
     fit(model, x, labels)
     before = copy.deepcopy(model)
-    memory = make_memory(config, digits, CPU)
+    memory = memory_of(config, digits, CPU)
     memory["margin"] = memory["margin"].double()
     chosen = torch.randperm(200)[:60]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stats = make_step(config, CPU)(
+    stats = step_of(config, CPU)(
         model, optimizer, Batch(x, labels, chosen), memory, torch.Generator().manual_seed(0)
     )
     logits = before(x)
@@ -271,9 +300,9 @@ def test_mma_trains_each_example_at_its_margin_and_remembers_it(digits: Data) ->
     assert stats.steps == 10 * correct.sum()
 
     first = torch.full((int(correct.sum()),), 0.001, dtype=x.dtype)
-    method = replace(MMA, max_margin=0.02, first_margin=0.001)
-    x_adv, _ = shortest_attack(
-        before, x[correct], labels[correct], first, torch.Generator().manual_seed(0), method=method
+    method = replace(METHOD, max_margin=0.02, first_margin=0.001)
+    x_adv, _ = method.shortest_attack(
+        before, x[correct], labels[correct], first, torch.Generator().manual_seed(0)
     )
     near = F.cross_entropy(before(x_adv), labels[correct], reduction="none")
     near = (near * (margin[correct] < 0.02)).sum()
@@ -299,10 +328,10 @@ def test_mma_attacks_in_eval_mode(preact: nn.Module, digits: Data) -> None:
     x, labels = digits.train.images[:40].float() / 255, digits.train.labels[:40]
     fit(preact.train(), x, labels)
     before = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
-    margin, method = torch.zeros(40), replace(MMA, bisections=4)
-    margin, stats = mma_step(
-        preact, torch.optim.SGD(preact.parameters(), lr=0.1), x, labels, margin,
-        torch.Generator().manual_seed(0), method=method,
+    margin, optimizer = torch.zeros(40), torch.optim.SGD(preact.parameters(), lr=0.1)
+    _, stats = take(
+        replace(METHOD, bisections=4), preact, optimizer, x, labels, torch.zeros(()),
+        torch.Generator().manual_seed(0), margin=margin,
     )  # fmt: skip
     after = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
     assert margin.count_nonzero() > 5

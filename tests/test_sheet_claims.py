@@ -11,7 +11,7 @@ from scipy import stats
 
 from btrain.evaluation.compare import compare_folders
 from btrain.paper.plan import Claim
-from btrain.paper.sheets import arithmetic, text
+from btrain.paper.sheets import arithmetic, files
 from btrain.paper.sheets.sheet import make_sheet
 from sheets import cells, evaluated, finished, line, plan, row
 
@@ -32,7 +32,7 @@ def test_with_one_seed_the_paired_test_is_mcnemars(tmp_path: Path) -> None:
     assert found.p == compare_folders(*folders, "pgd20").p  # and so says btrain eval compare
     assert found.difference == pytest.approx(100 * 3 / 8)
     assert cells(sheet, "b")["p"] == "0.375"
-    assert "McNemar's exact test;" in text.markdown(sheet)
+    assert "McNemar's exact test;" in files.markdown(sheet)
     assert cells(sheet, "a")["p"] == "baseline"
 
 
@@ -64,8 +64,8 @@ def test_the_normal_tail_needs_25_differing_examples(
     assert found is not None and found.differing == differing
     assert found.z == pytest.approx(math.sqrt(differing))
     assert cells(sheet, "b")["p"] == shown
-    assert "fewer than 25 examples differ" in text.markdown(sheet)
-    assert json.loads(text.as_json(sheet))["rows"][1]["test"]["p"] == pytest.approx(found.p)
+    assert "fewer than 25 examples differ" in files.markdown(sheet)
+    assert json.loads(files.as_json(sheet))["rows"][1]["test"]["p"] == pytest.approx(found.p)
 
 
 def test_other_test_examples_are_not_compared(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_claims_are_of_paired_seeds(tmp_path: Path) -> None:
     assert (fast.differences, fast.verdict) == ({0: 2.0, 1: 2.0, 2: 2.0}, "holds")
     assert withstands.differences == {0: 25.0, 1: 25.0, 2: 25.0}
     assert none.verdict == "undecided (no row c)"
-    shown = text.markdown(sheet)
+    shown = files.markdown(sheet)
     assert (
         "**undecided** – b is above (PGD-20, at least 0: +2.00, 95 % interval −0.48 to +4.48"
         in (shown)
@@ -169,7 +169,7 @@ def test_a_claim_without_numbers_tells_why(tmp_path: Path) -> None:
             "no finished run of e", "<b> not evaluated",
         )
     ]  # fmt: skip
-    shown = text.markdown(sheet)
+    shown = files.markdown(sheet)
     assert "no run yet" not in shown
     assert "<b>" not in shown.replace(r"\<b\>", "")
     assert "not of other test images" in shown

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from btrain.report.sheets import drawing, files
 
 from btrain.cli import main
 from btrain.durable import write_file
 from btrain.errors import UserError
+from btrain.pages.pictures import NO_MATPLOTLIB
 from btrain.paper.plan import Claim, Plan
+from btrain.paper.sheets import files
 from btrain.paper.sheets.files import write_sheets
 from btrain.paper.sheets.watch import duration, progress
 from btrain.runs import read as runs
@@ -106,9 +107,9 @@ def test_without_matplotlib_the_numbers_are_there(
 ) -> None:
     a_table(tmp_path)
     write_sheets(tmp_path, tmp_path / "report")
-    monkeypatch.setattr(drawing, "is_available", lambda: False)
+    monkeypatch.setattr(files, "is_available", lambda: False)
     assert main(["report", str(tmp_path)]) == 0
-    assert drawing.NO_MATPLOTLIB in capsys.readouterr().out
+    assert NO_MATPLOTLIB in capsys.readouterr().out
     kinds = {path.suffix for path in (tmp_path / "report").iterdir()}
     assert kinds == {".csv", ".html", ".json", ".md"}  # and no picture of an earlier report
     assert "need matplotlib" in (tmp_path / "report" / "table9.html").read_text()

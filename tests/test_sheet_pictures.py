@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from btrain.pages import tables
+from btrain.paper.batch import read_batch
 from btrain.paper.plan import Plan
-from btrain.paper.sheets import drawing, heat, pictures, training_pictures
+from btrain.paper.sheets import pictures
 from btrain.paper.sheets.files import sheet_files, write_sheets
 from btrain.paper.sheets.sheet import make_sheet
-from btrain.paper.sheets.training_pictures import read_batch
-from btrain.runs.read import read_run
+from btrain.paper.sheets.table import attack_words, grid_table, grids
 from sheets import begun, evaluated, finished, plan, row
 
 
@@ -72,15 +74,16 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_heat_maps_hold_their_own_cells(tmp_path: Path) -> None:
-    grids = heat.grids(make_sheet(pictured(tmp_path, "heatmaps"), tmp_path))
-    assert [(grid.zero, grid.x, grid.y) for grid in grids] == [
+    found = grids(make_sheet(pictured(tmp_path, "heatmaps"), tmp_path))
+    assert [(grid.zero, grid.x, grid.y) for grid in found] == [
         ("N_B", "N_R", "N_O"), ("N_O", "N_B", "N_R"), ("N_R", "N_B", "N_O"),
     ]  # fmt: skip
-    no_b, no_o, no_r = grids
+    no_b, no_o, no_r = found
     assert no_b.cells == {(i, j): 13.0 + 3 * (3 * i + j) for i in range(3) for j in range(3)}
     assert no_r.cells[0, 0] == 10 + 3 * 10
     assert (2, 2) not in no_o.cells and len(no_o.cells) == 8
-    assert "| 2 | 73.0 | 82.0 | – |" in heat.markdown(no_o, "PGD-20")
+    shown = re.sub(" +", " ", tables.markdown(*grid_table(no_o)))
+    assert "| 2 | 73.0 | 82.0 | – |" in shown
 
 
 def test_heat_maps_name_the_attack_and_its_radius(tmp_path: Path) -> None:
@@ -89,11 +92,11 @@ def test_heat_maps_name_the_attack_and_its_radius(tmp_path: Path) -> None:
         evaluated(tmp_path / of.runs[0], "pgd100x10", [1] * index + [0] * 30, epsilon=0.2)
     sheet = make_sheet(found, tmp_path)
     words = "PGD-100×10, ε = 0.2"
-    assert heat.attack_words(sheet) == words
+    assert attack_words(sheet) == words
     shown = sheet_files(sheet)
     for kind in ("md", "html"):
         assert shown[f"heatmaps.{kind}"].decode().count(f"%, {words}) with N_") == 3
-    with drawing.styled():
+    with pictures.styled():
         figure = pictures.heatmaps(sheet)
     assert figure is not None
     assert words in " ".join(figure.get_supxlabel().split())
@@ -105,7 +108,7 @@ def test_the_radius_of_a_runs_own_evaluation_is_in_its_settings(tmp_path: Path) 
     for seed, epsilon in enumerate((0.3, 8 / 255)):
         finished(tmp_path / f"a-seed{seed}", config={"eval.epsilon": epsilon})
     sheet = make_sheet(plan([row("a", 2)], kind="heatmaps"), tmp_path)
-    assert heat.attack_words(sheet) == "PGD-20, ε = 0.03137 or 0.3"
+    assert attack_words(sheet) == "PGD-20, ε = 0.03137 or 0.3"
 
 
 @pytest.mark.parametrize("logged", [2, 1, 0])
@@ -121,8 +124,8 @@ def test_scores_are_drawn_by_batch_where_all_runs_logged_batches(
             rows = [[first, 0.01, 0.04 + seed, None], [first + 30, 0.02, 0.05 + seed, -0.01], "x"]
             line["scores"] = rows
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with drawing.styled():
-        figure = training_pictures.scores(make_sheet(found, tmp_path))
+    with pictures.styled():
+        figure = pictures.scores(make_sheet(found, tmp_path))
     assert figure is not None
     below, curves = figure.get_supxlabel(), figure.axes[0].get_lines()
     curve = {str(line.get_label()).split(" ")[0]: line.get_xydata().tolist() for line in curves}
@@ -142,6 +145,6 @@ def test_scores_are_drawn_by_batch_where_all_runs_logged_batches(
 def test_an_unsound_batch_is_not_drawn(tmp_path: Path, change: dict[str, object]) -> None:
     pictured(tmp_path, "allocation")
     path = tmp_path / "a-seed0" / "allocation.json"
-    assert read_batch(read_run(path.parent)) is not None
+    assert read_batch(path.parent) is not None
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert read_batch(read_run(path.parent)) is None
+    assert read_batch(path.parent) is None

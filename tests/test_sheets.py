@@ -19,7 +19,7 @@ import pytest
 
 from btrain.errors import Interrupted, UserError
 from btrain.paper.plan import Claim
-from btrain.paper.sheets import notes, text
+from btrain.paper.sheets import files, notes
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import read_run
@@ -66,7 +66,7 @@ def test_speedups_are_of_an_epoch_over_the_same_images(tmp_path: Path) -> None:
     assert cells(sheet, "b")["speedup, measured"] == "0.50×"  # 10 s an epoch over 20 s
     assert cells(sheet, "c")["speedup, FLOPs"] == "–"
     assert cells(sheet, "c")["speedup, measured"] == "other images"
-    assert "of an epoch over as many images" in text.markdown(sheet)
+    assert "of an epoch over as many images" in files.markdown(sheet)
 
 
 def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_times_of_other_hardware_are_not_divided(tmp_path: Path) -> None:
     assert cells(sheet, "c")["speedup, measured"] == "machine unknown"
     assert cells(sheet, "d")["speedup, measured"] == "2.00×"
     assert line(sheet, "d").notes == ["times of seed 1 not compared: other machine"]
-    assert "100.00×" not in text.markdown(sheet)
+    assert "100.00×" not in files.markdown(sheet)
 
 
 def test_times_of_another_load_are_not_divided(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_times_of_another_load_are_not_divided(tmp_path: Path) -> None:
     shown = [cells(sheet, name)["speedup, measured"] for name in "abcd"]
     assert shown == ["1.00×", "2.00×", "other load", "other load"]
     assert "cpu, torch 2.13.0, Processor 1, 2 cores, 1 thread, 2 at a time (2 runs)" in (
-        text.markdown(sheet)
+        files.markdown(sheet)
     )
 
 
@@ -248,7 +248,7 @@ def test_what_all_rows_share_is_said_once(tmp_path: Path) -> None:
     assert line(sheet, "b").notes[:2] == [
         "image files (jpeg) instead of CIFAR-10", "1,000 test images",
     ]  # fmt: skip
-    assert "All rows:** small_cnn (width 8) instead of wrn_34_10, 10 of" in text.markdown(sheet)
+    assert "All rows:** small_cnn (width 8) instead of wrn_34_10, 10 of" in files.markdown(sheet)
 
 
 def test_runs_of_the_papers_scale_need_no_note(tmp_path: Path) -> None:
@@ -298,12 +298,12 @@ def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
         finished(tmp_path / f"a-seed{seed}", robust=robust)
     told = row("a", 3, label='=cmd|"x"', paper={"robust_acc": 52.0})
     sheet = make_sheet(plan([told], [Claim("c", "robust_acc", "a", at_least=0)]), tmp_path)
-    (found,) = csv.DictReader(io.StringIO(text.comma_separated(sheet)))
+    (found,) = csv.DictReader(io.StringIO(files.as_csv(sheet)))
     assert found["label"] == '\'=cmd|"x"'  # no spreadsheet runs it
     assert (found["robust_acc"], found["robust_acc_n"]) == ("51.5", "2")
     assert float(found["robust_acc_sd"]) == pytest.approx(math.sqrt(4.5), rel=1e-6)
     assert float(found["robust_acc_minus_paper"]) == -0.5
-    content = json.loads(text.as_json(sheet))
+    content = json.loads(files.as_json(sheet))
     assert content["rows"][0]["numbers"]["robust_acc"]["seeds"] == {"0": 50.0, "1": 53.0}
     assert content["rows"][0]["states"] == {"0": "finished", "1": "finished", "2": "missing"}
     assert content["claims"][0]["interval95"] == pytest.approx(

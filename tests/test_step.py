@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,46 +20,46 @@ from btrain.allocation import (
     OUTLIER,
     ROBUST,
     Allocation,
-    bullettrain,
+    EarlyExit,
+    Oracle,
+    Scored,
+    Uniform,
+    by_score,
     step_sizes,
 )
+from btrain.allocation import BulletTrain as Rule
+from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.pgd import by_steps, early_exit_pgd, pgd
 from btrain.attacks.views import augmix
 from btrain.data import Data
 from btrain.defenses import DEFENSES, kl_inner_loss
-from btrain.methods.augmix import AugMixMethod, augmix_step
-from btrain.methods.bullettrain import forward_prefix, rows_to_forward, train_step
-from btrain.methods.generation import Method, start_noise, true_allocation
+from btrain.methods.augmix import AugMix
+from btrain.methods.bullettrain import BulletTrain, forward_prefix, rows_to_forward
 from btrain.methods.statistics import StepStats, averages, stacked, step_stats
+from steps import take
 
 EPSILON = 0.1
 STEP_SIZE = 0.03
 BETA = 6.0
 
 
-def method(allocator: str = "bullettrain", n_b: int = 3, n_r: int = 1, n_o: int = 0) -> Method:
-    return Method(
-        defense=DEFENSES["trades"](beta=BETA),
-        allocator=allocator,
-        metric=METRICS["svar"],
-        budget=torch.tensor([n_o, n_r, n_b]),
-        n_b=n_b,
+def rule(n_b: int = 3, n_r: int = 1, n_o: int = 0, kind: Callable[..., Rule] = Rule) -> Rule:
+    """BulletTrain's rule, or another one by class, with these budgets."""
+    return kind(torch.tensor([n_o, n_r, n_b]), (n_b, n_r, n_o))
+
+
+def method(allocator: Uniform | Rule) -> BulletTrain:
+    """TRADES with this allocation."""
+    defense = DEFENSES["trades"](beta=BETA)
+    attack = Attack(
+        ball=LinfBall(EPSILON),
+        inner_loss=defense.inner_loss,
+        n_b=allocator.n_b if isinstance(allocator, Uniform) else allocator.steps[0],
         step_size_b=STEP_SIZE,
-        patience=1,
-        mean_steps=1.5,
-        fractions=None,
-        oracle_steps=4,
-        oracle_step_size=STEP_SIZE,
-        attack_in_train_mode=False,
-        epsilon=EPSILON,
-        start="normal",
-        start_std=0.001,
-        gamma=0.8,
-        momentum=0.9,
-        share_clean_forward=False,
-        forward_unperturbed=False,
-        grad_align_weight=0.0,
+        start=nearby(0.001),
     )
+    return BulletTrain(defense, attack, allocator, METRICS["svar"], gamma=0.8, momentum=0.9)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -67,18 +69,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def step(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
-    chosen: Method,
+    chosen: BulletTrain,
     robust_fraction: float = 0.3,
 ) -> tuple[Tensor, StepStats]:
     model.train()
-    return train_step(
-        model,
-        sgd(model),
-        *batch,
-        torch.tensor(robust_fraction),
-        torch.Generator().manual_seed(5),
-        method=chosen,
-    )
+    generator = torch.Generator().manual_seed(5)
+    return take(chosen, model, sgd(model), *batch, torch.tensor(robust_fraction), generator)
 
 
 def textbook_trades_step(
@@ -113,8 +109,8 @@ def test_the_uniform_step_is_textbook_trades(
 ) -> None:
     ours, (x, labels) = preact.double(), (batch[0].double(), batch[1])
     theirs = copy.deepcopy(ours)
-    chosen = method("uniform")
-    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
+    chosen = method(Uniform(3))
+    noise = chosen.attack.noise(x, torch.Generator().manual_seed(5))
     step(ours, (x, labels), chosen)
     textbook_trades_step(theirs, x, labels, noise, n=3)
     for mine, reference in zip(
@@ -127,8 +123,8 @@ def test_equal_budgets_are_the_plain_defense_bit_for_bit(
     preact: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     plain = copy.deepcopy(preact)
-    step(preact, batch, method("bullettrain", 3, 3, 3))
-    step(plain, batch, method("uniform", 3, 3, 3))
+    step(preact, batch, method(rule(3, 3, 3)))
+    step(plain, batch, method(Uniform(3)))
     assert same_weights(preact, plain)
 
 
@@ -136,12 +132,12 @@ def test_other_budgets_are_not_the_plain_defense(
     preact: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     plain = copy.deepcopy(preact)
-    step(preact, batch, method("bullettrain", 3, 1, 0))
-    step(plain, batch, method("uniform", 3, 3, 3))
+    step(preact, batch, method(rule(3, 1, 0)))
+    step(plain, batch, method(Uniform(3)))
     assert not same_weights(preact, plain)
 
 
-def forward_sizes(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: Method) -> list[int]:
+def forward_sizes(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: BulletTrain) -> list[int]:
     """How many images each forward pass of a step sees."""
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
@@ -158,14 +154,14 @@ def test_a_step_forwards_what_the_budgets_say(
     predicted = preact(batch[0]).argmax(dim=1)
     outlier = torch.arange(m) % 4 == 0
     batch = (batch[0], torch.where(outlier, (predicted + 1) % 10, predicted))
-    _, stats = step(copy.deepcopy(preact), batch, method(n_b=5, n_r=2, n_o=0))
+    _, stats = step(copy.deepcopy(preact), batch, method(rule(n_b=5, n_r=2, n_o=0)))
     n_b, n_r = int(stats.boundary), int(stats.robust)
     assert n_b > 0
     assert n_r > 0
     assert stats.outlier == m - n_b - n_r > 0
     assert stats.steps == 5 * n_b + 2 * n_r
     attack = [n_b + n_r] * 2 + [n_b] * 3
-    chosen = method(n_b=5, n_r=2, n_o=0)
+    chosen = method(rule(n_b=5, n_r=2, n_o=0))
     assert forward_sizes(copy.deepcopy(preact), batch, chosen) == [m, *attack, m, n_b + n_r]
     everything = replace(chosen, forward_unperturbed=True)
     assert forward_sizes(copy.deepcopy(preact), batch, everything) == [m, *attack, m, m]
@@ -186,18 +182,18 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("allocator", ["bullettrain", "uniform"])
+@pytest.mark.parametrize("allocator", [rule(3, 1, 0), Uniform(3)], ids=["bullettrain", "uniform"])
 def test_the_host_reads_the_counts_once_the_batch_is_put_in_order(
-    preact: nn.Module, batch: tuple[Tensor, Tensor], allocator: str
+    preact: nn.Module, batch: tuple[Tensor, Tensor], allocator: Uniform | Rule
 ) -> None:
     with Reads() as reads:
-        step(preact, batch, method(allocator, 3, 1, 0))
+        step(preact, batch, method(allocator))
     assert reads.calls == ["gather", "gather", "read"]  # the images and the noise
 
 
 def test_a_shared_clean_forward_saves_one(preact: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     m = len(batch[0])
-    shared = replace(method("uniform"), share_clean_forward=True)
+    shared = replace(method(Uniform(3)), share_clean_forward=True)
     assert forward_sizes(preact, batch, shared) == [m] * (1 + 3 + 1)
     # The clean logits of the loss carry their gradient although they decided the classes.
     before = copy.deepcopy(preact)
@@ -209,7 +205,7 @@ def test_a_shared_clean_forward_saves_one(preact: nn.Module, batch: tuple[Tensor
 def test_the_attack_sees_eval_mode_and_leaves_the_statistics_alone(
     preact: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
-    step(preact, batch, method("uniform"))
+    step(preact, batch, method(Uniform(3)))
     # One clean and one adversarial pass in train mode, whatever the attack did.
     counts = {int(v) for k, v in preact.state_dict().items() if k.endswith("num_batches_tracked")}
     assert counts == {2}
@@ -221,7 +217,7 @@ def test_tiny_batches_train(
     small_cnn: nn.Module, batch: tuple[Tensor, Tensor], m: int, n_o: int
 ) -> None:
     few = (batch[0][:m], batch[1][:m])
-    robust_fraction, stats = step(small_cnn, few, method(n_b=3, n_r=3 if n_o else 0, n_o=n_o))
+    robust_fraction, stats = step(small_cnn, few, method(rule(3, 3 if n_o else 0, n_o)))
     assert torch.isfinite(stats.loss)
     assert 0 <= robust_fraction <= 1
 
@@ -248,32 +244,33 @@ def test_an_unperturbed_outlier_counts_as_not_robust(
     with torch.no_grad():
         small_cnn.fc2.bias.copy_(100 * F.one_hot(labels[0], 10))  # always predicts one class
     everyone = torch.full_like(labels, int(labels[0]))
-    fraction, _ = step(copy.deepcopy(small_cnn), (x, everyone), method())
+    fraction, _ = step(copy.deepcopy(small_cnn), (x, everyone), method(rule()))
     assert fraction.item() == pytest.approx(0.9 * 0.3 + 0.1 * 0.8)
-    fraction, stats = step(small_cnn, (x, torch.where(wrong == labels[0], 5, wrong)), method())
+    fraction, stats = step(
+        small_cnn, (x, torch.where(wrong == labels[0], 5, wrong)), method(rule())
+    )
     assert stats.outlier == len(x)
     assert fraction.item() == pytest.approx(0.9 * 0.3)
 
 
 @pytest.mark.parametrize(
-    ("start", "low", "high"), [("normal", 0.0005, 0.006), ("uniform", 0.08, EPSILON)]
+    ("start", "low", "high"), [(nearby(0.001), 0.0005, 0.006), (within_the_ball, 0.08, EPSILON)]
 )
-def test_starts(start: str, low: float, high: float) -> None:
+def test_starts(start: Start, low: float, high: float) -> None:
     x = torch.rand(8, 1, 8, 8)
     x = 0.2 + 0.6 * x
-    noise = start_noise(x, replace(method(), start=start), torch.Generator().manual_seed(0))
+    attack = replace(method(rule()).attack, start=start)
+    noise = attack.noise(x, torch.Generator().manual_seed(0))
     assert low < noise.abs().max() <= high
     assert noise.min() < 0 < noise.max()
-    assert not start_noise(x, replace(method(), start="clean"), torch.Generator()).any()
+    assert not replace(attack, start=at_the_image).noise(x, torch.Generator()).any()
 
 
-def augmix_method(allocator: str, **changes: object) -> AugMixMethod:
-    chosen = AugMixMethod(
+def augmix_method(allocator: Uniform | Rule, **changes: object) -> AugMix:
+    chosen = AugMix(
         make_views=lambda images, generator, rows: augmix(images, generator=generator, rows=rows),
         allocator=allocator,
         metric=METRICS["svar"],
-        budget=torch.tensor([0, 0, 1]),
-        fractions=None,
         jsd=True,
         jsd_weight=12.0,
         gamma=0.8,
@@ -283,13 +280,13 @@ def augmix_method(allocator: str, **changes: object) -> AugMixMethod:
 
 
 def augmix_forwards(
-    model: nn.Module, batch: tuple[Tensor, Tensor], chosen: AugMixMethod
+    model: nn.Module, batch: tuple[Tensor, Tensor], chosen: AugMix
 ) -> tuple[list[int], StepStats]:
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     model.train()
     fraction, generator = torch.tensor(0.4), torch.Generator().manual_seed(0)
-    _, stats = augmix_step(model, sgd(model), *batch, fraction, generator, method=chosen)
+    _, stats = take(chosen, model, sgd(model), *batch, fraction, generator)
     handle.remove()
     return sizes, stats
 
@@ -307,7 +304,7 @@ def test_augmix_makes_and_forwards_views_of_boundary_examples_only(
         made.append(len(images))
         return augmix(images, generator=generator, rows=rows)
 
-    chosen = augmix_method("bullettrain", make_views=make_views)
+    chosen = augmix_method(rule(1, 0, 0), make_views=make_views)
     sizes, stats = augmix_forwards(preact, (x, predicted), chosen)
     n = int(stats.boundary)
     # 3m + 2·3n passes of one example, forward and backward: 9 → 5.1 units at F_B = 0.35.
@@ -321,8 +318,8 @@ def test_plain_augmix_shares_batch_norm_statistics_over_all_views(
     preact: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
     m = len(batch[0])
-    assert augmix_forwards(preact, batch, augmix_method("uniform"))[0] == [3 * m]
-    assert augmix_forwards(preact, batch, augmix_method("uniform", jsd=False))[0] == [m]
+    assert augmix_forwards(preact, batch, augmix_method(Uniform(1)))[0] == [3 * m]
+    assert augmix_forwards(preact, batch, augmix_method(Uniform(1), jsd=False))[0] == [m]
 
 
 def test_augmix_without_boundary_examples_is_plain_training(
@@ -333,7 +330,7 @@ def test_augmix_without_boundary_examples_is_plain_training(
     with torch.no_grad():
         wrong = (copy.deepcopy(preact)(x).argmax(dim=1) + 1) % 10  # outliers all
     plain = copy.deepcopy(preact)
-    sizes, stats = augmix_forwards(preact, (x, wrong), augmix_method("bullettrain"))
+    sizes, stats = augmix_forwards(preact, (x, wrong), augmix_method(rule(1, 0, 0)))
     assert sizes == [len(x)]
     assert stats.outlier == len(x)
     optimizer = sgd(plain)
@@ -345,14 +342,16 @@ def test_augmix_without_boundary_examples_is_plain_training(
 
 def test_a_uniform_start_stays_in_the_box() -> None:
     x = torch.tensor([0.0, 0.02, 0.5, 1.0]).expand(500, 4)
-    uniform = replace(method(), start="uniform")
-    start = x + start_noise(x, uniform, torch.Generator().manual_seed(0))
+    uniform = replace(method(rule()).attack, start=within_the_ball)
+    start = x + uniform.noise(x, torch.Generator().manual_seed(0))
     assert start.min() == 0
     assert start.max() == 1
     assert (start - x).abs().max() == pytest.approx(EPSILON, abs=1e-3)
 
 
-def modes_of_forwards(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: Method) -> list[bool]:
+def modes_of_forwards(
+    model: nn.Module, batch: tuple[Tensor, Tensor], chosen: BulletTrain
+) -> list[bool]:
     """Whether each forward pass of a step is in train mode."""
     modes: list[bool] = []
     handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
@@ -364,8 +363,9 @@ def modes_of_forwards(model: nn.Module, batch: tuple[Tensor, Tensor], chosen: Me
 def test_an_attack_in_train_mode_has_its_target_in_train_mode(
     preact: nn.Module, batch: tuple[Tensor, Tensor]
 ) -> None:
-    fast = replace(method("uniform", 1, 1, 1), attack_in_train_mode=True)
-    assert modes_of_forwards(preact, batch, method("uniform", 1, 1, 1)) == [
+    plain = method(Uniform(1))
+    fast = replace(plain, attack=replace(plain.attack, train_mode=True))
+    assert modes_of_forwards(preact, batch, plain) == [
         False, False, True, True,
     ]  # fmt: skip
     # One clean forward for the target and the loss, one attack step, one adversarial forward.
@@ -382,11 +382,17 @@ def test_the_oracle_finds_the_true_classes(digits: Data, small_cnn: nn.Module) -
             strict=True,
         ):
             parameter.data -= 0.3 * gradient
-    chosen = method("oracle", 3, 1, 0)
+    oracle = partial(Oracle, oracle_steps=4, oracle_step_size=STEP_SIZE)
+    chosen = method(rule(3, 1, 0, oracle))
     with torch.no_grad():
         logits = small_cnn(x)
-    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
-    allocation = true_allocation(small_cnn, x, labels, logits, noise, chosen)
+    generator = torch.Generator().manual_seed(5)
+    noise = chosen.attack.noise(x, generator)
+    attacked = partial(chosen.attacked_logits, small_cnn, x, labels, logits, noise)
+    score = METRICS["svar"](logits, labels)
+    allocation = chosen.allocator(
+        Scored(score, logits, labels, torch.tensor(0.3), generator, attacked)
+    )
     m = len(x)
     x_adv = pgd(
         small_cnn, x, labels, logits, steps=torch.full((m,), 4),
@@ -411,17 +417,19 @@ def test_boundary_examples_exit_early(small_cnn: nn.Module, digits: Data, patien
         optimizer.zero_grad()
         F.cross_entropy(small_cnn(x), labels).backward()
         optimizer.step()
-    chosen = replace(method("early_exit", 7, 3), patience=patience, epsilon=0.3)
+    early_exit = rule(7, 3, 0, partial(EarlyExit, patience=patience))
+    chosen = method(early_exit)
+    chosen = replace(chosen, attack=replace(chosen.attack, ball=LinfBall(0.3)))
     _, stats = step(copy.deepcopy(small_cnn), (x, labels), chosen)
     z = small_cnn(x).detach()
-    allocation = bullettrain(METRICS["svar"](z, labels), torch.tensor(0.3), chosen.budget)
+    allocation = by_score(METRICS["svar"](z, labels), torch.tensor(0.3), early_exit.budget)
     order, counts = by_steps(allocation.steps)
     sizes = step_sizes(allocation.steps, n_b=7, epsilon=0.3, step_size_b=STEP_SIZE)
-    noise = start_noise(x, chosen, torch.Generator().manual_seed(5))
+    noise = chosen.attack.noise(x, torch.Generator().manual_seed(5))
     _, taken, _ = early_exit_pgd(
         small_cnn, x[order], labels[order], z[order], steps=allocation.steps[order],
         active=counts(), exits=(allocation.classes == BOUNDARY)[order], patience=patience,
-        step_size=sizes[order], inner_loss=kl_inner_loss, epsilon=0.3, noise=noise[order],
+        step_size=sizes[order], inner_loss=kl_inner_loss, ball=LinfBall(0.3), noise=noise[order],
     )  # fmt: skip
     assert stats.steps == taken.sum() < allocation.steps.sum()
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from btrain import models
-from btrain.data import Data, load
+from btrain import models, own
+from btrain.data import Data
+from btrain.data.augmentation import to_unit
+from btrain.data.splits import load_configured
 from btrain.errors import UserError, first_line
-from btrain.settings import Config, ModelConfig
+from btrain.settings import (
+    Activation,
+    Config,
+    ModelConfig,
+    OwnModelConfig,
+    WideResNetConfig,
+    WidthConfig,
+)
+from btrain.settings.run import LibraryModelConfig
+
+_TRIED = 8  # images
 
 
 def find_device(name: str) -> torch.device:
@@ -39,27 +51,60 @@ def meant(device: torch.device) -> AbstractContextManager[object]:
 
 
 def load_data(config: Config, device: torch.device) -> Data:
-    dataset = config.dataset
-    return load(
-        dataset.name.value,
-        Path(dataset.root),
-        device=device,
-        download=dataset.download,
-        image_size=dataset.image_size,
-        train_examples=dataset.train_examples,
-        test_examples=dataset.test_examples,
-        val_examples=dataset.val_examples,
-    )
+    """Read the data set of a configuration and move it to the device."""
+    return load_configured(config.dataset, device)
 
 
 def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """The network of a configuration, for K classes of (C, H, W) images, freshly initialised."""
-    return models.build(
-        model.architecture.value,
-        width=model.width,
-        depth=model.depth,
-        classes=classes,
-        shape=shape,
-        mean=model.mean,
-        std=model.std,
-    )
+    """Make the network of a configuration, for K classes of (C, H, W) images, freshly initialised.
+
+    Raises:
+        UserError: there is no such network, or the user's own code fails.
+    """
+    match model:
+        case OwnModelConfig():
+            network = own.call("model", model.factory, model.settings, classes=classes, shape=shape)
+            if not isinstance(network, nn.Module):
+                raise UserError(
+                    f"model.factory={model.factory} must make a torch.nn.Module, not a thing of "
+                    f"type {type(network).__name__}."
+                )
+            if model.factory.startswith(own.GIVEN):
+                network = copy.deepcopy(network)
+        case LibraryModelConfig():
+            name = model.architecture.value
+            network = models.from_library(name, model.settings, classes, shape[0])
+        case _:
+            assert isinstance(model, WidthConfig)
+            depth, activation = None, Activation.relu
+            if isinstance(model, WideResNetConfig):
+                depth, activation = model.depth, model.activation
+            return models.build(
+                model.architecture.value,
+                width=model.width,
+                depth=depth,
+                classes=classes,
+                shape=shape,
+                mean=model.mean,
+                std=model.std,
+                activation=activation.value,
+            )
+    normalise = models.normalisation(shape[0], model.mean, model.std)
+    return network if normalise is None else models.Normalised(normalise, network)
+
+
+def check_network(model: ModelConfig, network: nn.Module, data: Data) -> None:
+    """Try a network that is not btrain's on one batch of its data; it is left as it was.
+
+    Raises:
+        UserError: it is not what training and attacks assume of a network.
+    """
+    match model:
+        case OwnModelConfig():
+            what = f"model.factory={model.factory}"
+        case LibraryModelConfig():
+            what = f"model={model.architecture.value}"
+        case _:
+            return
+    images, labels = data.train.images[:_TRIED], data.train.labels[:_TRIED]
+    models.check(network, to_unit(images), labels, len(data.classes), what)

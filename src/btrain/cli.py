@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from btrain import __version__
+from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
 from btrain.processes.launched import check_alone, first_complains, is_first, processes
 
@@ -122,7 +122,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from btrain.settings import compose as configs
 
     args = [configs.with_path_quoted(argument) for argument in args]
-    args.sort(key=lambda argument: argument not in ("--multirun", "-m"))  # argparse's condition
+    args = configs.options_first(args)
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
@@ -148,6 +148,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
                 check_alone("a sweep")
             with first_complains():
                 config = configs.from_hydra(cfg, hydra_config.overrides.task)
+            own.allow_parts(config)
             run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
@@ -219,33 +220,55 @@ _NO_RESULT = ("TerminatedWorkerError", "UncompletedJobError")
 
 
 def _report(args: list[str]) -> None:
-    """Shows runs side by side, or the paper's tables and figures."""
-    from btrain.report.command import run
+    """Show runs side by side, or write or watch the sheets of a folder of plans."""
+    from btrain.report import command
 
-    run(args)
+    if {"-h", "--help"} & set(args):
+        print(command.HELP, end="")
+        return
+    wanted = command.parse(args)
+    from btrain.paper.plan import holds_plans
+
+    if not wanted.are_of_plans and not any(map(holds_plans, wanted.folders)):
+        from btrain.report import compare
+
+        print(compare(wanted.folders, merge_seeds=wanted.merge_seeds))
+        return
+    folder = wanted.folder_of_plans()
+    if wanted.watch:
+        from btrain.paper.sheets.watch import watch
+
+        watch(folder, wanted.targets)
+        return
+    from btrain.paper.sheets.files import show_sheets
+
+    show_sheets(folder, wanted.out or folder / "report", wanted.targets)
 
 
 def _eval(args: list[str]) -> None:
-    """Evaluates a checkpoint, or compares two evaluations."""
-    from btrain.settings import evaluation_words as eval_config
+    """Evaluate a checkpoint, or compare two evaluations."""
+    from btrain.settings import evaluation as words
 
     if {"-h", "--help"} & set(args):
-        print(eval_config.HELP, end="")
+        print(words.HELP, end="")
         return
     if args[:1] == ["compare"]:
-        folder_a, folder_b, attack = eval_config.parse_compare(args[1:])
+        folder_a, folder_b, attack = words.parse_compare(args[1:])
         from btrain.evaluation.compare import compare_folders
 
         print(compare_folders(folder_a, folder_b, attack).sentence())
         return
-    settings = eval_config.parse(args)
+    settings = words.parse(args)
     from btrain.evaluation.run import evaluate_checkpoint
+    from btrain.report.evaluation import describe, write_page
 
-    evaluate_checkpoint(settings)
+    found = evaluate_checkpoint(settings)
+    page = write_page(found.folder) if settings.report else None
+    print(describe(found, page))
 
 
 def _export(args: list[str]) -> None:
-    """Writes a trained network in another project's format."""
+    """Write a trained network in another project's format."""
     from btrain.exchange.command import run
 
     run(args)
@@ -259,10 +282,10 @@ def _bench(args: list[str]) -> None:
 
 
 def _paper(args: list[str]) -> None:
-    """Makes tables and figures of the paper."""
+    """Make tables and figures of the paper."""
     from btrain.paper.command import run
 
-    run(args)
+    run(args, main)
 
 
 COMMANDS = {

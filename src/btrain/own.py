@@ -15,7 +15,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -125,12 +125,19 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
 def facts(group: str, factory: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run folder keeps of an own part: path, settings, SHA-256 of its file.
 
+    Of an object that was given from Python it is the hash of its class or function alone.
+
     Raises:
         UserError: as `load`.
     """
     found = load(group, factory)
     path = digest = None
-    if not factory.startswith(GIVEN):
+    if factory.startswith(GIVEN):
+        kind = found if inspect.isclass(found) or inspect.isroutine(found) else type(found)
+        with suppress(OSError, TypeError):  # of what was written in a console, or in C
+            path = inspect.getsourcefile(kind)
+            digest = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    else:
         place = factory.rpartition(":")[0]
         module = _module_name(_resolved(place)) if place.endswith(".py") else place
         path = getattr(sys.modules[module], "__file__", None)

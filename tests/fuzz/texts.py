@@ -13,10 +13,9 @@ import numpy as np
 import yaml
 
 from btrain.errors import UserError
-from btrain.evaluation.result import Result
+from btrain.evaluation.result import Evaluation, Result
 from btrain.exchange.from_run import read_config
 from btrain.report import compare
-from btrain.report.eval_files import read as read_evaluation
 from btrain.runs.folder import RunFolder
 from btrain.settings.compose import compose, to_dict, to_yaml
 from fuzz.mutations import damaged, number
@@ -207,7 +206,7 @@ class Results:
         errors = []
         for read in (
             lambda: compare([self._folder / "run"]),
-            lambda: read_evaluation(self._folder),
+            lambda: Evaluation.read(self._folder),
         ):
             try:
                 read()

@@ -97,7 +97,7 @@ class L2Ball(Ball):
 
     def region(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x and the radius of each example, (m, 1, 1, 1)."""
-        radius = torch.as_tensor(self.epsilon, device=x.device).expand(len(x))
+        radius = torch.as_tensor(self.epsilon, device=x.device, dtype=x.dtype).expand(len(x))
         return x, per_image(radius, x)
 
     def project(self, x_adv: Tensor, *region: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
         if "=" not in argument:
             raise UserError(f"{argument} is not of the form key=value; see btrain bench --help.")
     args = [configs.with_path_quoted(argument) for argument in args]
+    args = [f"bench.{word}" if word.startswith("trust_code=") else word for word in args]
     own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]
     bench = compose(own)
     for argument in own if bench.checkpoint is not None else ():

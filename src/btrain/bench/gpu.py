@@ -22,6 +22,7 @@ from btrain.data import Split
 from btrain.errors import UserError, first_reason
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import image_shape
+from btrain.pages import tables
 from btrain.precision import to_channels_last
 from btrain.settings import DefenseName, Precision
 from btrain.settings.bench import BenchConfig
@@ -192,15 +193,19 @@ def write_results(result: Mapping[str, Any], folder: Path, date: str) -> Path:
 
 
 def markdown(result: Mapping[str, Any], name: str, date: str) -> str:
-    """The tables for a reader."""
+    """Return the tables for a reader."""
     epochs = [
-        f"| {row['defense']} | {row['model']} | {row['batch_size']} | {row['method']}"
-        f"{', CUDA graphs' if row['cuda_graphs'] else ''} "
-        f"| {row['seconds']:.1f} |"
+        [
+            row["defense"],
+            row["model"],
+            str(row["batch_size"]),
+            f"{row['method']}{', CUDA graphs' if row['cuda_graphs'] else ''}",
+            f"{row['seconds']:.1f}",
+        ]
         for row in result["epoch_seconds"]
     ]
     evaluations = [
-        f"| {row['model']} | {row['images']} | {row['seconds']:.1f} |"
+        [row["model"], str(row["images"]), f"{row['seconds']:.1f}"]
         for row in result["evaluation_seconds"]
     ]
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
@@ -209,13 +214,9 @@ def markdown(result: Mapping[str, Any], name: str, date: str) -> str:
             f"`btrain bench gpu` on {name}, {date} ({versions}):\n",
             output.table(result["rows"], result["details"]),
             "\nAn epoch of 50,000 images at the median batch, without augmentation of the data:\n",
-            "| defense | model | batch | method | seconds |",
-            "|---|---|---|---|---|",
-            *epochs,
+            tables.markdown(["defense", "model", "batch", "method", "seconds"], epochs),
             "\nPGD-20 in float32:\n",
-            "| model | images | seconds |",
-            "|---|---|---|",
-            *evaluations,
+            tables.markdown(["model", "images", "seconds"], evaluations),
             *(f"\nLeft out: {one['part']} ({one['why']})." for one in result["left_out"]),
             "",
         ]

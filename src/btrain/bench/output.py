@@ -17,6 +17,7 @@ from btrain import __version__
 from btrain.bench.measure import Row
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
+from btrain.pages.tables import NONE, markdown
 from btrain.runs.provenance import processor
 
 _HEAD = (
@@ -51,8 +52,8 @@ def versions() -> dict[str, str | None]:
 
 
 def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
-    """The results as a Markdown table."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    """Return the results as a Markdown table."""
+    lines = []
     for row, detail in zip(rows, details, strict=True):
         cells = (
             row["defense"],
@@ -73,8 +74,8 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
             _number(detail["kernels"], ".0f"),
             f"{100 * detail['flop_utilisation']:.0f} %",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([*map(str, cells)])
+    return markdown(_HEAD, lines)
 
 
 def _layout(row: Row) -> str:
@@ -85,7 +86,7 @@ def _layout(row: Row) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return NONE if value is None else format(value, form)
 
 
 def check_places(out: str | None, plot: str | None) -> None:

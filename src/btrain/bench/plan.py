@@ -14,7 +14,7 @@ from btrain.attacks.fast_paths import check_fast_paths
 from btrain.build import load_data, make_model
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
-from btrain.exchange.from_run import image_shape, load_run
+from btrain.exchange.from_run import SavedRun, image_shape, read_run
 from btrain.methods.make import plain_defense
 from btrain.runs.checkpoint import load
 from btrain.settings import Config, CudaGraphs, DefenseName, TrainConfig
@@ -46,10 +46,12 @@ class Case:
     Attributes:
         config: of a run with BulletTrain.
         fractions: F_B, F_R, F_O; None as trained.
+        run: of `bench.checkpoint`.
     """
 
     config: Config
     fractions: Fractions | None
+    run: SavedRun | None = None
 
     def __str__(self) -> str:
         config = self.config
@@ -68,7 +70,7 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
             BulletTrain, or fewer images than a batch.
     """
     if bench.checkpoint is not None:
-        return _trained_cases(Path(bench.checkpoint), bench.batch_sizes, settings)
+        return _trained_cases(Path(bench.checkpoint), bench, settings)
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")
         if key in _OWN_KEYS:
@@ -101,10 +103,16 @@ def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> lis
     return all_fractions
 
 
-def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[str]) -> list[Case]:
-    config, _ = load_run(path)
-    if settings:
-        raise UserError(f"{settings[0]}: with bench.checkpoint the settings are the run's.")
+def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
+    factories = {}
+    for setting in settings:
+        group, _, factory = setting.partition(".factory=")
+        if not factory:
+            raise UserError(f"{setting}: with bench.checkpoint the settings are the run's.")
+        factories[group] = factory.strip("'")
+    needed = ("model", "dataset", "bt", "defense", "attack")
+    run = read_run(path, trust_code=bench.trust_code, factories=factories, needed=needed)
+    config, batch_sizes = run.config, bench.batch_sizes
     if type(config.bt) is not BulletTrainConfig:
         raise UserError(f"{path} was trained with bt={config.bt.name.value}, not bullettrain.")
     images = len(load_data(config, torch.device("cpu")).train)
@@ -114,7 +122,7 @@ def _trained_cases(path: Path, batch_sizes: Sequence[int], settings: Sequence[st
             f"{max(batch_sizes)}."
         )
     return [
-        Case(replace(config, train=replace(config.train, batch_size=size)), None)
+        Case(replace(config, train=replace(config.train, batch_size=size)), None, run)
         for size in batch_sizes
     ]
 
@@ -174,8 +182,8 @@ def _variant(config: Config, contender: Contender, train: TrainConfig) -> Config
 
 def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
     config = case.config
-    if bench.checkpoint is not None:
-        return _trained(Path(bench.checkpoint), config.train.batch_size, device)
+    if case.run is not None:
+        return _trained(case.run, config.train.batch_size, device)
     shape = image_shape(config.dataset)
     torch.manual_seed(config.seed)
     network = make_model(config.model, CLASSES, shape)
@@ -183,12 +191,10 @@ def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
     return Workload(network, lambda repetition: x, None, case.fractions)
 
 
-def _trained(path: Path, batch_size: int, device: torch.device) -> Workload:
+def _trained(run: SavedRun, batch_size: int, device: torch.device) -> Workload:
     """A run's network, F_R and training images, a batch of its own for every repetition."""
-    config, network = load_run(path)
-    file = path / "checkpoints" / "last.pt" if path.is_dir() else path
-    robust_fraction = float(load(file)["state"]["memory"]["robust_fraction"])
-    split = load_data(config, device).train
+    robust_fraction = float(load(run.path)["state"]["memory"]["robust_fraction"])
+    split = load_data(run.config, device).train
 
     def part(repetition: int) -> slice:
         begin = repetition % (len(split) // batch_size) * batch_size
@@ -200,4 +206,4 @@ def _trained(path: Path, batch_size: int, device: torch.device) -> Workload:
     def labels(repetition: int) -> Tensor:
         return split.labels[part(repetition)]
 
-    return Workload(network, images, labels, None, robust_fraction)
+    return Workload(run.network(), images, labels, None, robust_fraction)

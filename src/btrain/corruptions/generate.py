@@ -46,18 +46,11 @@ def corrupt_dataset(config: CorruptConfig) -> None:
     """
     import torch
 
-    from btrain.data import load
+    from btrain.data.splits import load_configured
 
-    dataset, settings = config.dataset, config.corrupt
-    data = load(
-        dataset.name.name,
-        Path(dataset.root),
-        device=torch.device("cpu"),
-        download=dataset.download,
-        image_size=dataset.image_size,
-        train_examples=2,  # an image folder decodes no more than it must
-        test_examples=dataset.test_examples,
-    )
+    settings = config.corrupt
+    # An image folder decodes no more than it must.
+    data = load_configured(config.dataset, torch.device("cpu"), train_examples=2)
     images = data.test.images.permute(0, 2, 3, 1).contiguous().numpy()
     frost = None
     if settings.frost is not None:

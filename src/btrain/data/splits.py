@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btrain.data import cifar, digits, imagefolder, mnist
+from btrain.data import cifar, digits, given, imagefolder, mnist
 from btrain.data import download as downloads
 from btrain.data.source import Labels, Source
 from btrain.errors import UserError
+from btrain.settings import DatasetConfig, FilesConfig, ImageFolderConfig, OwnDatasetConfig
 
 # Subsets are the same for every run's seed, so that runs with different seeds share their data.
 _SUBSET_SEED = 0
@@ -71,14 +72,68 @@ def load(
         device: where the tensors go.
         download: whether missing files are fetched (cifar10, cifar100, mnist).
         image_size: side of the square to which an image folder's images are resized.
+        train_examples, test_examples, val_examples: as `arranged` takes them.
+
+    Raises:
+        UserError: files are missing or damaged, or more examples are asked for than there are.
+    """
+    return arranged(
+        *_read(name, root, download, image_size),
+        device=device,
+        train_examples=train_examples,
+        test_examples=test_examples,
+        val_examples=val_examples,
+    )
+
+
+def load_configured(
+    dataset: DatasetConfig, device: torch.device, *, train_examples: int | None = None
+) -> Data:
+    """Reads the data set of a configuration and moves it to the device.
+
+    Args:
+        train_examples: so many in the place of the configuration's.
+
+    Raises:
+        UserError: as `load`.
+    """
+    match dataset:
+        case OwnDatasetConfig():
+            parts = given.read(dataset.factory, dataset.settings)
+        case FilesConfig():
+            parts = _read(dataset.name.value, Path(dataset.root), dataset.download, None)
+        case ImageFolderConfig():
+            parts = imagefolder.read(Path(dataset.root), dataset.image_size)
+        case _:
+            parts = digits.read()
+    return arranged(
+        *parts,
+        device=device,
+        train_examples=train_examples or dataset.train_examples,
+        test_examples=dataset.test_examples,
+        val_examples=dataset.val_examples,
+    )
+
+
+def arranged(
+    train: Source,
+    test: Source,
+    *,
+    device: torch.device,
+    train_examples: int | None = None,
+    test_examples: int | None = None,
+    val_examples: int = 0,
+) -> Data:
+    """The parts of a run's data from those of a data set, on the device.
+
+    Args:
         train_examples, test_examples: so many of a seeded, class-balanced order; None for all.
         val_examples: so many training images are held out, class-balanced, before
             `train_examples` are taken.
 
     Raises:
-        UserError: files are missing or damaged, or more examples are asked for than there are.
+        UserError: files are damaged, or more examples are asked for than there are.
     """
-    train, test = _read(name, root, download, image_size)
     order = class_balanced_order(train.labels)
     rest = order[val_examples:]
     if len(rest) < 2:

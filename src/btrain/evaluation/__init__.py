@@ -1,4 +1,4 @@
-"""How accurate a model is on clean, attacked and corrupted images."""
+"""The accuracy of a model on clean, attacked and corrupted images."""
 
 from btrain.evaluation.api import robust_accuracy, sanity_checks
 from btrain.evaluation.pgd import Accuracy, evaluate

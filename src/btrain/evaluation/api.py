@@ -1,4 +1,4 @@
-"""Robust accuracy of anybody's network, and whether to believe it, from Python."""
+"""The robust accuracy of anybody's network, and whether to believe it, from Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import BALLS
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
 from btrain.evaluation.attack import Start, Subject
@@ -19,9 +20,11 @@ from btrain.evaluation.examples import (
     clean_logits,
     near_chance,
 )
-from btrain.evaluation.result import Result
-from btrain.evaluation.sanity import Sanity, check_sanity
-from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
+from btrain.evaluation.pgd import farthest
+from btrain.evaluation.result import Result, Sanity
+from btrain.evaluation.sanity import check_sanity
+from btrain.settings.checks import no_farther
+from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings, PgdChanges
 
 
 def robust_accuracy(
@@ -30,6 +33,7 @@ def robust_accuracy(
     labels: Tensor,
     *,
     epsilon: float,
+    norm: str = "linf",
     attack: str = "pgd20",
     step_size: float | None = None,
     steps: int | None = None,
@@ -40,13 +44,14 @@ def robust_accuracy(
     precision: str = "float32",
     show_progress: bool = False,
 ) -> Result:
-    """Evaluates a network in eval mode, on the device of its parameters; it is left as it was.
+    """Evaluate a network in eval mode, on the device of its parameters; it is left as it was.
 
     Args:
         model: maps images in [0, 1] to logits; normalisation belongs inside.
         images: (n, C, H, W), uint8, or floats in [0, 1].
         labels: (n,) int64.
         epsilon: radius of the ball, in [0, 1] pixel units.
+        norm: linf or l2.
         attack: clean, a preset of PGD, custom, autoattack or autoattack_rand.
         step_size, steps, restarts, loss: change the preset; the step size is ε/10 otherwise.
 
@@ -57,11 +62,10 @@ def robust_accuracy(
     Warns:
         UserWarning: the clean accuracy is close to that of guessing.
     """
-    given = {"step_size": step_size, "steps": steps, "restarts": restarts, "loss": loss}
     settings = EvalSettings(
-        checkpoint="",
-        attacks=(attack,),
-        pgd={key: value for key, value in given.items() if value is not None},
+        attacks=[attack],
+        pgd=PgdChanges(steps=steps, restarts=restarts, loss=loss, step_size=step_size),
+        norm=norm,
         epsilon=epsilon,
         seed=seed,
         batch_size=batch_size,
@@ -71,6 +75,8 @@ def robust_accuracy(
         raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
+    settings.check_lengths(norm)
+    no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
     with as_evaluated(model, device, precision):
         examples = replace(examples, classes=_classes(model, examples))
         correct = attacks.clean_correct(model, examples, batch_size=batch_size)
@@ -87,13 +93,14 @@ def robust_accuracy(
             step_size=epsilon / 10,
             seed=seed,
             batch_size=batch_size,
+            threat=BALLS[norm],
             facts={"device": str(device), "precision": precision, "note": hint},
             show_progress=show_progress,
         )
         start = Start(subject.correct)
         if attack in AUTOATTACKS:
             return attacks.autoattack(subject, attack, start)
-        if attack in PRESETS or settings.pgd or attack == "custom":
+        if attack in PRESETS or settings.pgd.given or attack == "custom":
             return attacks.pgd(subject, *settings.pgd_attack(attack), start)
         return attacks.clean(subject)
 
@@ -104,22 +111,25 @@ def sanity_checks(
     labels: Tensor,
     *,
     epsilon: float,
+    norm: str = "linf",
     seed: int = 0,
     batch_size: int = 500,
     show_progress: bool = False,
 ) -> Sanity:
-    """Signs that a network masks its gradients, so that `robust_accuracy` would flatter it.
+    """Look for signs that a network masks its gradients, so that `robust_accuracy` flatters it.
 
     Args:
-        model, images, labels, epsilon: as for `robust_accuracy`; a few hundred images suffice.
+        model, images, labels, epsilon, norm: as for `robust_accuracy`; some hundred images suffice.
 
     Raises:
         UserError: images, labels, logits or settings are not what an attack assumes, or the model
             has no gradient.
     """
-    EvalSettings(checkpoint="", epsilon=epsilon, seed=seed, batch_size=batch_size)
+    settings = EvalSettings(norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size)
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
+    settings.check_lengths(norm)
+    no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
     with as_evaluated(model, device):
         examples = replace(examples, classes=_classes(model, examples))
         check_gradient(model, examples)
@@ -130,12 +140,13 @@ def sanity_checks(
             epsilon=epsilon,
             seed=seed,
             batch_size=batch_size,
+            threat=BALLS[norm],
             show_progress=show_progress,
         )
 
 
 def _classes(model: nn.Module, examples: Examples) -> tuple[str, ...]:
-    """As many as the model has logits."""
+    """Return a name for each of the model's logits."""
     classes = clean_logits(model, examples, torch.tensor([0])).shape[1]
     if int(examples.labels.max()) >= classes:
         raise UserError(

@@ -13,23 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.balls import LinfBall
 from btrain.evaluation.autoattack import autoattack_stands, library
 from btrain.evaluation.corruptions import Reader, mean_settings, under_corruptions
 from btrain.evaluation.examples import Examples, predictions
-from btrain.evaluation.partial import Partial
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.pgd import Pgd, Threat, pgd_stands
 from btrain.evaluation.result import Result, versions
+from btrain.evaluation.worst_case import Partial
 from btrain.settings.evaluation import AUTOATTACKS, PgdSettings
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is attacked, and with what.
+    """A model, its examples, and what they are attacked with.
 
     Attributes:
         model: already as it is to be evaluated (see `as_evaluated`).
         correct: which clean examples it classifies correctly, (n,) bool on the CPU.
         epsilon, step_size: in [0, 1] pixel units.
+        threat: from a radius to its ball.
         facts: what every result tells about model, data and machine.
         folder: of the results, and of what is kept while an attack is under way; None: none.
     """
@@ -41,6 +43,7 @@ class Subject:
     step_size: float
     seed: int
     batch_size: int
+    threat: Threat = LinfBall
     facts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     show_progress: bool = False
@@ -60,19 +63,19 @@ class Start:
 
 
 def clean_correct(model: nn.Module, examples: Examples, *, batch_size: int) -> Tensor:
-    """Which clean examples are classified correctly. -> (n,) bool on the CPU"""
+    """Return which clean examples are classified correctly, (n,) bool on the CPU."""
     return predictions(model, examples, batch_size=batch_size) == examples.labels.cpu()
 
 
 def clean(subject: Subject) -> Result:
-    """Without an attack."""
+    """Evaluate without an attack."""
     started = time.perf_counter()
     correct = clean_correct(subject.model, subject.examples, batch_size=subject.batch_size)
     return finished(subject, "clean", _facts(subject, {}), correct, started)
 
 
 def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Result:
-    """PGD with restarts.
+    """Evaluate under PGD with restarts.
 
     Raises:
         UserError: the loss needs more classes.
@@ -86,6 +89,7 @@ def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Res
         loss=settings.loss,
         last_iterate=settings.last_iterate,
         seed=subject.seed,
+        threat=subject.threat,
     )
     facts = attack_facts(subject, start) | {
         "step_size": attack.step_size,
@@ -111,10 +115,10 @@ def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Res
 
 
 def autoattack(subject: Subject, name: str, start: Start) -> Result:
-    """AutoAttack, `standard` or `rand`.
+    """Evaluate under AutoAttack, `standard` or `rand`.
 
     Raises:
-        UserError: its library is not installed.
+        UserError: its library is not installed, or it does not know the norm.
     """
     started = time.perf_counter()
     facts = attack_facts(subject, start, library())
@@ -126,7 +130,7 @@ def autoattack(subject: Subject, name: str, start: Start) -> Result:
         subject.examples,
         start.stands,
         version=AUTOATTACKS[name],
-        epsilon=subject.epsilon,
+        ball=subject.threat(subject.epsilon),
         seed=subject.seed,
         batch_size=subject.batch_size,
         partial=partial,
@@ -145,7 +149,7 @@ def corruptions(
     read: Reader,
     regenerated: bool,
 ) -> Result:
-    """All severities of some corruptions; `extra` ones are no part of the mean.
+    """Evaluate under all severities of some corruptions; `extra` ones are no part of the mean.
 
     Raises:
         UserError: a file is missing or does not fit the test set.
@@ -180,10 +184,11 @@ def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, 
 
 
 def attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
-    """What a result tells of an attack, but for the attack's own settings."""
+    """Return what a result tells of an attack, but for the attack's own settings."""
     own = {
         "clean_accuracy": 100 * int(subject.correct.sum()) / len(subject.correct),
         "clean_mistakes": "count as fooled",
+        "norm": subject.threat(subject.epsilon).norm,
         "epsilon": subject.epsilon,
         "seed": subject.seed,
         "started_from": start.left_by,
@@ -197,11 +202,12 @@ def attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, A
 
 
 def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
-    """The result of the very same attack, if there is one: nothing is computed twice."""
+    """Return the result of the very same attack, if there is one: nothing is computed twice."""
     if subject.folder is None or (result := Result.read(subject.folder, name)) is None:
         return None
+    there = {"norm": "linf"} | result.settings  # older files do not tell their norm
     same = all(
-        result.settings.get(key) == value
+        there.get(key) == value
         for key, value in json.loads(json.dumps(facts)).items()
         if key != "note"
     )
@@ -225,7 +231,7 @@ def finished(
     partial: Partial | None = None,
     **changed: Any,
 ) -> Result:
-    """The result of an attack that is done, written where it belongs."""
+    """Return the result of an attack that is done, written where it belongs."""
     result = Result(
         attack=name,
         correct=correct.numpy().astype(bool),

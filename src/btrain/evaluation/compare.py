@@ -1,4 +1,4 @@
-"""Whether one model is better than another on the same examples."""
+"""A paired test of two models on the same examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btrain.evaluation.result import Result, Z, read_result
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models under one attack; differences are B − A in points.
+    """The comparison of two models under one attack; differences are B − A in points.
 
     Attributes:
         only_a, only_b: how many examples only A, or only B, classifies correctly.
@@ -32,7 +32,7 @@ class Comparison:
     p: float
 
     def sentence(self) -> str:
-        """For people."""
+        """Return the result in words."""
         verdict = "B is better" if self.difference > 0 else "A is better"
         if self.p >= 0.05:
             verdict = "the data do not tell them apart"
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def compare_folders(a: Path, b: Path, attack: str) -> Comparison:
-    """Two evaluations of one attack, example by example.
+    """Compare two evaluations of one attack, example by example.
 
     Args:
         a, b: run folders, or the folders of evaluations.
@@ -70,19 +70,22 @@ def compare_folders(a: Path, b: Path, attack: str) -> Comparison:
 
 
 def _facts(first: Result, second: Result) -> list[tuple[str, object, object]]:
-    """What must be the same, in the order in which it is worth telling."""
+    """Return what must be the same, in the order in which it is worth telling."""
     keys = (
-        *("dataset", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
+        *("dataset", "norm", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
         *("precision", "started_from"),
     )
-    pairs = [(key, first.settings.get(key), second.settings.get(key)) for key in keys]
+    older = {"norm": "linf"}  # of files that do not tell
+    pairs = [
+        (key, (older | first.settings).get(key), (older | second.settings).get(key)) for key in keys
+    ]
     return [("n", len(first.labels), len(second.labels)), *pairs]
 
 
 def compare(
     a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_], attack: str = "clean"
 ) -> Comparison:
-    """McNemar's exact test: given that one of them errs, it is as often A as B.
+    """Test by McNemar's exact test whether, given that one of two errs, it is as often A as B.
 
     The interval is Agresti and Min's (2005): Wald's for paired proportions with half an example
     added to each of the four outcomes. (n,), (n,) bool

@@ -1,4 +1,4 @@
-"""Accuracy on corrupted test images: CIFAR-10-C and what has its layout."""
+"""The accuracy on corrupted test images: CIFAR-10-C and what has its layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Reader = Callable[[Path, str, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A model under corruptions.
+    """The answers of a model under corruptions.
 
     Attributes:
         names: of the corruptions.
@@ -35,12 +35,12 @@ class Corrupted:
     correct: npt.NDArray[np.bool_]
 
     def table(self) -> dict[str, list[float]]:
-        """Percent accuracy at severities 1 to 5, by corruption."""
+        """Return the percent accuracy at severities 1 to 5, by corruption."""
         accuracies = 100 * self.correct.mean(axis=2)
         return {name: row.tolist() for name, row in zip(self.names, accuracies, strict=True)}
 
     def split(self, count: int) -> tuple[Corrupted, Corrupted]:
-        """The first so many corruptions, and the others."""
+        """Return the first so many corruptions, and the others."""
         return (
             Corrupted(self.names[:count], self.correct[:count]),
             Corrupted(self.names[count:], self.correct[count:]),
@@ -57,7 +57,7 @@ def under_corruptions(
     batch_size: int,
     show_progress: bool = False,
 ) -> Corrupted:
-    """Classifies every corruption at every severity, in the precision the model is in.
+    """Classify every corruption at every severity, in the precision the model is in.
 
     Args:
         examples: the clean test images, whose labels the files must repeat.
@@ -95,7 +95,7 @@ def under_corruptions(
 
 
 def mean_settings(corrupted: Corrupted) -> dict[str, Any]:
-    """The table, and mCE as the field has it for CIFAR: 100 − mean accuracy, no normalisation."""
+    """Return the table, and mCE as usual for CIFAR: 100 − mean accuracy, no normalisation."""
     return {
         "table": corrupted.table(),
         "mce": 100 - 100 * float(corrupted.correct.mean()),
@@ -103,7 +103,7 @@ def mean_settings(corrupted: Corrupted) -> dict[str, Any]:
 
 
 def _matching(labels: Tensor, examples: Examples, root: Path) -> Tensor:
-    """Where the test examples are in the files: all, or the subset of `dataset.test_examples`."""
+    """Return the indices of the test examples in the files: all, or a class-balanced subset."""
     wanted = examples.labels.cpu()
     order = torch.from_numpy(class_balanced_order(labels.numpy()))
     for chosen in (torch.arange(len(labels)), order[: len(wanted)].sort().values):

@@ -1,4 +1,4 @@
-"""What is evaluated: images, labels, and the state a model is evaluated in."""
+"""The images and labels of an evaluation, and the state that a model is evaluated in."""
 
 from __future__ import annotations
 
@@ -31,17 +31,23 @@ class Examples:
     classes: tuple[str, ...]
     device: torch.device
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The size of an image, (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (m, C, H, W) float32 in [0, 1] and labels (m,), on the device."""
+        """Return images (m, C, H, W) float32 in [0, 1] and labels (m,), on the device."""
         images = self.images[indices.to(self.images.device)].to(self.device)
         images = to_unit(images) if images.dtype == torch.uint8 else images.float()
         return images, self.labels[indices.to(self.labels.device)].to(self.device)
 
     def subset(self, indices: Tensor) -> Examples:
-        """Some of them, in the order of the indices."""
+        """Return some of them, in the order of the indices."""
         return Examples(
             self.images[indices.to(self.images.device)],
             self.labels[indices.to(self.labels.device)],
@@ -50,7 +56,7 @@ class Examples:
         )
 
     def sha256(self) -> str:
-        """The same for the same images and labels in the same order."""
+        """Return a hash that is the same for the same images and labels in the same order."""
         digest = hashlib.sha256()
         for tensor in (self.images, self.labels):
             digest.update(tensor.cpu().contiguous().numpy().data)
@@ -58,7 +64,7 @@ class Examples:
 
 
 def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
-    """Examples of anybody's tensors.
+    """Return examples of anybody's tensors.
 
     Raises:
         UserError: shapes, types or the range of the values are not what attacks assume.
@@ -85,7 +91,7 @@ def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
 
 @contextmanager
 def as_evaluated(model: nn.Module, device: torch.device, kind: str = "float32") -> Iterator[None]:
-    """Eval mode, weights that take no gradients, and float32 (or bf16 autocast) arithmetic."""
+    """Switch to eval mode, weights without gradients, and float32 (or bf16 autocast) inside."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -103,19 +109,19 @@ def as_evaluated(model: nn.Module, device: torch.device, kind: str = "float32") 
 
 @contextmanager
 def own_random_state(device: torch.device) -> Iterator[None]:
-    """torch's global generators are afterwards what they were."""
+    """Restore torch's global generators afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
 def batches(indices: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """So many at a time. (n,) -> (m,) …"""
+    """Yield so many at a time, (n,) -> (m,) …."""
     for begin in range(0, len(indices), batch_size):
         yield indices[begin : begin + batch_size]
 
 
 def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Tensor:
-    """The classes that a model, as it is, gives to clean images, on the CPU. -> (n,)
+    """Return the classes that a model, as it is, gives to clean images, (n,) on the CPU.
 
     Raises:
         UserError: it does not take these images, or not one finite logit for each class.
@@ -132,7 +138,7 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Ten
 
 
 def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tensor:
-    """What a model, as it is, returns for some clean images. (m,) -> (m, K)
+    """Return the logits of a model, as it is, for some clean images, (m,) -> (m, K).
 
     Raises:
         UserError: it does not take these images, or does not return finite logits.
@@ -156,7 +162,7 @@ def clean_logits(model: nn.Module, examples: Examples, indices: Tensor) -> Tenso
 
 
 def check_gradient(model: nn.Module, examples: Examples) -> None:
-    """Makes sure that a model, as it is, can be attacked by gradients.
+    """Make sure that a model, as it is, can be attacked by gradients.
 
     Raises:
         UserError: its logits do not depend on the images in a way that torch can differentiate.
@@ -179,7 +185,7 @@ def check_gradient(model: nn.Module, examples: Examples) -> None:
 
 
 def near_chance(correct: Tensor, classes: int) -> str | None:
-    """A hint where a model does hardly better than guessing on clean images. (n,) bool, K"""
+    """Return a hint where a model hardly does better than guessing on clean images, (n,), K."""
     accuracy, chance = 100 * correct.float().mean().item(), 100 / classes
     if accuracy > chance + (100 - chance) / 10:
         return None

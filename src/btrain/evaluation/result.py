@@ -1,12 +1,18 @@
-"""What one attack on one model came to, and its two files."""
+"""The results of evaluations, their files, and how these are read again.
+
+`btrain eval` writes them, the report reads them.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +20,111 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain import __version__
+from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
-from btrain.evaluation.files import read_json, write_arrays, write_json
+from btrain.runs.json_fields import Fields, is_number
+from btrain.settings.evaluation import CHAIN
 from btrain.untrusted.arrays import read_npz
 
+STANDARD = ("clean", *CHAIN)
+"""The usual attacks, in rising cost."""
+CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
+SEVERITIES = 5
 _LARGEST = 256 << 20  # bytes of the arrays
+_ARRAYS = ("clean", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
+_OWN = ("attack", "accuracy", "ci95", "n", "per_class", "seconds")
+_NUMBERS, _COUNTS = ("epsilon", "step_size", "mce"), ("steps", "restarts", "test_examples")
 
 # The 97.5 % quantile of the normal distribution.
 Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
+class Summary:
+    """The content of `<attack>.json`; accuracies and interval in percent.
+
+    Attributes:
+        ci95: None where the file does not tell it.
+        n: test images; None where a file of corruptions does not tell it.
+        per_class: `{class: {"accuracy": percent, "n": examples}}` of the classes that occur.
+        seconds: the evaluation took; None where the file does not tell it.
+        settings: everything else, as the file has it: how the attack was run, and of corruptions
+            `table` and `extra_table`, the accuracies at severities 1 to 5 by corruption.
+    """
+
+    attack: str
+    accuracy: float
+    ci95: tuple[float, float] | None
+    n: int | None
+    per_class: Mapping[str, Mapping[str, float]]
+    seconds: float | None
+    settings: Mapping[str, Any]
+
+    @property
+    def norm(self) -> str:
+        """The norm of the ball; older files do not tell, and are of L∞."""
+        return str(self.settings.get("norm", "linf"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return {
+            "attack": self.attack,
+            "accuracy": self.accuracy,
+            "ci95": None if self.ci95 is None else list(self.ci95),
+            "n": self.n,
+            **self.settings,
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+            "per_class": self.per_class,
+        }
+
+    @staticmethod
+    def read(path: Path) -> Summary:
+        """Return what a file holds, each value checked that anything is computed from.
+
+        Raises:
+            UserError: the file cannot be read, or is damaged.
+        """
+        fields, corrupted = Fields.of(path), path.name == CORRUPTIONS
+        attack = fields.values.get("attack", "corruptions" if corrupted else None)
+        if not isinstance(attack, str):
+            raise fields.wrong("attack", "an attack's name")
+        n, interval = fields.optional_count("n"), None
+        if not n and not corrupted:
+            raise fields.wrong("n", "the number of images")
+        if fields.optional("ci95") is not None:
+            low, high = fields.percents("ci95", 2)
+            if low > high:
+                raise fields.wrong("ci95", "[low, high]")
+            interval = (low, high)
+        for key in _NUMBERS:
+            fields.optional_number(key)
+        for key in _COUNTS:
+            fields.optional_count(key)
+        for key in ("table", "extra_table"):
+            table = Fields(path, fields.optional(key) or {}, f"{key}.")
+            for name in table.values:
+                table.percents(name, SEVERITIES)
+        return Summary(
+            attack=attack,
+            accuracy=fields.percent("accuracy"),
+            ci95=interval,
+            n=n,
+            per_class={
+                label: {"accuracy": of.percent("accuracy"), "n": of.optional_count("n") or 0}
+                for label, of in fields.inside("per_class").items()
+            },
+            seconds=fields.optional_number("seconds"),
+            settings={key: value for key, value in fields.values.items() if key not in _OWN},
+        )
+
+
+@dataclass(frozen=True)
 class Result:
-    """One attack, example by example.
+    """An attack's outcome, example by example.
 
     Attributes:
         attack: its name, which names the files.
-        correct: whether each example is classified correctly under it, (n,) bool in the data set's
+        correct: the examples that are classified correctly under it, (n,) bool in the data set's
             order; under corruptions (corruptions, severities, n).
         labels: (n,) int64.
         classes: names of the K classes.
@@ -53,12 +147,12 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """In percent."""
+        """The mean of the scores, percent."""
         return 100 * float(self.scores.mean())
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """In percent: what another draw of test examples would make of the accuracy.
+        """The 95 % interval of the accuracy over other draws of test examples, percent.
 
         Wilson's interval of a binomial proportion. Under corruptions, where an example is scored
         many times, a normal interval of the mean over examples.
@@ -73,7 +167,7 @@ class Result:
 
     @property
     def per_class(self) -> dict[str, dict[str, float]]:
-        """`{class: {"accuracy": percent, "n": examples}}` of the classes that occur."""
+        """The accuracy and number of examples of each class that occurs, as `Summary` has it."""
         return {
             name: {
                 "accuracy": 100 * float(self.scores[self.labels == k].mean()),
@@ -83,20 +177,25 @@ class Result:
             if (self.labels == k).any()
         }
 
+    @property
+    def summary(self) -> Summary:
+        """The result without the answers to single examples."""
+        return Summary(
+            attack=self.attack,
+            accuracy=self.accuracy,
+            ci95=self.ci95,
+            n=len(self.labels),
+            per_class=self.per_class,
+            seconds=self.seconds,
+            settings=self.settings,
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """What the JSON file holds."""
-        return {
-            "attack": self.attack,
-            "accuracy": self.accuracy,
-            "ci95": list(self.ci95),
-            "n": len(self.labels),
-            **self.settings,
-            "seconds": round(self.seconds, 3),
-            "per_class": self.per_class,
-        }
+        """Return what the JSON file holds."""
+        return self.summary.to_dict()
 
     def write(self, folder: Path) -> Path:
-        """`<attack>.npz`, then `<attack>.json`, which is thus the mark of a finished attack.
+        """Write `<attack>.npz`, then `<attack>.json`, which thus marks a finished attack.
 
         Raises:
             UserError: the folder cannot be written.
@@ -108,26 +207,21 @@ class Result:
 
     @staticmethod
     def read(folder: Path, attack: str) -> Result | None:
-        """What `write` left; None where there is nothing, or something unreadable."""
-        content = read_json(folder / f"{attack}.json")
-        if content is None:
-            return None
+        """Return what `write` left; None where there is nothing, or something damaged."""
         try:
+            found = Summary.read(folder / f"{attack}.json")
             arrays = read_npz(folder / f"{attack}.npz", ("correct", "labels"), most=_LARGEST)
             correct, labels = arrays["correct"], arrays["labels"]
-            classes, seconds = tuple(content["classes"]), float(content["seconds"])
-            name = str(content["attack"])
+            classes = tuple(found.settings["classes"])
         except Exception:  # a damaged archive raises many kinds
             return None
-        if not _fit(correct, labels, classes):
+        if found.seconds is None or not _fit(correct, labels, classes):
             return None
-        own = ("attack", "accuracy", "ci95", "n", "per_class")
-        settings = {key: content[key] for key in content if key not in (*own, "seconds")}
-        return Result(name, correct, labels, classes, seconds, settings)
+        return Result(found.attack, correct, labels, classes, found.seconds, {**found.settings})
 
 
 def _fit(correct: npt.NDArray[Any], labels: npt.NDArray[Any], classes: tuple[object, ...]) -> bool:
-    """Whether the arrays of a file are of the shapes and kinds that `write` gives them."""
+    """Return whether the arrays of a file are of the shapes and kinds that `write` gives them."""
     return (
         correct.dtype == bool
         and correct.ndim in (1, 3)
@@ -139,8 +233,258 @@ def _fit(correct: npt.NDArray[Any], labels: npt.NDArray[Any], classes: tuple[obj
     )
 
 
+@dataclass(frozen=True)
+class Check:
+    """A sign that gradients are masked, looked for.
+
+    Attributes:
+        passed: False is suspicious, None skipped.
+        numbers: what the verdict rests on.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a word."""
+        return {True: "passed", False: "suspicious", None: "skipped"}[self.passed]
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """The content of `sanity.json`.
+
+    Attributes:
+        n: images that were attacked; None where the file does not tell.
+        curves: points (x, accuracy in percent) over "epsilon" and over "steps".
+        norm: of the ball; older files do not tell, and are of L∞.
+    """
+
+    n: int | None
+    epsilon: float | None
+    checks: tuple[Check, ...]
+    curves: Mapping[str, list[tuple[float, float]]]
+    norm: str = "linf"
+
+    def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the file holds; the facts tell whose checks these are."""
+        return {
+            **facts,
+            "n": self.n,
+            "norm": self.norm,
+            "epsilon": self.epsilon,
+            "checks": [
+                {
+                    "name": check.name,
+                    "passed": check.passed,
+                    "verdict": check.verdict,
+                    "detail": check.detail,
+                    "numbers": check.numbers,
+                }
+                for check in self.checks
+            ],
+            "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
+        }
+
+    def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Replace `<folder>/sanity.json`.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        write_json(folder / SANITY, self.to_dict(facts))
+
+    @staticmethod
+    def read(path: Path) -> Sanity:
+        """Return what a file holds, each value checked.
+
+        Raises:
+            UserError: the file cannot be read, or is damaged.
+        """
+        fields = Fields.of(path)
+        entries = fields.optional("checks") or []
+        if not isinstance(entries, list):
+            raise fields.wrong("checks", "a list")
+        curves = Fields(path, fields.optional("curves") or {}, "curves.")
+        return Sanity(
+            n=fields.optional_count("n"),
+            epsilon=fields.optional_number("epsilon"),
+            checks=tuple(
+                _check(Fields(path, entry, f"checks[{i}].")) for i, entry in enumerate(entries)
+            ),
+            curves={
+                key: _curve(curves, key) for key in ("epsilon", "steps") if curves.optional(key)
+            },
+            norm=fields.optional_text("norm") or "linf",
+        )
+
+
+def _check(fields: Fields) -> Check:
+    passed = fields.optional("passed")
+    if passed is not None and not isinstance(passed, bool):
+        raise fields.wrong("passed", "true, false or null")
+    name = fields.optional_text("name")
+    if name is None:
+        raise fields.wrong("name", "a check's name")
+    return Check(name, passed, fields.optional_text("detail") or "")
+
+
+def _curve(fields: Fields, key: str) -> list[tuple[float, float]]:
+    points = fields.optional(key)
+    if not isinstance(points, list) or not all(
+        isinstance(point, list)
+        and len(point) == 2
+        and all(is_number(value) and value >= 0 for value in point)
+        and point[1] <= 100
+        for point in points
+    ):
+        raise fields.wrong(key, f"a list of [{key}, accuracy]")
+    return [(float(x), float(y)) for x, y in points]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The content of `samples.npz`: a few images for people to look at.
+
+    Attributes:
+        clean, adversarial: (k, C, H, W), floats in [0, 1].
+        labels, clean_prediction, adversarial_prediction: (k,) integers, indices of `class_names`.
+    """
+
+    clean: npt.NDArray[np.floating]
+    adversarial: npt.NDArray[np.floating]
+    labels: npt.NDArray[np.integer]
+    clean_prediction: npt.NDArray[np.integer]
+    adversarial_prediction: npt.NDArray[np.integer]
+    class_names: list[str]
+
+    def write(self, folder: Path) -> None:
+        """Replace `<folder>/samples.npz`.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        write_arrays(folder / SAMPLES, **vars(self))
+
+    @staticmethod
+    def read(path: Path) -> Samples:
+        """Return what a file holds, each array checked.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            keys = (*_ARRAYS, "class_names")
+            arrays: dict[str, Any] = {**read_npz(path, keys, most=_LARGEST)}
+            clean, names = arrays["clean"], [str(name) for name in arrays["class_names"]]
+            of_images = all(
+                arrays[key].shape == (len(clean), *clean.shape[1:])
+                and arrays[key].dtype.kind == "f"
+                and bool(((arrays[key] >= 0) & (arrays[key] <= 1)).all())
+                for key in _ARRAYS[:2]
+            )
+            of_classes = all(
+                arrays[key].shape == (len(clean),)
+                and arrays[key].dtype.kind in "iu"
+                and bool(((arrays[key] >= 0) & (arrays[key] < len(names))).all())
+                for key in _ARRAYS[2:]
+            )
+        except Exception as error:  # a damaged archive raises many kinds
+            raise UserError(f"{path} is damaged: it holds no readable sample images.") from error
+        if clean.ndim != 4 or clean.shape[1] not in (1, 3) or not clean.size or not of_images:
+            raise UserError(
+                f"{path} is damaged: clean and adversarial must be images (k, 1 or 3, height, "
+                "width) in [0, 1]."
+            )
+        if not of_classes:
+            raise UserError(f"{path} is damaged: a label or prediction names no class.")
+        return Samples(**{**arrays, "class_names": names})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of a command, or of a folder; what was not measured is None or empty.
+
+    Attributes:
+        attacks: of a folder in rising cost.
+        files: those that it was read from.
+    """
+
+    folder: Path
+    attacks: list[Summary]
+    corruptions: Summary | None = None
+    sanity: Sanity | None = None
+    samples: Samples | None = None
+    files: list[str] = field(default_factory=list)
+
+    def summaries(self) -> Iterator[Summary]:
+        """Yield the attacks, then the corruptions."""
+        yield from self.attacks
+        if self.corruptions is not None:
+            yield self.corruptions
+
+    @staticmethod
+    def read(folder: Path) -> Evaluation:
+        """Return what every `*.json` of a folder and its `samples.npz` hold.
+
+        Raises:
+            UserError: there is nothing to read, or a file is damaged.
+        """
+        paths = {path.name: path for path in sorted(folder.glob("*.json"))}
+        samples = folder / SAMPLES
+        files = [*paths, *([SAMPLES] if samples.exists() else [])]
+        if not files:
+            raise UserError(f"{folder} holds no evaluation (neither a .json file nor {SAMPLES}).")
+        corruptions, sanity = paths.pop(CORRUPTIONS, None), paths.pop(SANITY, None)
+        order = {name: position for position, name in enumerate(STANDARD)}
+        return Evaluation(
+            folder,
+            attacks=sorted(
+                map(Summary.read, paths.values()),
+                key=lambda found: (order.get(found.attack, len(order)), found.attack),
+            ),
+            corruptions=_with_table(corruptions) if corruptions else None,
+            sanity=Sanity.read(sanity) if sanity else None,
+            samples=Samples.read(samples) if samples.exists() else None,
+            files=files,
+        )
+
+
+def _with_table(path: Path) -> Summary:
+    found = Summary.read(path)
+    if not found.settings.get("table"):
+        raise UserError(f"{path} is damaged: it holds no table of accuracies by corruption.")
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one move.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    make_folder(path.parent)
+    write_file(path, text.encode())
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Replace an `.npz` file in one move.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)
+    make_folder(path.parent)
+    write_file(path, content.getbuffer())
+
+
 def read_result(folder: Path, attack: str) -> Result:
-    """An attack's result in a run folder or in the folder of an evaluation.
+    """Return an attack's result in a run folder or in the folder of an evaluation.
 
     Raises:
         UserError: there is none.
@@ -162,7 +506,7 @@ def read_result(folder: Path, attack: str) -> Result:
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1]."""
+    """Return the 95 % score interval of a proportion (Wilson 1927), which stays in [0, 1]."""
     p, z2 = right / n, Z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
@@ -170,7 +514,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Of btrain, Python, torch, numpy and whatever else computed."""
+    """Return the versions of btrain, Python, torch, numpy and whatever else computed."""
     found = {"btrain": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", *others):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,22 @@ from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
 from btrain.evaluation import verification
 from btrain.evaluation.attack import Start, Subject
-from btrain.evaluation.autoattack import library
+from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
-from btrain.evaluation.files import read_json, write_arrays, write_json
-from btrain.evaluation.restarts import Pgd, pgd_images
-from btrain.evaluation.result import Result, versions
-from btrain.evaluation.sanity import EXAMPLES, Sanity, check_sanity
-from btrain.evaluation.table import describe
+from btrain.evaluation.pgd import Pgd, pgd_images
+from btrain.evaluation.result import Evaluation, Result, Samples, Sanity, versions
+from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
-from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.runs.json_fields import read_object
+from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
 from btrain.verify.graph import Graph
 
-SAMPLES = 12
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a command has found, in the order in which it was run."""
-
-    folder: Path
-    results: tuple[Result, ...]
-    sanity: Sanity | None
-    page: Path | None
+_SAMPLES = 12
 
 
 def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
-    """Runs all attacks and checks, leaves their files and prints a table.
+    """Run all attacks and checks, leave their files and return what they found.
 
     An attack that is there already, of the same everything, is not repeated; one that was
     interrupted goes on.
@@ -55,25 +43,23 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
-    if settings.attacks == ("all",) and settings.corruptions_root is None:
+    if settings.attacks == ["all"] and settings.corruptions_root is None:
         print("Without corruptions: dataset.corruptions_root= would name a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
-            evaluation = _evaluate(settings, target, examples)
+            return _evaluate(settings, target, examples)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"eval.batch_size={settings.batch_size} does not fit into memory; try a smaller one."
         ) from error
-    print(describe(evaluation.results, evaluation.sanity, evaluation.folder, evaluation.page))
-    return evaluation
 
 
 def _names(settings: EvalSettings) -> tuple[str, ...]:
-    """The attacks to be run, but for the clean accuracy, which always is.
+    """Return the attacks to be run, but for the clean accuracy, which always is.
 
     Corruptions come first: they are cheap, and their files may be missing.
     """
-    if settings.attacks == ("all",):
+    if settings.attacks == ["all"]:
         return CHAIN if settings.corruptions_root is None else ("corruptions", *CHAIN)
     names = [name for name in settings.attacks if name != "clean"]
     return tuple(sorted(names, key=lambda name: name != "corruptions"))
@@ -81,7 +67,10 @@ def _names(settings: EvalSettings) -> tuple[str, ...]:
 
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
     model, facts = target.model, _facts(settings, target, examples)
-    _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon})
+    ball = target.threat(target.epsilon)
+    if set(AUTOATTACKS) & set(_names(settings)):
+        library_norm(ball)
+    _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon, "norm": ball.norm})
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
         facts["note"] = " ".join(filter(None, (facts["note"], hint)))
@@ -93,43 +82,43 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         step_size=target.step_size,
         seed=target.seed,
         batch_size=settings.batch_size,
+        threat=target.threat,
         facts=facts,
         folder=target.folder,
         show_progress=True,
     )
     results = []
-    names = _names(settings)
-    bounded = settings.verify or any(name in verification.INTERVAL_ATTACKS for name in names)
-    graph = verification.graph_of(subject) if bounded else None
+    graph = verification.graph_of(subject) if settings.bounded else None
     start = Start(subject.correct)
-    for name in names:
+    for name in _names(settings):
         result = _attack(settings, subject, name, start, graph)
         results.append(result)
-        if settings.attacks == ("all",) and name in CHAIN:
+        if settings.attacks == ["all"] and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     if graph is not None:
         results += [verification.verified(subject, graph, engine) for engine in settings.verify]
         verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
-    page = None
     if settings.report:
         _write_samples(subject)
-        from btrain.report.eval_page import write_page
-
-        page = write_page(target.folder)
-    return Evaluation(target.folder, tuple(results), sanity, page)
+    found = {result.attack: result.summary for result in results}
+    corruptions = found.pop("corruptions", None)
+    return Evaluation(target.folder, [*found.values()], corruptions, sanity)
 
 
 def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
-    """A folder holds the results of one network on one test set at one ε, and so does its page."""
+    """Raise UserError where a folder holds results of another network, test set, norm or ε."""
     identity = (
         ("checkpoint_sha256", "other weights"),
         ("data_sha256", "other test images"),
         ("epsilon", "another ε"),
+        ("norm", "another norm"),
     )
     for path in sorted(folder.glob("*.json")):
-        there = read_json(path) or {}
+        there = read_object(path)
+        if "epsilon" in there:
+            there = {"norm": "linf"} | there  # older files do not tell their norm
         for key, what in identity:
             if there.get(key, facts[key]) != facts[key]:
                 raise UserError(
@@ -141,7 +130,8 @@ def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
 def _attack(
     settings: EvalSettings, subject: Subject, name: str, start: Start, graph: Graph | None
 ) -> Result:
-    if graph is not None and name in verification.INTERVAL_ATTACKS:
+    if name in INTERVAL_ATTACKS:
+        assert graph is not None
         return verification.attacked(subject, graph, name, start)
     if name == "corruptions":
         return _corruptions(settings, subject)
@@ -168,12 +158,14 @@ def _corruptions(settings: EvalSettings, subject: Subject) -> Result:
 
 
 def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[str, Any]:
-    """What every JSON file says about model, data and machine."""
-    config, device = target.config, target.device
+    """Return what every JSON file says about model, data and machine."""
+    config, device, norm = target.config, target.device, target.threat(target.epsilon).norm
     wanted, notes = config.dataset.test_examples, []
     if wanted is not None:
         notes.append(f"{wanted} test images, class-balanced, not the whole test set.")
-    if target.trained not in (None, target.epsilon):
+    if target.trained_norm not in (None, norm):
+        notes.append(f"Attacked in {norm}, not in {target.trained_norm} as trained.")
+    elif target.trained not in (None, target.epsilon):
         notes.append(f"ε = {target.epsilon:g} is not the trained {target.trained:g}.")
     if settings.precision != "float32":
         notes.append("Attacked and evaluated in bf16, not float32.")
@@ -191,7 +183,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
 
 
 def _some(subject: Subject, count: int) -> torch.Tensor:
-    """Indices of a class-balanced subset, in the test set's order."""
+    """Return the indices of a class-balanced subset, in the test set's order."""
     order = class_balanced_order(subject.examples.labels.cpu().numpy())
     return torch.from_numpy(order[:count]).sort().values
 
@@ -205,28 +197,28 @@ def _sanity(subject: Subject) -> Sanity:
         epsilon=subject.epsilon,
         seed=subject.seed,
         batch_size=subject.batch_size,
+        threat=subject.threat,
         show_progress=subject.show_progress,
     )
     assert subject.folder is not None
     facts = subject.facts | {"seed": subject.seed, "versions": versions()}
-    write_json(subject.folder / "sanity.json", sanity.to_dict(facts))
+    sanity.write(subject.folder, facts)
     return sanity
 
 
 def _write_samples(subject: Subject) -> None:
-    """A dozen images for people to look at: clean, under PGD-20, and what they are taken for."""
-    some = subject.examples.subset(_some(subject, SAMPLES))
-    attack = Pgd(subject.epsilon, subject.step_size, 20, seed=subject.seed)
+    """Write a dozen images for people to look at: clean, under PGD-20, and what they pass for."""
+    some = subject.examples.subset(_some(subject, _SAMPLES))
+    attack = Pgd(subject.epsilon, subject.step_size, 20, seed=subject.seed, threat=subject.threat)
     adversarial = pgd_images(subject.model, some, attack)
     assert subject.folder is not None
     with torch.no_grad():
         adversarial_prediction = subject.model(adversarial).argmax(dim=1)
-    write_arrays(
-        subject.folder / "samples.npz",
+    Samples(
         clean=some.batch(torch.arange(len(some)))[0].cpu().numpy(),
         adversarial=adversarial.cpu().numpy(),
         labels=some.labels.cpu().numpy(),
-        clean_prediction=predictions(subject.model, some, batch_size=SAMPLES).numpy(),
+        clean_prediction=predictions(subject.model, some, batch_size=_SAMPLES).numpy(),
         adversarial_prediction=adversarial_prediction.cpu().numpy(),
         class_names=list(some.classes),
-    )
+    ).write(subject.folder)

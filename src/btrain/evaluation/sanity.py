@@ -7,73 +7,29 @@ model, an unbounded attack must win, a black-box attack must not, and gradients 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from btrain import precision
+from btrain.attacks.balls import Ball, LinfBall
 from btrain.errors import UserError
-from btrain.evaluation.autoattack import BATCH, library
+from btrain.evaluation.autoattack import BATCH, InParts, library, library_norm, square_refuses
 from btrain.evaluation.examples import Examples, batches, own_random_state
-from btrain.evaluation.parts import InParts
-from btrain.evaluation.restarts import Pgd, pgd_stands
+from btrain.evaluation.pgd import Pgd, Threat, farthest, pgd_stands
+from btrain.evaluation.result import Check, Sanity
 
 EXAMPLES = 500
 STEPS = (0, 1, 2, 5, 10, 20, 50)
 RADII = tuple(i / 2 for i in range(9))  # in units of ε
-UNBOUNDED = 1.0  # every image can become every other
 QUERIES = 500
 
 TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
 FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
 FLAT = 1.0  # percent of the examples
-
-
-@dataclass(frozen=True)
-class Check:
-    """One sign: passed, suspicious (False) or skipped (None), and the numbers behind it."""
-
-    name: str
-    passed: bool | None
-    detail: str
-    numbers: dict[str, float]
-
-    @property
-    def verdict(self) -> str:
-        return {True: "passed", False: "suspicious", None: "skipped"}[self.passed]
-
-
-@dataclass(frozen=True)
-class Sanity:
-    """All signs, and the curves (x, percent accuracy) that they are read from."""
-
-    n: int
-    epsilon: float
-    checks: tuple[Check, ...]
-    curves: dict[str, list[tuple[float, float]]]
-
-    def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What `sanity.json` holds; the facts tell whose checks these are."""
-        return {
-            **facts,
-            "n": self.n,
-            "epsilon": self.epsilon,
-            "checks": [
-                {
-                    "name": check.name,
-                    "passed": check.passed,
-                    "verdict": check.verdict,
-                    "detail": check.detail,
-                    "numbers": check.numbers,
-                }
-                for check in self.checks
-            ],
-            "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
-        }
 
 
 def check_sanity(
@@ -84,9 +40,10 @@ def check_sanity(
     epsilon: float,
     seed: int,
     batch_size: int,
+    threat: Threat = LinfBall,
     show_progress: bool = False,
 ) -> Sanity:
-    """Attacks some examples in many ways, in the mode and precision the model is in.
+    """Attack some examples in many ways, in the mode and precision the model is in.
 
     PGD here has one restart, min(2.5·ε/steps, 2·ε) as step size and counts its last iterate: what
     a failing gradient shows in is not patched up by many tries.
@@ -94,13 +51,17 @@ def check_sanity(
     Args:
         examples: a few hundred suffice.
         correct: which of them are classified correctly when clean, (n,) bool on the CPU.
+        threat: from a radius to its ball.
     """
+    unbounded = farthest(threat, examples.shape)
 
     def left(radius: float, steps: int, loss: str = "ce", of: Tensor = correct) -> Tensor:
         if radius == 0 or steps == 0:
             return of
         step_size = min(2.5 * radius / steps, 2 * radius)
-        attack = Pgd(radius, step_size, steps, loss=loss, last_iterate=True, seed=seed)
+        attack = Pgd(
+            radius, step_size, steps, loss=loss, last_iterate=True, seed=seed, threat=threat
+        )
         return pgd_stands(
             model,
             examples,
@@ -114,7 +75,7 @@ def check_sanity(
     def percent(stands: Tensor) -> float:
         return 100 * int(stands.sum()) / len(examples)
 
-    radii = list(dict.fromkeys(min(factor * epsilon, UNBOUNDED) for factor in RADII))
+    radii = list(dict.fromkeys(min(factor * epsilon, unbounded) for factor in RADII))
     by_radius = [(radius, percent(left(radius, 20))) for radius in radii]
     after = [left(epsilon, steps) for steps in STEPS]
     by_steps = [(float(n), percent(stands)) for n, stands in zip(STEPS, after, strict=True)]
@@ -124,16 +85,19 @@ def check_sanity(
     checks = (
         _falls("accuracy falls with ε", "ε", by_radius, tolerance),
         _falls("accuracy falls with steps", "steps", by_steps, tolerance),
-        _wins(percent(left(UNBOUNDED, 50))),
+        _wins(None if unbounded == math.inf else percent(left(unbounded, 50)), unbounded),
         _one_step(by_steps, tolerance),
-        _black_box(model, examples, correct, epsilon, seed, batch_size, white_box, tolerance),
+        _black_box(
+            model, examples, correct, threat(epsilon), seed, batch_size, white_box, tolerance
+        ),
         _gradients(model, examples, batch_size),
     )
-    return Sanity(len(examples), epsilon, checks, {"epsilon": by_radius, "steps": by_steps})
+    curves = {"epsilon": by_radius, "steps": by_steps}
+    return Sanity(len(examples), epsilon, checks, curves, threat(epsilon).norm)
 
 
 def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance: float) -> Check:
-    """No point of the curve lies more than the tolerance above one before it."""
+    """Return whether no point of the curve lies more than the tolerance above one before it."""
     rise, least, where = 0.0, curve[0], (curve[0], curve[0])
     for point in curve:
         if point[1] - least[1] > rise:
@@ -148,9 +112,12 @@ def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance
     return Check(name, rise <= tolerance, detail, {"largest_rise": rise})
 
 
-def _wins(left: float) -> Check:
-    detail = f"{left:.1f} % are left at ε = {UNBOUNDED:g}, where every image can become any other"
-    return Check("an unbounded attack wins", left <= FEW_LEFT, detail, {"accuracy": left})
+def _wins(left: float | None, unbounded: float) -> Check:
+    name = "an unbounded attack wins"
+    if left is None:
+        return Check(name, None, "the ball does not measure how far apart images are", {})
+    detail = f"{left:.1f} % are left at ε = {unbounded:g}, where every image can become any other"
+    return Check(name, left <= FEW_LEFT, detail, {"accuracy": left})
 
 
 def _one_step(curve: Sequence[tuple[float, float]], tolerance: float) -> Check:
@@ -169,21 +136,27 @@ def _black_box(
     model: nn.Module,
     examples: Examples,
     correct: Tensor,
-    epsilon: float,
+    ball: Ball,
     seed: int,
     batch_size: int,
     white_box: float,
     tolerance: float,
 ) -> Check:
-    """Square (Andriushchenko et al. 2020) sees logits only; PGD sees the gradients, too."""
+    """Compare PGD, which sees the gradients, with Square, which sees logits only.
+
+    Andriushchenko et al., *Square Attack* (2020).
+    """
     name = "a black-box attack is no stronger than PGD"
     try:
+        norm = library_norm(ball)
         square = import_module(f"{library()}.square").SquareAttack
     except UserError as error:
         return Check(name, None, str(error), {})
+    if reason := square_refuses(ball, examples):
+        return Check(name, None, reason, {})
     network = InParts(model, batch_size)
     attack = square(
-        network, norm="Linf", eps=epsilon, n_queries=QUERIES, seed=seed, device=examples.device
+        network, norm=norm, eps=ball.epsilon, n_queries=QUERIES, seed=seed, device=examples.device
     )
     stands = correct.clone()
     with own_random_state(examples.device), torch.no_grad():
@@ -201,7 +174,7 @@ def _black_box(
 
 
 def _gradients(model: nn.Module, examples: Examples, batch_size: int) -> Check:
-    """The share of clean images at which the gradient of the cross-entropy is exactly zero."""
+    """Count the clean images at which the gradient of the cross-entropy is exactly zero."""
     zero = 0
     for indices in batches(torch.arange(len(examples)), batch_size):
         x, labels = examples.batch(indices)

@@ -1,7 +1,8 @@
-"""What a command wants evaluated: a network, its test data and the conditions."""
+"""The network that a command wants evaluated, its test data and the conditions."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrain.build import find_device, load_data, make_model
+from btrain.attacks.balls import BALLS
+from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
 from btrain.errors import UserError
-from btrain.evaluation.files import sha256
+from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
-from btrain.settings import Config
+from btrain.settings import Config, FilesConfig, OwnModelConfig
+from btrain.settings.checks import no_farther
 from btrain.settings.compose import to_dict
-from btrain.settings.evaluation import EvalSettings
-from btrain.settings.evaluation_words import apply, compose
+from btrain.settings.evaluation import EvalSettings, apply, compose
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Target:
 
     Attributes:
         config: the run's, with the overrides; of another project's file what they compose to.
+        threat: of the attacks, from a radius to its ball.
         epsilon: of the attacks.
-        trained: the radius of the training; None: not known.
+        trained, trained_norm: the ball of the training; None: not known.
         step_size: the data set's, for that ε.
     """
 
@@ -38,22 +41,24 @@ class Target:
     device: torch.device
     checkpoint: Path
     run: Path | None
+    threat: Threat
     epsilon: float
     trained: float | None
+    trained_norm: str | None
     step_size: float
     seed: int
     folder: Path
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """Which weights these are."""
+        """Return which weights these are."""
         path = self.checkpoint
         if self.run is not None:
             path = path.resolve().relative_to(self.run.resolve())
-        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
+        return {"checkpoint": path.as_posix(), "checkpoint_sha256": _sha256(self.checkpoint)}
 
 
 def find(settings: EvalSettings) -> Target:
-    """Reads checkpoint and data.
+    """Read checkpoint and data.
 
     Raises:
         UserError: one of them is missing, damaged or does not fit the other.
@@ -64,17 +69,23 @@ def find(settings: EvalSettings) -> Target:
         original = config = _foreign(settings)
         model, trained = None, None
     else:
-        original, model = _ours(checkpoint, run)
+        original, model = _ours(checkpoint, run, settings)
         config, trained = apply(original, settings.config), original.attack.epsilon
         _keep_downloads_here(config, settings)
+    norm = settings.norm or original.attack.norm
+    settings.check_lengths(norm)
     epsilon = _epsilon(settings, original, config, trained)
     data = load_data(config, device)
+    known = {"classes": len(data.classes), "shape": data.shape}
+    threat = BALLS.get(norm) or threat_of(original.attack, known)
+    no_farther("epsilon", epsilon, farthest(threat, data.shape))
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
     folder = _folder(settings, checkpoint, run)
     if settings.out is None:
         changes = _changes(original, config)
+        changes |= {} if norm == original.attack.norm else {"norm": norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
@@ -87,8 +98,10 @@ def find(settings: EvalSettings) -> Target:
         device=device,
         checkpoint=checkpoint,
         run=run,
+        threat=threat,
         epsilon=epsilon,
         trained=trained,
+        trained_norm=None if trained is None else original.attack.norm,
         step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
         seed=seed,
         folder=folder,
@@ -96,7 +109,7 @@ def find(settings: EvalSettings) -> Target:
 
 
 def _paths(path: Path) -> tuple[Path, Path | None]:
-    """The file of the weights, and the run folder that it belongs to."""
+    """Return the file of the weights, and the run folder that it belongs to."""
     if not path.exists():
         raise UserError(f"checkpoint={path} does not exist.")
     if path.is_dir():
@@ -109,24 +122,36 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
     return path, run if inside else None
 
 
-def _ours(checkpoint: Path, run: Path | None) -> tuple[Config, nn.Module]:
-    """Configuration and network; a run folder's `config.yaml` is what counts, if there is one."""
-    from btrain.exchange.from_run import agreed, load_run, read_config
+def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[Config, nn.Module]:
+    """Return configuration and network, of a run folder by its `config.yaml`."""
+    from btrain.exchange.from_run import (
+        UntrustedError,
+        agreed,
+        read_config,
+        read_run,
+        trusted,
+    )
 
+    trust = settings.trust_code, settings.factories
+    replaced = {"dataset": settings.config.get("dataset"), "attack": settings.norm}
+    needed = ["model", *(group for group, other in replaced.items() if other is None)]
     try:
-        config, model = load_run(checkpoint)
+        saved = read_run(checkpoint, trust_code=trust[0], factories=trust[1], needed=needed)
     except UserError as error:
-        if run is not None:
+        if run is not None or isinstance(error, UntrustedError):
             raise
         raise UserError(f"{error} Another project's file needs model= and dataset=.") from error
+    config = saved.config
     if run is not None:
-        settings = read_config(RunFolder(run).settings(), run / "config.yaml")
-        config = agreed(settings, config, run, checkpoint)
-    return config, model
+        whole = read_config(RunFolder(run).settings(), run / "config.yaml")
+        config = agreed(trusted(whole, run, *trust), config, run, checkpoint)
+    return config, saved.network()
 
 
 def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:
-    """A checkpoint from elsewhere cannot choose a place outside of here where data are put."""
+    """Download nothing to a place outside of here that a checkpoint from elsewhere chose."""
+    if not isinstance(config.dataset, FilesConfig):
+        return
     root = Path(config.dataset.root)
     outside = root.is_absolute() or ".." in root.parts
     if outside and not {"dataset.root", "dataset.download"} & {*settings.config}:
@@ -144,38 +169,47 @@ def _built(config: Config, data: Data, checkpoint: Path) -> nn.Module:
     from btrain.exchange.read import check_architecture, load_weights, read_weights
 
     weights, classes = read_weights(checkpoint), len(data.classes)
-    shapes = outline(config.model, classes, data.shape, weights, checkpoint)
-    check_architecture(shapes, weights, checkpoint)
+    if not isinstance(config.model, OwnModelConfig):
+        shapes = outline(config.model, classes, data.shape, weights, checkpoint)
+        check_architecture(shapes, weights, checkpoint)
     with torch.random.fork_rng(devices=[]):
         model = make_model(config.model, classes, data.shape)
     load_weights(model, checkpoint)
+    check_network(config.model, model, data)
     return model
 
 
 def _epsilon(
     settings: EvalSettings, original: Config, config: Config, trained: float | None
 ) -> float:
-    """The radius that was typed, or the one of the training where nothing speaks for another.
+    """Return the radius that was typed, or that of the training where nothing speaks for another.
 
     Raises:
-        UserError: the run is configured to be evaluated with another one, or the data set that was
-            typed is one for which another is usual.
+        UserError: the run is configured to be evaluated with another one, the data set that was
+            typed is one for which another is usual, or the norm is another.
     """
     if settings.epsilon is not None:
         return settings.epsilon
+    if settings.norm not in (None, original.attack.norm):
+        raise UserError(f"norm={settings.norm} needs a radius; please give epsilon=….")
     if trained is None:
         return float(config.attack.epsilon)
     if config.eval.epsilon != trained:
         other = f"is configured to be evaluated with {config.eval.epsilon:g}"
-    elif config.dataset.epsilon not in (trained, original.dataset.epsilon):
-        name = config.dataset.name.name
-        other = f"dataset={name} is usually attacked with {config.dataset.epsilon:g}"
+    elif (usual := _usual(config)) not in (trained, _usual(original)):
+        other = f"dataset={config.dataset.name.name} is usually attacked with {usual:g}"
     else:
         return trained
     raise UserError(
         f"{settings.checkpoint} was trained with ε = {trained:g} and {other}; "
         "please give epsilon=…."
     )
+
+
+def _usual(config: Config) -> float | None:
+    """Return the radius that a data set is usually attacked with, in the norm of the run."""
+    usual = {"linf": config.dataset.epsilon, "l2": config.dataset.l2_epsilon}
+    return usual.get(config.attack.norm)
 
 
 def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
@@ -187,7 +221,7 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
 
 
 def _check_folder(folder: Path, out: str | None) -> None:
-    """Rather now than after the first attack."""
+    """Raise UserError, ahead of the first attack, for a folder that cannot be made."""
     named = f"out={out}" if out is not None else str(folder)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -196,17 +230,27 @@ def _check_folder(folder: Path, out: str | None) -> None:
 
 
 def _changes(original: Config, config: Config) -> dict[str, Any]:
-    """The overrides that make it another evaluation, so that it gets a folder of its own."""
+    """Return the overrides that make it another evaluation, which gets a folder of its own."""
     before, after = to_dict(original), to_dict(config)
     keys = [("dataset", "name"), ("dataset", "image_size"), ("dataset", "test_examples")]
+    keys += [("dataset", "factory"), ("dataset", "settings")]
     keys += [("model", key) for key in after["model"]]
     if after["dataset"]["name"] == "imagefolder":
         keys.append(("dataset", "root"))
     return {
         f"{group}.{key}": after[group][key]
         for group, key in keys
-        if after[group][key] != before[group][key]
+        if key in after[group] and after[group][key] != before[group].get(key)
     }
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _name(changes: dict[str, Any]) -> str:

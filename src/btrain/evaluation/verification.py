@@ -12,16 +12,13 @@ from tqdm import tqdm
 from btrain.errors import UserError
 from btrain.evaluation.attack import Start, Subject, attack_facts, finished, kept
 from btrain.evaluation.examples import batches
-from btrain.evaluation.files import write_json
-from btrain.evaluation.result import Result
+from btrain.evaluation.result import Result, write_json
+from btrain.settings.evaluation import INTERVAL_ATTACKS
 from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
 
 PREFIX = "verified-"
 """Of the results' names; the engine follows."""
-
-INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}
-"""Restarts by name."""
 
 _BROKEN = "verified_and_broken.json"
 
@@ -32,7 +29,7 @@ def verified(subject: Subject, graph: Graph, engine: str) -> Result:
     An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified.
     """
     name, started = PREFIX + engine.replace("+", "-"), time.perf_counter()
-    facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine, "norm": "linf"}
+    facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
     if (there := kept(subject, name, facts)) is not None:
         return there
     sound = torch.zeros_like(subject.correct)

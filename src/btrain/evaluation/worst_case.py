@@ -1,15 +1,26 @@
-"""The worst case over several attacks: each is run on what the ones before it left standing."""
+"""The worst case over several attacks: each is run on what the ones before it left standing.
+
+What an interrupted one has found is kept in a file, so that the same command goes on from there.
+"""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from btrain.evaluation.examples import batches
-from btrain.evaluation.partial import Partial
+from btrain.evaluation.result import write_arrays
+from btrain.untrusted.arrays import read_npz
+
+_KEYS = ("identity", "stands", "pending", "round", "seconds")
+_LARGEST = 64 << 20  # bytes
 
 Attack = Callable[[int, Tensor], Tensor]
 """(which attack, indices of examples (m,) in ascending order) -> whether each is fooled (m,)"""
@@ -24,7 +35,7 @@ def worst_case(
     partial: Partial | None = None,
     show_progress: bool = False,
 ) -> Tensor:
-    """Which examples no round fools.
+    """Return which examples no round fools.
 
     A round takes the standing examples in full batches of `batch_size`, so that later rounds cost
     what is left. After every batch the state is kept in `partial`, from which an interrupted
@@ -62,3 +73,46 @@ def _bar(name: str, examples: int, show: bool) -> Any:
 
     hidden = None if show else True
     return tqdm(total=examples, desc=name, unit="image", leave=False, disable=hidden)
+
+
+class Partial:
+    """A file `<attack>.partial.npz` that belongs to one setting; others neither see nor keep it."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path = path
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._since = time.perf_counter()
+        self.seconds_before = 0.0  # that the interrupted evaluations took
+
+    def load(self, examples: int) -> tuple[Tensor, Tensor, int] | None:
+        """Return which stand (n,), which are pending in a round (n,), and the round, or None.
+
+        A file of another setting or a damaged one counts as none.
+        """
+        try:
+            saved = read_npz(self._path, _KEYS, most=_LARGEST)
+            if str(saved["identity"]) != self._identity:
+                return None
+            stands, pending = torch.tensor(saved["stands"]), torch.tensor(saved["pending"])
+            number, seconds = int(saved["round"]), float(saved["seconds"])
+        except Exception:  # a damaged archive raises many kinds
+            return None
+        if not stands.shape == pending.shape == (examples,) or stands.dtype != torch.bool:
+            return None
+        self.seconds_before = seconds
+        return stands, pending, number
+
+    def save(self, stands: Tensor, pending: Tensor, number: int) -> None:
+        """Keep a state in place of the one before."""
+        write_arrays(
+            self._path,
+            identity=np.array(self._identity),
+            stands=stands.numpy(),
+            pending=pending.numpy(),
+            round=np.array(number),
+            seconds=np.array(self.seconds_before + time.perf_counter() - self._since),
+        )
+
+    def remove(self) -> None:
+        """Delete the file, once the attack is through."""
+        self._path.unlink(missing_ok=True)

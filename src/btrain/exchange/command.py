@@ -1,15 +1,17 @@
-"""`btrain export`: its words, and what it does with them. Imports torch only to do it."""
+"""The words of `btrain export`, and the work; torch is imported only for the work."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from btrain.errors import UserError
+from btrain.settings import words
+from btrain.settings.checks import require
+from btrain.settings.evaluation import FACTORIES
 
 FORMATS = ("robustbench", "safetensors", "onnx", "state_dict")
 
@@ -24,91 +26,99 @@ btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for oth
   out=          the file to write
   which=        last (default) or best, of a run folder
   sub_block1=   true adds TRADES' unused stage to format=robustbench (default: false)
+  trust_code=   true imports code that the run names; or name it: model.factory=FILE.py:NAME
   overwrite=    true replaces a file that is there already (default: false)
 
 safetensors and onnx need their packages: pip install "btrain[export]".
 """
 
+_WHICH = ("last", "best")
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Export:
-    """The words of one call."""
+    """The settings of one `btrain export`.
 
-    checkpoint: Path
-    format: str
-    out: Path
-    which: Literal["last", "best"] = "last"
+    Attributes:
+        trust_code: whether own code that the checkpoint names may be imported.
+        factories: own code that the user names, by the group that it stands for.
+    """
+
+    checkpoint: str = ""
+    format: str = ""
+    out: str = ""
+    which: str = "last"
     sub_block1: bool = False
     overwrite: bool = False
+    trust_code: bool = False
+    factories: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, value, options in (
+            ("format", self.format, FORMATS),
+            ("which", self.which, _WHICH),
+        ):
+            require(value in ("", *options), key, f"one of {', '.join(options)}", value)
+        for key in ("checkpoint", "format", "out"):
+            if not getattr(self, key):
+                raise UserError(f"{key} is missing; please give {key}=…, see btrain export --help.")
+        if self.sub_block1 and self.format != "robustbench":
+            raise UserError(f"sub_block1=true has no meaning with format={self.format}.")
+        wanted, suffix = _SUFFIXES.get(self.format), Path(self.out).suffix
+        if wanted is not None and suffix != wanted:
+            raise UserError(f"out={self.out} must end in {wanted} with format={self.format}.")
+        if wanted is None and suffix in _SUFFIXES.values():
+            raise UserError(f"out={self.out} must not end in {suffix} with format={self.format}.")
 
 
-def parse(words: Sequence[str]) -> Export:
-    """Reads key=value words.
+def parse(arguments: Sequence[str]) -> Export:
+    """Return the settings that a command line asks for.
 
     Raises:
         UserError: a key is unknown, missing or given twice, or a value is none of its choices.
     """
-    given: dict[str, Any] = {}
-    keys = [field.name for field in dataclasses.fields(Export)]
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not value:
-            raise UserError(f"{word} is not of the form key=value; see btrain export --help.")
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"Did you mean {close[0]}?" if close else "btrain export --help lists them."
-            raise UserError(f"There is no setting {key}. {hint}")
-        if key in given:
-            raise UserError(f"{key} is given twice.")
-        given[key] = _value(key, value)
-    for key in ("checkpoint", "format", "out"):
-        if key not in given:
-            raise UserError(f"{key} is missing; please give {key}=…, see btrain export --help.")
-    export = Export(**given)
-    _check(export)
-    return export
+    paths = ("checkpoint", "out", *FACTORIES)
+    known = [item.name for item in fields(Export) if item.name != "factories"]
+    try:
+        pairs = words.parse(arguments, paths)
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix('.')}; see btrain export --help.") from error
+    given = words.once(pairs, [*known, *FACTORIES], "btrain export")
+    values: dict[str, Any] = {"factories": {}}
+    for key, text in given.items():
+        value = os.path.expanduser(text) if key in paths else text  # noqa: PTH111
+        if key in FACTORIES:
+            values["factories"][key.removesuffix(".factory")] = value
+        else:
+            values[key] = value
+    return words.filled(Export, values, {})
 
 
-def _value(key: str, value: str) -> Path | str | bool:
-    if key in ("checkpoint", "out"):
-        return Path(value).expanduser()
-    choices = {"format": FORMATS, "which": ("last", "best")}.get(key, ("true", "false"))
-    if value not in choices:
-        raise UserError(f"{key} must be one of {', '.join(choices)}, not {value}.")
-    return value == "true" if choices == ("true", "false") else value
-
-
-def _check(export: Export) -> None:
-    if export.sub_block1 and export.format != "robustbench":
-        raise UserError(f"sub_block1=true has no meaning with format={export.format}.")
-    wanted, suffix = _SUFFIXES.get(export.format), export.out.suffix
-    if wanted is not None and suffix != wanted:
-        raise UserError(f"out={export.out} must end in {wanted} with format={export.format}.")
-    if wanted is None and suffix in _SUFFIXES.values():
-        raise UserError(f"out={export.out} must not end in {suffix} with format={export.format}.")
-
-
-def run(words: Sequence[str]) -> None:
-    """Does what `btrain export <words>` says, and tells what was written.
+def run(arguments: Sequence[str]) -> None:
+    """Write the file that the arguments of `btrain export` ask for, and say what was written.
 
     Raises:
         UserError: a word, the run or the file to write is not right; nothing was written.
     """
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return
-    export = parse(words)
+    export = parse(arguments)
 
-    from btrain.exchange.from_run import image_shape, load_run
+    from btrain.exchange.from_run import read_run
     from btrain.exchange.write import write
 
-    config, model = load_run(export.checkpoint, export.which)
-    shape = image_shape(config.dataset)
+    run = read_run(
+        Path(export.checkpoint),
+        "best" if export.which == "best" else "last",
+        trust_code=export.trust_code,
+        factories=export.factories,
+    )
+    model, shape = run.network(), run.shape
     write(
         model,
-        export.out,
+        Path(export.out),
         format=export.format,
         shape=shape,
         sub_block1=export.sub_block1,
@@ -116,6 +126,6 @@ def run(words: Sequence[str]) -> None:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{export.out}: {config.model.name} with {parameters:,} parameters as {export.format}, for "
-        f"{'×'.join(map(str, shape))} images in [0, 1]"
+        f"{export.out}: {run.config.model.name} with {parameters:,} parameters as {export.format}, "
+        f"for {'×'.join(map(str, shape))} images in [0, 1]"
     )

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from btrain import own
 from btrain.build import make_model
+from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.runs.folder import RunFolder
-from btrain.settings import Config, DatasetConfig, DatasetName, ModelConfig
+from btrain.settings import (
+    Config,
+    DatasetConfig,
+    DatasetName,
+    ImageFolderConfig,
+    ModelConfig,
+    OwnModelConfig,
+    WideResNetConfig,
+    WidthConfig,
+)
 from btrain.settings import compose as configs
 from btrain.settings.older import translated
 from btrain.untrusted import RefusedError
@@ -29,6 +40,8 @@ _MOST_SETTINGS = 1_000
 
 _SHALLOW = 1000  # layers, which are quickly outlined, so that the error can name the keys
 
+_MOST_CLASSES, _LARGEST_SIDE = 1 << 20, 1 << 16
+
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
     DatasetName.cifar100: (3, 32, 32),
@@ -37,21 +50,93 @@ _SHAPES = {
 }
 
 
-def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
+class UntrustedError(UserError):
+    """A run names code that nobody has named or trusted here."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint of a run, read and checked; nobody's code was run.
+
+    Attributes:
+        config: the run's; own parts that were named again are by their new factories.
+        weights: by the network's own names.
+        classes: K.
+        shape: (C, H, W) of its images.
+    """
+
+    path: Path
+    config: Config
+    weights: Mapping[str, Tensor]
+    classes: int
+    shape: tuple[int, int, int]
+
+    def network(self) -> nn.Module:
+        """The network with the weights, on the CPU, in eval mode.
+
+        torch's global random state stays as it was.
+
+        Raises:
+            UserError: the weights do not fit it, or the user's own code fails.
+        """
+        model = self.config.model
+        if not isinstance(model, OwnModelConfig):
+            outlined = outline(model, self.classes, self.shape, self.weights, self.path)
+            check_fit(outlined, self.weights, self.path)
+        with torch.random.fork_rng(devices=[]):
+            network = make_model(model, self.classes, self.shape)
+        fit(network, self.weights, self.path)
+        return network.eval()
+
+
+def load_run(
+    path: Path,
+    which: Which = "last",
+    *,
+    trust_code: bool = False,
+    factories: Mapping[str, Any] | None = None,
+) -> tuple[Config, nn.Module]:
     """The configuration of a run and its network with the weights, on the CPU, in eval mode.
+
+    No data are read, and torch's global random state stays as it was.
+
+    Args:
+        path, which, trust_code, factories: as `read_run` takes them.
+
+    Raises:
+        UserError: as `read_run`, or the weights do not fit the configuration.
+    """
+    run = read_run(path, which, trust_code=trust_code, factories=factories)
+    return run.config, run.network()
+
+
+def read_run(
+    path: Path,
+    which: Which = "last",
+    *,
+    trust_code: bool = False,
+    factories: Mapping[str, Any] | None = None,
+    needed: Sequence[str] = ("model",),
+) -> SavedRun:
+    """What a run left behind.
 
     A folder's configuration is its `config.yaml`, which must agree with its checkpoint's on what
     decides an evaluation; a checkpoint file brings its own, so it may lie anywhere. The number of
-    classes is that of the checkpoint's classifier, the shape of the images that of the data set. No
-    data are read, and torch's global random state stays as it was.
+    classes and the shape of the images are what the checkpoint says; in those of older versions,
+    what its classifier and its data set tell.
 
     Args:
         path: a run folder, or a checkpoint that a run wrote.
         which: of a folder, `checkpoints/last.pt` or `best.pt`.
+        trust_code: whether code that the run names may be imported.
+        factories: by `model`, `dataset`, …, the user's own part in the place of the one that the
+            run names: a factory, or an object.
+        needed: the groups whose own parts will be imported.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, its configuration does not
-            fit this version of btrain, or its weights do not fit its configuration.
+            fit this version of btrain, or it names code that is needed and neither trusted nor
+            named again.
     """
     run = path if path.is_dir() else None
     if run is not None:
@@ -62,23 +147,61 @@ def load_run(path: Path, which: Which = "last") -> tuple[Config, nn.Module]:
             raise UserError(f"{path} does not exist: the run held no examples out to choose by.")
     elif which != "last":
         raise UserError(f"which={which} goes with a run folder; {path} is one checkpoint.")
-    saved, weights = _checkpoint(path)
-    config = read_config(saved, path)
+    saved = _checkpoint(path)
+    weights = saved["state"]["model"]
+    config = read_config(saved["config"], path)
     if run is not None:
         config = agreed(read_config(settings, run / "config.yaml"), config, run, path)
-    classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
-    shape = image_shape(config.dataset)
-    check_fit(outline(config.model, classes, shape, weights, path), weights, path)
-    with torch.random.fork_rng(devices=[]):
-        model = make_model(config.model, classes, shape)
-    fit(model, weights, path)
-    return config, model.eval()
+    config = trusted(config, run or path, trust_code, factories or {}, needed)
+    classes, shape = _images(saved, path)
+    if classes is None:
+        classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
+    return SavedRun(path, config, weights, classes, shape or image_shape(config.dataset))
+
+
+def trusted(
+    config: Config,
+    origin: Path,
+    trust_code: bool,
+    factories: Mapping[str, Any],
+    needed: Sequence[str] = (),
+) -> Config:
+    """The configuration of a run with the user's own parts in the place of those it names.
+
+    Raises:
+        UntrustedError: a needed part is neither trusted nor named again.
+        UserError: what was named again is not the user's own in the run.
+    """
+    parts = own.parts(config)
+    for group, named in factories.items():
+        if group not in parts:
+            raise UserError(f"{group}.factory is given, but {origin} has no {group}=own.")
+        factory = named if isinstance(named, str) else own.give(named)
+        own.allow(factory)
+        config = replace(config, **{group: replace(getattr(config, group), factory=factory)})
+    if trust_code:
+        own.allow_parts(config)
+        return config
+    code = [
+        f"{group}.factory={factory}"
+        for group, (factory, _) in parts.items()
+        if group in needed and group not in factories
+    ]
+    if code:
+        raise UntrustedError(
+            f"{origin} needs code, {' and '.join(code)}, and nothing is imported because a file "
+            "says so; please name it again in the same words, or a file of your own, or say "
+            "trust_code=true if you trust it."
+        )
+    return config
 
 
 # Settings that decide what a run's evaluation comes to.
 _DECISIVE = (
-    *("dataset.name", "dataset.image_size", "dataset.test_examples", "model.architecture"),
-    *("model.width", "model.depth", "model.mean", "model.std", "attack.epsilon"),
+    *("dataset.name", "dataset.image_size", "dataset.test_examples", "dataset.factory"),
+    *("dataset.settings", "model.architecture", "model.width", "model.depth", "model.activation"),
+    *("model.factory", "model.settings", "model.mean", "model.std", "attack.epsilon"),
+    *("attack.norm", "attack.factory", "attack.settings"),
     *("eval.epsilon", "eval.step_size", "seed"),
 )
 
@@ -94,13 +217,19 @@ def agreed(config: Config, brought: Config, run: Path, checkpoint: Path) -> Conf
         UserError: they differ in something that an evaluation depends on.
     """
     for key in _DECISIVE:
-        theirs, its = attrgetter(key)(config), attrgetter(key)(brought)
+        theirs, its = _value(config, key), _value(brought, key)
         if theirs != its:
             raise UserError(
                 f"{run / 'config.yaml'} says {key}={_shown(theirs)}, but {checkpoint} was made "
                 f"with {_shown(its)}; please restore the one that was changed."
             )
     return config
+
+
+def _value(config: Config, key: str) -> object:
+    """A setting by its dotted key; None where the option has none of that name."""
+    group, _, name = key.partition(".")
+    return getattr(getattr(config, group), name, None) if name else getattr(config, group)
 
 
 def _shown(value: object) -> object:
@@ -122,44 +251,58 @@ def outline(
     Raises:
         UserError: there is no such network, or it is deeper than there are weights.
     """
-    if (model.depth or 0) > max(len(weights), _SHALLOW):
-        raise UserError(f"{origin} holds fewer weights than model.depth={model.depth} has.")
+    depth = model.depth if isinstance(model, WideResNetConfig) else 0
+    if depth > max(len(weights), _SHALLOW):
+        raise UserError(f"{origin} holds fewer weights than model.depth={depth} has.")
     try:
         with torch.device("meta"):
             return make_model(model, classes, shape)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # beyond 64 bits
+        size = f"model.width={model.width}" if isinstance(model, WidthConfig) else model.name
         raise UserError(
-            f"{origin}: there is no network of model.width={model.width} "
-            f"for {'×'.join(map(str, shape))} images."
+            f"{origin}: there is no network of {size} for {'×'.join(map(str, shape))} images."
         ) from error
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
-    """(C, H, W) of a data set's images, without reading them.
-
-    Raises:
-        UserError: `dataset.image_size` is not given and the data set has no size of its own.
-    """
+    """(C, H, W) of a data set's images, without reading more than it must."""
     if dataset.name in _SHAPES:
         return _SHAPES[dataset.name]
-    if dataset.image_size is None:
-        raise UserError(f"dataset.image_size must be given for dataset={dataset.name.name}.")
-    return 3, dataset.image_size, dataset.image_size
+    if isinstance(dataset, ImageFolderConfig):
+        return 3, dataset.image_size, dataset.image_size
+    return load_configured(dataset, torch.device("cpu"), train_examples=2).shape
 
 
-def _checkpoint(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """The configuration and the weights in a checkpoint of a run.
+def _checkpoint(path: Path) -> Mapping[str, Any]:
+    """A checkpoint of a run, with its `config` and the weights in its `state`.
 
     Raises:
         UserError: it is none of ours.
     """
     match read_plain(path):
-        case {"config": dict() as config, "state": {"model": dict() as weights}}:
-            if is_state_dict(weights) and list(weights.values())[-1].dim() == 1:
-                return config, weights
+        case {"config": dict(), "state": {"model": dict() as weights}} as saved:
+            if is_state_dict(weights) and (
+                "classes" in saved or list(weights.values())[-1].dim() == 1
+            ):
+                return cast(Mapping[str, Any], saved)
     raise UserError(
         f"{path} is no checkpoint of a btrain run: it holds no settings to build the network by."
     )
+
+
+def _images(saved: Mapping[str, Any], path: Path) -> tuple[int | None, tuple[int, int, int] | None]:
+    """Classes and shape as a checkpoint says; None and None where it is of an older version.
+
+    Raises:
+        UserError: it says something impossible.
+    """
+    if "classes" not in saved and "shape" not in saved:
+        return None, None
+    match saved:
+        case {"classes": int() as classes, "shape": [int() as c, int() as h, int() as w]}:
+            if 1 <= classes <= _MOST_CLASSES and all(1 <= n <= _LARGEST_SIDE for n in (c, h, w)):
+                return classes, (c, h, w)
+    raise UserError(f"{path} is damaged: it does not say what images its network is for.")
 
 
 def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
@@ -179,12 +322,12 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     _check_plain(saved, origin)
+    saved = translated(saved)
     try:
-        saved = translated(saved)
-        settings = OmegaConf.merge(configs.schema_of(saved), OmegaConf.create(dict(saved)))
+        settings = OmegaConf.merge(configs.schema_of(saved), OmegaConf.create(saved))
         missing = sorted(OmegaConf.missing_keys(settings))
         if missing:
-            settings = OmegaConf.merge(_defaults(saved), OmegaConf.create(dict(saved)))
+            settings = OmegaConf.merge(_defaults(saved), OmegaConf.create(saved))
         config: Config = configs.from_hydra(settings, ())
         return config
     except OmegaConfBaseException as error:

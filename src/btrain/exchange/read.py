@@ -10,16 +10,23 @@ from torch import Tensor, nn
 
 from btrain.errors import UserError
 from btrain.exchange import names
-from btrain.models import Normalise
+from btrain.models import Normalise, Normalised
+from btrain.models.preact_resnet import PreActResNet
+from btrain.models.resnet import ResNet
+from btrain.models.small_cnn import SmallCNN
+from btrain.models.wide_resnet import WideResNet
 from btrain.untrusted import RefusedError, tensors
 
 # Where a state dict lies in a checkpoint: ours is ["state"]["model"].
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state")
 _SHOWN = 3
+_CONSTANTS = (names.MEAN, names.STD)
+_BTRAINS = (WideResNet, PreActResNet, ResNet, SmallCNN)
+"""The networks that hold their normalisation as `normalise`, and whose first layer is `conv1`."""
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a file into one of btrain's networks, whatever device that is on.
+    """Loads a file into a network, whatever device that is on.
 
     A normalisation in the file (`mu` and `sigma`, or our own) becomes the model's where that has
     none. Where the file has none the model keeps its own: that is how to read weights whose images
@@ -29,7 +36,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         UserError: the file cannot be read, is of another architecture, shape or number of classes,
             or normalises otherwise than the model. The model is as it was.
     """
-    weights = read_weights(path)
+    _load(weights_for(model, path), model, path)
+
+
+def _load(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+    """`load_weights` with the weights that were read from the path."""
+    if not isinstance(model, _BTRAINS):
+        fit(model, weights, path)
+        return
     before = model.normalise
     model.normalise = _agreed_normalisation(model, weights, path)
     constants = {f"normalise.{key}": value for key, value in model.normalise.state_dict().items()}
@@ -38,6 +52,44 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except UserError:
         model.normalise = before
         raise
+
+
+def start_from(model: nn.Module, path: Path) -> str:
+    """Loads a file or a run into a network that is to be trained, but for a head of other classes.
+
+    The head is the network's last linear layer.
+
+    Args:
+        model: freshly initialised, on any device.
+        path: a file that `read_weights` understands, or the folder of a run; no code is run.
+
+    Returns:
+        A sentence that says what was taken.
+
+    Raises:
+        UserError: as `load_weights`; the model is as it was.
+    """
+    if path.is_dir():
+        path = path / "checkpoints" / "last.pt"
+    weights, own = weights_for(model, path), model.state_dict()
+    for key in _CONSTANTS:
+        if key in weights and key not in own:
+            raise UserError(
+                f"{path} normalises its images: {key} is {_values(weights[key])}; please give "
+                "model.mean=[…] and model.std=[…], too."
+            )
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    head = [key for key in own if layers and key.rpartition(".")[0] == layers[-1]]
+    other = [key for key in head if key in weights and weights[key].shape != own[key].shape]
+    if not other or any(weights[key].shape[1:] != own[key].shape[1:] for key in other):
+        load_weights(model, path)
+        return f"The network starts from all weights of {path}."
+    _load({**weights, **{key: own[key] for key in head}}, model, path)
+    there, here = len(weights[other[0]]), len(own[other[0]])
+    return (
+        f"The network starts from the weights of {path} but for a new head, {layers[-1]}: there "
+        f"are {here} classes here and {there} there."
+    )
 
 
 def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
@@ -50,9 +102,8 @@ def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin
     Raises:
         UserError: names, shapes or types differ.
     """
-    constants = (names.MEAN, names.STD)
-    own = {key: value for key, value in outline.state_dict().items() if key in constants}
-    theirs = {key: value for key, value in weights.items() if key not in constants}
+    own = {key: value for key, value in outline.state_dict().items() if key in _CONSTANTS}
+    theirs = {key: value for key, value in weights.items() if key not in _CONSTANTS}
     check_fit(outline, {**theirs, **own}, origin)
 
 
@@ -94,6 +145,28 @@ def _values(constants: Tensor) -> str:
     return ", ".join(f"{value:.4g}" for value in constants.flatten().tolist())
 
 
+def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The weights in a file by the names of a network.
+
+    Names that are the network's own stay as they are, with `network.` before them where the file is
+    of a network that the model normalises for; otherwise they are read as `read_weights` does.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    saved = _saved_weights(path)
+    if isinstance(model, _BTRAINS):
+        return _renamed(saved, path)
+    counters = ".num_batches_tracked"
+    own = {key for key in model.state_dict() if not key.endswith(counters)}
+    if isinstance(model, Normalised):
+        constants = {key: value for key, value in model.state_dict().items() if key in _CONSTANTS}
+        inside = {f"network.{key}": value for key, value in saved.items()} | constants
+        if own <= inside.keys():
+            return inside
+    return dict(saved) if own <= saved.keys() else _renamed(saved, path)
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a file, on the CPU, by the names of btrain's networks.
 
@@ -103,19 +176,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, cannot be read without executing it, or holds no weights.
     """
+    return _renamed(_saved_weights(path), path)
+
+
+def _saved_weights(path: Path) -> Mapping[str, Tensor]:
     saved = _state_dict(read_plain(path))
     if saved is None:
         raise UserError(
             f"{path} holds no weights: there is no state dict, neither bare nor under "
             f"{', '.join(_WRAPPERS[:-2])} or {_WRAPPERS[-2]}."
         )
+    return saved
+
+
+def _renamed(saved: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for key, value in saved.items():
         name = names.ours(key)
         if name in weights:
             raise UserError(f"{path} holds {name} twice, once of them as {key}.")
         if name is not None:
-            constant = name in (names.MEAN, names.STD)
+            constant = name in _CONSTANTS
             weights[name] = value.reshape(-1, 1, 1) if constant else value
     return weights
 
@@ -222,7 +303,7 @@ def _listed(keys: list[str]) -> str:
 
 def _check_shapes(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origin: Path) -> None:
     wrong = [key for key in own if own[key].shape != theirs[key].shape]
-    weight, bias = list(own)[-2:]  # of the classifier, (K, features) and (K,)
+    weight, bias = ["", "", *own][-2:]  # of the classifier, (K, features) and (K,)
     if wrong == [weight, bias] and theirs[weight].shape[1:] == own[weight].shape[1:]:
         classes, k = len(theirs[weight]), len(own[weight])
         raise UserError(f"{origin} has {classes} classes, the model {k}.")

@@ -15,7 +15,7 @@ from torch import nn
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
-from btrain.models.wide_resnet import WideResNet
+from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 
 ROBUSTBENCH_SHAPE = (3, 32, 32)
 """Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
@@ -30,7 +30,7 @@ def write(
     sub_block1: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes a network in a format of `command.FORMATS`.
+    """Write a network in a format of `command.FORMATS`.
 
     Args:
         model: one of btrain's networks, on the CPU, in eval mode.
@@ -62,7 +62,7 @@ def write(
 def _writer(
     model: nn.Module, format: str, shape: tuple[int, int, int], sub_block1: bool
 ) -> Callable[[IO[bytes]], Any]:
-    """What writes the file, once it is known that it can."""
+    """Return what writes the file, once it is known that it can."""
     if format == "onnx":
         _require("onnx", "onnx", "onnxscript")
         return partial(_write_onnx, model, shape)
@@ -71,8 +71,10 @@ def _writer(
         return partial(_write_safetensors, model)
     weights = dict(model.state_dict())
     if format == "robustbench":
-        if not isinstance(model, WideResNet):
-            raise UserError("format=robustbench is for WideResNets; this network is none.")
+        if not isinstance(model, WideResNet) or model.activation is not ACTIVATIONS["relu"]:
+            raise UserError(
+                "format=robustbench is for WideResNets with ReLU; this network is none."
+            )
         if shape != ROBUSTBENCH_SHAPE:
             theirs, ours = ("×".join(map(str, sizes)) for sizes in (ROBUSTBENCH_SHAPE, shape))
             raise UserError(f"RobustBench's WideResNet takes {theirs} images, not {ours}.")

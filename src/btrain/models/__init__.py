@@ -8,11 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.models.check import check
+from btrain.models.libraries import from_library
 from btrain.models.preact_resnet import PreActResNet
+from btrain.models.resnet import ResNet
 from btrain.models.small_cnn import SmallCNN
-from btrain.models.wide_resnet import WideResNet
+from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 
-ARCHITECTURES = ("wide_resnet", "preact_resnet18", "small_cnn")
+__all__ = [
+    "ARCHITECTURES",
+    "Normalise",
+    "Normalised",
+    "build",
+    "check",
+    "from_library",
+    "normalisation",
+]
+
+ARCHITECTURES = ("wide_resnet", "preact_resnet18", "resnet18", "small_cnn")
 
 
 class Normalise(nn.Module):
@@ -30,6 +43,36 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Normalised(nn.Module):
+    """A network that does not normalise by itself, behind a normalisation."""
+
+    def __init__(self, normalise: Normalise, network: nn.Module) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalise(x))
+        return logits
+
+
+def normalisation(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Normalise | None:
+    """The normalisation of images with so many channels; None where none is asked for.
+
+    Raises:
+        UserError: there is not one value or one a channel.
+    """
+    if mean is None or std is None:
+        return None
+    if len(mean) != len(std) or len(mean) not in (1, channels):
+        raise UserError(
+            f"model.mean and model.std need one value each, or one for each of {channels} channels."
+        )
+    return Normalise(mean, std)
+
+
 def build(
     architecture: str,
     *,
@@ -39,6 +82,7 @@ def build(
     shape: tuple[int, int, int],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    activation: str = "relu",
 ) -> nn.Module:
     """A freshly initialised network, drawn from torch's global random state.
 
@@ -50,6 +94,7 @@ def build(
         shape: of an image, (C, H, W).
         mean, std: normalisation in [0, 1] pixel units, one value for each channel or one for all;
             None for none.
+        activation: of a WideResNet, relu or silu.
 
     Raises:
         UserError: no such WideResNet, images too small, or not one mean and std a channel.
@@ -57,20 +102,15 @@ def build(
     channels, height, wide = shape
     if min(height, wide) < 4:
         raise UserError(f"The networks need images of at least 4×4 pixels, not {height}×{wide}.")
-    normalise: nn.Module = nn.Identity()
-    if mean is not None and std is not None:
-        if len(mean) != len(std) or len(mean) not in (1, channels):
-            raise UserError(
-                f"model.mean and model.std need one value each, or one for each of {channels} "
-                "channels."
-            )
-        normalise = Normalise(mean, std)
+    normalise = normalisation(channels, mean, std) or nn.Identity()
     if architecture == "wide_resnet":
         if depth is None or depth < 10 or (depth - 4) % 6:
             raise UserError(f"model.depth must be 6n + 4 (10, 16, …, 34, 40), not {depth}.")
-        return WideResNet(depth, width, channels, classes, normalise)
+        return WideResNet(depth, width, channels, classes, normalise, ACTIVATIONS[activation])
     if architecture == "preact_resnet18":
         return PreActResNet((2, 2, 2, 2), width, channels, classes, normalise)
+    if architecture == "resnet18":
+        return ResNet((2, 2, 2, 2), width, channels, classes, normalise)
     if architecture == "small_cnn":
         return SmallCNN(width, shape, classes, normalise)
     raise ValueError(f"architecture must be one of {ARCHITECTURES}, not {architecture}")

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+"""Applied to a tensor that nothing else needs, so it may work in place."""
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": F.relu_,
+    "silu": F.silu,
+}
 
 
 class WideBlock(nn.Module):
     """Two pre-activated 3×3 convolutions; a 1×1 shortcut where the number of channels changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, activation: Activation = F.relu_
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
@@ -24,20 +36,22 @@ class WideBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu_(self.bn1(x))
+        activated = self.activation(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        out: Tensor = self.conv2(F.relu_(self.bn2(self.conv1(activated))))
+        out: Tensor = self.conv2(self.activation(self.bn2(self.conv1(activated))))
         return out.add_(shortcut)
 
 
 class Stage(nn.Module):
     """A row of blocks; the first changes stride and width."""
 
-    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(
+        self, blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
+    ) -> None:
         super().__init__()
         self.layer = nn.Sequential(
-            WideBlock(in_channels, out_channels, stride),
-            *(WideBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)),
+            WideBlock(in_channels, out_channels, stride, activation),
+            *(WideBlock(out_channels, out_channels, 1, activation) for _ in range(blocks - 1)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,16 +66,23 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, widen_factor: int, channels: int, classes: int, normalise: nn.Module
+        self,
+        depth: int,
+        widen_factor: int,
+        channels: int,
+        classes: int,
+        normalise: nn.Module,
+        activation: Activation = F.relu_,
     ) -> None:
         super().__init__()
         self.normalise = normalise
+        self.activation = activation
         blocks = (depth - 4) // 6
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, padding=1, bias=False)
-        self.block1 = Stage(blocks, widths[0], widths[1], stride=1)
-        self.block2 = Stage(blocks, widths[1], widths[2], stride=2)
-        self.block3 = Stage(blocks, widths[2], widths[3], stride=2)
+        self.block1 = Stage(blocks, widths[0], widths[1], 1, activation)
+        self.block2 = Stage(blocks, widths[1], widths[2], 2, activation)
+        self.block3 = Stage(blocks, widths[2], widths[3], 2, activation)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], classes)
         for layer in self.modules():
@@ -72,6 +93,6 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.block3(self.block2(self.block1(self.conv1(self.normalise(x)))))
-        pooled = F.relu_(self.bn1(features)).mean(dim=(2, 3))
+        pooled = self.activation(self.bn1(features)).mean(dim=(2, 3))
         logits: Tensor = self.fc(pooled)
         return logits

@@ -1,19 +1,34 @@
-"""`btrain paper`: the paper's tables and figures, trained, evaluated and reported."""
+"""`btrain paper`: the paper's tables and figures, trained, evaluated and reported.
+
+Trains and evaluates by the commands that a user would call.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from btrain.errors import UserError
-from btrain.paper.job import Job, check, make_plan
+from btrain.errors import Interrupted, UserError
+from btrain.paper.job import Job, check, make_plan, unfinished
 from btrain.paper.plan import Plan
-from btrain.paper.run import reproduce
-from btrain.paper.target import names, read_profile, read_target
+from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
+from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
 from btrain.settings import compose as configs
+from btrain.settings import words
 
+Command = Callable[[Sequence[str]], int]
+"""Runs `btrain <arguments>` and returns its exit status."""
+
+_T = TypeVar("_T")
+_FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
+_OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
+_OWN = ("profile", "out", "only", "corruptions_root", "plan")
 _OF_A_TARGET = re.compile(r"(table|figure)\d*\.")
 
 HELP = """\
@@ -36,8 +51,8 @@ The report is written into DIR/report; `btrain report --watch DIR` shows how far
 """
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Makes the targets that the command line names, one after the other.
+def run(arguments: Sequence[str], command: Command) -> None:
+    """Make the targets that the command line names, one after the other.
 
     Raises:
         UserError: a target, profile or option is wrong, or runs or a report are missing in the end.
@@ -58,7 +73,7 @@ def run(arguments: Sequence[str]) -> None:
     jobs = []
     for target in map(read_target, targets):
         settings = given | own.get(target.name, {})
-        only = [name for name in settings.pop("only", "").split(",") if name]
+        only = words.names(settings.pop("only", ""))
         extra = [configs.with_path_quoted(f"{key}={value}") for key, value in settings.items()]
         jobs.append(Job(target, profile, out, extra, only, corruptions_root))
     _check_only(jobs)
@@ -75,7 +90,8 @@ def run(arguments: Sequence[str]) -> None:
         plan.write(out)
     runs = Runs()
     done = {
-        job.target.name: reproduce(job, plan, runs) for job, plan in zip(jobs, plans, strict=True)
+        job.target.name: reproduce(job, plan, runs, command)
+        for job, plan in zip(jobs, plans, strict=True)
     }
     if unfinished := {name: count for name, (count, _) in done.items() if count}:
         told = ", ".join(f"{count} of {name}" for name, count in unfinished.items())
@@ -87,16 +103,13 @@ def run(arguments: Sequence[str]) -> None:
 def _sorted(
     arguments: Sequence[str],
 ) -> tuple[list[str], dict[str, str], dict[str, dict[str, str]]]:
-    """Targets, each once, options by their key, and those of one target by target and key."""
+    """Return targets, each once, options by key, and options of one target by target and key."""
     targets = [argument for argument in arguments if "=" not in argument]
     if wrong := [target for target in targets if target.startswith("-")]:
         raise UserError(f"paper has no option {wrong[0]}; see btrain paper --help.")
     if not targets:
         raise UserError("paper needs a target; see btrain paper --help.")
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    for key in ("profile", "out", "only", "corruptions_root", "plan"):
-        if given.get(key) == "":
-            raise UserError(f"{key} needs a value.")
+    given = dict(_pairs([argument for argument in arguments if "=" in argument]))
     chosen = names("target") if "all" in targets else list(dict.fromkeys(targets))
     own: dict[str, dict[str, str]] = {}
     for key in [key for key in given if _OF_A_TARGET.match(key)]:
@@ -109,8 +122,19 @@ def _sorted(
     return chosen, given, own
 
 
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return keys and values; those that go to a training keep their quotation marks."""
+    keys = (argument.partition("=")[0] for argument in arguments)
+    paths = {"out", "corruptions_root", *(key for key in keys if key.endswith("dataset.root"))}
+    found = []
+    for argument, (key, value) in zip(arguments, words.parse(arguments, paths), strict=True):
+        is_own = key in _OWN or key.endswith(".only")
+        found.append((key, value if is_own else argument.partition("=")[2]))
+    return found
+
+
 def _check_installed(jobs: Sequence[Job], plans: Sequence[Plan]) -> None:
-    """Makes sure, ahead of the training, that AutoAttack is there if a row wants it."""
+    """Make sure, ahead of the training, that AutoAttack is there if a row wants it."""
     wanted = (
         row.attacks or ()
         for job, plan in zip(jobs, plans, strict=True)
@@ -129,3 +153,137 @@ def _check_only(jobs: Sequence[Job]) -> None:
         if name not in there:
             rows = ", ".join(sorted(there))
             raise UserError(f"only={name} is no row of what is to be made; there are: {rows}.")
+
+
+def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int, bool]:
+    """Train and evaluate what is not there yet, and report.
+
+    A run that fails leaves its log and stops no other.
+
+    Args:
+        known: the runs that the reports have read before.
+
+    Returns:
+        How many of the wanted runs are not trained, or not evaluated, at the least; and whether the
+        report was written.
+
+    Raises:
+        SystemExit: a signal came; the same command goes on from there.
+    """
+    failed = 0
+    for sweep in job.sweeps:
+        wanted_sweep = replace(sweep, experiments=job.wanted(sweep.experiments))
+        if (left := unfinished(job, wanted_sweep)) is not None:
+            failed += not _done(command, "train", *_training(job, *left))
+    wanted = set(job.wanted(row.experiment for row in plan.rows))
+    runs = [
+        _evaluate(job, plan, row.experiment, job.out / folder, command)
+        for row in plan.rows
+        if row.experiment in wanted
+        for folder in row.runs.values()
+    ]
+    told = f"btrain report {shlex.quote(str(job.out))} target={job.target.name}"
+    from btrain.paper.sheets.files import show_sheets
+
+    reported = _guarded(
+        told, lambda: show_sheets(job.out, job.out / "report", [job.target.name], known.read)
+    )
+    # A finished run of other settings is not what is wanted.
+    return max(runs.count(False), failed), reported is not None
+
+
+def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
+    """Return the arguments of the multirun that makes a sweep's runs, a seed after the other."""
+    name = row_name("${hydra:runtime.choices.experiment}", {k: f"${{{k}}}" for k in sweep.values})
+    return [
+        "--multirun",
+        f"seed={','.join(map(str, seeds))}",
+        f"experiment={','.join(sweep.experiments)}",
+        *job.settings,
+        *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
+        f"logger.group={configs.quoted(name)}",
+        f"logger.tags=[{job.target.name},{job.profile.name}]",
+        f"run.dir={configs.quoted(str(job.out / run_name(name, '${seed}')))}",
+    ]
+
+
+def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Command) -> bool:
+    """Make a run's evaluations; return whether it is trained and all of them are there."""
+    if not (folder / "summary.json").is_file():
+        return False
+    try:
+        done = [
+            _done(
+                command,
+                "eval",
+                f"checkpoint={folder}",
+                *_corruptions(job, folder, settings, command),
+            )
+            for settings in job.profile.evaluations(job.target, experiment)
+        ]
+        if plan.kind == "allocation":
+            from btrain.paper.batch import write_allocation
+
+            write_allocation(folder)
+    except UserError as error:
+        print(f"btrain: {error}", file=sys.stderr)
+        return False
+    return all(done)
+
+
+def _corruptions(job: Job, folder: Path, settings: Sequence[str], command: Command) -> list[str]:
+    """Return an evaluation's settings, with the corrupted images that it needs made if need be.
+
+    Raises:
+        UserError: the run's settings cannot be read, or there are no official images of its data.
+    """
+    if "attack=corruptions" not in settings:
+        return list(settings)
+    dataset = RunFolder(folder).settings()["dataset"]
+    if job.corruptions_root is None:
+        root = _regenerated(job, dataset, command)
+    elif dataset["name"] in _OFFICIAL:
+        root = job.corruptions_root / _OFFICIAL[dataset["name"]]
+    else:
+        raise UserError(f"corruptions_root= holds no images of dataset={dataset['name']}.")
+    return [*settings, f"dataset.corruptions_root={root}"]
+
+
+def _regenerated(job: Job, dataset: dict[str, Any], command: Command) -> Path:
+    """Make the corrupted test set of a data set unless it is there; return its folder."""
+    root = job.out / "corrupted" / str(dataset["name"])
+    if not (root / "labels.npy").is_file():
+        given = [f"dataset={dataset['name']}", f"dataset.root={dataset['root']}"]
+        given += [
+            f"dataset.{key}={dataset[key]}"
+            for key in ("test_examples", "image_size")
+            if dataset[key] is not None
+        ]
+        _done(command, "data", "corrupt", *given, f"corrupt.out={root}")
+    return root
+
+
+def _done(command: Command, *arguments: str) -> bool:
+    """Run a command of btrain's; return whether it did what it should; if not, it has said why.
+
+    Raises:
+        SystemExit: a signal ended it.
+    """
+    status = _guarded(f"btrain {shlex.join(arguments)}", lambda: command(arguments))
+    if status is not None and status > _FROM_SIGNALS:
+        raise SystemExit(status)
+    return status == 0
+
+
+def _guarded(told: str, what: Callable[[], _T]) -> _T | None:
+    """Say and do it; a mistake or a defect is told, and is no reason to lose other runs."""
+    print(f"$ {told}", flush=True)
+    try:
+        return what()
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except UserError as error:
+        print(f"btrain: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"btrain: {type(error).__name__}: {error}", file=sys.stderr)
+    return None

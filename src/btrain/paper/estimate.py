@@ -1,4 +1,4 @@
-"""What the runs of a table or figure will cost, from their settings alone: nothing is trained.
+"""The cost of a table's or figure's runs, from their settings alone: nothing is trained.
 
 A unit is one forward pass of one image; see `btrain.methods.cost`.
 """
@@ -28,10 +28,10 @@ _AUTOATTACK = 2 * 1000 + 3 * 900 + 5000
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run.
+    """The cost of one run.
 
     Attributes:
-        settings: what makes it large or small, for people.
+        settings: the size of the run, for people.
         training: FLOPs; None where the images or the method are not known here.
         evaluation: FLOPs at most, were no example to fall early; None likewise.
     """
@@ -42,7 +42,10 @@ class Cost:
 
 
 def cost(job: Job, row: Row) -> Cost:
-    """Of each run of a row; its fractions are those that the paper tells of it, or of N_R = 2."""
+    """Return the cost of each run of a row.
+
+    Its fractions are those that the paper tells of it, or of N_R = 2.
+    """
     config = config_of(job, row.experiment, row.swept)
     data = config.dataset
     known = IMAGES.get(data.name.name)
@@ -54,8 +57,10 @@ def cost(job: Job, row: Row) -> Cost:
     units = expected_units(config, (boundary, robust, outlier))
     images = data.train_examples or (known and known[0] - data.val_examples)
     tested = data.test_examples or (known and known[1])
+    width = getattr(config.model, "width", None)
+    model = config.model.name if width is None else f"{config.model.name} of width {width}"
     settings = (
-        f"{config.model.name} of width {config.model.width}, {config.train.epochs} epochs of "
+        f"{model}, {config.train.epochs} epochs of "
         f"{'?' if images is None else f'{images:,}'} images, batches of {config.train.batch_size}"
     )
     if images is None or tested is None or data.name.name not in _SHAPES:
@@ -72,14 +77,14 @@ def cost(job: Job, row: Row) -> Cost:
 
 
 def _attack_units(attack: str) -> int:
-    """Units an image of an evaluation, at most."""
+    """Return the units an image of an evaluation, at most."""
     if attack in PRESETS:
         return 1 + PRESETS[attack].restarts * (2 * PRESETS[attack].steps + 1)
     return 1 + {"corruptions": _CORRUPTIONS}.get(attack, _AUTOATTACK * (attack in AUTOATTACKS))
 
 
 def _forward_flops(config: Config) -> int:
-    """Of one image, by torch's counter, on a network without memory of its own."""
+    """Return the FLOPs of one image, by torch's counter, on a network without memory of its own."""
     name = config.dataset.name.name
     meta = torch.device("meta")
     with meta:
@@ -88,7 +93,7 @@ def _forward_flops(config: Config) -> int:
 
 
 def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
-    """The rows of each target with what one run of them costs, and the target's sum over seeds.
+    """Return the rows of each target with the cost of one run, and the target's sum over seeds.
 
     Runs that targets share are counted in each of them.
     """
@@ -107,7 +112,7 @@ def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
 
 
 def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
-    """The sum of what is known, and how long a device of the profile would be busy with it."""
+    """Return the sum of the known costs, and how long a device of the profile would take."""
     known = [
         len(row.runs) * (found.training + found.evaluation)
         for row, found in costs
@@ -128,7 +133,7 @@ def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
 
 
 def _work(flops: float | None) -> str:
-    """FLOPs with three digits, in the unit that suits them."""
+    """Return FLOPs with three digits, in the unit that suits them."""
     if flops is None:
         return "unknown"
     size, name = next((unit for unit in _UNITS if flops >= unit[0]), _UNITS[-1])

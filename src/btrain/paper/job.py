@@ -1,4 +1,4 @@
-"""A target at a scale, in a folder, and the plan of its runs."""
+"""A target at a scale, in a folder: its configurations, the plan of its runs, what is left."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.target import Profile, Sweep, Target, merged, row_name, run_name
+from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings import compose as configs
 
@@ -39,7 +40,7 @@ class Job:
 
     @property
     def sweeps(self) -> list[Sweep]:
-        """The target's, with what the profile leaves out left out."""
+        """The target's sweeps with what the profile leaves out left out."""
         values = self.profile.sweep.get(self.target.name, {})
         return [
             replace(sweep, values={key: values.get(key, own) for key, own in sweep.values.items()})
@@ -48,16 +49,16 @@ class Job:
 
     @property
     def settings(self) -> list[str]:
-        """Of every training, but for its experiment, seed and swept values."""
+        """The settings of every training, but for its experiment, seed and swept values."""
         return merged(self.profile.settings(self.target.name), self.extra)
 
     def wanted(self, experiments: Iterable[str]) -> list[str]:
-        """Those of them that the user asked for."""
+        """Return those of the experiments that the user asked for."""
         return [name for name in experiments if not self.only or name in self.only]
 
 
 def check(job: Job) -> None:
-    """Makes sure, ahead of any run, that every experiment takes the settings it will be given.
+    """Make sure, ahead of any run, that every experiment takes the settings it will be given.
 
     Raises:
         UserError: a setting is wrong, or not the user's to choose.
@@ -72,7 +73,7 @@ def check(job: Job) -> None:
 
 
 def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
-    """The configuration of a run, but for its seed and folder.
+    """Return the configuration of a run, but for its seed and folder.
 
     Raises:
         UserError: the experiment does not take its settings.
@@ -93,7 +94,7 @@ def _composed(*settings: str) -> Any:
 
 
 def make_plan(job: Job) -> Plan:
-    """What the runs will be, as the report wants to know it.
+    """Return the plan of a job's runs.
 
     Raises:
         UserError: an experiment is unknown or wrong.
@@ -119,7 +120,7 @@ def make_plan(job: Job) -> Plan:
 
 
 def _chosen(job: Job, told: Iterable[str]) -> list[str]:
-    """The user's settings that change what is learnt, but for those that a row's scale tells."""
+    """Return the user's settings that change the result and are not told by a row's scale."""
     keys = {setting: setting.partition("=")[0].lstrip("+~") for setting in job.extra}
     return [s for s, key in keys.items() if key not in told and not key.startswith(_PLACES)]
 
@@ -145,11 +146,11 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
 
 
 def _scale(config: Config) -> dict[str, Any]:
-    """What decides how large and on which images an experiment is."""
+    """Return what decides how large an experiment is, and its images."""
     return {
         "dataset": config.dataset.name.name,
         "model": config.model.name,
-        "model.width": config.model.width,
+        "model.width": getattr(config.model, "width", None),
         "train.epochs": config.train.epochs,
         "train.batch_size": config.train.batch_size,
         "train.precision": config.train.precision.name,
@@ -166,10 +167,55 @@ def _scale(config: Config) -> dict[str, Any]:
 
 
 def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
-    """The names of their evaluations, each once, in the profile's order."""
+    """Return the names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
     for experiment in experiments:
         for settings in job.profile.evaluations(job.target, experiment):
             given = dict(setting.split("=", 1) for setting in settings)
             names |= dict.fromkeys(given["attack"].split(","))
     return list(names)
+
+
+def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
+    """Return the smallest sweep, with its seeds, that makes all runs that are left; None: none is.
+
+    As a sweep is every experiment with every value and seed, it may hold finished runs as well.
+    A finished run of other settings counts as left, so that `btrain train` says what is wrong.
+
+    Raises:
+        UserError: an experiment does not take its settings.
+    """
+    left: list[tuple[str, dict[str, str], int]] = []
+    for experiment in sweep.experiments:
+        for swept in (swept for name, swept in sweep.rows() if name == experiment):
+            folders = {
+                seed: job.out / run_name(row_name(experiment, swept), seed)
+                for seed in job.profile.seeds
+            }
+            ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]
+            config = config_of(job, experiment, swept) if ended else None
+            left += [
+                (experiment, swept, seed)
+                for seed, folder in folders.items()
+                if config is None or seed not in ended or not _is_finished(folder, config, seed)
+            ]
+    if not left:
+        return None
+    seeds = [seed for seed in job.profile.seeds if any(seed == s for _, _, s in left)]
+    values = {
+        key: [value for value in some if any(value == swept[key] for _, swept, _ in left)]
+        for key, some in sweep.values.items()
+    }
+    experiments = [name for name in sweep.experiments if any(name == e for e, _, _ in left)]
+    return replace(sweep, experiments=experiments, values=values), seeds
+
+
+def _is_finished(folder: Path, config: Config, seed: int) -> bool:
+    """Return whether a run of this configuration has done all its epochs and was evaluated."""
+    run = RunFolder(folder)
+    try:
+        run.check_owner(replace(config, seed=seed, run=replace(config.run, dir=str(folder))))
+        summary = run.summary()
+    except UserError:
+        return False
+    return summary is not None and summary.get("epochs") == config.train.epochs

@@ -1,4 +1,4 @@
-"""What a table or figure consists of and where its runs lie: `<folder>/<target>.json`.
+"""Plans: what a table or figure consists of and where its runs lie, `<folder>/<target>.json`.
 
 `btrain paper` writes the plan ahead of its runs, `btrain report` reads it, so that a row that is
 missing can be seen to be missing.
@@ -6,14 +6,17 @@ missing can be seen to be missing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
+from btrain.paper.target import names
 from btrain.untrusted import read_text
 
 _LARGEST = 4 << 20  # bytes
@@ -96,7 +99,7 @@ class Plan:
     chosen: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
-        """Writes `<folder>/<target>.json`.
+        """Write `<folder>/<target>.json`.
 
         Raises:
             UserError: it cannot be written.
@@ -109,7 +112,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """What `Plan.write` wrote.
+    """Return what `Plan.write` wrote.
 
     Raises:
         UserError: it cannot be read, or is damaged.
@@ -126,9 +129,61 @@ def read_plan(path: Path) -> Plan:
 
 
 def _by_seed(runs: dict[str, str]) -> dict[int, str]:
-    """JSON's keys are strings; a folder stays inside the plan's."""
+    """Return run folders by seed, which is text in JSON; a folder stays inside the plan's."""
     folders = {int(seed): folder for seed, folder in runs.items()}
     for folder in folders.values():
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise ValueError(folder)
     return folders
+
+
+def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, Plan]:
+    """Return the plans in a folder by target.
+
+    Args:
+        targets: these alone; None for all.
+
+    Raises:
+        UserError: there is none, or none of a target's name, or it is damaged.
+    """
+    return chosen(plans_in(folder), targets, folder)
+
+
+def chosen(plans: dict[str, Plan], targets: Sequence[str] | None, folder: Path) -> dict[str, Plan]:
+    """Return those of a folder's plans that were asked for; None for all.
+
+    Raises:
+        UserError: there is none, or none of a target's name, or it is damaged.
+    """
+    if wrong := [t for t in damaged(plans, folder) if targets is None or t in targets]:
+        raise UserError(f"{folder / wrong[0]}.json is no plan of a table or figure.")
+    if not plans:
+        raise UserError(f"{folder} holds no plan of a table or figure; btrain paper writes them.")
+    if targets is None:
+        return plans
+    if wrong := [target for target in targets if target not in plans]:
+        raise UserError(f"{folder} has no target {wrong[0]}; there are: {', '.join(plans)}.")
+    return {target: plans[target] for target in targets}
+
+
+def plans_in(folder: Path) -> dict[str, Plan]:
+    """Return the plans in the order of their names; other files are passed over."""
+    plans = {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(UserError):
+            plan = read_plan(path)
+            if plan.target == path.stem:
+                plans[plan.target] = plan
+    return plans
+
+
+def damaged(plans: dict[str, Plan], folder: Path) -> list[str]:
+    """Return the paper's targets of which there is a file, but no plan in it."""
+    missing = (name for name in names("target") if name not in plans)
+    return [name for name in missing if (folder / f"{name}.json").is_file()]
+
+
+def holds_plans(folder: Path) -> bool:
+    """Return whether a folder holds a plan, or a file that should be one."""
+    plans = plans_in(folder)
+    return bool(plans or damaged(plans, folder))

@@ -1,4 +1,4 @@
-"""The definitions in `configs/paper`: what a target consists of, and at what scale it is run."""
+"""The definitions in `configs/paper`: targets with their runs, and profiles with their scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sweep:
     values: dict[str, list[str]]
 
     def rows(self) -> list[tuple[str, dict[str, str]]]:
-        """(experiment, the values that are its own), in the sweep's order."""
+        """Return (experiment, the values that are its own), in the sweep's order."""
         points = list(itertools.product(*self.values.values()))
         return [
             (experiment, dict(zip(self.values, point, strict=True)))
@@ -72,21 +72,21 @@ class Profile:
     tflops: float | None
 
     def settings(self, target: str) -> list[str]:
-        """What the target's runs are given besides their experiment."""
+        """Return the settings of a target's runs besides their experiment."""
         return self.train.get(target, self.train["default"])
 
     def evaluations(self, target: Target, experiment: str) -> list[list[str]]:
-        """The settings of each `btrain eval` of a run."""
+        """Return the settings of each `btrain eval` of a run."""
         return target.evaluate + self.evaluate_more.get(target.name, {}).get(experiment, [])
 
 
 def names(group: str) -> list[str]:
-    """The files in `configs/paper/<group>`: of target, or of profile."""
+    """Return the files in `configs/paper/<group>`: of target, or of profile."""
     return sorted(path.stem for path in _folder(group).glob("*.yaml"))
 
 
 def read_target(name: str) -> Target:
-    """A target by its name.
+    """Return a target by its name.
 
     Raises:
         UserError: there is none, or its file is wrong.
@@ -112,7 +112,7 @@ def read_target(name: str) -> Target:
 
 
 def read_profile(name: str) -> Profile:
-    """A profile by its name.
+    """Return a profile by its name.
 
     Raises:
         UserError: there is none, or its file is wrong.
@@ -137,22 +137,22 @@ def read_profile(name: str) -> Profile:
 
 
 def _by_name(lists: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists by their names, where a name instead of a list stands for the list of that name."""
+    """Return lists by their names; a name instead of a list stands for the list of that name."""
     return {name: list(lists[of] if isinstance(of, str) else of) for name, of in lists.items()}
 
 
 def row_name(experiment: str, swept: Mapping[str, Any]) -> str:
-    """An experiment with the values swept in it: `table2_bt_nr2-bt.gamma_0.65`."""
+    """Return an experiment with the values swept in it: `table2_bt_nr2-bt.gamma_0.65`."""
     return "-".join([experiment, *(f"{key}_{value}" for key, value in swept.items())])
 
 
 def run_name(row: str, seed: int | str) -> str:
-    """The folder of a row's run: `table2_bt_nr2-bt.gamma_0.65-seed0`."""
+    """Return the folder of a row's run: `table2_bt_nr2-bt.gamma_0.65-seed0`."""
     return f"{row}-seed{seed}"
 
 
 def merged(*settings: Sequence[str]) -> list[str]:
-    """`key=value` settings of which the last of a key counts, in the order of first mention."""
+    """Return `key=value` settings, the last of each key alone, in the order of first mention."""
     by_key: dict[str, str] = {}
     for setting in itertools.chain(*settings):
         by_key[setting.partition("=")[0]] = setting

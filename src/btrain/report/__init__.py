@@ -1,4 +1,4 @@
-"""Tables made of run folders."""
+"""Results for people: finished runs side by side, and the page of an evaluation."""
 
 from btrain.report.compare import compare
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import SUMMARY_KEYS, RunFolder
 from btrain.runs.json_fields import Fields
 
@@ -19,7 +20,7 @@ _Cell = Callable[[Runs, Runs], str]
 
 
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
-    """A Markdown table of runs; measured speedups are over the first row's training time.
+    """Return a Markdown table of runs, with measured speedups over the first row's training time.
 
     A time from another device than the first row's gives no speedup.
 
@@ -41,7 +42,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
         row.append(summary)
     baseline = next(iter(rows.values()))
     columns = _COLUMNS if merge_seeds else [column for column in _COLUMNS if column[0] != "seeds"]
-    return _table(
+    return markdown(
         ["run", *(head for head, _ in columns)],
         [
             [Path(name).name, *(cell(summaries, baseline) for _, cell in columns)]
@@ -51,7 +52,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
-    """The folder itself, or where it is none of a run the finished ones in it, oldest first."""
+    """Return the folder, or the finished runs in it by age if it is not one of a run."""
     inside = [] if (path / "config.yaml").is_file() else list(path.glob("*/summary.json"))
     if not inside:
         return [RunFolder(path)]
@@ -73,13 +74,13 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
 
 
 def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
-    """Mean ± standard deviation, the latter where there are several runs; – where it is unknown."""
+    """Return the cell of a number: mean ± standard deviation of several runs, – of unknown ones."""
 
     def cell(runs: Runs, baseline: Runs) -> str:
         del baseline
         values = [run.get(key) for run in runs]
         known = [value / divisor for value in values if value is not None]
-        return _spread(known, form) + unit if len(known) == len(values) else "–"
+        return _spread(known, form) + unit if len(known) == len(values) else NONE
 
     return cell
 
@@ -95,7 +96,7 @@ def _measured(runs: Runs, baseline: Runs) -> str:
     ours, theirs = (
         statistics.fmean(run["train_seconds"] for run in rows) for rows in (runs, baseline)
     )
-    return f"{theirs / ours:.2f}×" if ours else "–"
+    return f"{theirs / ours:.2f}×" if ours else NONE
 
 
 _COLUMNS: list[tuple[str, _Cell]] = [
@@ -111,14 +112,3 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("training s", _mean("train_seconds", ".1f")),
     ("measured speedup", _measured),
 ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    ruler = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return "\n".join([line(head), ruler, *map(line, rows)])

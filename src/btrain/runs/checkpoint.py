@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 
+from btrain.data import Data
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.untrusted import tensors
 
 FORMAT = 2
+
+
+def of_images(data: Data) -> dict[str, Any]:
+    """What a checkpoint says of the images that its network is for: their classes and shape."""
+    return {"classes": len(data.classes), "shape": list(data.shape)}
 
 
 def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:

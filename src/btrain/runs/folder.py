@@ -15,6 +15,7 @@ from typing import Any
 
 from btrain.durable import PARTIAL, append_line, make_folder, write_file
 from btrain.errors import Interrupted, UserError
+from btrain.runs.lengthening import lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
@@ -91,8 +92,12 @@ class RunFolder:
         if config.dataset.name is not DatasetName.imagefolder:
             may_differ += ("dataset.root",)  # the same data in another place
         # A setting that btrain did not have when the run began was at its default.
-        theirs = flat(defaults()) | flat(translated(read_yaml(self._config)))
+        theirs = flat(defaults(config)) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
+        try:
+            may_differ += lengthened(theirs, ours)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):

@@ -80,7 +80,16 @@ class Fields:
 
     def optional_text(self, key: str) -> str | None:
         value = self.optional(key)
-        return None if value is None else _plain(value)
+        return None if value is None else phrase(value)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none or it cannot be read."""
+    try:
+        content = json.loads(read_text(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_number(value: Any) -> bool:
@@ -92,8 +101,8 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def _plain(value: Any) -> str:
-    """Any JSON value as a phrase."""
+def phrase(value: Any) -> str:
+    """Return any JSON value as words."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_leaf(inner)}" for key, inner in value.items())
     if isinstance(value, list):

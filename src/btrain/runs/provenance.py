@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def extended(
     epoch: int,
     processes: int = 1,
     jobs: int | None = None,
+    own_parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `provenance.json` says after this session: the data's hash, and who trained from where.
 
@@ -93,6 +95,7 @@ def extended(
         epoch: epochs completed when this session began.
         processes: how many train together.
         jobs: runs that share the machine, or None.
+        own_parts: `own.facts` of the user's own parts, by their group.
 
     Raises:
         UserError: the data are not those that the run was begun with.
@@ -128,7 +131,29 @@ def extended(
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         },
     }
+    if own_parts:
+        session["own_parts"] = dict(own_parts)
     return {"data_sha256": data_sha256, "sessions": [*sessions, session]}
+
+
+def changed_code(path: Path, own_parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each own part whose code is another than in the last session.
+
+    Args:
+        path: of a `provenance.json`, which need not be there.
+        own_parts: `own.facts` of today, by group.
+    """
+    try:
+        before = json.loads(read_text(path, _LARGEST))["sessions"][-1]["own_parts"]
+        known = {group: facts["sha256"] for group, facts in before.items()}
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return []
+    return [
+        f"The code of {group}.factory={facts['factory']} has changed since this run was last "
+        "trained."
+        for group, facts in own_parts.items()
+        if known.get(group, facts["sha256"]) != facts["sha256"]
+    ]
 
 
 def device_name(device: torch.device) -> str:

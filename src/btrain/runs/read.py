@@ -16,7 +16,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
-from btrain.runs.json_fields import is_number
+from btrain.runs.json_fields import is_number, read_object
 from btrain.untrusted import read_text
 
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
@@ -104,7 +104,7 @@ class Run:
         """The contents of `eval/*.json` and `eval/*/*.json`, as they are when first asked for."""
         inside = self.folder / "eval"
         paths = [*sorted(inside.glob("*.json")), *sorted(inside.glob("*/*.json"))]
-        return {path: _json(path) for path in paths}
+        return {path: read_object(path) for path in paths}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ class Run:
     @cached_property
     def jobs(self) -> int | None:
         """How many runs shared the machine, at most; None where a session does not tell."""
-        sessions = _json(self.folder / "provenance.json").get("sessions")
+        sessions = read_object(self.folder / "provenance.json").get("sessions")
         known: list[int] = []
         for session in sessions if isinstance(sessions, list) else []:
             told = session.get("jobs") if isinstance(session, dict) else None
@@ -146,7 +146,7 @@ class Run:
         Device, torch, processor, cores and threads; of a run that was taken up on another machine
         as many again.
         """
-        sessions = _json(self.folder / "provenance.json").get("sessions")
+        sessions = read_object(self.folder / "provenance.json").get("sessions")
         found: list[str] = []
         for session in sessions if isinstance(sessions, list) else []:
             try:
@@ -235,7 +235,7 @@ def is_held(lock: Path) -> bool:
         silent = time.time() - lock.stat().st_mtime
     except OSError:
         return False
-    holder = _json(lock)
+    holder = read_object(lock)
     pid = holder.get("pid")
     if holder.get("host") == socket.gethostname() and isinstance(pid, int) and os.name == "posix":
         try:
@@ -249,15 +249,6 @@ def is_held(lock: Path) -> bool:
 
 def _number(value: Any) -> float | None:
     return float(value) if is_number(value) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none or it cannot be read."""
-    try:
-        content = json.loads(read_text(path, _LARGEST))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _last_line(path: Path) -> str:

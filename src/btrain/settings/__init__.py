@@ -7,6 +7,7 @@ from btrain.settings.checks import MISSING
 from btrain.settings.combined import Config
 from btrain.settings.method import AttackConfig, AugMixConfig, BTConfig, DefenseConfig, RivalConfig
 from btrain.settings.names import (
+    Activation,
     AllocatorName,
     Architecture,
     AttackMode,
@@ -28,15 +29,22 @@ from btrain.settings.names import (
 from btrain.settings.run import (
     DatasetConfig,
     EvalConfig,
+    FilesConfig,
+    ImageFolderConfig,
     LoggerConfig,
     ModelConfig,
+    OwnDatasetConfig,
+    OwnModelConfig,
     RecipeConfig,
     RunConfig,
     TrainConfig,
+    WideResNetConfig,
+    WidthConfig,
 )
 
 __all__ = [
     "MISSING",
+    "Activation",
     "AllocatorName",
     "Architecture",
     "AttackConfig",
@@ -51,12 +59,16 @@ __all__ = [
     "DefenseConfig",
     "DefenseName",
     "EvalConfig",
+    "FilesConfig",
+    "ImageFolderConfig",
     "LoggerConfig",
     "LoggerName",
     "Metric",
     "ModelConfig",
     "OnNonfinite",
     "OptimizerName",
+    "OwnDatasetConfig",
+    "OwnModelConfig",
     "Precision",
     "RecipeConfig",
     "Resume",
@@ -67,4 +79,6 @@ __all__ = [
     "Start",
     "TrainConfig",
     "WandbMode",
+    "WideResNetConfig",
+    "WidthConfig",
 ]

@@ -31,6 +31,7 @@ class BenchConfig:
     fractions: dict[str, list[float]] = MISSING
     boundary_fractions: list[float] | None = None
     checkpoint: str | None = None
+    trust_code: bool = False
     repetitions: int = MISSING
     out: str | None = None
     plot: str | None = None

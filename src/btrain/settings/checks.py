@@ -49,8 +49,8 @@ def number(key: str, value: object) -> float:
     """
     try:
         if isinstance(value, str):
-            above, _, below = value.partition("/")
-            return float(above) / float(below or 1)
+            above, over, below = value.partition("/")
+            return float(above) / float(below) if over else float(above)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -81,3 +81,14 @@ def pixels(key: str, value: object, norm: str, *, most: float = 1, least: bool =
             f"not {value}."
         )
     return length
+
+
+def no_farther(key: str, length: float | None, largest: float) -> None:
+    """Raise UserError for an L2 length that is above √(C·H·W); None passes.
+
+    Args:
+        largest: √(C·H·W), how far apart two images can be.
+    """
+    if length is not None and length > largest:
+        why = "√(C·H·W), how far apart two images can be"
+        raise UserError(f"{key} must be at most {largest:.4g} ({why}), not {length:g}.")

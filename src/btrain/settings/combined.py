@@ -13,6 +13,8 @@ from btrain.settings.method import (
     BTConfig,
     Choice,
     DefenseConfig,
+    MMAConfig,
+    OracleConfig,
     RivalConfig,
     VerifiedConfig,
 )
@@ -69,11 +71,17 @@ class Config:
     def _check_lengths(self) -> None:
         """Raise UserError where numbers of two groups do not go together."""
         rival, attack, bt = self.rival, self.attack, self.bt
-        for key, length, most in (
+        bt.check_order()
+        lengths = [
             ("bt.step_size_b", bt.step_size_b, 2),
             ("eval.epsilon", self.eval.epsilon, 1),
             ("eval.step_size", self.eval.step_size, 2),
-        ):
+        ]
+        if isinstance(bt, OracleConfig):
+            lengths.append(("bt.oracle_step_size", bt.oracle_step_size, 2))
+        if isinstance(rival, MMAConfig):
+            lengths.append(("rival.max_margin", rival.max_margin, 1))
+        for key, length, most in lengths:
             pixels(key, length, attack.norm, most=most)
         if attack.augmix is not None and (attack.steps != 2 or bt.n_b != 1):
             raise UserError(

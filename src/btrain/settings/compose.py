@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, cast, get_origin, get_type_hints
 
+from btrain import own
 from btrain.errors import UserError
-from btrain.settings import MISSING, Config, DatasetName
+from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
+from btrain.settings.run import DATASETS, MODELS
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -42,6 +44,8 @@ TASKS = {
 """By the file's name."""
 
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
+    "model": ("architecture", MODELS),
+    "dataset": ("name", DATASETS),
     "attack": ("name", ATTACKS),
     "defense": ("name", DEFENSES),
     "rival": ("name", RIVALS),
@@ -106,12 +110,20 @@ def schema_of(saved: Mapping[str, Any]) -> Any:
 
 def _scale(length: object, factor: float, divisor: float) -> float:
     """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
-    return factor * number("a length", length) / max(divisor, 1)
+    return factor * _length(length) / max(divisor, 1)
 
 
 def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
     """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return number("a length", step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+    return _length(step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+
+
+def _length(value: object) -> float:
+    """Return a length; NaN for what is none, which the schema refuses by its own key."""
+    try:
+        return number("a length", value)
+    except UserError:
+        return math.nan
 
 
 def _with_views(augmix: object, views: int, steps: int) -> int:
@@ -139,10 +151,14 @@ def _divided(count: int, divisor: float) -> int:
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     """The configuration that a task's command would run with the overrides; of its schema's class.
 
+    The overrides are the user's, who allows what they name.
+
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    return from_hydra(composed(overrides, task), overrides)
+    config = from_hydra(composed(overrides, task), overrides)
+    own.allow_parts(config)
+    return config
 
 
 def composed(overrides: Sequence[str], task: str) -> Any:
@@ -172,17 +188,40 @@ def quoted(text: str) -> str:
 
 
 _PATHS = (
-    *("dataset.root", "run.dir", "corrupt.out", "corrupt.frost"),
+    *("dataset.root", "run.dir", "model.weights", "corrupt.out", "corrupt.frost"),
     *("bench.checkpoint", "bench.out", "bench.plot"),
 )
 
 
 def with_path_quoted(argument: str) -> str:
-    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are."""
+    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are.
+
+    So does a list of factories, which is a sweep.
+    """
     key, _, value = argument.partition("=")
-    if key not in _PATHS or not value or value[0] in "'\"" or value == "null":
+    factory = key.endswith(".factory") and "," not in value
+    if not (key in _PATHS or factory) or not value or value[0] in "'\"" or value == "null":
         return argument
     return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
+
+
+_WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg",
+                 "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")  # fmt: skip
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
+    options, settings, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            settings.append(argument)
+            continue
+        options.append(argument)
+        # --info may stand alone
+        if argument in _WITH_A_VALUE and rest and "=" not in rest[0] and rest[0][:1] != "-":
+            options.append(rest.pop(0))
+    return [*options, *settings]
 
 
 def help_text(overrides: Sequence[str], task: str = "train") -> str:
@@ -251,7 +290,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for override in overrides:
-        if re.match(r"[\w.]+=\{", override):
+        if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
     cfg = cfg.copy()
     with open_dict(cfg):
@@ -275,7 +314,8 @@ def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(_unknown_key(prefix + name, schema))
+            unread = _unread(prefix + name, type(node).__name__)
+            raise UserError(unread or _unknown_key(prefix + name, schema))
         if dataclasses.is_dataclass(value):
             _reject_added_keys(value, f"{prefix}{name}.", schema)
 
@@ -291,18 +331,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
 
 
-def defaults(kind: type = Config) -> dict[str, Any]:
+def defaults(config: Any) -> dict[str, Any]:
     """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
-    hints = get_type_hints(kind)
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found[field.name] = defaults(hints[field.name])
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
         elif field.default != MISSING:
-            value = field.default
-            found[field.name] = value.name if isinstance(value, Enum) else value
+            default = field.default
+            found[field.name] = default.name if isinstance(default, Enum) else default
     return found
 
 
@@ -340,12 +380,9 @@ _LONGEST_NAME = 150  # bytes; file systems take 255
 def run_name(config: Config, overrides: Sequence[str]) -> str:
     """A readable folder name, different for different settings.
 
-    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`; an image folder goes by its own
-    name.
+    `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`.
     """
-    data = config.dataset.name.name
-    if config.dataset.name is DatasetName.imagefolder:
-        data = Path(config.dataset.root).resolve().name
+    data = config.dataset.title
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
     changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
@@ -371,14 +408,19 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         str(cause).split("\n")[0] + "\n",
     )
     key = re.search(r"full_key: (\S+)", str(cause))
+    kind = re.search(r"object_type=(\w+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
-        kind = re.search(r"object_type=(\w+)", str(cause))
         unread = _unread(name, kind.group(1)) if kind else None
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
         return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
+    if key and _first_line(cause).endswith("is not Optional"):
+        chosen = _chosen(key.group(1), kind.group(1)) if kind else None
+        return UserError(
+            f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
+        )
     if key:
         return UserError(f"{key.group(1)}: {_first_line(cause)}")
     for group, _, value in (override.partition("=") for override in overrides):
@@ -407,11 +449,18 @@ def _unread(key: str, kind: str) -> str | None:
     group, _, leaf = key.partition(".")
     if group not in OPTIONS:
         return None
-    schemas = OPTIONS[group][1]
-    if not any(leaf in get_type_hints(schema) for schema in schemas.values()):
+    if not any(leaf in get_type_hints(schema) for schema in OPTIONS[group][1].values()):
         return None
-    chosen = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
-    return f"{key} is no setting with {group}={chosen[0]}." if chosen else None
+    chosen = _chosen(key, kind)
+    return f"{key} is no setting with {chosen}." if chosen else None
+
+
+def _chosen(key: str, kind: str) -> str | None:
+    """Return the option of a key's group as it is written, by its schema's name, or None."""
+    group = key.partition(".")[0]
+    schemas = OPTIONS[group][1] if group in OPTIONS else {}
+    names = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    return f"{group}={names[0]}" if names else None
 
 
 def _unknown_option(group: str, option: str) -> str:
@@ -426,13 +475,14 @@ def _unknown_option(group: str, option: str) -> str:
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
-    import typing
-
+    """The keys of a schema with those of every option of its groups, each once."""
     keys = []
-    for name, kind in typing.get_type_hints(node).items():
-        if typing.get_origin(kind) is typing.ClassVar:
+    for name, kind in get_type_hints(node).items():
+        if get_origin(kind) is ClassVar:
             continue
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            keys += _all_keys(typing.cast(type, kind), f"{prefix}{name}.")
-    return keys
+        options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
+        for option in options:
+            if dataclasses.is_dataclass(option):
+                keys += _all_keys(cast(type, option), f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))

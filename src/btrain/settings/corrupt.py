@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings import MISSING, DatasetConfig, DatasetName
+from btrain.settings import MISSING, DatasetConfig
 from btrain.settings.checks import at_least, seed_in_range
 
 CORRUPTIONS = (
@@ -63,10 +63,8 @@ class CorruptConfig:
 
     @property
     def source(self) -> str:
-        """The name of the data set; an image folder goes by its own."""
-        if self.dataset.name is DatasetName.imagefolder:
-            return Path(self.dataset.root).resolve().name
-        return self.dataset.name.name
+        """The name of the data set."""
+        return self.dataset.title
 
     @property
     def out(self) -> Path:

@@ -1,22 +1,32 @@
-"""The settings of `btrain eval`, checked; no torch here, so that mistakes answer at once."""
+"""The settings of `btrain eval`, from its words; without torch, so that mistakes answer at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings.checks import at_least, seed_in_range
+from btrain.settings import Config, words
+from btrain.settings.checks import at_least, pixels, seed_in_range
 from btrain.settings.method import ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
+NORMS = ("linf", "l2")
 PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
 class PgdSettings:
-    """PGD's settings but for ε; a step size of None is the data set's, 3/31·ε or ε/10."""
+    """PGD's settings but for norm and ε.
+
+    Attributes:
+        step_size: in [0, 1] pixel units; None for that of the run's own evaluation, or ε/10.
+    """
 
     steps: int
     restarts: int = 1
@@ -26,7 +36,7 @@ class PgdSettings:
 
     @property
     def name(self) -> str:
-        """Of settings that are no preset, for their files: `pgd50x5-cw`."""
+        """Return the name of settings that are no preset, for their files: `pgd50x5-cw`."""
         size = "" if self.step_size is None else f"-step{self.step_size:.4g}"
         last = "-last" if self.last_iterate else ""
         return f"pgd{self.steps}x{self.restarts}-{self.loss}{size}{last}"
@@ -42,13 +52,29 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
-INTERVAL_ATTACKS = ("interval", "interval50")
+INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
 ATTACKS = (
-    "clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS, "corruptions", "custom", "all",
-)  # fmt: skip
+    *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
+    *("corruptions", "custom", "all"),
+)
 
 
-@dataclass(frozen=True)
+@dataclass
+class PgdChanges:
+    """The settings of PGD that were typed, each None where it was not."""
+
+    steps: int | None = None
+    restarts: int | None = None
+    loss: str | None = None
+    step_size: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return what was typed, by name."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass
 class EvalSettings:
     """One `btrain eval`.
 
@@ -56,17 +82,23 @@ class EvalSettings:
         attacks: names of `ATTACKS`; "all" stands alone.
         pgd: settings that change the PGD attacks among them.
         config: overrides of the run's `dataset` and `model`, key by key as they were typed.
-        epsilon, seed: None for the run's.
+        factories: own code in the place of that which the run names, by its group.
+        trust_code: whether own code that the checkpoint names may be imported.
+        norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
-        verify: engines of `btrain.verify.bounds`, several of them joined by +, or any.
+        verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
     """
 
-    checkpoint: str
-    attacks: tuple[str, ...] = ("pgd20",)
-    pgd: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
+    attacks: list[str] = field(default_factory=lambda: ["pgd20"])
+    verify: list[str] = field(default_factory=list)
+    pgd: PgdChanges = field(default_factory=PgdChanges)
     extra_corruptions: bool = False
     corruptions_root: str | None = None
-    config: Mapping[str, str] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
+    factories: dict[str, str] = field(default_factory=dict)
+    trust_code: bool = False
+    norm: str | None = None
     epsilon: float | None = None
     seed: int | None = None
     device: str = "auto"
@@ -75,22 +107,21 @@ class EvalSettings:
     sanity: bool = True
     report: bool = False
     out: str | None = None
-    verify: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_attacks(self.attacks)
         self._check_bounds()
-        _check_range("epsilon", self.epsilon, 0, 1, " ([0, 1] pixel units, like 8/255)")
-        _check_range("attack.step_size", self.pgd.get("step_size"), 0, 2, "")
-        for key in ("steps", "restarts"):
-            at_least(1, f"attack.{key}", self.pgd.get(key))
+        if self.norm is not None:
+            _one_of("norm", self.norm, NORMS)
+        at_least(1, "attack.steps", self.pgd.steps)
+        at_least(1, "attack.restarts", self.pgd.restarts)
         at_least(1, "eval.batch_size", self.batch_size)
-        _one_of("attack.loss", self.pgd.get("loss", "ce"), LOSSES)
+        _one_of("attack.loss", self.pgd.loss or "ce", LOSSES)
         _one_of("precision", self.precision, PRECISIONS)
         seed_in_range("seed", self.seed)
-        if self.pgd and not any(name in PRESETS or name == "custom" for name in self.attacks):
+        if self.pgd.given and not any(name in PRESETS or name == "custom" for name in self.attacks):
             raise UserError(
-                f"attack.{next(iter(self.pgd))} is a setting of PGD; it does not go with "
+                f"attack.{next(iter(self.pgd.given))} is a setting of PGD; it does not go with "
                 f"attack={','.join(self.attacks)}."
             )
         self._check_distinct()
@@ -103,32 +134,48 @@ class EvalSettings:
                 "gaussian_noise.npy and the others."
             )
 
+    @property
+    def bounded(self) -> list[str]:
+        """What needs bounds, as it was typed."""
+        interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
+        return [f"verify={engine}" for engine in self.verify] + interval
+
     def _check_bounds(self) -> None:
         for engine in self.verify:
             for name in engine.split("+"):
                 _one_of("verify", name, (*ENGINES, "any"))
         if len(set(self.verify)) < len(self.verify):
             raise UserError(f"verify={','.join(self.verify)} must name each engine once.")
-        bounded = self.verify or [name for name in self.attacks if name in INTERVAL_ATTACKS]
-        if bounded and self.precision != "float32":
+        if self.bounded and self.precision != "float32":
             raise UserError(
-                f"precision={self.precision} does not go with bounds ({bounded[0]}): they hold for "
-                "float32."
+                f"{self.bounded[0]} does not go with precision={self.precision}: bounds are those "
+                "of float32."
             )
 
+    def check_lengths(self, norm: str) -> None:
+        """Raise UserError for an ε or a step size that no attack in this norm can mean."""
+        if self.bounded and norm != "linf":
+            raise UserError(
+                f"{self.bounded[0]} does not go with norm={norm}: bounds are for an L∞ ball."
+            )
+        if self.epsilon is not None:
+            pixels("epsilon", self.epsilon, norm)
+        if self.pgd.step_size is not None:
+            pixels("attack.step_size", self.pgd.step_size, norm, most=2)
+
     def pgd_attack(self, name: str) -> tuple[str, PgdSettings]:
-        """A preset as the user has it, and what it is called then; a preset keeps its name."""
-        settings = replace(PRESETS.get(name, CUSTOM), **self.pgd)
+        """Return a preset as the user has it, and its name then; a preset keeps its name."""
+        settings = replace(PRESETS.get(name, CUSTOM), **self.pgd.given)
         names = [preset for preset, its in PRESETS.items() if its == settings]
         return (names[0] if names else settings.name), settings
 
     def _check_distinct(self) -> None:
-        """Changed presets may come to one and the same attack."""
+        """Raise UserError where changed presets come to one and the same attack."""
         seen: dict[str, str] = {}
         for attack in self.attacks:
             name = self.pgd_attack(attack)[0] if attack in (*PRESETS, "custom") else attack
             if name in seen:
-                changes = " ".join(f"attack.{key}={value}" for key, value in self.pgd.items())
+                changes = " ".join(f"attack.{key}={value}" for key, value in self.pgd.given.items())
                 raise UserError(
                     f"{seen[name]} and {attack} are one and the same attack with {changes}; "
                     "please leave one out."
@@ -136,7 +183,147 @@ class EvalSettings:
             seen[name] = attack
 
 
-def _check_attacks(names: tuple[str, ...]) -> None:
+HELP = f"""\
+usage: btrain eval checkpoint=RUN|FILE [option=value …]
+       btrain eval compare A B [attack=pgd20]
+
+checkpoint=RUN             a run folder (its last checkpoint), or a checkpoint file
+attack=NAME[,NAME …]       {" ".join(ATTACKS)} (default pgd20)
+attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
+                           PGD of your own; also changes a preset
+verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
+                           which images no attack within epsilon (L∞) can break
+attack.extra_corruptions=true
+                           the 4 extra corruptions, too; they are no part of the mean
+dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
+dataset= dataset.root= dataset.test_examples= model= …
+                           other than the run's; needed with another project's file
+norm={"|".join(NORMS)}               the threat model; default: as trained
+epsilon=                   radius in [0, 1] pixel units, 8/255 works; default: as trained
+seed= device=auto|cpu|cuda precision=float32|bf16 eval.batch_size=500
+model.factory= dataset.factory= … FILE.py:NAME, or trust_code=true
+                           for a run with code of its own: which, or that it may be imported
+sanity=false               leaves out the sanity checks
+report=true                writes a page with curves and images, index.html
+out=DIR                    default: RUN/eval, or eval/<name of the file>
+
+compare tests two evaluations example by example (McNemar); A and B are run folders or the folders
+of evaluations.
+"""
+
+
+# Word -> field of EvalSettings, where it is another.
+_FIELDS = {
+    "attack": "attacks",
+    **{f"attack.{key}": f"pgd.{key}" for key in PgdChanges.__annotations__},
+    "attack.extra_corruptions": "extra_corruptions",
+    "dataset.corruptions_root": "corruptions_root",
+    "eval.batch_size": "batch_size",
+}
+_WORDS = (
+    *("checkpoint", "norm", "epsilon", "seed", "device", "precision", "sanity", "report", "out"),
+    *("trust_code", "verify", *_FIELDS),
+)
+# Words that go to the configuration: what decides test images and network.
+_CONFIG = (
+    *("dataset", "dataset.root", "dataset.download", "dataset.image_size"),
+    *("dataset.test_examples", "model", "model.width", "model.depth", "model.activation"),
+    *("model.mean", "model.std"),
+)
+_FREE = re.compile(r"(dataset|model)\.settings\.[\w.]+")  # settings of own code
+FACTORIES = tuple(f"{group}.factory" for group in ("model", "dataset", "defense", "attack", "bt"))
+_PATHS = ("checkpoint", "out", "dataset.root", "dataset.corruptions_root", *FACTORIES)
+
+
+def parse(arguments: Sequence[str]) -> EvalSettings:
+    """Return the settings that a command line asks for.
+
+    Raises:
+        UserError: an argument is no key=value, a key is unknown, or a value wrong.
+    """
+    known = (*_WORDS, *_CONFIG, *FACTORIES)
+    given = words.once(words.parse(arguments, _PATHS), known, "btrain eval", free=_FREE)
+    if "checkpoint" not in given:
+        raise UserError("eval needs checkpoint=, a run folder or a file; see btrain eval --help.")
+    values: dict[str, Any] = {"config": {}, "factories": {}}
+    for key, text in given.items():
+        value = os.path.expanduser(text) if key in _PATHS else text  # noqa: PTH111
+        group = key.partition(".")[0]
+        another = group in ("model", "dataset") and group in given  # attack= is no part of a run
+        if key in FACTORIES and not another:
+            values["factories"][group] = value
+        elif key in _CONFIG or key in FACTORIES or _FREE.fullmatch(key):
+            values["config"][key] = value
+        else:
+            values[key] = words.names(text) if key in ("attack", "verify") else value
+    if "attack" not in given and any(_FIELDS.get(key, "").startswith("pgd.") for key in given):
+        values["attack"] = ["custom"]
+    return words.filled(EvalSettings, values, _FIELDS)
+
+
+def parse_compare(arguments: Sequence[str]) -> tuple[Path, Path, str]:
+    """Return the two folders and the attack of `btrain eval compare`.
+
+    Raises:
+        UserError: there are not two folders, or there is another setting.
+    """
+    folders = [argument for argument in arguments if not argument.startswith("attack=")]
+    attack = [argument.removeprefix("attack=") for argument in arguments if argument not in folders]
+    if len(folders) != 2 or len(attack) > 1:
+        raise UserError("compare needs two folders: btrain eval compare A B [attack=pgd20].")
+    return Path(folders[0]), Path(folders[1]), attack[0] if attack else "pgd20"
+
+
+def apply(config: Config, overrides: Mapping[str, str]) -> Config:
+    """Return a run's configuration with another data set, or other settings of its own.
+
+    Raises:
+        UserError: an option or a value is wrong.
+    """
+    for group in ("dataset", "model"):
+        own = {key: value for key, value in overrides.items() if key.startswith(f"{group}.")}
+        if group in overrides:
+            part = getattr(compose({group: overrides[group], **own}), group)
+        elif own:
+            part = _merged(getattr(config, group), group, own)
+        else:
+            continue
+        config = dataclasses.replace(config, **{group: part})
+    return config
+
+
+def compose(overrides: Mapping[str, str]) -> Config:
+    """Return the configuration of what is no run of ours, from `dataset=`, `model=` and the like.
+
+    Raises:
+        UserError: an option or a value is wrong.
+    """
+    from btrain.settings import compose as configs
+
+    quoted = [configs.with_path_quoted(f"{key}={value}") for key, value in overrides.items()]
+    config: Config = configs.compose(quoted)
+    return config
+
+
+def _merged(node: Any, group: str, overrides: Mapping[str, str]) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from btrain.settings import compose as configs
+
+    try:
+        settings = OmegaConf.structured(node)
+        for key, value in overrides.items():
+            leaf = key.removeprefix(f"{group}.")
+            typed = {leaf: value} if leaf == "root" else OmegaConf.from_dotlist([f"{leaf}={value}"])
+            settings = OmegaConf.merge(settings, typed)
+        return OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        explained = str(configs.explain(error, ()))
+        raise UserError(f"{group}.{explained}") from error
+
+
+def _check_attacks(names: Sequence[str]) -> None:
     for name in names:
         _one_of("attack", name, ATTACKS)
     if "all" in names and len(names) > 1:
@@ -152,8 +339,3 @@ def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
         close = get_close_matches(value, options, n=1)
         meant = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"{key}={value} is no option; there are: {', '.join(options)}.{meant}")
-
-
-def _check_range(key: str, value: float | None, low: float, high: float, why: str) -> None:
-    if value is not None and not low < value <= high:
-        raise UserError(f"{key} must be greater than {low} and at most {high}{why}, not {value:g}.")

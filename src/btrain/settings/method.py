@@ -443,6 +443,9 @@ class BTConfig:
             found.append(Choice("bt.forward_unperturbed=true", frozenset(), _ONE_PASS))
         return found
 
+    def check_order(self) -> None:
+        """Raise UserError where the budgets do not go together; one budget always does."""
+
 
 _NO_POOL = {
     "rival": "a rival is run as published",
@@ -452,6 +455,7 @@ _NO_POOL = {
     "shared": "the loss needs the logits of newer weights",
 }
 _NEEDS_ATTACK = {"augmix": "it needs an attack"}
+_VIEWS_NEAR_THE_BOUNDARY = {"augmix": "it makes views of boundary examples alone"}
 _ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"}
 
 
@@ -486,7 +490,13 @@ class BulletTrainConfig(ChoosingConfig):
         super().__post_init__()
         at_least(0, "bt.n_o", self.n_o)
         at_least(0, "bt.n_r", self.n_r)
-        self.check_order()
+
+    def choices(self) -> list[Choice]:
+        found = super().choices()
+        for key, steps in (("bt.n_r", self.n_r), ("bt.n_o", self.n_o)):
+            if steps:
+                found.append(Choice(f"{key}={steps}", frozenset(), _VIEWS_NEAR_THE_BOUNDARY))
+        return found
 
     def check_order(self) -> None:
         """Raise UserError unless N_O ≤ N_R ≤ N_B."""

@@ -11,12 +11,22 @@ class DatasetName(Enum):
     mnist = "mnist"
     digits = "digits"
     imagefolder = "imagefolder"
+    own = "own"
 
 
 class Architecture(Enum):
     wide_resnet = "wide_resnet"
     preact_resnet18 = "preact_resnet18"
+    resnet18 = "resnet18"
     small_cnn = "small_cnn"
+    torchvision = "torchvision"
+    timm = "timm"
+    own = "own"
+
+
+class Activation(Enum):
+    relu = "relu"
+    silu = "silu"
 
 
 class AttackName(Enum):

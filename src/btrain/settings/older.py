@@ -26,6 +26,9 @@ _ONCE_COMMON: dict[str, tuple[Mapping[Any, type], set[str]]] = {
 }
 """By a group: its options, and the settings that once stood in every option, read or not."""
 
+_UNREAD_FILES = {"digits": {"root", "download"}, "imagefolder": {"download"}}
+"""By the data sets that do not read them: settings that once stood in every one."""
+
 _RECIPES = {
     f"{defense}_{data}": defense
     for defense in ("trades", "mart", "pgd", "augmix")
@@ -46,6 +49,13 @@ def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
             read = {item.name for kind in kinds for item in fields(kind)}
             unread = common - read if kinds else set()
             settings[group] = {key: value for key, value in node.items() if key not in unread}
+    model, dataset = settings.get("model"), settings.get("dataset")
+    if isinstance(model, Mapping) and model.get("depth", 0) is None:
+        settings["model"] = {key: value for key, value in model.items() if key != "depth"}
+    if isinstance(dataset, Mapping):
+        unread = {"image_size"} if dataset.get("image_size", 0) is None else set()
+        unread |= _UNREAD_FILES.get(str(dataset.get("name")), set())
+        settings["dataset"] = {key: item for key, item in dataset.items() if key not in unread}
     recipe = settings.get("recipe")
     if isinstance(recipe, Mapping) and isinstance(recipe.get("name"), str):
         name = recipe["name"]

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from btrain.settings.checks import MISSING, at_least, finite, no_null, pixels, positive, require
+from btrain.settings.checks import (
+    MISSING,
+    at_least,
+    finite,
+    no_null,
+    number,
+    pixels,
+    positive,
+    require,
+)
 from btrain.settings.method import Choice
 from btrain.settings.names import (
+    Activation,
     Architecture,
     CudaGraphs,
     DatasetName,
@@ -23,10 +34,9 @@ from btrain.settings.names import (
 
 @dataclass
 class DatasetConfig:
+    """The settings that every data set has; each has more of its own."""
+
     name: DatasetName = MISSING
-    root: str = MISSING
-    download: bool = True
-    image_size: int | None = None
     train_examples: int | None = None
     test_examples: int | None = None
     val_examples: int = 0
@@ -37,39 +47,168 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         self.epsilon = pixels("dataset.epsilon", self.epsilon, "linf")
-        self.step_size = pixels("dataset.step_size", self.step_size, "l2")
-        self.eval_step_size = pixels("dataset.eval_step_size", self.eval_step_size, "l2")
+        # They follow attack.epsilon and eval.epsilon, which the attack and the evaluation check.
+        self.step_size = number("dataset.step_size", self.step_size)
+        self.eval_step_size = number("dataset.eval_step_size", self.eval_step_size)
         self.l2_epsilon = pixels("dataset.l2_epsilon", self.l2_epsilon, "l2")
         at_least(2, "dataset.train_examples", self.train_examples)
         at_least(1, "dataset.test_examples", self.test_examples)
         at_least(0, "dataset.val_examples", self.val_examples)
-        at_least(1, "dataset.image_size", self.image_size)
+
+    @property
+    def title(self) -> str:
+        """What folders are called by; images of the user's own go by their own name."""
+        return self.name.name
+
+
+@dataclass
+class FilesConfig(DatasetConfig):
+    """A data set of files in a known layout, which can be downloaded."""
+
+    root: str = MISSING
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         no_null("dataset.root", self.root)
-        resizes = self.name is DatasetName.imagefolder
-        require(
-            resizes or self.image_size is None, "dataset.image_size", "null here", self.image_size
-        )
+
+
+@dataclass
+class ImageFolderConfig(DatasetConfig):
+    """A folder of images for each class."""
+
+    root: str = MISSING
+    image_size: int = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("dataset.root", self.root)
+        at_least(1, "dataset.image_size", self.image_size)
+
+    @property
+    def title(self) -> str:
+        return Path(self.root).resolve().name
+
+
+@dataclass
+class OwnDatasetConfig(DatasetConfig):
+    """What a function of the user's returns."""
+
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("dataset.factory", self.factory)
+
+    @property
+    def title(self) -> str:
+        return Path(self.factory.rpartition(":")[0]).name.removesuffix(".py")
+
+
+DATASETS: dict[DatasetName, type[DatasetConfig]] = {
+    DatasetName.cifar10: FilesConfig,
+    DatasetName.cifar100: FilesConfig,
+    DatasetName.mnist: FilesConfig,
+    DatasetName.digits: DatasetConfig,
+    DatasetName.imagefolder: ImageFolderConfig,
+    DatasetName.own: OwnDatasetConfig,
+}
 
 
 @dataclass
 class ModelConfig:
+    """The settings that every network has; each architecture has more of its own."""
+
     name: str = MISSING
     architecture: Architecture = MISSING
-    width: int = MISSING
-    depth: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, "model.width", self.width)
-        deep = self.architecture is Architecture.wide_resnet
-        require(deep or self.depth is None, "model.depth", "null here", self.depth)
         require((self.mean is None) == (self.std is None), "model.std", "given with model.mean",
                  self.std)  # fmt: skip
         for mean in self.mean or []:
-            require(finite(mean), "model.mean", "finite", mean)
+            rule = "in [0, 1], in pixel units like 0.4914"
+            require(finite(mean) and 0 <= mean <= 1, "model.mean", rule, mean)
         for std in self.std or []:
             positive("model.std", std)
+        no_null("model.weights", self.weights)
+
+
+@dataclass
+class WidthConfig(ModelConfig):
+    """A network with a number of channels to choose."""
+
+    width: int = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, "model.width", self.width)
+
+
+@dataclass
+class SmallCNNConfig(WidthConfig):
+    """The network of two convolutions and two linear layers."""
+
+
+@dataclass
+class PreActResNetConfig(WidthConfig):
+    """The pre-activation ResNet-18."""
+
+
+@dataclass
+class ResNetConfig(WidthConfig):
+    """The ResNet-18 with activations after the additions."""
+
+
+@dataclass
+class WideResNetConfig(WidthConfig):
+    """WRN-depth-width."""
+
+    depth: int = MISSING
+    activation: Activation = Activation.relu
+
+
+@dataclass
+class LibraryModelConfig(ModelConfig):
+    """A network that a library makes by the settings, with the library's own names for them."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TorchvisionConfig(LibraryModelConfig):
+    """A network of torchvision.models."""
+
+
+@dataclass
+class TimmConfig(LibraryModelConfig):
+    """A network of timm."""
+
+
+@dataclass
+class OwnModelConfig(ModelConfig):
+    """What a class or a function of the user's makes."""
+
+    factory: str = MISSING
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        no_null("model.factory", self.factory)
+
+
+MODELS: dict[Architecture, type[ModelConfig]] = {
+    Architecture.wide_resnet: WideResNetConfig,
+    Architecture.preact_resnet18: PreActResNetConfig,
+    Architecture.resnet18: ResNetConfig,
+    Architecture.small_cnn: SmallCNNConfig,
+    Architecture.torchvision: TorchvisionConfig,
+    Architecture.timm: TimmConfig,
+    Architecture.own: OwnModelConfig,
+}
 
 
 @dataclass

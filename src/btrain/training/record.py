@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from btrain.data import Data
 from btrain.errors import UserError
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
@@ -28,6 +29,7 @@ class Record:
 
     config: Config
     state: TrainState
+    data: Data
     folder: RunFolder
     tracker: Tracker
     lock: RunLock
@@ -35,7 +37,11 @@ class Record:
     def save(self) -> None:
         """The checkpoint of now."""
         self.lock.check()
-        content = {"state": self.state.state_dict(), "config": to_dict(self.config)}
+        content = {
+            "state": self.state.state_dict(),
+            "config": to_dict(self.config),
+            **checkpoint.of_images(self.data),
+        }
         checkpoint.save(self.folder.last, content, previous=self.folder.previous)
 
     def save_epoch_start(self) -> None:

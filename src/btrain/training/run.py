@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from btrain import own
 from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
 from btrain.build import find_device, load_data, meant
 from btrain.data import Data
@@ -21,7 +23,7 @@ from btrain.precision import bf16_hint
 from btrain.processes.world import World, device_of, joined
 from btrain.runs.folder import RunFolder
 from btrain.runs.lock import RunLock
-from btrain.runs.provenance import check_same_data, data_hash, extended
+from btrain.runs.provenance import changed_code, check_same_data, data_hash, extended
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
@@ -99,7 +101,17 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     if saved is not None and not _is_over(config, saved["state"]):
         return None
     print(f"{folder.path} is finished already: {headline(summary)}")
+    for note in changed_code(folder.provenance, _own_parts(config)):
+        print(f"{note} Another run.dir trains it anew.")
     return summary
+
+
+def _own_parts(config: Config) -> dict[str, Any]:
+    """What the run folder keeps of the user's own parts."""
+    return {
+        group: own.facts(group, factory, settings)
+        for group, (factory, settings) in own.parts(config).items()
+    }
 
 
 def _train(
@@ -114,18 +126,23 @@ def _train(
 ) -> dict[str, Any]:
     """The run, by the process that holds the folder's lock and writes, or by another."""
     saved, warning = load_newest(folder)
+    notes = []
     if saved is not None:
         state.load_state_dict(saved["state"])
+    elif config.model.weights is not None:
+        notes.append(state.start_from(Path(config.model.weights)))
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
     recording: AbstractContextManager[Record | None] = nullcontext()
     if lock is not None:
+        parts = _own_parts(config)
+        notes += changed_code(folder.provenance, parts)
         provenance = extended(
-            folder.provenance, data_sha256, state.device, state.epoch, world.size, jobs
+            folder.provenance, data_sha256, state.device, state.epoch, world.size, jobs, parts
         )
-        recording = _recording(config, state, data, provenance, folder, lock, warning)
+        recording = _recording(config, state, data, provenance, folder, lock, warning, notes)
     with recording as record, stop_on_signals(world) as stop:
-        evaluator = Evaluator(config, world, stop.together)
+        evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
@@ -149,8 +166,13 @@ def _recording(
     folder: RunFolder,
     lock: RunLock,
     warning: str | None,
+    notes: list[str],
 ) -> Iterator[Record]:
-    """Begins or takes up what is written of a run; a `warning` is of the state it goes on from."""
+    """Begins or takes up what is written of a run; a `warning` is of the state it goes on from.
+
+    Args:
+        notes: sentences for the log about how the run begins.
+    """
     resumed = folder.last.is_file() or folder.previous.is_file()
     folder.begin(config, provenance)
     with (
@@ -163,7 +185,9 @@ def _recording(
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(data, state))
-        yield Record(config, state, folder, tracker, lock)
+        for note in notes:
+            log.info("%s", note)
+        yield Record(config, state, data, folder, tracker, lock)
 
 
 def _train_epochs(

@@ -13,7 +13,9 @@ from torch import nn
 
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
+from btrain.evaluation.pgd import threat_of
 from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.make import Known
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
@@ -36,14 +38,16 @@ class Evaluator:
 
     Attributes:
         ahead: called ahead of each batch; a signal that one process got ends all of them there.
+        known: what a ball of the user's may want to know.
     """
 
     config: Config
     world: World
     ahead: Callable[[], None]
+    known: Known
 
     def __call__(self, model: nn.Module, split: Split) -> Accuracy:
-        """The accuracies under the run's own PGD, in all processes the same."""
+        """Return the accuracies under the run's own PGD, in all processes the same."""
         settings = self.config.eval
         return evaluate(
             model,
@@ -53,6 +57,7 @@ class Evaluator:
             steps=settings.steps,
             batch_size=settings.batch_size,
             seed=self.config.seed,
+            threat=threat_of(self.config.attack, self.known),
             show_progress=self.world.first,
             processes=self.world,
             ahead=self.ahead,
@@ -95,7 +100,7 @@ def after_epoch(
         state.collapsed = True
         return
     if data.val is not None and _due(config, state.epoch + 1):
-        _validate(evaluator, state, data.val, folder, metrics)
+        _validate(evaluator, state, data, folder, metrics)
     state.watched_acc = watched.robust
     state.end_epoch()
 
@@ -108,7 +113,7 @@ def _due(config: Config, epoch: int) -> bool:
 def _validate(
     evaluator: Evaluator,
     state: TrainState,
-    val: Split,
+    data: Data,
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
@@ -116,16 +121,18 @@ def _validate(
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
-    config, accuracy = evaluator.config, evaluator(state.evaluated, val)
+    assert data.val is not None
+    config, accuracy = evaluator.config, evaluator(state.evaluated, data.val)
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
-    if is_above(accuracy, len(val)):
+    if is_above(accuracy, len(data.val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
     by_clean = "attacking" not in config.defense.kinds
     score, epoch = accuracy.clean if by_clean else accuracy.robust, state.epoch + 1
     if state.best_val_acc is None or score > state.best_val_acc:
         if evaluator.world.first:
             model = {"model": state.evaluated.state_dict(), "epoch": epoch, "val_acc": score}
-            checkpoint.save(folder.best, {"state": model, "config": to_dict(config)})
+            content = {"state": model, "config": to_dict(config), **checkpoint.of_images(data)}
+            checkpoint.save(folder.best, content)
         state.best_epoch, state.best_val_acc = epoch, score
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from btrain.build import make_model
+from btrain.build import check_network, make_model
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
@@ -51,6 +51,7 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     model = make_model(config.model, len(data.classes), data.shape).to(device)
     if isinstance(config.defense, VerifiedConfig) and config.defense.shi_init:
         losses.initialise(model)
+    check_network(config.model, model, data)
     if config.train.channels_last:
         model = to_channels_last(model)
     optimizer = make_optimizer(config.recipe, model)
@@ -68,15 +69,16 @@ def known_of(data: Data) -> Known:
 
 def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer of all weights; fused, so that Adam counts its steps on the device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(
-            model.parameters(),
+            trained,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
     return torch.optim.SGD(
-        model.parameters(),
+        trained,
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from btrain.controllers.averaging import WeightAverage
 from btrain.errors import UserError
+from btrain.exchange.read import start_from
 from btrain.methods.statistics import StepStats, stacked
 
 
@@ -85,6 +87,20 @@ class TrainState:
     def evaluated(self) -> nn.Module:
         """The network that is scored and handed on: the average, where there is one."""
         return self.model if self.average is None else self.average.network
+
+    def start_from(self, path: Path) -> str:
+        """Take the weights of a file or a run for a run that has not begun.
+
+        Returns:
+            A sentence that says which.
+
+        Raises:
+            UserError: they cannot be read or do not fit.
+        """
+        said = start_from(self.model, path)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.model.state_dict())
+        return said
 
     def add(self, stats: StepStats) -> None:
         """Counts one more batch."""

@@ -1,4 +1,4 @@
-"""The statistics of a sheet: means over seeds, intervals of differences, a paired test."""
+"""The statistics of a sheet: means over seeds, their intervals, a paired test, speedups."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain.evaluation.compare import compare
+from btrain.runs.read import FINISHED, Run
 
 FEWEST_DIFFERING = 25  # examples, for z to be nearly normal
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+
+Values = dict[int, float]
+"""seed -> value"""
 
 Scores = npt.NDArray[np.float64]
 """(n,): the share of an example's trials that a model came through."""
@@ -30,7 +34,7 @@ class Spread:
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:
-    """Mean and standard deviation over seeds; None of none."""
+    """Return mean and standard deviation over seeds; None of none."""
     if not values:
         return None
     numbers = list(values.values())
@@ -39,7 +43,7 @@ def spread(values: Mapping[int, float]) -> Spread | None:
 
 
 def interval(values: Mapping[int, float]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean by Student's t with n − 1 degrees of freedom; n ≥ 2."""
+    """Return the 95 % interval of the mean by Student's t with n − 1 degrees of freedom; n ≥ 2."""
     found = spread(values)
     if found is None or found.sd is None:
         return None
@@ -52,7 +56,7 @@ def interval(values: Mapping[int, float]) -> tuple[float, float] | None:
 def verdict(
     differences: Mapping[int, float], *, at_least: float | None, at_most: float | None
 ) -> str:
-    """Whether a difference lies in [at_least, at_most], as far as its seeds tell.
+    """Return whether a difference lies in [at_least, at_most], as far as its seeds tell.
 
     It holds if the whole 95 % interval of the mean lies inside, ends included, and fails if the
     whole interval lies outside. Differences that are all the limit itself, as equal numbers are
@@ -90,13 +94,13 @@ class Paired:
 
 
 def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired | None:
-    """Whether two rows differ by more than the test examples explain; None without a common seed.
+    """Test whether two rows differ by more than the test examples explain.
 
     dᵢ is the difference of example i's correctness, each the mean over the seeds that both rows
     have. Under the hypothesis that the sign of every dᵢ is a coin's, Σdᵢ has the variance Σdᵢ².
     p is twice the normal tail beyond z, from `FEWEST_DIFFERING` examples with dᵢ ≠ 0 on; with one
     seed and one attack it is that of McNemar's exact test, however few differ. The test knows
-    nothing of what another seed would have trained.
+    nothing of what another seed would have trained. None without a common seed.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -111,3 +115,54 @@ def paired(ours: Mapping[int, Scores], theirs: Mapping[int, Scores]) -> Paired |
         if all(np.isin(scores, (0, 1)).all() for scores in pair):  # no mean over corruptions
             p = compare(pair[0] == 1, pair[1] == 1).p
     return Paired(100 * float(d.mean()), z, p, len(seeds), differing)
+
+
+def measured_speedup(
+    ours: Mapping[int, Run], theirs: Mapping[int, Run]
+) -> tuple[Values, str | None]:
+    """Return the baseline's over the own time of an epoch, by seed, and why a pair was refused.
+
+    Only runs of one machine, made as many at a time, and of the same training images are compared.
+    """
+    ratios, refused = {}, None
+    for seed, a, b in pairs(ours, theirs):
+        own, base = _of_an_epoch(a, "train_seconds"), _of_an_epoch(b, "train_seconds")
+        if None in (a.machine, b.machine):
+            refused = "machine unknown"
+        elif a.machine != b.machine:
+            refused = "other machine"
+        elif a.jobs != b.jobs:
+            refused = "other load"
+        elif not same_images(a, b):
+            refused = "other images"
+        elif own and base:
+            ratios[seed] = base / own
+    return ratios, refused
+
+
+def flops_speedup(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Values:
+    """Return the baseline's over the own counted FLOPs of an epoch over as many images."""
+    ratios = {}
+    for seed, a, b in pairs(ours, theirs):
+        own, base = _of_an_epoch(a, "flops"), _of_an_epoch(b, "flops")
+        if same_images(a, b) and own and base:
+            ratios[seed] = base / own
+    return ratios
+
+
+def _of_an_epoch(run: Run, metric: str) -> float | None:
+    """Return a summary's total by its epochs."""
+    total, epochs = run.number(metric), run.number("epochs")
+    return None if total is None or not epochs else total / epochs
+
+
+def pairs(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> list[tuple[int, Run, Run]]:
+    """Return the finished runs of the seeds that both rows have."""
+    both = ((seed, run, theirs[seed]) for seed, run in sorted(ours.items()) if seed in theirs)
+    return [(seed, a, b) for seed, a, b in both if a.state == b.state == FINISHED]
+
+
+def same_images(a: Run, b: Run) -> bool:
+    """Return whether two runs were trained on the same images, as far as the settings tell."""
+    keys = ("dataset.name", "dataset.train_examples", "dataset.val_examples")
+    return all(a.config.get(key) == b.config.get(key) for key in keys)

@@ -1,4 +1,4 @@
-"""What sets a run apart from the paper's, in phrases."""
+"""Notes on rows: phrases for all that sets their runs apart from the paper's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGES = {
     "mnist": (60_000, 10_000),
     "digits": (1_442, 355),
 }
-"""For training and for the test."""
+"""How many for training and for the test."""
 
 
 _WORDS = {
@@ -39,7 +39,7 @@ _WORDS = {
 
 
 def scale(original: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """How a run's settings differ from the experiment at the paper's scale.
+    """Return how a run's settings differ from the experiment at the paper's scale.
 
     Args:
         original: of a plan's row; a group's name (`dataset`, `model`) or a dotted key.
@@ -86,7 +86,7 @@ def _phrase(key: str, ours: Any, theirs: Any, config: Mapping[str, Any]) -> str:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """The images, as a reader knows them."""
+    """Return the name of the images, as a reader knows them."""
     name = str(config.get("dataset.name"))
     if name == "imagefolder":
         return f"image files ({Path(str(config.get('dataset.root'))).name})"
@@ -94,7 +94,7 @@ def data_name(config: Mapping[str, Any]) -> str:
 
 
 def model_name(config: Mapping[str, Any]) -> str:
-    """The network with its width."""
+    """Return the name of the network with its width."""
     name, width = config.get("model.name"), config.get("model.width")
     return f"{name} (width {width})" if width is not None else str(name)
 
@@ -106,7 +106,7 @@ def _number(value: Any) -> str:
 
 
 def unlike(runs: Iterable[Run], original: Mapping[str, Any]) -> list[str]:
-    """What sets a row's runs apart from the paper's, each phrase once; of runs that have begun."""
+    """Return what sets a row's runs that have begun apart from the paper's, each phrase once."""
     phrases: dict[str, None] = {}
     for run in runs:
         if run.config:
@@ -118,7 +118,7 @@ def unlike(runs: Iterable[Run], original: Mapping[str, Any]) -> list[str]:
 
 
 def states(runs: Mapping[int, Run], row: Row) -> list[str]:
-    """Which seeds are not finished and why, and which ended early."""
+    """Return which seeds are not finished and why, and which ended early."""
     if runs and all(run.state == MISSING for run in runs.values()):
         return ["missing: no run has begun"]
     phrases = []
@@ -140,9 +140,9 @@ def states(runs: Mapping[int, Run], row: Row) -> list[str]:
 
 
 def expected(runs: Iterable[Run], plan: Plan, row: Row) -> list[str]:
-    """The evaluations that every run of a row gets.
+    """Return the evaluations that every run of a row gets.
 
-    Where the plan does not tell, those that the paper tells of or any of the runs has.
+    If the plan does not tell, those that the paper tells of or any of the runs has.
     """
     if row.attacks is not None:
         return row.attacks
@@ -155,7 +155,7 @@ def expected(runs: Iterable[Run], plan: Plan, row: Row) -> list[str]:
 
 
 def evaluations(runs: Mapping[int, Run], plan: Plan, row: Row) -> list[str]:
-    """The evaluations that finished runs lack, and those of fewer test images than the run's.
+    """Return the evaluations that finished runs lack, and those of fewer images than the run's.
 
     Lacking is what all were to have, and what one has that stands in the table.
     """
@@ -185,5 +185,5 @@ def _several(numbers: Iterable[int]) -> str:
 
 
 def shared(notes: list[list[str]]) -> list[str]:
-    """The phrases that stand in every one of the lists."""
+    """Return the phrases that stand in every one of the lists."""
     return [phrase for phrase in (notes[0] if notes else []) if all(phrase in n for n in notes)]

@@ -5,46 +5,78 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from btrain.paper.sheets import drawing, heat, training_pictures
+import numpy as np
+
+from btrain.pages.pictures import drawn, look
+from btrain.paper.batch import Batch, read_batch
 from btrain.paper.sheets.arithmetic import Spread, spread
-from btrain.paper.sheets.drawing import BLUE, GREY, INK, SOFT, VERMILLION
+from btrain.paper.sheets.notes import IMAGES, data_name, model_name
 from btrain.paper.sheets.sheet import Line, Sheet
-from btrain.paper.sheets.table import metric_name, paper
+from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
+from btrain.runs.json_fields import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's colours, which colour-blind eyes tell apart; shapes and lines differ as well.
+INK, SOFT, RULE = "#1b1e23", "#5b626d", "#d5d9df"
+BLUE, VERMILLION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a9099"
+CLASSES = {
+    "boundary": ("boundary", VERMILLION, "o", "-"),
+    "robust": ("robust", BLUE, "s", "--"),
+    "outlier": ("outlier", GREEN, "^", "-."),
+}
+"""class -> its name, colour, marker and line."""
+
+_OWN = {
+    "svg.fonttype": "path",
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "hatch.color": GREY,
+    "svg.hashsalt": "btrain",
+}
+_DPI = 144
+
 
 def draw(sheet: Sheet) -> dict[str, bytes]:
-    """The sheet's figure as "png" and "svg"; empty while there is nothing to draw.
+    """Return the sheet's figure as "png" and "svg"; empty while there is nothing to draw.
 
     matplotlib must be installed.
     """
     kinds: dict[str, Callable[[Sheet], Figure | None]] = {
         "heatmaps": heatmaps,
         "tradeoff": _tradeoff,
-        "fractions": training_pictures.fractions,
-        "scores": training_pictures.scores,
-        "allocation": training_pictures.allocation,
+        "fractions": fractions,
+        "scores": scores,
+        "allocation": allocation,
     }
-    with drawing.styled():
+    with styled():
         figure = kinds.get(sheet.plan.kind, _table)(sheet)
-        return {} if figure is None else drawing.files(figure)
+        return {kind: drawn(figure, kind, dpi=_DPI) for kind in ("png", "svg")} if figure else {}
+
+
+def styled() -> Any:
+    """Return a context in which figures have the look of the sheets."""
+    return look(INK, GREY, RULE, _OWN)
 
 
 def _table(sheet: Sheet) -> Figure | None:
-    """Robust accuracy of every row: mean, standard deviation and seeds, beside the paper's."""
+    """Draw robust accuracy of every row: mean, standard deviation and seeds, beside the paper's."""
     lines = [line for line in sheet.lines if line.values.get(sheet.robust)]
     if not lines:
         return None
     height = 1.5 + 0.46 * len(sheet.lines)
-    below = drawing.scale_words(sheet)
+    below = scale_words(sheet)
     if sheet.notes:
-        below = f"{drawing.seed_words(sheet)}. Unlike the paper: {', '.join(sheet.notes)}."
-    figure = drawing.new(8, height, sheet.plan.title, below)
+        below = f"{seed_words(sheet)}. Unlike the paper: {', '.join(sheet.notes)}."
+    figure = _new(8, height, sheet.plan.title, below)
     axes = figure.add_subplot()
     for y, line in enumerate(sheet.lines):
         values = list(line.values.get(sheet.robust, {}).values())
@@ -76,17 +108,17 @@ def _legend_above(axes: Axes) -> None:
 
 
 def heatmaps(sheet: Sheet) -> Figure | None:
-    """Three grids on one scale, and in the fourth quarter what they show."""
+    """Draw three grids on one scale, and in the fourth quarter their legend."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    found = heat.grids(sheet)
+    found = grids(sheet)
     values = [value for grid in found for value in grid.cells.values()]
     if not values:
         return None
     low, high = 5 * int(min(values) // 5), 5 * -int(-max(values) // 5)
-    below = f"robust accuracy under {heat.attack_words(sheet)}; {drawing.scale_words(sheet)}"
-    figure = drawing.new(8.4, 8.6, sheet.plan.title, below)
+    below = f"robust accuracy under {attack_words(sheet)}; {scale_words(sheet)}"
+    figure = _new(8.4, 8.6, sheet.plan.title, below)
     panels = figure.subplots(2, 2)
     image, colours = None, colormaps["viridis"].resampled(60)
     for grid, axes, letter in zip(found, panels.flat, "abc", strict=False):
@@ -117,11 +149,11 @@ def heatmaps(sheet: Sheet) -> Figure | None:
 
 
 def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> None:
-    """The colour bar, and what stands beside the colours."""
+    """Draw the colour bar, and the words that stand beside the colours."""
     axes.axis("off")
     inside = axes.inset_axes((0.05, 0.86, 0.9, 0.06))
     bar = figure.colorbar(image, cax=inside, orientation="horizontal")  # type: ignore[arg-type]
-    bar.set_label(f"robust accuracy (%), mean over seeds,\n{heat.attack_words(sheet)}")
+    bar.set_label(f"robust accuracy (%), mean over seeds,\n{attack_words(sheet)}")
     if bar.solids is not None:
         bar.solids.set_rasterized(False)  # an SVG of shapes alone
     bar.outline.set_visible(False)
@@ -136,23 +168,23 @@ def _heat_legend(figure: Figure, axes: Axes, image: object, sheet: Sheet) -> Non
         inside.plot(
             found.mean, 1, "v", color=INK, clip_on=False, transform=inside.get_xaxis_transform()
         )
-    if any(len(grid.cells) < len(grid.steps) ** 2 for grid in heat.grids(sheet)):
+    if any(len(grid.cells) < len(grid.steps) ** 2 for grid in grids(sheet)):
         words.append("hatched: no finished run")
     text = "\n\n".join(textwrap.fill(sentence, 46) for sentence in words)
     axes.text(0.05, 0.62, text, va="top", fontsize=10, color=SOFT, transform=axes.transAxes)
 
 
 def _tradeoff(sheet: Sheet) -> Figure | None:
-    """Accuracies over eq. 7's speedup, a point a value of the axis."""
+    """Draw accuracies over eq. 7's speedup, a point a value of the axis."""
     points = [(line, spread(line.values["theoretical_speedup"])) for line in sheet.lines]
     known = [(line, x) for line, x in points if x and line.values["clean_acc"]]
     if not known:
         return None
     axis = sheet.plan.axis or ""
     named = {"bt.gamma": "γ", "bt.n_r": "N_R", "bt.n_b": "N_B"}.get(axis, axis)
-    below = f"beside the points: {named}, bars: standard deviation; {drawing.scale_words(sheet)}"
+    below = f"beside the points: {named}, bars: standard deviation; {scale_words(sheet)}"
     theirs = _printed(sheet)
-    figure = drawing.new(9.6 if theirs else 8, 5, sheet.plan.title, below)
+    figure = _new(9.6 if theirs else 8, 5, sheet.plan.title, below)
     axes, *beside = figure.subplots(
         1, 2 if theirs else 1, squeeze=False, width_ratios=[2.6, 1] if theirs else None
     ).flat
@@ -171,7 +203,7 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
     base = [(line, x) for line, x in known if line.row.name == line.baseline]
     for line, x in [point for point in base if point not in swept]:
         axes.plot([], [], "*", color=GREY, markersize=11, label=f"{line.row.label} (baseline)")
-        axes.axvline(x.mean, color=drawing.RULE, linewidth=0.8, zorder=0)
+        axes.axvline(x.mean, color=RULE, linewidth=0.8, zorder=0)
     _name_points(axes, swept, axis, sheet.robust)
     axes.set(xlabel="theoretical speedup, eq. 7 (×)", ylabel="accuracy (%)")
     axes.grid(axis="y")
@@ -181,7 +213,7 @@ def _tradeoff(sheet: Sheet) -> Figure | None:
 
 
 def _printed(sheet: Sheet) -> list[tuple[Line, float]]:
-    """The rows of which the paper prints both accuracies, with its speedup by eq. 7."""
+    """Return the rows of which the paper prints both accuracies, with its speedup by eq. 7."""
     found = []
     for line in sheet.lines:
         speedup = line.row.paper.get("theoretical_speedup")
@@ -196,7 +228,7 @@ def _printed(sheet: Sheet) -> list[tuple[Line, float]]:
 
 
 def _paper_points(axes: Axes, points: list[tuple[Line, float]], axis: str) -> None:
-    """The numbers that the paper prints of these rows, on axes of their own."""
+    """Draw the numbers that the paper prints of these rows, on axes of their own."""
     for metric, colour, marker in (("clean_acc", VERMILLION, "s"), ("robust_acc", BLUE, "o")):
         for line, x in points:
             y, swept = paper(line, metric) or math.nan, line.row.swept.get(axis)
@@ -249,7 +281,7 @@ def _value(swept: str) -> float:
 
 
 def _name_points(axes: Axes, points: list[tuple[Line, Spread]], axis: str, robust: str) -> None:
-    """The swept value at each robust point, above and below in turn: they may be close."""
+    """Write the swept value at each robust point, above and below in turn: they may be close."""
     places = sorted(
         (x.mean, y.mean + (y.sd or 0), y.mean - (y.sd or 0), line.row.swept[axis])
         for line, x in points
@@ -267,3 +299,212 @@ def _name_points(axes: Axes, points: list[tuple[Line, Spread]], axis: str, robus
             fontsize=9,
             color=INK,
         )
+
+
+def fractions(sheet: Sheet) -> Figure | None:
+    """Draw the share of each class over the epochs."""
+    keys = {"boundary": "f_b", "robust": "f_r", "outlier": "f_o"}
+    return _over_training(sheet, keys, "fraction of the examples", iterations=False)
+
+
+def scores(sheet: Sheet) -> Figure | None:
+    """Draw the mean signed prediction variance of each class.
+
+    Of single batches, where all runs logged them (`train.score_every`), else of epochs.
+    """
+    keys = {name: f"score_{name}" for name in CLASSES}
+    return _over_training(sheet, keys, "mean signed prediction variance", iterations=True)
+
+
+def _over_training(
+    sheet: Sheet, keys: dict[str, str], label: str, *, iterations: bool
+) -> Figure | None:
+    lines = [line for line in sheet.lines if any(run.metrics for run in line.runs.values())][:4]
+    if not lines:
+        return None
+    single = iterations and all(map(_logs_batches, lines))
+    below = f"lines: mean over seeds, bands: lowest to highest; {scale_words(sheet)}"
+    if single:
+        below = f"a point is one mini-batch; {below}"
+    elif iterations:
+        below = f"a point is the mean of an epoch, for the runs logged no single batches; {below}"
+    columns = min(len(lines), 2)
+    rows = -(-len(lines) // columns)
+    figure = _new(8, 1.0 + 3.6 * rows, sheet.plan.title, below)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(lines) :]:
+        axes.set_visible(False)
+    for line, axes in zip(lines, panels.flat, strict=False):
+        batches = _batches(line) if iterations else None
+        for name, key in keys.items():
+            _band(
+                axes, name, _by_batch(line, name) if single else _by_epoch(line, key, batches or 1)
+            )
+        axes.set_xlabel("training iterations" if batches or single else "epoch")
+        if len(lines) > 1:
+            axes.set_title(line.row.label)
+        if iterations:
+            axes.axhline(0, color=GREY, linewidth=0.8)
+        else:
+            axes.set_ylim(0, 1)
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(axis="y")
+        axes.margins(x=0.02)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(label)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    panels[0, 0].legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0, 1.06 if len(lines) > 1 else 1.0),
+        ncols=3, borderaxespad=0.3, fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _batches(line: Line) -> int | None:
+    """Return the batches of an epoch, where the settings tell."""
+    config = next(run.config for run in line.runs.values() if run.metrics)
+    images: Any = config.get("dataset.train_examples")
+    if images is None:
+        images, _ = IMAGES.get(str(config.get("dataset.name")), (None, None))
+    size: Any = config.get("train.batch_size")
+    known = is_number(images) and is_number(size) and size > 0
+    return -(-int(images) // int(size)) if known else None
+
+
+def _logs_batches(line: Line) -> bool:
+    """Return whether all runs that have begun logged the scores of single batches."""
+    return all("scores" in run.metrics[0] for run in line.runs.values() if run.metrics)
+
+
+def _by_batch(line: Line, name: str) -> dict[int, list[float]]:
+    """Return a class's mean scores by iteration, of the seeds that know them; unsound ones not."""
+    column, points = 1 + list(CLASSES).index(name), dict[int, list[float]]()
+    for metrics in (metrics for run in line.runs.values() for metrics in run.metrics):
+        rows = metrics.get("scores")
+        for row in rows if isinstance(rows, list) else []:
+            if (
+                isinstance(row, list)
+                and len(row) == 4
+                and all(map(is_number, (row[0], row[column])))
+            ):
+                points.setdefault(int(row[0]), []).append(float(row[column]))
+    return points
+
+
+def _by_epoch(line: Line, key: str, batches: int) -> dict[int, list[float]]:
+    """Return a number of the epochs by the iterations at their ends, of the seeds that know it."""
+    points: dict[int, list[float]] = {}
+    for metrics in (metrics for run in line.runs.values() for metrics in run.metrics):
+        if is_number(metrics.get(key)):
+            points.setdefault(int(metrics["epoch"]) * batches, []).append(float(metrics[key]))
+    return points
+
+
+def _band(axes: Axes, name: str, points: dict[int, list[float]]) -> None:
+    """Draw one class over training."""
+    title, colour, marker, style = CLASSES[name]
+    x = np.array(sorted(points))
+    values = [points[place] for place in sorted(points)]
+    if not values:
+        return
+    sparse = max(1, len(x) // 12)
+    axes.plot(
+        x, [np.mean(v) for v in values], color=colour, linestyle=style, linewidth=1.8,
+        marker=marker, markersize=5, markevery=sparse, label=f"{title} x_{title[0].upper()}",
+    )  # fmt: skip
+    axes.fill_between(
+        x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.18, linewidth=0
+    )
+
+
+def allocation(sheet: Sheet) -> Figure | None:
+    """Draw the distribution of SVar in a batch, and the steps that its examples were given."""
+    runs = ((line, seed, run) for line in sheet.lines for seed, run in line.runs.items())
+    batches = ((line, seed, read_batch(run.folder)) for line, seed, run in runs)
+    first = next(((line, seed, batch) for line, seed, batch in batches if batch is not None), None)
+    if first is None:
+        return None
+    line, seed, batch = first
+    below = f"one batch of {len(batch.svar)} examples, {line.row.label}, seed {seed}; "
+    below += scale_words(sheet)
+    figure = _new(9, 4.4, sheet.plan.title, below)
+    left, right = figure.subplots(1, 2)
+    _distribution(left, batch)
+    _steps(right, batch)
+    return figure
+
+
+def _distribution(axes: Axes, batch: Batch) -> None:
+    svar, outcome = np.array(batch.svar), np.array(batch.outcome)
+    names = list(CLASSES)[::-1]  # outliers first: at the bottom, where SVar is lowest
+    bins = np.histogram_bin_edges(svar, bins=30)
+    axes.hist(
+        [svar[outcome == name] for name in names],
+        bins=bins.tolist(),
+        stacked=True,
+        color=[CLASSES[name][1] for name in names],
+        label=[CLASSES[name][0] for name in names],
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    axes.locator_params(axis="x", nbins=6)
+    axes.set(xlabel="signed prediction variance (SVar)", ylabel="examples")
+    axes.set_title("(a) SVar by the attack’s outcome")
+    axes.legend(fontsize=9)
+    axes.grid(axis="y")
+
+
+def _steps(axes: Axes, batch: Batch) -> None:
+    order = np.argsort(batch.svar, kind="stable")
+    svar, outcome = np.array(batch.svar)[order], np.array(batch.outcome)[order]
+    rank = np.arange(len(order))
+    for name, (title, colour, marker, _) in CLASSES.items():
+        of = outcome == name
+        axes.plot(rank[of], svar[of], marker, color=colour, markersize=3.5, label=title)
+    axes.set(xlabel="examples, sorted by SVar", ylabel="signed prediction variance (SVar)")
+    axes.set_title("(b) the steps that each was given")
+    steps = axes.twinx()
+    steps.step(rank, np.array(batch.steps)[order], where="mid", color=GREY, linewidth=1.8)
+    steps.set_ylabel("attack steps (grey line)", color=SOFT)
+    steps.set_ylim(bottom=-0.4)
+    steps.locator_params(axis="y", integer=True)
+    steps.spines["right"].set_visible(True)
+    axes.set_zorder(steps.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def _new(width: float, height: float, title: str, below: str) -> Figure:
+    """Return an empty figure, inches, with its title above and its scale below in small print."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    wide = int(width * 9.2)
+    figure.suptitle(textwrap.fill(title, wide), x=0.01, ha="left", fontsize=11.5, weight="bold")
+    small = textwrap.fill(below, int(width * 14))
+    figure.supxlabel(small, x=0.01, ha="left", fontsize=8.5, color=SOFT)
+    return figure
+
+
+def scale_words(sheet: Sheet) -> str:
+    """Return the size of what is drawn: data, training images, epochs and seeds."""
+    runs = [run for line in sheet.lines for run in line.runs.values() if run.config]
+    words = [", ".join(sorted({data_name(run.config) for run in runs}))]
+    words.append(", ".join(sorted({model_name(run.config) for run in runs})))
+    sizes = {run.config.get("dataset.train_examples") for run in runs}
+    words.append(f"{_range(sizes)} training images" if sizes != {None} else "all training images")
+    words.append(f"{_range({run.config.get('train.epochs') for run in runs})} epochs")
+    return f"{', '.join(words)}, {seed_words(sheet)}"
+
+
+def seed_words(sheet: Sheet) -> str:
+    """Return the number of seeds, and the profile."""
+    seeds = {line.finished for line in sheet.lines if line.finished}
+    return f"{_range(seeds)} seed{'' if seeds == {1} else 's'}; profile {sheet.plan.profile}"
+
+
+def _range(values: set[Any]) -> str:
+    numbers = sorted(value for value in values if is_number(value))
+    if not numbers:
+        return "?"
+    ends = [f"{number:,}" for number in dict.fromkeys((numbers[0], numbers[-1]))]
+    return " to ".join(ends)

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btrain.evaluation.result import Result
-from btrain.paper.plan import Claim, Plan, Row, read_plan
+from btrain.paper.plan import Claim, Plan, Row
 from btrain.paper.sheets import notes
-from btrain.paper.sheets.arithmetic import UNDECIDED, Paired, Scores, paired, spread, verdict
-from btrain.paper.sheets.speedups import (
+from btrain.paper.sheets.arithmetic import (
+    UNDECIDED,
+    Paired,
+    Scores,
     Values,
     flops_speedup,
     measured_speedup,
+    paired,
     pairs,
     same_images,
+    spread,
+    verdict,
 )
 from btrain.runs.read import FINISHED, Run, read_run
 from btrain.settings.evaluation import PRESETS
@@ -48,7 +53,7 @@ class Line:
 
     @property
     def finished(self) -> int:
-        """Seeds whose run is finished."""
+        """The number of seeds whose run is finished."""
         return sum(run.state == FINISHED for run in self.runs.values())
 
 
@@ -83,7 +88,7 @@ class Sheet:
 
     @property
     def pgd_steps(self) -> int | None:
-        """Of the PGD at the end of every run; None where they differ."""
+        """The steps of the PGD at the end of every run; None where they differ."""
         runs = (run for line in self.lines for run in line.runs.values() if run.config)
         steps = {run.config.get("eval.steps") for run in runs}
         return steps.pop() if len(steps) == 1 else None
@@ -100,17 +105,8 @@ class Sheet:
         return [attack for attack in found if attack not in (self.robust, same)]
 
 
-def read_sheet(path: Path) -> Sheet:
-    """A plan's file and the runs that it names.
-
-    Raises:
-        UserError: the plan is damaged.
-    """
-    return make_sheet(read_plan(path), path.parent)
-
-
 def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run) -> Sheet:
-    """The plan's numbers from the runs under `folder`; `read` makes a run of its folder."""
+    """Return the plan's numbers from the runs under `folder`; `read` makes a run of its folder."""
     runs = {
         row.name: {seed: read(folder / path) for seed, path in sorted(row.runs.items())}
         for row in plan.rows
@@ -131,7 +127,7 @@ def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run)
 
 
 def _robust(plan: Plan) -> str:
-    """The mean over corruptions where the paper tells it; in heat maps an evaluation's PGD."""
+    """Return `corruptions` where the paper tells of them; in heat maps an evaluation's PGD."""
     if any("corruptions" in row.paper for row in plan.rows):
         return "corruptions"
     return plan.attacks[0] if plan.kind == "heatmaps" and plan.attacks else "robust_acc"
@@ -163,7 +159,7 @@ def _line(
 
 
 def baseline_of(plan: Plan, row: Row) -> str | None:
-    """The plan's baseline; for a row of other data the first row of these data."""
+    """Return the plan's baseline; for a row of other data the first row of these data."""
     chosen = next((r for r in plan.rows if r.name == plan.baseline), None)
     if chosen is None:
         return None
@@ -174,7 +170,7 @@ def baseline_of(plan: Plan, row: Row) -> str | None:
 
 
 def _values(runs: Mapping[int, Run], metric: str) -> Values:
-    """A summary's number, or the accuracy under an attack, of the seeds that have it."""
+    """Return a summary's number, or the accuracy under an attack, of the seeds that have it."""
     found = {}
     for seed, run in runs.items():
         value = run.number(metric) if metric in run.summary else run.evaluated(metric)
@@ -184,7 +180,7 @@ def _values(runs: Mapping[int, Run], metric: str) -> Values:
 
 
 def _test(ours: Mapping[int, Run], theirs: Mapping[int, Run], attack: str) -> Paired | None:
-    """The paired test on per-example correctness; None where the test examples differ."""
+    """Return the paired test on per-example correctness; None where the test examples differ."""
     scores: tuple[dict[int, Scores], dict[int, Scores]] = ({}, {})
     examples = set()
     for seed, *pair in pairs(ours, theirs):
@@ -220,7 +216,7 @@ def _verdict(claim: Claim, lines: Mapping[str, Line]) -> Verdict:
 
 
 def _why_none(claim: Claim, lines: Mapping[str, Line]) -> str:
-    """Why a claim has no difference: the first that a row lacks, or the seeds."""
+    """Return why a claim has no difference: the first that a row lacks, or the seeds."""
     names = [name for name in (claim.row, claim.than) if name is not None]
     for name in names:
         if name not in lines:
@@ -234,7 +230,7 @@ def _why_none(claim: Claim, lines: Mapping[str, Line]) -> str:
 
 
 def _why_no_value(metric: str, line: Line, lines: Mapping[str, Line]) -> str:
-    """Why a row with finished runs has no number."""
+    """Return why a row with finished runs has no number."""
     if metric not in (FLOPS, MEASURED):
         return f"{metric} not evaluated"
     if line.baseline is None:
@@ -253,7 +249,7 @@ def _why_no_value(metric: str, line: Line, lines: Mapping[str, Line]) -> str:
 
 
 def _at_chance(line: Line) -> bool:
-    """Whether a row's networks are less than twice as good as guessing: then nothing is decided."""
+    """Return whether networks decide nothing, being less than twice as good as guessing."""
     clean = spread(line.values["clean_acc"])
     classes = [n for run in line.runs.values() if (n := run.classes) is not None]
     return clean is not None and bool(classes) and clean.mean < 2 * 100 / min(classes)

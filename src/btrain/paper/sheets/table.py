@@ -1,12 +1,18 @@
-"""The cells of a sheet's table, as text for Markdown and HTML alike."""
+"""The words and numbers of a sheet for people: its table or grids, its legend, its claims."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from btrain.pages.tables import NONE
 from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
 from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
+from btrain.runs.json_fields import is_number
+from btrain.runs.read import FINISHED
 
-NONE = "–"
 PAPER, GAP = "paper", "ours − paper"  # heads of columns that belong to the one before
+_STEPS = {"bt.n_b": "N_B", "bt.n_o": "N_O", "bt.n_r": "N_R"}  # in the order of Figure 2
 _NAMES = {
     "pgd20": "PGD-20",
     "pgd100x10": "PGD-100×10",
@@ -22,7 +28,7 @@ _NAMES = {
 
 
 def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
-    """A column a number, the paper's beside it where it has one; a line a row."""
+    """Return head and rows: a column a number, the paper's beside it where it has one."""
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
     for metric in ("clean_acc", sheet.robust, *sheet.attacks):
@@ -39,14 +45,14 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
 
 
 def metric_name(sheet: Sheet, metric: str) -> str:
-    """A metric for people; PGD with the steps that the runs' own evaluation had."""
+    """Return a metric's name for people; PGD with the steps that the runs' own evaluation had."""
     if metric == "robust_acc":
         return "PGD" if sheet.pgd_steps is None else f"PGD-{sheet.pgd_steps}"
     return _NAMES.get(metric, metric)
 
 
 def text(found: Spread | None, form: str, unit: str = "") -> str:
-    """Mean ± standard deviation."""
+    """Return mean ± standard deviation."""
     if found is None:
         return NONE
     deviation = "" if found.sd is None else f" ± {found.sd:{form}}"
@@ -54,7 +60,7 @@ def text(found: Spread | None, form: str, unit: str = "") -> str:
 
 
 def signed(value: float, form: str = ".2f") -> str:
-    """With its sign, and a minus as wide as the plus."""
+    """Return a number with its sign, and a minus as wide as the plus."""
     return f"{value:+{form}}".replace("-", "−")
 
 
@@ -73,7 +79,7 @@ def _accuracy(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
 
 
 def paper(line: Line, metric: str) -> float | None:
-    """The paper's number; robust accuracy may stand under the name of its attack."""
+    """Return the paper's number; robust accuracy may stand under the name of its attack."""
     other = {"robust_acc": "pgd20", "corruptions": "robust_acc"}.get(metric)
     found = line.row.paper.get(metric)
     return found if found is not None or other is None else line.row.paper.get(other)
@@ -115,8 +121,73 @@ def _speedup(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
     return columns
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A leave-one-out grid of Figure 2: one class's steps are 0, the other two vary.
+
+    Attributes:
+        zero, x, y: N_B, N_R or N_O.
+        steps: of either axis, rising.
+        cells: (steps of x, steps of y) -> mean robust accuracy over seeds, percent.
+    """
+
+    zero: str
+    x: str
+    y: str
+    steps: list[int]
+    cells: dict[tuple[int, int], float]
+
+
+def grids(sheet: Sheet) -> list[Grid]:
+    """Return the three grids: of the class whose steps a row does not sweep, or sweeps to 0."""
+    steps = sorted({n for line in sheet.lines for n in _swept(line).values()})
+    return [_grid(sheet, zero, steps) for zero in _STEPS]
+
+
+def _grid(sheet: Sheet, zero: str, steps: list[int]) -> Grid:
+    x, y = (key for key in ("bt.n_b", "bt.n_r", "bt.n_o") if key != zero)
+    cells = {}
+    for line in sheet.lines:
+        budget = _swept(line)
+        found = spread(line.values[sheet.robust])
+        if {x, y} <= budget.keys() and not budget.get(zero) and found is not None:
+            cells[budget[x], budget[y]] = found.mean
+    return Grid(_STEPS[zero], _STEPS[x], _STEPS[y], steps, cells)
+
+
+def _swept(line: Line) -> dict[str, int]:
+    """Return the steps of the classes that a row sweeps, by their keys."""
+    swept = line.row.swept
+    return {key: int(swept[key]) for key in _STEPS if swept.get(key, "").isdecimal()}
+
+
+def attack_words(sheet: Sheet) -> str:
+    """Return the attack of the grids with ε of the evaluations or settings: "PGD-20, ε = 0.2"."""
+    radii: set[float] = set()
+    for run in (run for line in sheet.lines for run in line.runs.values()):
+        if run.state == FINISHED:
+            told: Any = run.config.get("eval.epsilon")
+            if sheet.robust != "robust_acc":
+                found = run.evaluation(sheet.robust)
+                told = found and found[1].get("epsilon")
+            radii |= {float(told)} if is_number(told) else set()
+    name = metric_name(sheet, sheet.robust)
+    values = " or ".join(f"{radius:.4g}" for radius in sorted(radii))
+    return f"{name}, ε = {values}" if values else name
+
+
+def grid_table(grid: Grid) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of a grid, the steps of y downwards."""
+    head = [f"{grid.y} ↓ {grid.x} →", *map(str, grid.steps)]
+    rows = []
+    for y in grid.steps:
+        cells = (grid.cells.get((x, y)) for x in grid.steps)
+        rows.append([str(y), *(NONE if cell is None else f"{cell:.1f}" for cell in cells)])
+    return head, rows
+
+
 def legend(sheet: Sheet) -> list[str]:
-    """What a reader must know to read the table, a sentence each."""
+    """Return what a reader must know to read the table, a sentence each."""
     under = (
         "the mean over corruptions" if sheet.robust == "corruptions" else "accuracy under PGD-20"
     )
@@ -144,7 +215,7 @@ def legend(sheet: Sheet) -> list[str]:
 
 
 def _test_words(sheet: Sheet) -> str:
-    """How the p of the rows were computed."""
+    """Return how the p of the rows were computed."""
     exact = "McNemar's exact test"
     several = (
         "the normal tail of z = Σd/√Σd², d an example's difference in the mean over the common "
@@ -164,11 +235,11 @@ CLAIMS = (
     "where all differences are the limit itself or the networks are less than twice as good as "
     "guessing. The interval knows of other seeds only, not of other test images."
 )
-"""What a reader must know to read the verdicts."""
+"""The meaning of the verdicts, for readers."""
 
 
 def machines(sheet: Sheet) -> list[str]:
-    """The machines of the finished runs, the most frequent first."""
+    """Return the machines of the finished runs, the most frequent first."""
     counts: dict[str, int] = {}
     for run in (run for line in sheet.lines for run in line.runs.values() if run.summary):
         name = ", ".join(run.machine) if run.machine else str(run.summary.get("device"))
@@ -179,7 +250,7 @@ def machines(sheet: Sheet) -> list[str]:
 
 
 def claim_text(sheet: Sheet, verdict: Verdict) -> str:
-    """A claim's evidence: the mean difference, its interval and the differences by seed."""
+    """Return a claim's evidence: the mean difference, its interval and the differences by seed."""
     found, ends = spread(verdict.differences), interval(verdict.differences)
     what = metric_name(sheet, verdict.claim.metric)
     limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
@@ -198,7 +269,7 @@ def _limits(at_least: float | None, at_most: float | None) -> str:
 
 
 def status(sheet: Sheet) -> str:
-    """One line: how much of it is there."""
+    """Return in one line how much of the sheet is there."""
     runs = [run for line in sheet.lines for run in line.runs.values()]
     rows = sum(line.finished == len(line.runs) for line in sheet.lines)
     words = [f"{rows} of {len(sheet.lines)} rows done"]

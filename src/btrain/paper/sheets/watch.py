@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from btrain.paper.plan import Plan
+from btrain.pages import tables
+from btrain.paper.plan import Plan, find_plans
 from btrain.paper.sheets.notes import expected
-from btrain.paper.sheets.plans import find_plans
 from btrain.runs.read import FAILED, FINISHED, RUNNING, Run, Runs
 
 REFRESH_SECONDS = 3.0
@@ -42,12 +42,12 @@ class Progress:
 
     @property
     def left(self) -> int:
-        """Runs that are neither done nor failed."""
+        """The number of runs that are neither done nor failed."""
         return self.runs - self.done - self.failed
 
 
 def progress(plan: Plan, folder: Path, runs_of: Runs) -> Progress:
-    """Where a target's runs stand now."""
+    """Return where a target's runs stand now."""
     runs, done, left, rows_done = [], [], [], 0
     for row in plan.rows:
         theirs = [runs_of.read(folder / path) for path in row.runs.values()]
@@ -76,7 +76,7 @@ def _is_done(run: Run, attacks: Sequence[str]) -> bool:
 
 
 def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> float | None:
-    """What is left of each run, of training by its epochs, shared by those that run at once."""
+    """Return the seconds left: of training by its epochs, shared by the runs made at once."""
     if not left:
         return 0.0
     if not done:
@@ -92,32 +92,19 @@ def _seconds_left(done: Sequence[Run], left: Sequence[Run], at_once: int) -> flo
 
 
 def table(found: Sequence[Progress]) -> str:
-    """A line a target."""
-    head = (
-        "target",
-        "rows done",
-        "runs done",
-        "to evaluate",
-        "running",
-        "failed",
-        "missing",
-        "left",
-    )
-    lines = [head]
+    """Return a line a target."""
+    head = ["target", "rows done", "runs done", "to evaluate", "running", "failed", "missing"]
+    rows = []
     for p in found:
-        counts = (f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}")
         missing = p.left - p.running - p.trained
-        states = (str(p.trained), str(p.running), str(p.failed), str(missing))
-        lines.append((p.target, *counts, *states, duration(p.seconds_left)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+        done = [f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}"]
+        counts = map(str, (p.trained, p.running, p.failed, missing))
+        rows.append([p.target, *done, *counts, duration(p.seconds_left)])
+    return tables.text([*head, "left"], rows)
 
 
 def duration(seconds: float | None) -> str:
-    """Roughly, for people."""
+    """Return a duration roughly, for people."""
     if seconds is None:
         return "–"
     minutes = round(seconds / 60)
@@ -127,7 +114,7 @@ def duration(seconds: float | None) -> str:
 
 
 def watch(folder: Path, targets: Sequence[str] | None = None) -> None:
-    """Shows a folder's plans until no run is left, or Ctrl-C; once where nobody watches.
+    """Show a folder's plans until no run is left, or Ctrl-C; once where nobody watches.
 
     Raises:
         UserError: there is no plan, or none of a target's name.

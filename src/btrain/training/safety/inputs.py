@@ -17,6 +17,7 @@ COLLAPSE = 20.0  # points
 _ROUNDING = 1e-5
 _EXAMPLES = 32
 _NORMS = {"linf": torch.inf, "l2": 2.0}
+_EXACTLY = "donot_use_mm_for_euclid_dist"  # whose rounding would be taken for a step outside
 
 
 class InputGuard:
@@ -47,7 +48,8 @@ class InputGuard:
                 return
             seen = images.detach()[:_EXAMPLES].float().flatten(1)
             box = torch.maximum(-seen.amin(), seen.amax() - 1)
-            ball = torch.cdist(seen, clean, p=self._p or torch.inf).amin(dim=1).amax()
+            pairs = torch.cdist(seen, clean, p=self._p or torch.inf, compute_mode=_EXACTLY)
+            ball = pairs.amin(dim=1).amax()
             self._outside.append(torch.stack([box, ball]))
 
         handle = model.register_forward_pre_hook(look)

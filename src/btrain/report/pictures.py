@@ -8,10 +8,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from btrain.errors import UserError
-from btrain.report.html import Markup, text
+from btrain.pages import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,24 +27,11 @@ _IN_PAGE = {
     _SERIES: "var(--series)",
     _MARK: "var(--mark)",
 }
-_STYLE = {
+_OWN = {
     "svg.fonttype": "none",  # text stays text: small, and readable by a screen reader
-    "text.parse_math": False,
     "font.family": ["sans-serif"],
     "font.size": 11.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.6,
 }
 Picture = NDArray[np.floating]
 """(C, H, W) in [0, 1], C = 1 or 3."""
@@ -53,13 +41,11 @@ LARGEST_SIDE = 112
 
 
 def _matplotlib() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise UserError("The page's figures need matplotlib: pip install 'btrain[report]'.") from (
-            error
-        )
+    if not pictures.is_available():
+        raise UserError("The page's figures need matplotlib: pip install 'btrain[report]'.")
+    import matplotlib
+    import matplotlib.figure
+
     return matplotlib
 
 
@@ -71,7 +57,7 @@ def accuracy_curve(
     mark: tuple[float, str] | None,
     description: str,
 ) -> Markup:
-    """Accuracy (percent, 0 to 100) over x, as an <svg> that follows the page's colours.
+    """Return accuracy (percent, 0 to 100) over x as an <svg> that follows the page's colours.
 
     Args:
         points: (x, accuracy), in any order.
@@ -84,7 +70,7 @@ def accuracy_curve(
     """
     matplotlib = _matplotlib()
     x, y = zip(*sorted(points), strict=True)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
+    with pictures.look(_INK, _RULE, _RULE, {**_OWN, "svg.hashsalt": description}):
         figure = matplotlib.figure.Figure(figsize=(5.2, 3.3), dpi=72)
         figure.subplots_adjust(left=0.08, right=0.97, top=0.91, bottom=0.16)
         axes = figure.add_subplot(
@@ -113,7 +99,7 @@ def accuracy_curve(
 
 
 def _count_axis(axes: Axes, counts: tuple[float, ...]) -> None:
-    """Ticks at the counts themselves, but for those too close to the one before."""
+    """Put ticks at the counts themselves, but for those too close to the one before."""
     ticks: list[float] = []
     for count in counts:
         if not ticks or count >= 1.4 * max(ticks[-1], 0.5):
@@ -124,10 +110,7 @@ def _count_axis(axes: Axes, counts: tuple[float, ...]) -> None:
 
 
 def _svg(figure: Figure, description: str) -> Markup:
-    file = io.StringIO()
-    metadata = dict.fromkeys(("Format", "Type", "Creator", "Date"))  # none: same input, same bytes
-    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    drawing = file.getvalue()
+    drawing = pictures.drawn(figure, "svg", transparent=True).decode()
     drawing = drawing[drawing.index("<svg") :].strip()
     for stand_in, colour in _IN_PAGE.items():
         drawing = drawing.replace(stand_in, colour)
@@ -135,12 +118,12 @@ def _svg(figure: Figure, description: str) -> Markup:
     used = set(re.findall(r'#([^")]+)[")]', drawing))
     drawing = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", drawing)
     drawing = re.sub(r' (?:width|height)="[0-9.]+pt"', "", drawing)
-    label = f'<svg role="img" aria-label="{text(description)}"'
+    label = Markup('<svg role="img" aria-label="{}"').format(description)
     return Markup(drawing.replace("<svg", label, 1))
 
 
 def heat(percent: float) -> str:
-    """The style of a cell that shows 0 to 100 percent: a colour, and ink that is readable on it.
+    """Return the style of a cell that shows 0 to 100 percent: a colour, and ink to read on it.
 
     viridis, whose steps colour-blind eyes tell apart, in grey print too.
 
@@ -158,13 +141,13 @@ def heat(percent: float) -> str:
 
 
 def heat_scale() -> str:
-    """The style of a strip that shows `heat`'s colours from 0 to 100 percent."""
+    """Return the style of a strip that shows `heat`'s colours from 0 to 100 percent."""
     stops = ",".join(heat(percent).split(";")[0].split(":")[1] for percent in range(0, 101, 10))
     return f"background:linear-gradient(to right,{stops})"
 
 
-def png(picture: Picture) -> str:
-    """An image as a data URI; one larger than `LARGEST_SIDE` is averaged down by a whole factor."""
+def png(picture: Picture) -> Markup:
+    """Return an image as a data URI, averaged down by a whole factor to `LARGEST_SIDE` at most."""
     from PIL import Image
 
     pixels = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
@@ -172,9 +155,9 @@ def png(picture: Picture) -> str:
     factor = reduction(picture.shape)
     file = io.BytesIO()
     (drawn.reduce(factor) if factor > 1 else drawn).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
 
 
 def reduction(shape: tuple[int, ...]) -> int:
-    """The factor by which `png` shrinks an image of this shape (…, H, W)."""
+    """Return the factor by which `png` shrinks an image of this shape (…, H, W)."""
     return -(-max(shape[-2:]) // LARGEST_SIDE)

@@ -1,0 +1,102 @@
+"""Tables for the terminal, as Markdown, as CSV and as HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from btrain.pages.html import render
+
+NONE = "–"
+"""A cell without a value."""
+
+
+def text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table for the terminal: the first column flush left, the others flush right.
+
+    A row of one cell stands as it is.
+    """
+    lines = [head, *rows]
+    widths = _widths(lines)
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=len(cells) > 1)
+        return "  ".join([_left(*first), *(" " * (width - len(c)) + c for c, width in others)])
+
+    return "\n".join(cells[0] if len(cells) == 1 else line(cells) for cells in lines)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose columns are aligned in the source as well, its cells escaped."""
+    lines = [[plain(cell) for cell in cells] for cells in (head, *rows)]
+    widths = _widths(lines)
+    shown = [f"| {' | '.join(map(_left, cells, widths))} |" for cells in lines]
+    ruler = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([shown[0], ruler, *shown[1:]])
+
+
+def plain(words: str) -> str:
+    """Return text that no Markdown takes for markup, on one line."""
+    for character in "\\|<>*`[]":
+        words = words.replace(character, f"\\{character}")
+    return " ".join(words.split())
+
+
+def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a CSV file; None is an empty cell, and no text is a formula for a spreadsheet."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    for cells in rows:
+        writer.writerow(["" if cell is None else _harmless(cell) for cell in cells])
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of an HTML table.
+
+    Attributes:
+        small: words in small print under the text.
+        style, kind, title: the attributes of the element, `kind` its class.
+    """
+
+    text: str
+    small: str = ""
+    style: str = ""
+    kind: str = ""
+    title: str = ""
+
+
+def html(
+    head: Sequence[str], rows: Iterable[Sequence[Cell | str]], kind: str, *, named: bool = True
+) -> Markup:
+    """Return a table that scrolls within itself where the screen is narrow.
+
+    A row of one cell is a heading of those below it.
+
+    Args:
+        kind: the classes of the table.
+        named: the first cell of a row is its name.
+    """
+    cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
+    return render(__package__, "table.html", head=head, rows=cells, kind=kind, named=named)
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    columns = zip(*(cells for cells in lines if len(cells) == len(lines[0])), strict=True)
+    return [max(map(len, column)) for column in columns]
+
+
+def _left(cell: str, width: int) -> str:
+    return cell.ljust(width)
+
+
+def _harmless(cell: Any) -> Any:
+    """Return a text that a spreadsheet would take for a formula marked as text."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "@", "-") else cell

@@ -1,0 +1,350 @@
+"""An evaluation for people: what the terminal shows at its end, and one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from btrain.durable import write_file
+from btrain.evaluation.result import SEVERITIES, STANDARD, Evaluation, Samples, Sanity, Summary
+from btrain.pages import tables
+from btrain.pages.html import number, render
+from btrain.pages.tables import NONE, Cell
+from btrain.report import pictures
+from btrain.runs.json_fields import phrase
+
+_SAMPLE_CHARACTERS = 1_200_000
+"""Room for sample images, so that a page stays under 2 MB."""
+
+
+def describe(evaluation: Evaluation, page: Path | None) -> str:
+    """Return the end of an evaluation for the terminal: tables, checks, places of the files."""
+    found = [*evaluation.summaries()]
+    head = ["attack", "accuracy %", "95 % interval", "n", "ε", "seconds"]
+    parts = [tables.text(head, map(_line, found))]
+    if evaluation.corruptions is not None:
+        parts.append(_corruptions_text(evaluation.corruptions))
+    if evaluation.sanity is not None:
+        parts.append(_sanity_text(evaluation.sanity))
+    notes = dict.fromkeys(str(of.settings["note"]) for of in found if of.settings.get("note"))
+    where = f"Written to {evaluation.folder}{f', page {page}' if page else ''}."
+    return "\n\n".join([*parts, "\n".join([*notes, where])])
+
+
+def _line(found: Summary) -> list[str]:
+    epsilon = found.settings.get("epsilon")
+    radius = NONE if epsilon is None else f"{epsilon:.4g}"
+    return [
+        found.attack,
+        f"{found.accuracy:.2f}",
+        NONE if found.ci95 is None else f"{found.ci95[0]:.2f} to {found.ci95[1]:.2f}",
+        str(found.n),
+        radius if found.norm == "linf" else f"{found.norm} {radius}",
+        NONE if found.seconds is None else f"{found.seconds:.1f}",
+    ]
+
+
+def _corruptions_text(found: Summary) -> str:
+    extra = found.settings.get("extra_table") or {}
+    rows = [*_severities(found.settings["table"], ".2f")]
+    rows += [["extra, no part of the means:"], *_severities(extra, ".2f")] if extra else []
+    table = tables.text(["severity", *map(str, range(1, SEVERITIES + 1))], rows)
+    return f"{table}\nmean accuracy {found.accuracy:.2f} %, mCE {found.settings['mce']:.2f} %"
+
+
+def _severities(table: dict[str, list[float]], form: str) -> Iterable[list[str]]:
+    return ([name, *(format(value, form) for value in row)] for name, row in table.items())
+
+
+def _sanity_text(sanity: Sanity) -> str:
+    width = max(len(check.name) for check in sanity.checks)
+    lines = [
+        f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}" for check in sanity.checks
+    ]
+    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines])
+
+
+def write_page(folder: Path) -> Path:
+    """Draw `<folder>/index.html` from the folder's `*.json` and `samples.npz`.
+
+    The page loads nothing and runs no script. The same files give the same bytes. A failure leaves
+    the page that was there.
+
+    Raises:
+        UserError: the folder holds no evaluation, a file in it is damaged, the page cannot be
+            written, or matplotlib is missing.
+    """
+    page = _page(Evaluation.read(folder))
+    path = folder / "index.html"
+    write_file(path, page.encode())
+    return path
+
+
+def _page(evaluation: Evaluation) -> str:
+    attacks, sanity, corrupted = evaluation.attacks, evaluation.sanity, evaluation.corruptions
+    curves = sanity.curves if sanity else {}
+    epsilons = (a.settings.get("epsilon") for a in attacks if a.attack != "clean")
+    return render(
+        "btrain.report",
+        "evaluation.html",
+        title=f"Robustness evaluation {_common(attacks, _fact('checkpoint'))}".strip(),
+        tiles=_tiles(evaluation),
+        facts=_facts(attacks),
+        attacks=_attack_table(attacks) if attacks else None,
+        missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
+        checks=sanity.checks if sanity else (),
+        marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
+        curves=_curves(sanity, next(filter(None, epsilons), None)) if sanity else (),
+        missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
+        checked_images=sanity and sanity.n,
+        heat_scale=pictures.heat_scale(),
+        classes=_class_table(attacks),
+        number=number,
+        corrupted=corrupted,
+        corrupted_note=corrupted and _fact("note")(corrupted),
+        corruptions=corrupted and _corruption_table(corrupted),
+        samples=evaluation.samples and _samples(evaluation.samples),
+        files=evaluation.files,
+    )
+
+
+def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return the few numbers for one glance, with their labels."""
+    tiles = []
+    clean = [a for a in evaluation.attacks if a.attack == "clean"]
+    others = [a for a in evaluation.attacks if a.attack != "clean"]
+    if clean:
+        tiles.append((f"{clean[0].accuracy:.2f} %", "accuracy on clean images"))
+    if others:
+        lowest = min(others, key=lambda a: a.accuracy)
+        tiles.append((f"{lowest.accuracy:.2f} %", f"at the lowest, under {lowest.attack}"))
+    if evaluation.corruptions:
+        tiles.append((f"{evaluation.corruptions.accuracy:.2f} %", "on corrupted images, mean"))
+    if evaluation.sanity:
+        outcomes = [check.passed for check in evaluation.sanity.checks]
+        skipped = outcomes.count(None)
+        label = "sanity checks passed" + (f", {skipped} skipped" if skipped else "")
+        tiles.append((f"{outcomes.count(True)} of {len(outcomes) - skipped}", label))
+    return tiles
+
+
+def _facts(attacks: list[Summary]) -> list[tuple[str, str]]:
+    attacked = [attack for attack in attacks if attack.attack != "clean"]
+    return [
+        ("data", _common(attacks, _fact("dataset"))),
+        ("images", _common(attacks, _images)),
+        ("checkpoint", _common(attacks, _fact("checkpoint"))),
+        ("ε", _common(attacked, _epsilon)),
+        ("seed", _common(attacks, _fact("seed"))),
+        ("device", _common(attacks, _fact("device"))),
+        ("precision", _common(attacks, _precision)),
+        ("versions", _common(attacks, _fact("versions"))),
+    ]
+
+
+_Fact = Callable[[Summary], str | None]
+
+
+def _common(attacks: list[Summary], fact: _Fact) -> str:
+    """Return a fact of all attacks; where they differ, every value with those it belongs to."""
+    attacks_of: dict[str, list[str]] = {}
+    for attack in attacks:
+        if value := fact(attack):
+            attacks_of.setdefault(value, []).append(attack.attack)
+    if len(attacks_of) == 1:
+        return next(iter(attacks_of))
+    return "; ".join(f"{value} ({', '.join(names)})" for value, names in attacks_of.items())
+
+
+def _fact(key: str) -> _Fact:
+    """Return the function that finds a setting of an attack, in words."""
+
+    def found(attack: Summary) -> str | None:
+        value = attack.settings.get(key)
+        return None if value is None else phrase(value)
+
+    return found
+
+
+def _epsilon(attack: Summary) -> str | None:
+    epsilon = attack.settings.get("epsilon")
+    if not epsilon:
+        return None
+    return _length(epsilon) if attack.norm == "linf" else f"{attack.norm} {_length(epsilon)}"
+
+
+def _images(attack: Summary) -> str:
+    wanted = attack.settings.get("test_examples")
+    if wanted is None:
+        return f"{attack.n}, the whole test set"
+    return f"{attack.n}, not the whole test set (dataset.test_examples={wanted})"
+
+
+def _precision(attack: Summary) -> str | None:
+    precision = _fact("precision")(attack)
+    return precision if precision in (None, "float32") else f"{precision}, not float32"
+
+
+def _length(value: float) -> str:
+    """Return a length in [0, 1] pixel units, also in grey levels of 255: 0.03137 (8/255)."""
+    return f"{value:.4g} ({255 * value:.4g}/255)"
+
+
+def _attack_table(attacks: list[Summary]) -> Markup:
+    head = ["attack", "accuracy (%)", "95 % interval", "0 to 100 %"]
+    head += ["steps", "restarts", "step size", "loss", "time"]
+    return tables.html(head, map(_attack_row, attacks), "lines")
+
+
+def _attack_row(attack: Summary) -> list[Cell | str]:
+    low, high = attack.ci95 or (attack.accuracy, attack.accuracy)
+    interval = Markup("{} to {}").format(number(low), number(high)) if attack.ci95 else NONE
+    bar = Markup(
+        '<span class="range" aria-hidden="true"><i style="left:{:.2f}%;width:{:.2f}%"></i>'
+        '<b style="left:{:.2f}%"></b></span>'
+    ).format(low, high - low, attack.accuracy)
+    return [
+        Cell(attack.attack, small=_fact("note")(attack) or ""),
+        Markup("<strong>{}</strong>").format(number(attack.accuracy)),
+        interval,
+        bar,
+        *(
+            NONE if (value := attack.settings.get(key)) is None else f"{value:g}"
+            for key in ("steps", "restarts", "step_size")
+        ),
+        _fact("loss")(attack) or NONE,
+        NONE if attack.seconds is None else duration(attack.seconds),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 0.42 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _curves(sanity: Sanity, epsilon: float | None) -> list[tuple[Markup, Markup]]:
+    """Return accuracy against ε, with the attacks' ε marked, and against the number of steps."""
+    mark = (epsilon, f"ε = {_length(epsilon)}") if epsilon else None
+    drawn = []
+    if points := sanity.curves.get("epsilon"):
+        known = {"linf": "largest change of a pixel", "l2": "length of the change"}
+        label = f"ε ({known.get(sanity.norm, sanity.norm)}, pixels in [0, 1])"
+        drawn.append(_curve(points, "ε", label, mark=mark))
+    if points := sanity.curves.get("steps"):
+        drawn.append(_curve(points, "steps", "attack steps (log scale)", logarithmic=True))
+    return drawn
+
+
+def _curve(
+    points: list[tuple[float, float]],
+    name: str,
+    label: str,
+    *,
+    logarithmic: bool = False,
+    mark: tuple[float, str] | None = None,
+) -> tuple[Markup, Markup]:
+    """Return a drawing of the points, and a table of them."""
+    points = sorted(points)
+    ends = [f"{accuracy:.1f} % at {x:g}" for x, accuracy in (points[0], points[-1])]
+    drawing = pictures.accuracy_curve(
+        points,
+        x_label=label,
+        logarithmic=logarithmic,
+        mark=mark,
+        description=f"Accuracy against {name}: {', '.join(ends)}",
+    )
+    rows = [[f"{x:.4g}", number(accuracy)] for x, accuracy in points]
+    return drawing, tables.html([name, "accuracy (%)"], rows, "lines narrow", named=False)
+
+
+def _class_table(attacks: list[Summary]) -> Markup | None:
+    """Return a row a class, a column an attack."""
+    attacks = [attack for attack in attacks if attack.per_class]
+    counts = {name: of["n"] for attack in attacks for name, of in attack.per_class.items()}
+    rows = [
+        [
+            Cell(name, title=name),
+            Cell(str(count), kind="plain"),
+            *(_heat_cell(attack.per_class.get(name, {}).get("accuracy")) for attack in attacks),
+        ]
+        for name, count in counts.items()
+    ]
+    head = ["class", "images", *(attack.attack for attack in attacks)]
+    return tables.html(head, rows, "heat") if rows else None
+
+
+def _corruption_table(found: Summary) -> Markup:
+    """Return a row a corruption, a column a severity from weak to strong, and each row's mean."""
+    rows = _corruption_rows(found.settings["table"])
+    if extra := found.settings.get("extra_table"):
+        rows += [["extra, no part of the means above"], *_corruption_rows(extra)]
+    head = ["severity", *map(str, range(1, SEVERITIES + 1)), "mean"]
+    return tables.html(head, rows, "heat")
+
+
+def _corruption_rows(table: dict[str, list[float]]) -> list[list[Cell | str]]:
+    return [
+        [
+            Cell(name.replace("_", " "), title=name),
+            *map(_heat_cell, accuracies),
+            Cell(f"{np.mean(accuracies):.1f}", kind="plain"),
+        ]
+        for name, accuracies in table.items()
+    ]
+
+
+def _heat_cell(accuracy: float | None) -> Cell:
+    if accuracy is None:
+        return Cell(NONE, kind="plain")
+    return Cell(number(accuracy, ".1f"), style=pictures.heat(accuracy))
+
+
+def _samples(samples: Samples) -> dict[str, Any]:
+    """Return clean and adversarial images and their difference, amplified around mid-grey."""
+    difference = samples.adversarial - samples.clean
+    largest = float(np.abs(difference).max())
+    factor = max(1, int(0.5001 / largest)) if largest else 1
+    cards: list[Markup] = []
+    room = _SAMPLE_CHARACTERS
+    for i in range(len(samples.clean)):
+        card = _sample(samples, i, 0.5 + factor * difference[i], factor)
+        room -= len(card)
+        if cards and room < 0:
+            break
+        cards.append(card)
+    return {
+        "cards": cards,
+        "count": len(samples.clean),
+        "largest": _length(largest),
+        "factor": factor,
+        "shrunk": pictures.reduction(samples.clean.shape),
+    }
+
+
+def _sample(samples: Samples, i: int, amplified: pictures.Picture, factor: int) -> Markup:
+    names, label = samples.class_names, int(samples.labels[i])
+    shown = (
+        ("clean", samples.clean[i], int(samples.clean_prediction[i])),
+        ("adversarial", samples.adversarial[i], int(samples.adversarial_prediction[i])),
+    )
+    return render(
+        "btrain.report",
+        "sample.html",
+        label=names[label],
+        pictures=[
+            (kind, pictures.png(image), names[predicted], predicted == label)
+            for kind, image, predicted in shown
+        ],
+        difference=pictures.png(amplified),
+        factor=factor,
+    )

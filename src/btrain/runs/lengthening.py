@@ -1,0 +1,55 @@
+"""Whether a run can go on to more epochs than it was begun with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from btrain.errors import UserError
+
+_LENGTH = ("train.epochs", "recipe.epochs", "recipe.milestones", "recipe.lr_factors")
+"""Settings that may differ in a longer run, if the past epochs' learning rates do not."""
+
+
+def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings in which a longer run may differ from the run that it goes on from.
+
+    Args:
+        theirs: the settings that the run was begun with, by their dotted keys.
+        ours: today's.
+
+    Raises:
+        UserError: it is longer, but in the past epochs its learning rate would have been another.
+    """
+    before, after = theirs.get("train.epochs"), ours.get("train.epochs")
+    if type(before) is not int or type(after) is not int or after <= before:
+        return ()
+    sentence = f"a run of {before} epochs cannot go on to {after}"
+    if (schedule := ours.get("recipe.schedule")) != "step" or theirs["recipe.schedule"] != schedule:
+        raise UserError(f"{sentence}: recipe.schedule={schedule} falls until the end of the run.")
+    try:
+        old, new = _falls(theirs, before), _falls(ours, before)
+    except (TypeError, KeyError, ValueError, ZeroDivisionError):  # of a damaged file
+        return ()
+    if len(old) != len(new) or any(
+        not math.isclose(a, b, rel_tol=1e-9)
+        for one, other in zip(old, new, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ):
+        were = ", ".join(f"{epoch:g}" for epoch, _ in old) or "none"
+        stays, rest = divmod(theirs["recipe.epochs"] * after, before)
+        hint = "" if rest else f"; recipe.epochs={stays} keeps them"
+        raise UserError(
+            f"{sentence}: the past falls of its learning rate (after epoch {were}) would move, for "
+            f"recipe.milestones stretch with train.epochs{hint}."
+        )
+    return _LENGTH
+
+
+def _falls(settings: Mapping[str, Any], end: int) -> list[tuple[float, float]]:
+    """After how many epochs below `end` the learning rate changes, and its factor from there on."""
+    stretch = settings["train.epochs"] / settings["recipe.epochs"]
+    milestones, factors = settings["recipe.milestones"], settings["recipe.lr_factors"]
+    falls = [(epoch * stretch, factor) for epoch, factor in zip(milestones, factors, strict=True)]
+    return [(epoch, factor) for epoch, factor in falls if epoch < end]

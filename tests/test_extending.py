@@ -1,0 +1,43 @@
+"""docs/extending.md: its files are written, its commands run, its code is short."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from btrain.cli import main
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+_BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LONGEST = 15  # lines
+
+
+def test_the_page_of_own_parts_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    commands, scripts = [], []
+    for kind, name, text in _BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        assert text.count("\n") <= _LONGEST, name
+        if kind == "sh":
+            commands += text.splitlines()
+            continue
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        scripts += [file] if name == "use.py" else []
+    assert len(commands) >= 6
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "btrain"
+        assert main(words) == 0, command
+    (script,) = scripts
+    capsys.readouterr()
+    runpy.run_path(str(script))
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 100
