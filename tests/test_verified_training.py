@@ -172,8 +172,8 @@ def test_a_run_is_trained_verified_and_attacked(
     correct = {name: r.correct for name, r in results.items() if r is not None}
     assert len(correct) == len(results)
     share = {name: c.mean() for name, c in correct.items()}
-    assert share["clean"] > 0.8
-    assert share["verified-crown_ibp"] > 0.4
+    assert share["clean"] > 0.6
+    assert share["verified-crown_ibp"] > 0.3
     for engine in engines:
         assert not (correct[f"verified-{engine}"] & ~correct["pgd20"]).any()
         assert not (correct[f"verified-{engine}"] & ~correct["interval"]).any()
