@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from btrain.data import load
-from btrain.methods.make import make_step
 from btrain.settings.compose import compose
-from btrain.training.epochs import check_weights, train_epoch
-from btrain.training.schedule import make_plan
+from btrain.training import epochs
 from btrain.training.setup import make_state
+from btrain.training.update import train_batch
+from steps import epoch_of
 
 OTHER = "other"
 _MARK = 2**62  # the seed of a generator of the other device is larger
@@ -145,19 +145,18 @@ def copies_of_a_step(settings: list[str], device: torch.device) -> int:
     """An epoch of three batches; the host copies of the last one's step."""
     config = compose(["dataset=digits", "train.epochs=1", "train.batch_size=24", *settings])
     data = load("digits", Path("unused"), device=device, train_examples=72, test_examples=40)
-    state, step = make_state(config, data, device), make_step(config, device)
+    state = make_state(config, data, device)
     counts: list[int] = []
 
     def counted(*args: Any) -> Any:
         before = host_copies
-        stats = step(*args)
+        stats = train_batch(*args)
         counts.append(host_copies - before)
         return stats
 
-    train_epoch(
-        state, data.train, counted, make_plan(config), tick=lambda: None, show=lambda means: None
-    )
-    check_weights(state, data.train)
+    epochs.train_batch = counted
+    epoch_of(config, state, data.train)
+    epochs.check_weights(state, data.train)
     tensors = [*state.model.state_dict().values(), *state.memory.values(), state.epoch_sums]
     assert all(isinstance(tensor, There) for tensor in tensors)
     return counts[-1]

@@ -1,4 +1,4 @@
-"""Single training steps for tests, by a configuration or by a method."""
+"""Single training steps and epochs for tests, by a configuration or by a method."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.data import Batch, Data
+from btrain.data import Batch, Data, Split
 from btrain.methods.base import Memory, Method
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.processes.world import ALONE, World
 from btrain.settings import Config, OnNonfinite
+from btrain.training.epochs import Averages, train_epoch
+from btrain.training.schedule import make_plan
+from btrain.training.state import TrainState
 from btrain.training.update import train_batch
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, Batch, Memory, torch.Generator], StepStats]
@@ -44,6 +47,23 @@ def step_of(
         return train_batch(network, optimizer, method, batch, memory, generator, several)
 
     return step
+
+
+def epoch_of(
+    config: Config,
+    state: TrainState,
+    split: Split,
+    *,
+    tick: Callable[[], None] = lambda: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Averages | None:
+    """Train to the end of the epoch, or until stopped, as a run of this configuration does."""
+    paths = make_fast_paths(config.train, state.device)
+    method = make_method(config, state.device, paths=paths)
+    return train_epoch(
+        state, split, method, make_plan(config), see=paths.view,
+        tick=tick, show=lambda means: None, stopped=stopped,
+    )  # fmt: skip
 
 
 def memory_of(config: Config, data: Data, device: torch.device) -> Memory:

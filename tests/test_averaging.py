@@ -16,15 +16,13 @@ from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import load_run
-from btrain.methods.make import make_step
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.epochs import train_epoch
-from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from steps import epoch_of
 from test_training import CPU, metrics, same, tiny, untimed
 
 PREACT = ["model=preact_resnet18", "model.width=2"]
@@ -90,8 +88,7 @@ def test_training_averages_after_every_step(few: Data, tmp_path: Path) -> None:
         for name, tensor in state.model.state_dict().items():
             seen[name].append(tensor.clone())
 
-    plan, step = make_plan(config), make_step(config, CPU)
-    train_epoch(state, few.train, step, plan, tick=record, show=lambda means: None)
+    epoch_of(config, state, few.train, tick=record)
     for name, tensor in state.evaluated.state_dict().items():
         if tensor.is_floating_point():
             want = expected(initial[name], seen[name], 0.8)
@@ -140,11 +137,7 @@ def test_a_collapse_takes_the_average_back_too(tmp_path: Path, few: Data) -> Non
 
 
 def one_epoch(state: TrainState, few: Data, config: Any, stop_at: int = 1000) -> None:
-    plan, step = make_plan(config), make_step(config, CPU)
-    train_epoch(
-        state, few.train, step, plan, tick=lambda: None, show=lambda means: None,
-        stopped=lambda: state.batch == stop_at,
-    )  # fmt: skip
+    epoch_of(config, state, few.train, stopped=lambda: state.batch == stop_at)
     if state.batch != stop_at:
         state.end_epoch()
 

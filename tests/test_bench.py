@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.allocation import BulletTrain
 from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
 from btrain.bench import run as bench_run
@@ -27,15 +27,18 @@ from btrain.bench.run import run_bench
 from btrain.cli import main
 from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
-from btrain.methods.make import attack_method, make_step
+from btrain.methods.base import Method
+from btrain.methods.make import make_bullettrain
 from btrain.settings import Config, CudaGraphs, Precision
 from btrain.settings.bench import Contender
 from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.timing.forced import class_counts, force, robust_fraction_for
 from btrain.training.timing.lane import Lane, Workload
-from btrain.training.timing.masked import masked_step
-from btrain.training.timing.official import official_step
+from btrain.training.timing.masked import Masked
+from btrain.training.timing.official import Official
+from btrain.training.update import train_batch
+from steps import step_of
 from test_cost import Flops
 
 CPU = torch.device("cpu")
@@ -91,11 +94,11 @@ def test_forced_fractions_come_true_in_the_production_step(
     lane = next(iter(lanes("trades").values()))
     model = copy.deepcopy(lane.model)
     model.conv1 = nn.Conv2d(3, 4, 3, padding=1)
-    method, memory = attack_method(config, CPU, "bullettrain"), {}
+    method, memory = make_bullettrain(config, CPU), {}
     batch = force(model, tiles, method, fractions, memory)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     generator = torch.Generator().manual_seed(0)
-    stats = make_step(config, CPU)(model, optimizer, batch, memory, generator)
+    stats = step_of(config, CPU)(model, optimizer, batch, memory, generator)
     expected = class_counts(fractions, len(tiles))
     assert (int(stats.boundary), int(stats.robust), int(stats.outlier)) == expected
     assert expected == (
@@ -162,12 +165,12 @@ def test_a_lane_reports_the_units_that_torch_counts(defense: str) -> None:
 
 
 def updated(
-    step: Any, model: nn.Module, batch: Batch, memory: dict[str, torch.Tensor]
+    method: Method, model: nn.Module, batch: Batch, memory: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """The weights after one step of a copy of the model."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(model, optimizer, batch, memory, torch.Generator().manual_seed(1))
+    train_batch(model, optimizer, method, batch, memory, torch.Generator().manual_seed(1))
     return [parameter.detach() for parameter in model.parameters()]
 
 
@@ -184,9 +187,9 @@ def test_the_official_structure_makes_the_plain_update(
 ) -> None:
     config = compose(["dataset=digits", "bt=uniform", "attack.steps=4"])
     model, data = double(small_cnn, batch)
-    method = attack_method(config, CPU, "uniform")
-    official = updated(partial(official_step, method=method, beta=6.0), model, data, {})
-    plain = updated(make_step(config, CPU), model, data, {"robust_fraction": torch.tensor(0.0)})
+    method = make_bullettrain(config, CPU)
+    official = updated(Official(method, beta=6.0), model, data, {})
+    plain = updated(method, model, data, {"robust_fraction": torch.tensor(0.0)})
     for ours, theirs in zip(plain, official, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert not all(map(torch.equal, plain, model.parameters()))
@@ -198,9 +201,9 @@ def test_the_control_makes_bullettrain_s_update(
 ) -> None:
     config = compose(["dataset=digits", f"defense={defense}", "attack.steps=4"])
     model, data = double(small_cnn, batch)
-    method, memory = attack_method(config, CPU, "bullettrain"), {}
+    method, memory = make_bullettrain(config, CPU), {}
     data = force(model, data.x, method, (0.25, 0.5, 0.25), memory)
-    ours = updated(make_step(config, CPU), model, data, dict(memory))
+    ours = updated(method, model, data, dict(memory))
     n_b, n_r, n_o = class_counts((0.25, 0.5, 0.25), 24)
     score = method.metric(model(data.x).detach(), data.labels)
     order = score.argsort(descending=True)
@@ -208,7 +211,8 @@ def test_the_control_makes_bullettrain_s_update(
     memory["classes"][order[: n_r + n_b]] = 2
     memory["classes"][order[:n_r]] = 1
     assert int((memory["classes"] == 0).sum()) == n_o
-    control = updated(masked_step(method), model, data, memory)
+    assert isinstance(method.allocator, BulletTrain)
+    control = updated(Masked(method, method.allocator.budget), model, data, memory)
     for one, other in zip(ours, control, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 

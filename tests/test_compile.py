@@ -17,11 +17,11 @@ from btrain.attacks.fast_paths import check_fast_paths
 from btrain.attacks.shadow import Shadowed, attacked
 from btrain.data import Batch
 from btrain.errors import UserError
-from btrain.methods.make import make_step
 from btrain.settings.compose import compose
+from steps import step_of
 
 CPU = torch.device("cpu")
-TINY = ["dataset=digits", "model=small_cnn", "attack.steps=3", "bt.n_r=1", "device=cpu"]
+TINY = ["dataset=digits", "model=small_cnn", "attack.steps=3", "device=cpu"]
 
 
 @pytest.mark.skipif(
@@ -58,7 +58,7 @@ def test_compiled_steps_are_the_plain_ones_up_to_rounding(
         model = copy.deepcopy(small_cnn).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         memory = {"robust_fraction": torch.tensor(0.4)}
-        step = make_step(compose([*TINY, *words]), CPU)
+        step = step_of(compose([*TINY, "bt.n_r=1", *words]), CPU)
         stats = step(model, optimizer, data, memory, torch.Generator().manual_seed(0))
         results.append((model.state_dict(), stats.units, stats.loss))
     (plain, units, loss), (compiled, compiled_units, compiled_loss) = results

@@ -18,8 +18,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from btrain import models
 from btrain.allocation import METRICS
+from btrain.cli import main
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.exchange.from_run import read_config
+from btrain.runs.folder import RunFolder, flat
 from btrain.settings import (
     AllocatorName,
     Architecture,
@@ -670,6 +673,100 @@ def test_another_radius_of_the_evaluation_leaves_the_attack_alone() -> None:
     assert config.eval.step_size == pytest.approx(0.02)
 
 
+# Lengths in pixel units
+
+PIXELS = r"\(\[0, 1\] pixel units, like 8/255\), not 8(\.0)?\.$"
+MMA = ["defense=pgd", "rival=mma"]
+
+
+def value_of(config: Config, key: str) -> Any:
+    return flat(to_dict(config))[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "most"),
+    [
+        ("attack.epsilon", [], 1),
+        ("dataset.epsilon", [], 1),
+        ("eval.epsilon", [], 1),
+        ("rival.max_margin", MMA, 1),
+        ("attack.step_size", [], 2),
+        ("attack.start_std", [], 1),
+        ("bt.step_size_b", [], 2),
+        ("bt.oracle_step_size", ["bt=oracle"], 2),
+        ("eval.step_size", [], 2),
+    ],
+)
+def test_a_length_may_be_a_fraction_and_is_at_most_what_pixels_allow(
+    key: str, options: list[str], most: float
+) -> None:
+    cfg = composed_by_hydra([*options, f"{key}=8/255"], "train")
+    assert value_of(changed(cfg, {}), key) == 8 / 255
+    least = "at least" if key == "attack.start_std" else "greater than"
+    with pytest.raises(UserError, match=f"^{key} must be {least} 0 and at most {most} {PIXELS}"):
+        changed(cfg, {key: 8})
+    for wrong in ("8/", "8/0", "a/255", "255/8/2", "eight", None):
+        with pytest.raises(
+            UserError, match=rf"^{key} must be a number, like 0\.031 or 8/255, not "
+        ):
+            changed(cfg, {key: wrong})
+
+
+def test_lengths_that_follow_a_fraction_follow_its_value() -> None:
+    config = compose(["dataset.epsilon=8/255"])
+    assert (config.attack.epsilon, config.eval.epsilon) == (8 / 255, 8 / 255)
+    assert config.attack.step_size == pytest.approx(8 / 255 * 7 / 31)
+    assert config.eval.step_size == pytest.approx(8 / 255 * 3 / 31)
+    config = compose(["attack.epsilon=8/255", "bt.n_b=5"])
+    assert config.bt.step_size_b == pytest.approx(1.7 * 8 / 255 / 5)
+    config = compose(["attack.step_size=2/255"])
+    assert config.bt.step_size_b == 2 / 255  # N_B steps like the plain attack's
+    assert compose([*MMA, "attack.epsilon=8/255"]).rival.max_margin == pytest.approx(12 / 255)
+
+
+@pytest.mark.parametrize("mean", [125.3, 1.01])
+def test_a_mean_of_bytes_is_refused(mean: float) -> None:
+    with pytest.raises(UserError, match=r"^model\.mean must be finite and at most 1 \(\[0, 1\] "):
+        compose([f"model.mean=[{mean}]", "model.std=[0.25]"])
+
+
+@pytest.mark.parametrize("radius", ["1.5", "3/2"])
+def test_an_l2_radius_may_be_longer_than_a_pixel(radius: str) -> None:
+    l2 = ["attack=l2_pgd", f"attack.epsilon={radius}", "attack.step_size=1.2"]
+    config = compose([*l2, "bt.step_size_b=2.5", "eval.step_size=2.5"])
+    assert (config.attack.epsilon, config.eval.epsilon) == (1.5, 1.5)
+    assert compose(["attack=l2_pgd", *MMA, "rival.max_margin=3/2"]).rival.max_margin == 1.5
+    with pytest.raises(UserError, match=r"^attack\.epsilon must be finite and greater than 0"):
+        compose(["attack=l2_pgd", "attack.epsilon=-1"])
+    with pytest.raises(UserError, match=r"^dataset\.epsilon must be greater than 0 and at most 1"):
+        compose(["attack=l2_pgd", "dataset.epsilon=1.5"])
+
+
+def test_a_sweep_and_a_folder_of_the_user_s_take_fractions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "bytes.yaml").write_text(
+        "# @package _global_\n"
+        "attack: {step_size: 2/255}\nbt: {step_size_b: 3/255}\neval: {epsilon: 10/255, steps: 1}\n"
+    )
+    small = [
+        "dataset.train_examples=20",
+        "dataset.test_examples=10",
+        "train.epochs=1",
+        "device=cpu",
+    ]
+    sweep = ["--multirun", "attack.epsilon=4/255,8/255", "experiment=bytes"]
+    command = ["train", "--config-dir", "mine", *sweep, "dataset=digits", "model=small_cnn", *small]
+    assert main(command) == 0
+    runs = [read_yaml(file) for file in sorted(tmp_path.glob("runs/*/config.yaml"))]
+    assert {run["attack"]["epsilon"] for run in runs} == {4 / 255, 8 / 255}
+    for run in runs:
+        assert (run["attack"]["step_size"], run["bt"]["step_size_b"]) == (2 / 255, 3 / 255)
+        assert run["eval"]["epsilon"] == 10 / 255
+
+
 # Run names
 
 VARIANTS = [
@@ -820,3 +917,155 @@ def test_the_plain_containers_hold_every_key_of_the_schema(composed: DictConfig)
     config = changed(composed, {})
     same(to_dict(config), config)
     assert len(to_dict(config)) == len(dataclasses.fields(Config))
+
+
+# Run folders of earlier versions
+
+OLDER = {
+    "dataset=digits model=small_cnn bt.gamma=0.7": """\
+dataset: {name: digits, root: data, download: true, image_size: null,
+  train_examples: null, test_examples: null, val_examples: 0,
+  epsilon: 0.15, step_size: 0.025500000000000002, eval_step_size: 0.015}
+model: {name: small_cnn, architecture: small_cnn, width: 16, depth: null,
+  mean: null, std: null}
+attack: {name: linf_pgd, steps: 10, epsilon: 0.15, step_size: 0.025500000000000002,
+  start: normal, start_std: 0.001, epsilon_warmup_epochs: 0,
+  mode: eval, augmix: null}
+defense: {name: trades, beta: 6.0, jsd: null, jsd_weight: null}
+bt: {name: bullettrain, n_b: 10, n_r: 2, n_o: 0, gamma: 0.7, momentum: 0.9,
+  step_size_b: 0.025500000000000002, metric: svar, warmup_epochs: 0,
+  patience: 1, mean_steps: 4.0, fractions: null, oracle_steps: 10,
+  oracle_step_size: 0.025500000000000002, forward_unperturbed: false,
+  share_clean_forward: false, pool: 1, probe_every: 1}
+rival: {name: none, grad_align_weight: null, replays: null, max_margin: null,
+  first_margin: null, bisections: null, clean_weight: null}
+recipe: {name: trades_digits, epochs: 30, batch_size: 128, optimizer: sgd,
+  lr: 0.05, momentum: 0.9, nesterov: false, weight_decay: 0.0002,
+  schedule: step, milestones: [24.0], lr_factors: [0.1], peak: 0.4,
+  crop_padding: 0, flip: false, early_stop_on_collapse: false,
+  ema: 0.0}
+logger: {name: jsonl, mode: online, project: btrain, group: null, tags: []}
+train: {epochs: 30, batch_size: 128, max_seconds: null, checkpoint_every: 1,
+  score_every: null, on_nonfinite: stop, deterministic: false,
+  precision: float32, channels_last: false, compile: false,
+  cuda_graphs: never}
+eval: {epsilon: 0.15, step_size: 0.015, steps: 20, batch_size: 500,
+  every_epochs: 1}
+run: {dir: runs/digits-small_cnn-trades-bullettrain-bt.gamma_0.7-seed0,
+  resume: auto}
+seed: 0
+device: "auto"
+""",
+    "experiment=table3_mart_fast dataset=cifar100": """\
+dataset: {name: cifar100, root: data, download: true, image_size: null,
+  train_examples: null, test_examples: null, val_examples: 0,
+  epsilon: 0.031, step_size: 0.007, eval_step_size: 0.003}
+model: {name: wrn_34_10, architecture: wide_resnet, width: 10, depth: 34,
+  mean: null, std: null}
+attack: {name: linf_pgd, steps: 10, epsilon: 0.031, step_size: 0.007,
+  start: uniform, start_std: 0.001, epsilon_warmup_epochs: 0,
+  mode: train, augmix: null}
+defense: {name: mart, beta: 6.0, jsd: null, jsd_weight: null}
+bt: {name: uniform, n_b: 1, n_r: 2, n_o: 0, gamma: 0.8, momentum: 0.9,
+  step_size_b: 0.03875, metric: svar, warmup_epochs: 0, patience: 1,
+  mean_steps: 4.0, fractions: null, oracle_steps: 10, oracle_step_size: 0.007,
+  forward_unperturbed: false, share_clean_forward: false, pool: 1,
+  probe_every: 1}
+rival: {name: fast, grad_align_weight: null, replays: null, max_margin: null,
+  first_margin: null, bisections: null, clean_weight: null}
+recipe: {name: mart_cifar100, epochs: 90, batch_size: 128, optimizer: sgd,
+  lr: 0.1, momentum: 0.9, nesterov: false, weight_decay: 0.0007,
+  schedule: step, milestones: [74.0, 89.0], lr_factors: [0.1,
+    0.01], peak: 0.4, crop_padding: 4, flip: true, early_stop_on_collapse: false,
+  ema: 0.0}
+logger: {name: jsonl, mode: online, project: btrain, group: null, tags: []}
+train: {epochs: 90, batch_size: 128, max_seconds: null, checkpoint_every: 1,
+  score_every: null, on_nonfinite: stop, deterministic: false,
+  precision: float32, channels_last: false, compile: false,
+  cuda_graphs: never}
+eval: {epsilon: 0.031, step_size: 0.003, steps: 20, batch_size: 500,
+  every_epochs: 1}
+run: {dir: runs/cifar100-wrn_34_10-mart-uniform-experiment_table3_mart_fast-seed0,
+  resume: auto}
+seed: 0
+device: "auto"
+""",
+    "defense=augmix dataset=imagefolder dataset.root=photos bt=random": """\
+dataset: {name: imagefolder, root: photos, download: true, image_size: 32,
+  train_examples: null, test_examples: null, val_examples: 0,
+  epsilon: 0.031, step_size: 0.007, eval_step_size: 0.003}
+model: {name: wrn_34_10, architecture: wide_resnet, width: 10, depth: 34,
+  mean: [0.5], std: [0.5]}
+attack: {name: augmix, steps: 2, epsilon: 0.031, step_size: 0.007, start: normal,
+  start_std: 0.001, epsilon_warmup_epochs: 0, mode: eval, augmix: {
+    width: 3, depth: -1, severity: 3.0, all_ops: false}}
+defense: {name: augmix, beta: null, jsd: true, jsd_weight: 12.0}
+bt: {name: random, n_b: 1, n_r: 0, n_o: 0, gamma: 0.8, momentum: 0.9,
+  step_size_b: 0.0527, metric: svar, warmup_epochs: 0, patience: 1,
+  mean_steps: 4.0, fractions: null, oracle_steps: 10, oracle_step_size: 0.0052699999999999995,
+  forward_unperturbed: false, share_clean_forward: false, pool: 1,
+  probe_every: 1}
+rival: {name: none, grad_align_weight: null, replays: null, max_margin: null,
+  first_margin: null, bisections: null, clean_weight: null}
+recipe: {name: augmix_imagefolder, epochs: 100, batch_size: 128, optimizer: sgd,
+  lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.0005,
+  schedule: cosine, milestones: [], lr_factors: [], peak: 0.4,
+  crop_padding: 4, flip: true, early_stop_on_collapse: false,
+  ema: 0.0}
+logger: {name: jsonl, mode: online, project: btrain, group: null, tags: []}
+train: {epochs: 100, batch_size: 128, max_seconds: null, checkpoint_every: 1,
+  score_every: null, on_nonfinite: stop, deterministic: false,
+  precision: float32, channels_last: false, compile: false,
+  cuda_graphs: never}
+eval: {epsilon: 0.031, step_size: 0.003, steps: 20, batch_size: 500,
+  every_epochs: 1}
+run: {dir: runs/photos-wrn_34_10-augmix-random-seed0, resume: auto}
+seed: 0
+device: "auto"
+""",
+}
+"""By a command: the `config.yaml` that commit 47634f9 wrote, where every option had all settings of
+its group and each defense had a recipe for each data set; here a section is one flow mapping."""
+
+
+def as_runs_compare(config: Config) -> dict[str, Any]:
+    """Settings by key, without what did not exist and what names the folder."""
+    settings = flat(to_dict(config))
+    return {k: v for k, v in settings.items() if k not in ("run.dir", "dataset.l2_epsilon")}
+
+
+@pytest.mark.parametrize("command", OLDER)
+def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(OLDER[command])
+    today = compose(command.split())
+    assert as_runs_compare(read_config(read_yaml(file), file)) == as_runs_compare(today)
+
+    RunFolder(tmp_path).check_owner(today)  # the same command goes on
+    key = "bt.gamma" if today.defense.name is not DefenseName.mart else "defense.beta"
+    other = compose([*command.split(), f"{key}=0.5"])
+    with pytest.raises(UserError, match=f"belongs to a run with {key}="):
+        RunFolder(tmp_path).check_owner(other)
+
+
+@pytest.mark.parametrize(
+    ("command", "was", "now", "words"),
+    [
+        (0, "n_r: 2,", "n_r: 2, colour: 1,", "There is no setting bt.colour"),
+        (0, "n_r: 2,", "n_r: 20,", "bt.n_r must be at most bt.n_b = 10, not 20"),
+        (1, "beta: 6.0,", "beta: -1.0,", "defense.beta must be at least 0"),
+        (1, "name: mart_cifar100", "name: '${seed}'", "plain values"),
+        (2, "name: random", "name: dice", "bt.name"),
+    ],
+)
+def test_of_an_earlier_configuration_only_what_was_renamed_or_unread_is_forgiven(
+    tmp_path: Path, command: int, was: str, now: str, words: str
+) -> None:
+    text = list(OLDER.values())[command]
+    assert was in text
+    file = tmp_path / "config.yaml"
+    file.write_text(text.replace(was, now))
+    with pytest.raises(UserError) as error:
+        read_config(read_yaml(file), file)
+    assert str(error.value).startswith(f"{file}")
+    assert words in str(error.value)

@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from btrain.data import Data, Split, batches, load
+from btrain import own
+from btrain.data import Data, Split, batches, given, load
 from btrain.data.augmentation import batch_slices, random_crop, random_flip
 from btrain.data.download import import_torchvision
-from btrain.data.splits import class_balanced_order
+from btrain.data.splits import arranged, class_balanced_order
 from btrain.errors import UserError
 
 CPU = torch.device("cpu")
@@ -584,6 +586,127 @@ def test_only_the_chosen_images_of_a_folder_are_decoded(tmp_path: Path) -> None:
     assert torch.equal(after.train.images, before.train.images)
     with pytest.raises(UserError, match="not a readable image"):
         read_folder(tmp_path)
+
+
+# The user's own
+
+
+def taken(thing: object, **kwargs: Any) -> Data:
+    """What btrain makes of what a user's function returns."""
+    return arranged(*given.read(own.give(thing), {}), device=CPU, **kwargs)
+
+
+@pytest.fixture
+def arrays(digits: Data) -> tuple[Pixels, ...]:
+    """60 training and 20 test images of real digits, with their labels."""
+    parts = [digits.train.images[:60], digits.train.labels[:60], digits.test.images[:20],
+             digits.test.labels[:20]]  # fmt: skip
+    return tuple(part.numpy() for part in parts)
+
+
+class Examples:
+    """A torch data set: what it holds, one example after the other."""
+
+    def __init__(self, images: list[Any], labels: Any, classes: list[str] | None = None) -> None:
+        self.images, self.labels = images, labels
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.images[index], self.labels[index]
+
+
+def test_own_data_are_the_same_in_whatever_form_they_come(arrays: tuple[Pixels, ...]) -> None:
+    x, y, x_test, y_test = arrays
+    tensors = tuple(map(torch.from_numpy, arrays))
+    floats = (x / 255, y.tolist(), (x_test / 255).astype(np.float32), y_test.astype(np.int32))
+    pillow = [[Image.fromarray(image[0]) for image in images] for images in (x, x_test)]
+    for thing in (
+        arrays,
+        list(arrays),
+        tensors,
+        floats,
+        (tensors[0].float() / 255, tensors[1], tensors[2].double() / 255, tensors[3]),
+        (TensorDataset(*tensors[:2]), TensorDataset(*tensors[2:])),
+        (Examples(pillow[0], y), Examples(pillow[1], y_test)),
+        (Examples([image / 255 for image in tensors[0]], y), Examples(list(tensors[2]), y_test)),
+        lambda: arrays,
+    ):
+        data = taken(thing)
+        for split, images, labels in ((data.train, x, y), (data.test, x_test, y_test)):
+            assert split.images.dtype == torch.uint8
+            assert torch.equal(split.images, torch.from_numpy(images))
+            assert torch.equal(split.labels, torch.from_numpy(labels).long())
+        assert data.classes == tuple("0123456789")
+        assert data.shape == (1, 8, 8)
+
+
+def test_parts_of_own_data_are_held_out_as_of_others(arrays: tuple[Pixels, ...]) -> None:
+    data = taken(arrays, val_examples=10, train_examples=30, test_examples=5)
+    assert data.val is not None
+    assert [len(part) for part in (data.train, data.val, data.test)] == [30, 10, 5]
+    with pytest.raises(UserError, match=r"dataset\.test_examples must be at most 20, not 21"):
+        taken(arrays, test_examples=21)
+
+
+def test_colour_images_of_own_data_are_by_channel(tiles: Tensor) -> None:
+    pixels = (tiles * 255).byte()
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    part = Examples(images, [0, 1] * 12, classes=["cat", "dog"])
+    data = taken((part, part))
+    assert torch.equal(data.train.images, pixels)
+    assert data.classes == ("cat", "dog")
+
+
+def test_floats_between_two_levels_go_to_the_nearest_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    levels = np.linspace(0, 255, 3001)[:3000].reshape(30, 1, 10, 10)
+    labels = np.arange(30) % 3
+    with caplog.at_level("INFO", "btrain"):
+        data = taken((levels / 255, labels, levels / 255, labels))
+    change = np.abs(data.train.images.numpy() - levels)
+    assert change.max() <= 0.5
+    assert change.max() > 0.4
+    assert "x is rounded to 256 levels, which changes it by up to 0.5 of one" in caplog.text
+
+
+def wrong(**parts: Any) -> tuple[Any, ...]:
+    right = {"x": np.zeros((6, 1, 4, 4), np.uint8), "y": np.arange(6) % 2}
+    both = right | {f"{key}_test": value for key, value in right.items()}
+    return tuple((both | parts).values())
+
+
+@pytest.mark.parametrize(
+    ("thing", "sentence"),
+    [
+        (3, "must return .x, y, x_test, y_test. .*, not a thing of type int"),
+        ((1, 2, 3), r"not 3 things \(int, int, int\)"),
+        (wrong(x=np.zeros((6, 4, 4), np.uint8)), "x must be images by .n, C, H, W.,"),
+        (wrong(x=np.zeros((6, 4, 4, 3), np.uint8)), "channels last; right is"),
+        (wrong(x=np.zeros((6, 1, 4, 4), np.int64)), "uint8, or floats in .0, 1., not int64"),
+        (wrong(x=np.full((6, 1, 4, 4), 255.0)), "must lie in .0, 1., not between 255 and 255"),
+        (wrong(x=np.full((6, 1, 4, 4), -1.0)), "model.mean and model.std normalise within"),
+        (wrong(x=np.full((6, 1, 4, 4), np.nan)), "must lie in"),
+        (wrong(x_test=np.zeros((6, 1, 5, 4), np.uint8)), "those of x_test 1×5×4; they must be"),
+        (wrong(y=np.zeros(6)), "y must be whole numbers by .n,., not float64"),
+        (wrong(y=np.zeros((6, 2), int)), "y must be whole numbers"),
+        (wrong(y=np.zeros(5, int)), "holds 6 images for 5 labels"),
+        (wrong(y=np.arange(6) - 1), "holds labels from -1 to 4"),
+        (wrong(y_test=np.full(6, 2)), "holds labels from 2 to 2; right would be 0 to 1"),
+        (wrong(y=np.arange(6) * 100), "y must count the classes from 0, but goes to 500"),
+        ((Examples([], []), Examples([], [])), "a data set is empty"),
+        ((Examples([np.zeros((1, 2, 2)), np.zeros((1, 3, 3))], [0, 1]),) * 2, "several sizes"),
+        ((Examples([1, 2, 3], "abc"),) * 2, "reading the images fails: ValueError: inv"),
+        ((TensorDataset(torch.zeros(3, 1, 4, 4)),) * 2, "an example must be .image, label."),
+    ],
+)  # fmt: skip
+def test_own_data_that_are_none_are_named(thing: object, sentence: str) -> None:
+    with pytest.raises(UserError, match=rf"^dataset\.factory=object:\w+.* ?{sentence}"):
+        taken(thing)
 
 
 # Subsets

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.graphs import _TRIALS, GraphRecorder, ReplayedPGD
 from btrain.attacks.pgd import by_steps, prefix_pgd
 from btrain.attacks.shadow import InBFloat16, Shadowed
@@ -27,17 +28,15 @@ from btrain.data import Batch, Data, load
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
 from btrain.evaluation import robust_accuracy
-from btrain.methods.make import make_step
 from btrain.precision import to_channels_last
 from btrain.runs import checkpoint
 from btrain.settings import Precision
 from btrain.settings.compose import compose
 from btrain.training import train
-from btrain.training.epochs import train_epoch
 from btrain.training.safety.finite import Snapshot
 from btrain.training.safety.out_of_memory import explained_memory
-from btrain.training.schedule import make_plan
 from btrain.training.setup import make_optimizer, make_state
+from steps import epoch_of, step_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +69,7 @@ def synchronisations(step: Callable[[], None]) -> int:
 
 def test_a_step_waits_for_nothing_but_its_own_counts() -> None:
     device = torch.device("cuda")
-    train_step = make_step(compose(["dataset=digits", "model=preact_resnet18"]), device)
+    train_step = step_of(compose(["dataset=digits", "model=preact_resnet18"]), device)
     model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8)).to(
         device
     )
@@ -220,8 +219,7 @@ def test_a_checkpoint_brings_everything_back_to_the_gpu(tmp_path: Path) -> None:
     config, device = compose(ONE_EPOCH), torch.device("cuda")
     data = load_data(config, device)
     before, after = (make_state(config, data, device) for _ in range(2))
-    step, plan = make_step(config, device), make_plan(config)
-    train_epoch(before, data.train, step, plan, tick=lambda: None, show=lambda means: None)
+    epoch_of(config, before, data.train)
     checkpoint.save(tmp_path / "last.pt", {"state": before.state_dict()})
     after.load_state_dict(checkpoint.load(tmp_path / "last.pt")["state"])
     for ours, theirs in zip(after.model.parameters(), before.model.parameters(), strict=True):
@@ -299,7 +297,7 @@ def attacked_by(
     result: Tensor = attack(  # type: ignore[operator]
         seen.shadow, images, torch.arange(m, device="cuda") % 10, z, active=active,
         step_size=torch.linspace(0.005, 0.02, m, device="cuda"), inner_loss=kl_inner_loss,
-        epsilon=8 / 255, noise=noise, probe=10 * noise if probed else None,
+        ball=LinfBall(8 / 255), noise=noise, probe=10 * noise if probed else None,
     )  # fmt: skip
     return result
 
@@ -364,7 +362,7 @@ def test_graphs_add_no_copy_to_the_host() -> None:
         ["dataset=digits", "model=preact_resnet18", "model.width=8", "device=cuda",
          "train.cuda_graphs=always", "train.batch_size=64"]
     )  # fmt: skip
-    step_of_run = make_step(config, device)
+    step_of_run = step_of(config, device)
     model = models.build("preact_resnet18", width=8, depth=None, classes=10, shape=(1, 8, 8))
     model = model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -15,25 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from btrain.allocation import Allocation, filled_up, step_sizes
-from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
+from btrain.attacks.balls import LinfBall
+from btrain.attacks.fast_paths import FastPaths, check_fast_paths, make_fast_paths
 from btrain.attacks.graphs import ReplayedPGD, group_multiple, repeated, replayed_pgd
 from btrain.attacks.pgd import active_counts, by_steps, pgd, prefix_pgd
 from btrain.attacks.shadow import InBFloat16, Shadowed, attacked
 from btrain.data import Batch, Data
 from btrain.defenses import ce_inner_loss, kl_inner_loss
 from btrain.errors import UserError
-from btrain.methods.bullettrain import generate, learn
-from btrain.methods.generation import Method, eval_logits
-from btrain.methods.make import attack_method, make_step, make_steps
+from btrain.methods.bullettrain import BulletTrain, Examples, eval_logits
+from btrain.methods.make import make_bullettrain, make_methods
 from btrain.settings import Config, CudaGraphs
 from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import faster, with_graphs_settled
+from btrain.training.update import descend, train_batch
+from steps import step_of
 
 CPU = torch.device("cpu")
 TINY = ["dataset=digits", "model=preact_resnet18", "model.width=4", "device=cpu",
-        "train.batch_size=24", "attack.steps=4", "bt.n_r=2"]  # fmt: skip
+        "train.batch_size=24", "attack.steps=4"]  # fmt: skip
 F_R = torch.tensor(0.5)
 
 
@@ -41,15 +43,22 @@ def tiny(*overrides: str) -> Config:
     return compose([*TINY, *overrides])
 
 
-def method(multiple: int, *overrides: str) -> Method:
+def method(multiple: int, *overrides: str) -> BulletTrain:
     """With steps recorded and replayed, and groups rounded up to the multiple."""
-    config = tiny(*overrides)
-    chosen = attack_method(config, CPU, config.bt.name.value)
-    return replace(chosen, multiple=multiple, pgd=replayed_pgd(CPU, 24))
+    paths = FastPaths(lambda network: network, replayed_pgd(CPU, 24), multiple)
+    return make_bullettrain(tiny(*overrides), CPU, paths=paths)
 
 
-def plain(chosen: Method) -> Method:
-    return replace(chosen, multiple=1, pgd=prefix_pgd)
+def plain(chosen: BulletTrain) -> BulletTrain:
+    return replace(chosen, attack=replace(chosen.attack, multiple=1, pgd=prefix_pgd))
+
+
+def attacked_by(
+    how: BulletTrain, model: nn.Module, x: Tensor, labels: Tensor, draws: torch.Generator
+) -> Examples:
+    """The batch after line 13, with F_R = 0.5."""
+    batch = Batch(x, labels, torch.arange(len(x)))
+    return next(how.examples(model, batch, {"robust_fraction": F_R}, draws))
 
 
 def generator() -> torch.Generator:
@@ -129,8 +138,8 @@ def test_a_batch_of_bullettrain_promotes_the_nearest(
 ) -> None:
     x, labels = some_right(preact, batch)
     chosen = method(multiple)
-    before = generate(preact, x, labels, F_R, generator(), plain(chosen))
-    after = generate(preact, x, labels, F_R, generator(), chosen)
+    before = attacked_by(plain(chosen), preact, x, labels, generator())
+    after = attacked_by(chosen, preact, x, labels, generator())
     z = eval_logits(preact, x)
     nearest = chosen.metric(z, labels).abs().argsort().tolist()
     original = {tuple(image.flatten().tolist()): i for i, image in enumerate(x)}
@@ -148,22 +157,23 @@ def test_a_batch_of_bullettrain_promotes_the_nearest(
     assert after.units == 24 + 2 * sum(expected)
     assert after.perturbed == sum(n > 0 for n in expected)
     # Step sizes follow the budget, and so do the examples, whoever else is attacked with them.
+    epsilon = tiny().attack.epsilon
     sizes = step_sizes(
-        after.allocation.steps, n_b=chosen.n_b, epsilon=chosen.epsilon,
-        step_size_b=chosen.step_size_b,
+        after.allocation.steps, n_b=chosen.attack.n_b, epsilon=epsilon,
+        step_size_b=chosen.attack.step_size_b,
     )  # fmt: skip
     with attacked(preact) as network:
         alone = pgd(
             network, after.x, after.labels, after.z, steps=after.allocation.steps,
-            step_size=sizes, inner_loss=kl_inner_loss, epsilon=chosen.epsilon,
-            noise=_noise_of(after.x, x, chosen),
+            step_size=sizes, inner_loss=kl_inner_loss, epsilon=epsilon,
+            noise=_noise_of(after.x, x),
         )  # fmt: skip
     assert (alone - after.x_adv).abs().max() < 1e-5
 
 
-def _noise_of(ordered: Tensor, x: Tensor, chosen: Method) -> Tensor:
+def _noise_of(ordered: Tensor, x: Tensor) -> Tensor:
     """The start's noise, in the order of the attacked images."""
-    noise = torch.zeros_like(x).normal_(0, chosen.start_std, generator=generator())
+    noise = torch.zeros_like(x).normal_(0, tiny().attack.start_std, generator=generator())
     rows = [(x == image).flatten(1).all(dim=1).nonzero()[0, 0] for image in ordered]
     return noise[torch.stack(rows)]
 
@@ -193,7 +203,7 @@ def test_replayed_steps_are_the_plain_attack_bit_for_bit(
         with attacked(model) as network:
             ours, plainly = (
                 attack(
-                    network, x, labels, z, active=active, inner_loss=inner_loss, epsilon=0.1,
+                    network, x, labels, z, active=active, inner_loss=inner_loss, ball=LinfBall(0.1),
                     step_size=torch.linspace(0.02, 0.06, m), noise=noisy(x),
                     probe=noisy(x, 0.05) if probed else None,
                 )
@@ -231,8 +241,9 @@ def test_with_a_multiple_of_one_an_update_is_the_plain_one_bit_for_bit(
         draws = generator()
         for _ in range(2):  # the second with moved weights
             refreshed = seen.refresh() if isinstance(seen, Shadowed) else seen
-            made = generate(refreshed, x, labels, F_R, draws, how)
-            learn(refreshed, optimizer, made, F_R, draws, how)
+            made = attacked_by(how, refreshed, x, labels, draws)
+            loss = how.loss(refreshed, made, {"robust_fraction": F_R}, draws)
+            descend(optimizer, loss.value)
         results.append(made)
     assert torch.equal(results[0].x_adv, results[1].x_adv)
     assert results[0].units == results[1].units
@@ -257,7 +268,7 @@ def test_steps_are_recorded_anew_only_where_they_would_not_hold(
         z = torch.zeros(m, classes)
         replayed(
             network, x[:m], labels[:m], z, active=[m, 4], step_size=torch.full((m,), size),
-            inner_loss=ce_inner_loss, epsilon=0.1, noise=noisy(x[:m]),
+            inner_loss=ce_inner_loss, ball=LinfBall(0.1), noise=noisy(x[:m]),
         )  # fmt: skip
         return replayed.recorded
 
@@ -297,7 +308,7 @@ def test_the_trial_runs_of_a_recorder_do_no_harm(
             ours, plainly = (
                 attack(
                     network, x, labels, z, active=active, step_size=torch.full((24,), 0.03),
-                    inner_loss=kl_inner_loss, epsilon=0.1, noise=noisy(x),
+                    inner_loss=kl_inner_loss, ball=LinfBall(0.1), noise=noisy(x),
                 )
                 for attack in (replayed, prefix_pgd)
             )  # fmt: skip
@@ -343,12 +354,14 @@ def test_all_steps_of_a_run_share_what_is_recorded(
         "btrain.attacks.fast_paths.replayed_pgd",
         lambda device, examples: recorded.append(replayed_pgd(device, examples)) or recorded[-1],
     )
-    state, step_of = make_state(config, digits, CPU), make_steps(config, CPU)
+    state, paths = make_state(config, digits, CPU), make_fast_paths(config.train, CPU)
+    method_of = make_methods(config, CPU, paths=paths)
     batch = Batch(
         digits.train.images[:24].float() / 255, digits.train.labels[:24], torch.arange(24)
     )
     for epoch in (0, 1, 2, 3):
-        step_of(epoch)(state.model, state.optimizer, batch, state.memory, generator())
+        network, method = paths.view(state.model), method_of(epoch)
+        train_batch(network, state.optimizer, method, batch, state.memory, generator())
     (pgd_of_all,) = recorded
     assert pgd_of_all.recorded <= 3  # 8, 16, 24
 
@@ -425,7 +438,7 @@ def test_a_step_of_a_run_with_graphs_rounds_its_groups_up(digits: Data) -> None:
         x = digits.train.images[:24].float() / 255
         predicted = eval_logits(state.model, x).argmax(dim=1)
         state.memory["robust_fraction"].fill_(0.55)
-        stats = make_step(each, CPU)(
+        stats = step_of(each, CPU)(
             state.model.train(), state.optimizer, Batch(x, predicted, torch.arange(24)),
             state.memory, generator(),
         )  # fmt: skip

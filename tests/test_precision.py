@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btrain import models, precision
+from btrain.attacks.balls import LinfBall
 from btrain.attacks.pgd import early_exit_pgd, prefix_pgd
 from btrain.attacks.shadow import InBFloat16, attacked
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
-from btrain.methods.bullettrain import generate
-from btrain.methods.make import attack_method, make_memory, make_step, probe_factor
+from btrain.methods.make import make_bullettrain, probe_factor
 from btrain.methods.statistics import StepStats
 from btrain.precision import to_channels_last
 from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.setup import make_state
+from steps import memory_of, step_of
 
 CPU = torch.device("cpu")
 DEFENSES = ["trades", "mart", "pgd", "augmix"]
@@ -43,19 +44,19 @@ def one_update(
     config = compose(["attack.steps=2", *overrides])
     before, model = [p.detach().clone() for p in model.parameters()], copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    memory = make_memory(config, data, CPU)
+    memory = memory_of(config, data, CPU)
     memory["robust_fraction"].fill_(0.5)
     labels = torch.arange(len(x)) % 10
     batch = Batch(x, labels, torch.arange(len(x)))
     generator = torch.Generator().manual_seed(0)
-    stats = make_step(config, CPU)(model.train(), optimizer, batch, memory, generator)
+    stats = step_of(config, CPU)(model.train(), optimizer, batch, memory, generator)
     after = [parameter.detach() for parameter in model.parameters()]
     return [a.double() - b.double() for a, b in zip(after, before, strict=True)], stats
 
 
 def settings(defense: str, allocator: str) -> list[str]:
-    extra = ["attack.steps=2"] if defense == "augmix" else ["attack.steps=2", "bt.n_r=1"]
-    return [f"defense={defense}", f"bt={allocator}", *extra]
+    fewer = ["bt.n_r=1"] if defense != "augmix" and allocator == "bullettrain" else []
+    return [f"defense={defense}", f"bt={allocator}", "attack.steps=2", *fewer]
 
 
 def cosine(one: list[Tensor], other: list[Tensor]) -> float:
@@ -205,9 +206,9 @@ def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Te
     model = network().train()
     short = InBFloat16(model)
     config = compose(["attack.steps=2", "bt.n_r=1", "bt.share_clean_forward=true"])
-    method = attack_method(config, CPU, "bullettrain")
-    labels, draws = torch.arange(24) % 10, torch.Generator().manual_seed(0)
-    generate(short, tiles, labels, torch.tensor(0.5), draws, method)
+    method, memory = make_bullettrain(config, CPU), {"robust_fraction": torch.tensor(0.5)}
+    batch = Batch(tiles, torch.arange(24) % 10, torch.arange(24))
+    next(method.examples(short, batch, memory, torch.Generator().manual_seed(0)))
     (first, *_), (theirs, *_) = (
         [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
         for net in (model, short.shadow)
@@ -349,13 +350,13 @@ def test_a_probe_turns_the_first_step_and_moves_nothing(early_exit: bool) -> Non
         moved, taken, _ = early_exit_pgd(
             Hill(), x, labels, x.new_empty(2, 0), steps=torch.ones(2, dtype=torch.int64),
             active=[2], exits=torch.ones(2, dtype=torch.bool), patience=0, step_size=sizes,
-            inner_loss=inner_loss, epsilon=0.2, noise=noise, probe=probe,
+            inner_loss=inner_loss, ball=LinfBall(0.2), noise=noise, probe=probe,
         )  # fmt: skip
         assert taken.tolist() == [1, 1]  # both are wrong at the probe, which does not count
     else:
         moved = prefix_pgd(
             Hill(), x, labels, x.new_empty(2, 0), active=[2], step_size=sizes,
-            inner_loss=inner_loss, epsilon=0.2, noise=noise, probe=probe,
+            inner_loss=inner_loss, ball=LinfBall(0.2), noise=noise, probe=probe,
         )  # fmt: skip
     assert seen == [pytest.approx(0.8)]
     assert moved.flatten().tolist() == pytest.approx([0.51 - 0.1, 0.51 + 0.1])

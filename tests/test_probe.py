@@ -13,19 +13,19 @@ import torch
 
 from btrain.data import Data, Split
 from btrain.errors import UserError
-from btrain.methods.base import Step
-from btrain.methods.make import make_step, plain_defense
+from btrain.methods.cost import Costs
+from btrain.methods.make import NOTHING, plain_defense
 from btrain.methods.statistics import StepStats
 from btrain.runs import checkpoint
 from btrain.settings import AllocatorName, Config, RivalName
 from btrain.settings.compose import compose
-from btrain.training import train
-from btrain.training.epochs import train_epoch
-from btrain.training.schedule import make_plan
+from btrain.training import epochs, train
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from btrain.training.timing import probe
 from btrain.training.timing.probe import Probe
+from btrain.training.update import train_batch
+from steps import epoch_of
 
 CPU = torch.device("cpu")
 TINY = [
@@ -66,7 +66,7 @@ def generous(monkeypatch: pytest.MonkeyPatch) -> None:
         ["attack.steps=3", "bt.n_r=1"],
         [*RESNET, "train.precision=bf16", "train.channels_last=true"],
         ["defense=augmix", "dataset.train_examples=130"],
-        ["defense=pgd", "rival=mma", "bt.warmup_epochs=0"],
+        ["defense=pgd", "rival=mma"],
         ["train.on_nonfinite=skip", "recipe.optimizer=adam", "recipe.lr=0.001"],
         ["defense=mart", "bt=early_exit", "bt.warmup_epochs=1"],
     ],
@@ -104,11 +104,12 @@ def different(a: Any, b: Any) -> bool:
 
 def trained_epoch(config: Config, data: Data) -> TrainState:
     state = make_state(config, data, CPU)
-    step = make_step(config, CPU)
-    train_epoch(
-        state, data.train, step, make_plan(config), tick=lambda: None, show=lambda means: None
-    )
+    epoch_of(config, state, data.train)
     return state
+
+
+def probe_of(config: Config, split: Split) -> Probe:
+    return Probe(config, split, Costs.of(config), NOTHING)
 
 
 @pytest.mark.usefixtures("generous")
@@ -118,7 +119,7 @@ def test_it_restores_every_state_even_where_it_fails(
     config = tiny("dataset.train_examples=null")
     state = trained_epoch(config, digits)
     began, drawn = checkpointed(state), torch.get_rng_state()
-    assert Probe(config, digits.train).speedup(state) is not None
+    assert probe_of(config, digits.train).speedup(state) is not None
     assert not different(began, checkpointed(state))
     assert torch.equal(drawn, torch.get_rng_state())
 
@@ -127,7 +128,7 @@ def test_it_restores_every_state_even_where_it_fails(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
 
     monkeypatch.setattr(probe, "train_epoch", no_memory)
-    assert Probe(config, digits.train).speedup(state) is None
+    assert probe_of(config, digits.train).speedup(state) is None
     assert not different(began, checkpointed(state))
     assert torch.equal(drawn, torch.get_rng_state())
 
@@ -163,22 +164,17 @@ def test_it_costs_at_most_one_percent(
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
 
-    def slow(config: Config, device: torch.device) -> Step:
-        step = make_step(config, device)
-
-        def one(*args: Any) -> StepStats:
-            nonlocal now
-            now += 1.0
-            return step(*args)
-
-        return one
+    def slow(*args: Any) -> StepStats:
+        nonlocal now
+        now += 1.0
+        return train_batch(*args)
 
     split = Split(digits.train.images[:examples], digits.train.labels[:examples])
     config = tiny("bt=uniform", "attack.steps=1", "bt.n_b=1")
     state = trained_epoch(config, replace(digits, train=split))
     state.epoch_seconds = own * examples / 64
-    monkeypatch.setattr(probe, "make_step", slow)
-    watch, trained, speedups = Probe(config, split), 0.0, []
+    monkeypatch.setattr(epochs, "train_batch", slow)
+    watch, trained, speedups = probe_of(config, split), 0.0, []
     for _ in range(60 * 1442 // examples):
         trained += state.epoch_seconds
         speedups.append(watch.speedup(state))

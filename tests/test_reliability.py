@@ -17,10 +17,14 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.attacks.attack import Attack
+from btrain.attacks.fast_paths import make_fast_paths
 from btrain.cli import main
 from btrain.data import Data
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy
+from btrain.methods.base import Reach
+from btrain.methods.make import make_methods
 from btrain.runs import checkpoint
 from btrain.runs import lock as run_lock
 from btrain.runs.folder import RunFolder
@@ -31,7 +35,7 @@ from btrain.training import run as run_module
 from btrain.training import train
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.finite import Snapshot
-from btrain.training.safety.inputs import InputGuard, epoch_warnings, is_above, make_input_guard
+from btrain.training.safety.inputs import InputGuard, epoch_warnings, is_above
 from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
@@ -591,7 +595,7 @@ def test_images_outside_the_ball_or_the_box_are_reported(
     digits: Data, small_cnn: nn.Module, shift: float, words: str | None
 ) -> None:
     x = digits.train.images[:20].float() / 255
-    guard = InputGuard(0.1)
+    guard = InputGuard(Reach(0.1))
     small_cnn.train()
     with guard.over(small_cnn, x):
         moved = x.flip(0) + 0.1 * torch.rand_like(x)
@@ -608,9 +612,10 @@ def test_the_ball_is_that_of_the_epoch(tmp_path: Path, digits: Data, small_cnn: 
     config = tiny(tmp_path, "attack.epsilon=0.3", "attack.epsilon_warmup_epochs=2")
     x = digits.train.images[:20].float() / 255
     small_cnn.train()
+    method_of = make_methods(config, CPU, paths=make_fast_paths(config.train, CPU))
     found = []
     for epoch in range(4):
-        guard = make_input_guard(config, epoch)
+        guard = InputGuard(method_of(epoch).reach)
         with guard.over(small_cnn, x):
             small_cnn(torch.where(x > 0.5, x - 0.15, x + 0.15))
         found.append(bool(guard.warnings()))
@@ -620,10 +625,8 @@ def test_the_ball_is_that_of_the_epoch(tmp_path: Path, digits: Data, small_cnn: 
 def test_a_broken_attack_is_reported_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from btrain.methods import generation
-
-    attack = generation.attack
-    monkeypatch.setattr(generation, "attack", lambda *a, **k: attack(*a, **k) + 0.9)
+    evenly = Attack.evenly
+    monkeypatch.setattr(Attack, "evenly", lambda *a, **k: evenly(*a, **k) + 0.9)
     train(tiny(tmp_path, "train.epochs=1", "bt=uniform"))
     (line,) = metrics(tmp_path)
     assert any("leave the pixel box" in warning for warning in line["warnings"])

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from btrain.data import Data, Split
-from btrain.methods.make import make_step
 from btrain.training import train
-from btrain.training.epochs import train_epoch
-from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from steps import epoch_of
 from test_training import CPU, metrics, tiny, untimed, weights
 
 
@@ -49,15 +47,11 @@ def test_a_checkpoint_within_an_epoch_keeps_the_batches_before_it(
     tmp_path: Path, digits: Data
 ) -> None:
     config = tiny(tmp_path, "train.score_every=2")
-    plan, step, some = make_plan(config), make_step(config, CPU), slice(0, 300)
-    split = Split(digits.train.images[some], digits.train.labels[some])
+    split = Split(digits.train.images[:300], digits.train.labels[:300])
 
     def go_on(state: TrainState, batches: int | None) -> list[list[float | None]]:
         stop = batches if batches is not None else 99
-        means = train_epoch(
-            state, split, step, plan, tick=lambda: None, show=lambda means: None,
-            stopped=lambda: state.batch >= stop,
-        )  # fmt: skip
+        means = epoch_of(config, state, split, stopped=lambda: state.batch >= stop)
         assert means is not None
         scores: list[list[float | None]] = means["scores"]
         return scores

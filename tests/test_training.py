@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from btrain.attacks.fast_paths import make_fast_paths
 from btrain.build import find_device
 from btrain.data import Batch, Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
-from btrain.methods.make import make_step, make_steps
+from btrain.methods.make import make_methods
 from btrain.precision import to_channels_last
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
@@ -27,9 +28,11 @@ from btrain.settings import AllocatorName, Config, DefenseName, RivalName
 from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.epochs import train_epoch
-from btrain.training.schedule import cosine, cyclic, make_plan, step_decay
+from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
+from btrain.training.update import train_batch
+from steps import epoch_of
 
 CPU = torch.device("cpu")
 TINY = [
@@ -132,7 +135,6 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 
 def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits: Data) -> None:
     config = tiny(tmp_path, "recipe.crop_padding=1")
-    step, plan = make_step(config, CPU), make_plan(config)
 
     def stop_after(batches: int) -> Any:
         def tick() -> None:
@@ -144,15 +146,13 @@ def test_a_state_saved_within_an_epoch_continues_exactly(tmp_path: Path, digits:
         return tick
 
     whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
-    expected = train_epoch(
-        whole, digits.train, step, plan, tick=lambda: None, show=lambda means: None
-    )
+    expected = epoch_of(config, whole, digits.train)
     with pytest.raises(InterruptedError):
-        train_epoch(cut, digits.train, step, plan, tick=stop_after(7), show=lambda means: None)
+        epoch_of(config, cut, digits.train, tick=stop_after(7))
     checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
     resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
     assert resumed.batch == 7
-    got = train_epoch(resumed, digits.train, step, plan, tick=lambda: None, show=lambda means: None)
+    got = epoch_of(config, resumed, digits.train)
     assert expected is not None
     assert got is not None
     assert untimed([got]) == untimed([expected])
@@ -214,12 +214,14 @@ def test_epsilon_warm_up_lengthens_the_attack_evenly(digits: Data, tmp_path: Pat
     x, labels = digits.train.images[:16] / 255, digits.train.labels[:16]
     seen: list[torch.Tensor] = []
     state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    step_of = make_steps(config, CPU)
+    method_of = make_methods(config, CPU, paths=make_fast_paths(config.train, CPU))
     lengths = []
     for epoch in range(4):
         seen.clear()
         batch = Batch(x, labels, torch.arange(16))
-        step_of(epoch)(state.model, state.optimizer, batch, state.memory, state.generator)
+        train_batch(
+            state.model, state.optimizer, method_of(epoch), batch, state.memory, state.generator
+        )
         lengths.append(max(float((inputs - x).abs().max()) for inputs in seen))
     epsilon = config.attack.epsilon
     assert lengths == pytest.approx([epsilon / 3, 2 * epsilon / 3, epsilon, epsilon], rel=1e-4)
@@ -335,13 +337,20 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
     assert train(tiny(tmp_path, *config, "train.epochs=1"))["epochs"] == 1
 
 
+ALLOCATORS = [f"bt={name.name}" for name in AllocatorName if name is not AllocatorName.own]
 RIVALS = ["rival=fast", "rival=yopo"]  # of every adversarial defense
 CONTRACT = [
-    *itertools.product(DEFENSES, [f"bt={name.name}" for name in AllocatorName] + RIVALS),
+    *itertools.product(DEFENSES, ALLOCATORS + RIVALS),
     *itertools.product(["pgd", "mart"], ["rival=gradalign"]),
     *itertools.product(["pgd"], ["rival=free", "rival=mma"]),
     *itertools.product(["augmix"], ["bt=bullettrain", "bt=uniform", "bt=random"]),
 ]
+FEWER_STEPS = {
+    "bt=bullettrain": ["bt.n_r=1"],
+    "bt=random": ["bt.n_r=1"],
+    "bt=early_exit": ["bt.n_r=1"],
+    "bt=oracle": ["bt.n_r=1", "bt.oracle_steps=2"],
+}
 
 
 @pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
@@ -351,16 +360,15 @@ def test_every_combination_keeps_the_contract(
 ) -> None:
     """Two steps, one of a short batch: finite, in the ball and the box, and resumed exactly."""
     size = ["model.depth=10"] if name.startswith("wrn") else []
-    fewer = ["attack.steps=2", *([] if defense == "augmix" else ["bt.n_r=1", "bt.oracle_steps=2"])]
+    fewer = ["attack.steps=2", *FEWER_STEPS.get("" if defense == "augmix" else choice, [])]
     config = tiny(
         tmp_path, f"model={name}", "model.width=2", *size, f"defense={defense}", *fewer,
         "train.batch_size=40", choice,
     )  # fmt: skip
     few = Split(digits.train.images[:63], digits.train.labels[:63])
-    step, plan = make_step(config, CPU), make_plan(config)
 
     def epoch(state: TrainState, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        means = train_epoch(state, few, step, plan, tick=tick, show=lambda means: None)
+        means = epoch_of(config, state, few, tick=tick)
         assert means is not None
         return untimed([means])[0]
 

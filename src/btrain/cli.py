@@ -126,8 +126,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
-        print(configs.help_text([argument for argument in args if "=" in argument], task))
+        print(configs.help_text(args, task))
         return
+    configs.user_folder(args)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig

@@ -1,4 +1,4 @@
-"""Downloads through torchvision, the only thing that needs it."""
+"""Downloads through torchvision."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ def _check_eval_mode(network: nn.Module, x: Tensor, classes: int, what: str) -> 
         raise UserError(f"{mode} changes the images that it is given.")
     if not logits.requires_grad:
         raise UserError(f"{mode} gives logits without a gradient; attacks need that of the images.")
-    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), images, allow_unused=True)
-    if gradient is None or not gradient.any():
-        raise UserError(f"{mode} lets no gradient reach the images; attacks need it.")
-    if not torch.isfinite(gradient).all():
+    gradient = _gradient(logits, images)
+    if gradient is not None and not torch.isfinite(gradient).all():
         raise UserError(f"{mode} gives the images a gradient that is not finite.")
+    if gradient is None or not (gradient.any() or _has_gradient_elsewhere(network, images)):
+        raise UserError(f"{mode} lets no gradient reach the images; attacks need it.")
     with torch.no_grad():
         slack = _ROUNDING * (1 + float(logits.abs().max()))
         if float((network(x) - logits).abs().max()) > slack:
@@ -62,6 +62,23 @@ def _check_eval_mode(network: nn.Module, x: Tensor, classes: int, what: str) -> 
     for key, value in before.items():
         if not torch.equal(value, after[key]):
             raise UserError(f"{mode} changes its own {key}; only training may.")
+
+
+def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:
+    """Of a sum that weighs classes differently, for that of all probabilities is a constant."""
+    weights = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    (found,) = torch.autograd.grad((logits * weights).sum(), images, allow_unused=True)
+    return found
+
+
+def _has_gradient_elsewhere(network: nn.Module, images: Tensor) -> bool:
+    """Return whether weights near the initial ones give one: a last layer may begin at zero."""
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    gradient = _gradient(network(images), images)
+    return gradient is not None and bool(gradient.any())
 
 
 def _check_train_mode(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from btrain.data.download import import_torchvision
 from btrain.errors import UserError, first_line
 
 _FETCHES = re.compile(r"weights|pretrained|checkpoint|cache_dir")
@@ -43,28 +44,29 @@ def from_library(
                 f"model.settings.{setting} is not taken; a network starts from a file's weights "
                 "with model.weights=FILE."
             )
-    module = _imported(library)
-    try:
-        if library == "timm":
-            network = module.create_model(name, num_classes=classes, in_chans=channels, **rest)
-        elif name in module.list_models(module=module):
-            network = module.get_model(name, weights=None, num_classes=classes, **rest)
-        else:
-            raise ValueError("torchvision.models has none of that name that classifies images")
-    except Exception as error:  # each network raises its own kinds
-        raise UserError(f"model={library} cannot make {name}: {first_line(error)}.") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about image readers, and tomorrow's defaults
+        module = _imported(library)
+        try:
+            if library == "timm":
+                network = module.create_model(name, num_classes=classes, in_chans=channels, **rest)
+            elif name in module.list_models(module=module):
+                network = module.get_model(name, weights=None, num_classes=classes, **rest)
+            else:
+                raise ValueError("torchvision.models has none of that name that classifies images")
+        except Exception as error:  # each network raises its own kinds
+            raise UserError(f"model={library} cannot make {name}: {first_line(error)}.") from error
     assert isinstance(network, nn.Module)
     return network
 
 
 def _imported(library: str) -> ModuleType:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of image readers that are not needed here
-            if library == "timm":
-                import timm as module
-            else:
-                from torchvision import models as module
+        torchvision = import_torchvision()  # timm needs it, too
+        if library == "timm":
+            import timm as module
+        else:
+            module = torchvision.models
     except ModuleNotFoundError as error:
         if error.name != library:
             raise UserError(f"{library} cannot be imported: {first_line(error)}.") from error

@@ -1,4 +1,4 @@
-"""Whether a run can go on to more epochs than it was begun with."""
+"""Runs that go on to more epochs than they were begun with."""
 
 from __future__ import annotations
 

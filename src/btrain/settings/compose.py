@@ -224,7 +224,23 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     return [*options, *settings]
 
 
-def help_text(overrides: Sequence[str], task: str = "train") -> str:
+def user_folder(arguments: Sequence[str]) -> str | None:
+    """The folder of options that `--config-dir` adds, if any.
+
+    Raises:
+        UserError: it is none.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folder = value if equals else following
+            if not Path(folder).is_dir():
+                raise UserError(f"--config-dir {folder} is no folder.")
+            return folder
+    return None
+
+
+def help_text(arguments: Sequence[str], task: str = "train") -> str:
     """What a command's --help shows: the options of each group and the settings they come to.
 
     Raises:
@@ -232,17 +248,23 @@ def help_text(overrides: Sequence[str], task: str = "train") -> str:
     """
     from omegaconf import OmegaConf
 
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    folder = user_folder(arguments)
+    if folder is not None:
+        overrides.append(f"hydra.searchpath=[{quoted(folder)}]")
     settings = OmegaConf.to_yaml(composed(overrides, task))
     defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
     groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
-    options = "\n".join(f"{group}: {', '.join(_options(group))}" for group in groups)
+    options = "\n".join(f"{group}: {', '.join(_options(group, folder))}" for group in groups)
     command, summary = TASKS[task].command, TASKS[task].summary
     return _HELP.format(command=command, summary=summary, options=options, settings=settings)
 
 
-def _options(group: str) -> list[str]:
-    files = (Path(config_dir()) / group).glob("[!_]*.yaml")
-    return sorted(file.stem for file in files)
+def _options(group: str, folder: str | None = None) -> list[str]:
+    """The options of a group, with those of the user's folder."""
+    folders = [config_dir(), *([] if folder is None else [folder])]
+    files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
+    return sorted({file.stem for file in files})
 
 
 _HELP = """\
@@ -402,7 +424,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
     if type(error).__name__ == "OverrideParseException":
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
-    cause = error.__cause__ or error
+    cause, folder = error.__cause__ or error, user_folder(overrides)
     unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
         r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
         str(cause).split("\n")[0] + "\n",
@@ -415,7 +437,8 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
-        return UserError(_unknown_option(*option.group(1).rpartition("/")[::2]))
+        group, _, name = option.group(1).rpartition("/")
+        return UserError(_unknown_option(group, name, folder))
     if key and _first_line(cause).endswith("is not Optional"):
         chosen = _chosen(key.group(1), kind.group(1)) if kind else None
         return UserError(
@@ -424,9 +447,9 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     if key:
         return UserError(f"{key.group(1)}: {_first_line(cause)}")
     for group, _, value in (override.partition("=") for override in overrides):
-        folder = Path(config_dir()) / group
-        if group and folder.is_dir() and not (folder / f"{value}.yaml").is_file():
-            return UserError(_unknown_option(group, value))
+        known = _options(group, folder) if group else []
+        if known and not value.startswith("_") and value not in known:
+            return UserError(_unknown_option(group, value, folder))
     return UserError(_first_line(cause))
 
 
@@ -456,14 +479,19 @@ def _unread(key: str, kind: str) -> str | None:
 
 
 def _chosen(key: str, kind: str) -> str | None:
-    """Return the option of a key's group as it is written, by its schema's name, or None."""
+    """Return the option of a key's group as it is written, by its schema's name, or None.
+
+    Where several options share a schema it is "this <group>".
+    """
     group = key.partition(".")[0]
     schemas = OPTIONS[group][1] if group in OPTIONS else {}
     names = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
+    if len(names) > 1:
+        return f"this {group}"
     return f"{group}={names[0]}" if names else None
 
 
-def _unknown_option(group: str, option: str) -> str:
+def _unknown_option(group: str, option: str, folder: str | None) -> str:
     if not group:
         return f"There is no configuration file {option}.yaml."
     if group == "hydra/launcher":
@@ -471,7 +499,7 @@ def _unknown_option(group: str, option: str) -> str:
             f"hydra/launcher={option} is not installed; pip install 'btrain[sweep]' brings joblib, "
             "submitit_local and submitit_slurm."
         )
-    return f"{group}={option} is no option; there are: {', '.join(_options(group))}."
+    return f"{group}={option} is no option; there are: {', '.join(_options(group, folder))}."
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
