@@ -139,7 +139,7 @@ def test_the_names_in_schema_code_and_yaml_files_agree() -> None:
     assert names(Metric) == set(METRICS)
     assert names(AllocatorName) == options("bt")
     assert names(LoggerName) == options("logger")
-    elsewhere = {"torchvision", "timm", "own"}
+    elsewhere = {"torchvision", "timm", "own", "by_name"}
     assert names(Architecture) == {*models.ARCHITECTURES, *elsewhere}
     texts = [(CONFIGS / "model" / f"{model}.yaml").read_text() for model in options("model")]
     built = {yaml.safe_load(text).get("architecture") for text in texts}

@@ -32,14 +32,14 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_networks_by_name_have_their_papers_sizes(name: str) -> None:
     shape, classes, parameters, relus = SIZES[name]
-    network = verified.build(name, shape=shape, classes=classes, normalise=nn.Identity())
+    network = verified.build(name, shape=shape, classes=classes)
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert trace(network, shape).relus == relus
 
 
 def test_networks_by_name_refuse_other_images() -> None:
-    with pytest.raises(UserError, match=r"model=wang_resnet takes images of 64×64 pixels, not 32×"):
-        verified.build("wang_resnet", shape=(3, 32, 32), classes=10, normalise=nn.Identity())
+    with pytest.raises(UserError, match=r"wang_resnet takes images of 64×64 pixels, not 32×"):
+        verified.build("wang_resnet", shape=(3, 32, 32), classes=10)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The networks of verified training by name, as their papers' code has them.
 
 Six of MixTrain (arXiv 1811.02625) and Wong et al., and the seven-layer network that certified
-training uses since. All take images in [0, 1]; normalisation, where there is one, is inside.
+training uses since. Their weights have the names that they have in the papers' code.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ class Residual(nn.Module):
         return out
 
 
-def build(name: str, *, shape: Shape, classes: int, normalise: nn.Module) -> nn.Sequential:
-    """A freshly initialised network of `NETWORKS`, drawn from torch's global random state.
+def build(name: str, *, shape: Shape, classes: int) -> nn.Sequential:
+    """Return a freshly initialised network of `NETWORKS`, drawn from torch's global random state.
 
     Args:
         shape: of an image, (C, H, W).
         classes: K.
-        normalise: what comes first.
 
     Raises:
-        UserError: the network is made for images of another size.
+        UserError: there is no such network, or it is made for images of another size.
     """
+    if name not in NETWORKS:
+        raise UserError(f"model.network={name} is none of {', '.join(NETWORKS)}.")
     sizes, make = NETWORKS[name]
     if shape[1:] not in sizes:
         known = " or ".join(f"{h}×{w}" for h, w in sizes)
-        raise UserError(f"model={name} takes images of {known} pixels, not {shape[1]}×{shape[2]}.")
-    return nn.Sequential(normalise, *make(shape, classes))
+        raise UserError(f"{name} takes images of {known} pixels, not {shape[1]}×{shape[2]}.")
+    return nn.Sequential(*make(shape, classes))
 
 
 def _small(shape: Shape, classes: int) -> list[nn.Module]:

@@ -19,6 +19,7 @@ class Architecture(Enum):
     preact_resnet18 = "preact_resnet18"
     resnet18 = "resnet18"
     small_cnn = "small_cnn"
+    by_name = "by_name"
     torchvision = "torchvision"
     timm = "timm"
     own = "own"
