@@ -1,4 +1,4 @@
-"""The epochs of a run."""
+"""The epochs of a run, batch after batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CHECKED = 64  # training images
 
 @dataclass
 class Heartbeat:
-    """Looks at the running sums once a second, for the progress bar and for NaN and infinity.
+    """A look at the running sums once a second, for the progress bar and for NaN and infinity.
 
     Every look is a copy from the device; in between, the first bad step is remembered there, and
     here the random state ahead of each step, from which its batch can be drawn again.
@@ -49,12 +49,12 @@ class Heartbeat:
     last: float = field(default_factory=time.perf_counter)
 
     def step(self, state: TrainState) -> None:
-        """Called after each batch."""
+        """Note that a batch is done."""
         if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
             self.look(state)
 
     def look(self, state: TrainState) -> Averages:
-        """Returns the epoch's averages so far.
+        """Return the epoch's averages so far.
 
         Raises:
             NotFiniteError: logits, the loss or a gradient were not.
@@ -86,7 +86,7 @@ class Heartbeat:
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
+    """Return the permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(examples, generator=generator)
 
@@ -104,7 +104,7 @@ def train_epoch(
     guard: InputGuard | None = None,
     world: World = ALONE,
 ) -> Averages | None:
-    """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
+    """Train from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
     Args:
         method: what is done with a batch.
@@ -230,7 +230,7 @@ def _skipped(state: TrainState) -> Averages:
 
 
 def check_weights(state: TrainState, split: Split) -> None:
-    """Looks at the weights: the last update's loss was taken before it.
+    """Look at the weights: the last update's loss was taken before it.
 
     Raises:
         UserError: weights, BatchNorm statistics, or the logits of some training images are not
@@ -249,7 +249,7 @@ def check_weights(state: TrainState, split: Split) -> None:
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, with the device's work done."""
+    """Return seconds, with the device's work done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

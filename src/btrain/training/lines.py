@@ -1,4 +1,4 @@
-"""What a run says of itself in the log."""
+"""The lines in which a run speaks of itself in the log."""
 
 from __future__ import annotations
 

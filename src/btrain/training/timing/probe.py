@@ -27,7 +27,7 @@ _STEPS = 5
 
 
 class Probe:
-    """How much faster an epoch's steps were than the plain defense's, here and now.
+    """The speed of an epoch's steps beside the plain defense's, here and now.
 
     After an epoch the plain defense takes up to five steps from the epoch's beginning, as the epoch
     itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
@@ -58,7 +58,7 @@ class Probe:
         self._step: float | None = None
 
     def speedup(self, state: TrainState) -> float | None:
-        """Seconds of the plain defense over those of the epoch just trained, for the same images.
+        """Return the plain defense's seconds over those of the last epoch, for the same images.
 
         None where it is not time, where that would take too long, or where the steps failed.
         """
@@ -81,7 +81,7 @@ class Probe:
         return None if plain is None else plain * self._images / state.epoch_seconds
 
     def _plain_seconds(self, state: TrainState) -> float | None:
-        """Seconds an image, of one step to five, if there is time for that."""
+        """Return the seconds an image, of one step to five, if there is time for that."""
         units = float(state.epoch_sums[UNITS]) / len(self._split)
         share = self._plan.batch_size / self._images
         expected = self._step or state.epoch_seconds * share * self._lean / units
