@@ -213,8 +213,13 @@ def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
             assert (ours.double() > theirs)[wrong].all()
 
 
-@pytest.mark.parametrize("engine", bounds.ENGINES)
-@pytest.mark.parametrize("name", ["convolutional", "residual"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *(("convolutional", engine) for engine in bounds.ENGINES),
+        ("residual", "symbolic"),
+    ],
+)
 def test_little_memory_gives_the_same_bounds_and_gradients(name: str, engine: str) -> None:
     network, graph = made(name)
     x, labels = images(3)

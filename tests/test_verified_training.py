@@ -159,7 +159,7 @@ def test_a_run_is_trained_verified_and_attacked(
     """CROWN-IBP on digits, from the command line to its verified accuracy."""
     run = tmp_path / "run"
     words = ["dataset=digits", "dataset.test_examples=100", "model=small_cnn", "model.width=4",
-             "defense=crown_ibp", "attack.epsilon=0.05", "train.epochs=6", "defense.ramp=0.3",
+             "defense=crown_ibp", "attack.epsilon=0.05", "train.epochs=5", "defense.ramp=0.3",
              "bt.probe_every=0", "device=cpu"]  # fmt: skip
     assert cli.main(["train", *words, f"run.dir={run}"]) == 0
     engines = ["ibp", "crown_ibp", "symbolic", "any"]
@@ -172,8 +172,8 @@ def test_a_run_is_trained_verified_and_attacked(
     correct = {name: r.correct for name, r in results.items() if r is not None}
     assert len(correct) == len(results)
     share = {name: c.mean() for name, c in correct.items()}
-    assert share["clean"] > 0.6
-    assert share["verified-crown_ibp"] > 0.3
+    assert share["clean"] > 0.5
+    assert share["verified-crown_ibp"] > 0.25
     for engine in engines:
         assert not (correct[f"verified-{engine}"] & ~correct["pgd20"]).any()
         assert not (correct[f"verified-{engine}"] & ~correct["interval"]).any()
@@ -191,7 +191,7 @@ def test_a_run_is_trained_verified_and_attacked(
 
 
 def test_mixtrain_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    words = ["dataset=digits", "dataset.train_examples=150", "model=small_cnn", "model.width=2",
+    words = ["dataset=digits", "dataset.train_examples=100", "model=small_cnn", "model.width=2",
              "defense=mixtrain", "bt=bullettrain", "train.epochs=2", "bt.probe_every=0",
              "device=cpu"]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
