@@ -314,6 +314,12 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
+        if option := re.match(r"\+*(\w+)\.(\w+)=(.*)$", override):
+            group, key, value = option.groups()
+            if group in OPTIONS and OPTIONS[group][0] == key:
+                raise UserError(
+                    f"{override} would give an option another one's name; choose {group}={value}."
+                )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
