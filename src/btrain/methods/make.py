@@ -62,7 +62,7 @@ from btrain.settings.method import (
 from btrain.settings.names import DefenseName, MixForm
 
 Known = Mapping[str, Any]
-"""What own parts may want to know of the data: `classes`, the number K, and `shape`, (C, H, W)."""
+"""The facts of the data for own parts: `classes`, the number K, and `shape`, (C, H, W)."""
 
 NOTHING: Known = {}
 

@@ -41,7 +41,7 @@ TASKS = {
     "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
     "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
 }
-"""By the file's name."""
+"""The tasks by the name of their file."""
 
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "model": ("architecture", MODELS),
@@ -51,7 +51,7 @@ OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "rival": ("name", RIVALS),
     "bt": ("name", ALLOCATORS),
 }
-"""By a group whose options have settings of their own: the key that tells the option, and the
+"""The key that tells the option of a group whose options have settings of their own, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""
 
 FREE = "settings"
