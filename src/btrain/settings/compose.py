@@ -20,7 +20,7 @@ from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
-from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
+from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
@@ -136,10 +136,12 @@ def _with_views(augmix: object, views: int, steps: int) -> int:
 def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
-    It is that of both, of TRADES on that data set, of the defense, or TRADES'.
+    It is that of both, of verified training or TRADES on that data set, of the defense, or TRADES'.
     """
     known = _options("recipe")
-    wanted = (f"{defense}_{dataset}", f"trades_{dataset}", defense)
+    schema = next((kind for name, kind in DEFENSES.items() if name.name == defense), None)
+    family = "verified" if schema is VerifiedConfig else "trades"
+    wanted = (f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense)
     return next((name for name in wanted if name in known), "trades")
 
 

@@ -169,7 +169,8 @@ def _listen(
     config = evaluator.config
     assert isinstance(config.sparsity, FlyingBirdPlusConfig)
     examples, accuracy = config.sparsity.probe_examples, metrics["robust_acc_train"]
-    whole = config.chosen("chooses") is None and config.chosen("rival") is None
+    weaker = config.chosen("chooses") or config.chosen("rival")
+    whole = weaker is None and "attacking" in config.defense.kinds
     if examples is not None or not whole:
         probe = part_of(data.train, config.seed, examples or _PROBE)
         accuracy = evaluator(state.evaluated, probe).robust
