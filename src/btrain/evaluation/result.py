@@ -29,6 +29,7 @@ from btrain.untrusted.arrays import read_npz
 STANDARD = ("clean", *CHAIN)
 """The usual attacks, in rising cost."""
 CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
+PAGE = "index.html"
 SEVERITIES = 5
 _LARGEST = 256 << 20  # bytes of the arrays
 _ARRAYS = ("clean", "adversarial", "labels", "clean_prediction", "adversarial_prediction")

@@ -10,7 +10,15 @@ import numpy as np
 from markupsafe import Markup
 
 from btrain.durable import write_file
-from btrain.evaluation.result import SEVERITIES, STANDARD, Evaluation, Samples, Sanity, Summary
+from btrain.evaluation.result import (
+    PAGE,
+    SEVERITIES,
+    STANDARD,
+    Evaluation,
+    Samples,
+    Sanity,
+    Summary,
+)
 from btrain.pages import tables
 from btrain.pages.html import number, render
 from btrain.pages.tables import NONE, Cell
@@ -79,7 +87,7 @@ def write_page(folder: Path) -> Path:
             written, or matplotlib is missing.
     """
     page = _page(Evaluation.read(folder))
-    path = folder / "index.html"
+    path = folder / PAGE
     write_file(path, page.encode())
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from btrain.errors import UserError
 from btrain.untrusted import RefusedError, read_text
 
 _LARGEST = 16 << 20  # bytes
+_LARGEST_NUMBER = 10**30
+"""No number of ours is near it, be it of FLOPs."""
 
 
 class Fields:
@@ -49,11 +50,10 @@ class Fields:
     def optional(self, key: str) -> Any:
         return self.values.get(key)
 
-    def number(self, key: str, *, low: float = 0, high: float = math.inf) -> float:
+    def number(self, key: str, *, low: float = 0, high: float = _LARGEST_NUMBER) -> float:
         value = self.optional(key)
         if not is_number(value) or not low <= value <= high:
-            limits = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-            raise self.wrong(key, f"a number {limits}")
+            raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -93,12 +93,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    try:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-    except OverflowError:  # an integer beyond every float
-        return False
+    """Return whether a value is a number of a size that sums and squares can be made of."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+    )
 
 
 def phrase(value: Any) -> str:

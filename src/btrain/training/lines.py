@@ -38,7 +38,7 @@ def epoch_line(metrics: dict[str, Any]) -> str:
 
 
 def measured(numbers: dict[str, Any]) -> str:
-    speedup = numbers["speedup_measured"]
+    speedup = numbers.get("speedup_measured")
     return "" if speedup is None else f", {speedup:.2f} measured"
 
 
@@ -48,7 +48,7 @@ def number(value: float | None) -> str:
 
 def headline(summary: dict[str, Any]) -> str:
     return (
-        f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
-        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
+        f"clean {number(summary['clean_acc'])} %, PGD {number(summary['robust_acc'])} %, "
+        f"F_B/F_R/F_O {fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )

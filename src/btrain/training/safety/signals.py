@@ -43,8 +43,7 @@ class StopRequest:
         return number > 0
 
     def obey(self) -> None:
-        """Raise Interrupted if a signal came.
-        """
+        """Raise Interrupted if a signal came."""
         if self.number is not None:
             raise Interrupted(self.number)
 
