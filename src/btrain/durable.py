@@ -33,6 +33,11 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL))
 _YOUNG_SECONDS = 60.0
 
 
+def real(path: str | Path) -> Path:
+    """Return the absolute path that links lead to; those of a loop stay as they are."""
+    return Path(os.path.realpath(path))
+
+
 def make_folder(path: Path, setting: str | None = None, *, within: Path | None = None) -> None:
     """Make a folder and those that it lies in, where they are missing.
 

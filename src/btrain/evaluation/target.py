@@ -14,7 +14,7 @@ from torch import nn
 from btrain.attacks.balls import BALLS
 from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
-from btrain.durable import check_within
+from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
@@ -54,7 +54,7 @@ class Target:
         """Return which weights these are."""
         path = self.checkpoint
         if self.run is not None:
-            path = path.resolve().relative_to(self.run.resolve())
+            path = real(path).relative_to(real(self.run))
         return {"checkpoint": path.as_posix(), "checkpoint_sha256": _sha256(self.checkpoint)}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from btrain.durable import real
 from btrain.errors import UserError
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
@@ -33,7 +34,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for folder in (folder for run in runs for folder in _run_folders(Path(run))):
-        path, summary = folder.path.resolve(), _finished(folder)
+        path, summary = real(folder.path), _finished(folder)
         name = re.sub(r"-seed\d+$", "", str(path)) if merge_seeds else str(path)
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:

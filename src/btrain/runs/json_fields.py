@@ -73,7 +73,7 @@ class Fields:
         if (
             not isinstance(values, list)
             or len(values) != length
-            or not all(is_number(value) and 0 <= value <= 100 for value in values)
+            or not all(map(is_percentage, values))
         ):
             raise self.wrong(key, f"a list of {length} percentages")
         return [float(value) for value in values]
@@ -99,6 +99,16 @@ def is_number(value: Any) -> bool:
         and not isinstance(value, bool)
         and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
     )
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number from 0 on."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_percentage(value: Any) -> bool:
+    """Return whether a value is a number from 0 to 100."""
+    return is_number(value) and 0 <= value <= 100
 
 
 def phrase(value: Any) -> str:

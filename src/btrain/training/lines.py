@@ -49,6 +49,7 @@ def number(value: float | None) -> str:
 def headline(summary: dict[str, Any]) -> str:
     return (
         f"clean {number(summary['clean_acc'])} %, PGD {number(summary['robust_acc'])} %, "
-        f"F_B/F_R/F_O {fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
+        f"F_B/F_R/F_O {fractions(summary)}, "
+        f"speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )

@@ -30,7 +30,13 @@ from btrain.settings.compose import to_dict
 from btrain.training.epochs import Averages, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number
 from btrain.training.record import Record
-from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
+from btrain.training.resume import (
+    adopt_best,
+    check_batch,
+    check_same_folder,
+    load_newest,
+    set_damaged_aside,
+)
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.safety.out_of_memory import explained_memory
@@ -130,6 +136,7 @@ def _train(
     notes = []
     if saved is not None:
         state.load_state_dict(saved["state"])
+        check_batch(state, len(batch_slices(len(data.train), config.train.batch_size)), folder)
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
     adopt_best(state, folder)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from btrain.durable import make_folder, write_files
+from btrain.durable import make_folder, real, write_files
 from btrain.errors import UserError
 from btrain.pages import tables
 from btrain.pages.html import render
@@ -87,7 +87,7 @@ def write_sheets(
     """
     plans = plans_in(folder)
     wanted = list(chosen(plans, targets, folder))
-    if out.resolve() == folder.resolve():
+    if real(out) == real(folder):
         raise UserError(f"out={out} holds the plans, whose files the report's would replace.")
     read = read or Runs().read
     sheets = {target: make_sheet(plan, folder, read) for target, plan in plans.items()}
