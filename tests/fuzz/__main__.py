@@ -29,6 +29,7 @@ READERS = {
     "config": "texts.ResolvedConfig",
     "archive": "data.Archive",
     "results": "texts.Results",
+    "plan": "texts.Plans",
 }
 _KEPT = 20  # failures a reader
 _WARM_UP = 40

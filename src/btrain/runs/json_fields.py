@@ -7,10 +7,11 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from btrain.errors import UserError
+from btrain.errors import UserError, printable
 from btrain.untrusted import RefusedError, read_text
 
 _LARGEST = 16 << 20  # bytes
+_LONGEST_NAME = 1000  # characters
 _LARGEST_NUMBER = 10**30
 """No number of ours is near it, be it of FLOPs."""
 
@@ -77,6 +78,53 @@ class Fields:
         ):
             raise self.wrong(key, f"a list of {length} percentages")
         return [float(value) for value in values]
+
+    def any_number(self, key: str) -> float:
+        """Return a number of either sign."""
+        return self.number(key, low=-_LARGEST_NUMBER)
+
+    def name(self, key: str) -> str:
+        """Return a text that stands for something and can be shown as it is."""
+        value = self.optional(key)
+        if not isinstance(value, str) or not value.isprintable() or len(value) > _LONGEST_NAME:
+            raise self.wrong(key, "a name")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of names."""
+        values = self.optional(key)
+        if not isinstance(values, list):
+            raise self.wrong(key, "a list")
+        each = Fields(
+            self.path, {str(n): value for n, value in enumerate(values)}, f"{self.prefix}{key}."
+        )
+        return [each.name(number) for number in each.values]
+
+    def text(self, key: str) -> str:
+        """Return words for people, as a terminal shows them."""
+        value = self.optional(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
+        return printable(value)
+
+    def objects(self, key: str) -> list[Fields]:
+        """Return a list of objects."""
+        values = self.optional(key)
+        if not isinstance(values, list):
+            raise self.wrong(key, "a list")
+        return [
+            Fields(self.path, value, f"{self.prefix}{key}[{number}].")
+            for number, value in enumerate(values)
+        ]
+
+    def object(self, key: str) -> Fields:
+        """Return an object."""
+        return Fields(self.path, self.optional(key), f"{self.prefix}{key}.")
+
+    def only(self, *known: str) -> None:
+        """Make sure that there is no other key."""
+        if unknown := [key for key in self.values if key not in known]:
+            raise self.wrong(unknown[0], "known")
 
     def optional_text(self, key: str) -> str | None:
         value = self.optional(key)
