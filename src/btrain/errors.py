@@ -36,16 +36,19 @@ class Interrupted(KeyboardInterrupt):
         return Interrupted, (self.number,)  # from a sweep's process to that of the command
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, kept: str = "", instead: str | None = None) -> str:
     """Return text that a terminal shows as it is, on one line.
 
     What would move the cursor, turn the direction of writing or break the line is spelt out.
+
+    Args:
+        kept: characters that stay as they are.
+        instead: what stands for each of the others; None for its escape.
     """
-    return text if text.isprintable() else "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    return character if character.isprintable() else _spelt_out(character)
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in kept else instead or _spelt_out(c) for c in text)
+    return "".join(shown)
 
 
 def _spelt_out(character: str) -> str:

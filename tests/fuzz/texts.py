@@ -272,7 +272,8 @@ def _spoil(node: Any, rng: Random) -> None:
         if not isinstance(node[key], dict | list) or rng.random() < 0.3:
             node[key] = rng.choice((
                 None, True, -1, 0, 1.5, 1e308, 10**400, number(rng), float("nan"), float("inf"), "",
-                "<script>", "\ud800", "\x1b[31m", "\u202eb", "a\n| b |", [], {}, [1], [[]], {"a": 1}, [None] * 5, ["a", 1],
+                "<script>", "\ud800", "\x1b[31m", "\u202eb", "a\n| b |",
+                [], {}, [1], [[]], {"a": 1}, [None] * 5, ["a", 1],
             ))  # fmt: skip
             return
         node = node[key]

@@ -34,6 +34,7 @@ from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
 from btrain.durable import check_places, make_folder, replacing
 from btrain.errors import UserError
 from btrain.settings.corrupt import CorruptConfig
+from btrain.terminal import say
 
 _BYTE_LABELS = 256
 
@@ -66,7 +67,7 @@ def corrupt_dataset(config: CorruptConfig) -> None:
         processes=settings.processes,
         frost=frost,
     )
-    print(
+    say(
         f"{config.out}: {len(images)} images × {SEVERITIES} severities × {len(settings.names)} "
         f"corruptions, regenerated; {len(settings.names) - len(written)} were there already."
     )

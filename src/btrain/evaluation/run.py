@@ -33,6 +33,7 @@ from btrain.precision import bf16_hint
 from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.terminal import say
 
 _SAMPLES = 12
 
@@ -50,12 +51,12 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         library()  # rather now than after an hour of PGD
     target = find(settings)
     if settings.precision == "bf16" and (hint := bf16_hint("precision", target.device)):
-        print(hint)
+        say(hint)
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
     if settings.attacks == ["all"] and settings.corruptions_root is None:
-        print("Without corruptions: dataset.corruptions_root= would name a folder of them.")
+        say("Without corruptions: dataset.corruptions_root= would name a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
             return _evaluate(settings, target, examples)

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from btrain.durable import write_file
+from btrain.errors import printable
 from btrain.evaluation.result import (
     PAGE,
     SEVERITIES,
@@ -40,7 +41,7 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
         parts.append(_sanity_text(evaluation.sanity))
     notes = dict.fromkeys(str(of.settings["note"]) for of in found if of.settings.get("note"))
     where = f"Written to {evaluation.folder}{f', page {page}' if page else ''}."
-    return "\n\n".join([*parts, "\n".join([*notes, where])])
+    return "\n\n".join([*parts, "\n".join(map(printable, [*notes, where]))])
 
 
 def _line(found: Summary) -> list[str]:
@@ -71,7 +72,8 @@ def _severities(table: dict[str, list[float]], form: str) -> Iterable[list[str]]
 def _sanity_text(sanity: Sanity) -> str:
     width = max(len(check.name) for check in sanity.checks)
     lines = [
-        f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}" for check in sanity.checks
+        printable(f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}")
+        for check in sanity.checks
     ]
     return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines])
 

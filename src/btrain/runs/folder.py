@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import translated
+from btrain.terminal import complain
 from btrain.untrusted import open_plain, read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
@@ -337,7 +337,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._failed:
             self._failed = True
-            print(f"btrain: {self.baseFilename} could not be written.", file=sys.stderr)
+            complain(f"{self.baseFilename} could not be written.")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -140,6 +140,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def dumped(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON for people, what no terminal shows as it is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    shown = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return "".join(shown)
+
+
 def is_number(value: Any) -> bool:
     """Return whether a value is a number of a size that sums and squares can be made of."""
     return (

@@ -27,6 +27,7 @@ from btrain.runs.provenance import changed_code, check_same_data, data_hash, ext
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
+from btrain.terminal import say
 from btrain.training.epochs import Averages, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number
 from btrain.training.record import Record
@@ -107,9 +108,9 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     saved, _ = load_newest(folder)
     if saved is not None and not _is_over(config, saved["state"]):
         return None
-    print(f"{folder.path} is finished already: {headline(summary)}")
+    say(f"{folder.path} is finished already: {headline(summary)}")
     for note in changed_code(folder.provenance, _own_parts(config)):
-        print(f"{note} Another run.dir trains it anew.")
+        say(f"{note} Another run.dir trains it anew.")
     return summary
 
 

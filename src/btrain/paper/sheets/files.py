@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,9 @@ from btrain.paper.sheets.table import (
     paper,
     status,
 )
+from btrain.runs.json_fields import dumped
 from btrain.runs.read import Run, Runs
+from btrain.terminal import say, show
 
 _MARKS = {"holds": ("passed", "✓ "), "fails": ("suspicious", "✗ ")}
 """verdict -> class and mark on the page"""
@@ -55,10 +56,10 @@ def show_sheets(
     written = write_sheets(folder, out, targets, read)
     for path in written:
         if path.suffix == ".md":
-            print(path.read_text(encoding="utf-8"))
+            show(path.read_text(encoding="utf-8"))
     if not is_available():
-        print(NO_MATPLOTLIB)
-    print(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
+        show(NO_MATPLOTLIB)
+    say(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
     return written
 
 
@@ -242,7 +243,7 @@ def as_json(sheet: Sheet) -> str:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return dumped(value)
 
 
 def _row(line: Line, few: tuple[str, ...] | None) -> dict[str, Any]:
