@@ -28,6 +28,7 @@ from btrain.durable import (
 )
 from btrain.errors import UserError
 from btrain.evaluation.run import evaluate_checkpoint
+from btrain.paper.command import check_folders
 from btrain.paper.sheets.files import show_sheets
 from btrain.runs.folder import RunFolder
 from btrain.runs.lock import locked
@@ -311,6 +312,23 @@ def test_two_evaluations_at_once_end_in_a_result_and_a_sentence(run: Path) -> No
 
 
 # A folder of plans
+
+
+@pytest.mark.parametrize("name", ["a-seed0", "report", "corrupted", "table9.json", "allocation"])
+def test_a_folder_of_plans_is_checked_ahead_of_the_training(
+    tmp_path: Path, secret: Path, name: str
+) -> None:
+    plans = [plan([row("a")])]
+    check_folders(tmp_path, plans)
+    if name == "table9.json":
+        os.mkfifo(tmp_path / name)
+    elif name == "allocation":
+        (tmp_path / "a-seed0").mkdir()
+        os.mkfifo(tmp_path / "a-seed0" / "allocation.json")
+    else:
+        (tmp_path / name).symlink_to(secret.parent)
+    with pytest.raises(UserError, match=rf"{name}.+is (a link|no ordinary file)|{name} is a link"):
+        check_folders(tmp_path, plans)
 
 
 def test_a_linked_folder_of_reports_is_refused(tmp_path: Path, secret: Path) -> None:

@@ -30,6 +30,7 @@ READERS = {
     "archive": "data.Archive",
     "results": "texts.Results",
     "plan": "texts.Plans",
+    "links": "folders.Planted",
 }
 _KEPT = 20  # failures a reader
 _WARM_UP = 40

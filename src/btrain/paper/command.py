@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from btrain.durable import check_places, check_within
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job, check, make_plan, unfinished
-from btrain.paper.plan import Plan
+from btrain.paper.plan import ALLOCATION, Plan
 from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
@@ -86,6 +87,7 @@ def run(arguments: Sequence[str], command: Command) -> None:
         show(listing(zip(jobs, plans, strict=True)))
         return
     _check_installed(jobs, plans)
+    check_folders(out, plans)
     for plan in plans:  # all ahead of the first run, so that a watch knows what is to come
         plan.write(out)
     runs = Runs()
@@ -145,6 +147,19 @@ def _check_installed(jobs: Sequence[Job], plans: Sequence[Plan]) -> None:
         from btrain.evaluation.autoattack import library
 
         library()
+
+
+def check_folders(out: Path, plans: Sequence[Plan]) -> None:
+    """Make sure, ahead of the training, that runs and reports are written inside `out`.
+
+    Raises:
+        UserError: a link leads out of it, or no file can take the name of one that is to come.
+    """
+    runs = [out / run for plan in plans for row in plan.rows for run in row.runs.values()]
+    for folder in (out / "report", out / "corrupted", *runs):
+        check_within(folder, out)
+    check_places(out / f"{plan.target}.json" for plan in plans)
+    check_places(run / ALLOCATION for run in runs)
 
 
 def _check_only(jobs: Sequence[Job]) -> None:
