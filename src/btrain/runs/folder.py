@@ -54,7 +54,7 @@ _OF_LOGGERS = ("wandb", "tensorboard")
 """The folders that loggers fill in a run folder."""
 
 FAILED = "failed: "
-"""What the last line of the `train.log` of a run that failed begins with, behind the time."""
+"""The beginning, behind the time, of the last line of a failed run's `train.log`."""
 
 SUMMARY_KEYS = {
     "clean_acc",
@@ -66,8 +66,14 @@ SUMMARY_KEYS = {
     "train_seconds",
     "device",
 }
-"""What `btrain report` reads of a summary; there is more."""
-_ALSO_NUMBERS = ("attack_steps_mean", "flops", "speedup_measured")
+"""The keys of a summary that `btrain report` reads; there are more."""
+_ALSO_NUMBERS = (
+    "attack_steps_mean",
+    "flops",
+    "speedup_flops",
+    "speedup_measured",
+    "epochs",
+)
 
 
 class RunFolder:

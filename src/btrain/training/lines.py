@@ -47,9 +47,18 @@ def number(value: float | None) -> str:
 
 
 def headline(summary: dict[str, Any]) -> str:
+    """Return what a run came to; first of all that it was cut, if it was."""
+    cut = summary.get("cut")
     return (
-        f"clean {number(summary['clean_acc'])} %, PGD {number(summary['robust_acc'])} %, "
-        f"F_B/F_R/F_O {fractions(summary)}, "
-        f"speedup {number(summary['theoretical_speedup'])} (eq. 7)"
+        f"{f'cut by {cut}; ' if cut else ''}"
+        f"clean {number(summary['clean_acc'])} %, "
+        f"{_attack(summary)} {number(summary['robust_acc'])} %, F_B/F_R/F_O "
+        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )
+
+
+def _attack(summary: dict[str, Any]) -> str:
+    """Return the name of the final attack; without a step it is none but its random start."""
+    steps = summary.get("eval_steps")
+    return "PGD" if steps is None else f"PGD-{steps}" if steps else "under the start's noise alone"

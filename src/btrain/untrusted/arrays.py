@@ -157,4 +157,4 @@ ARRAY_NAMES: Names = {
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("_codecs", "encode"): Call(encode_latin1),
 }
-"""What a pickle of arrays and plain containers asks for."""
+"""The names that a pickle of arrays and plain containers asks for."""
