@@ -13,7 +13,7 @@ ROOT = Path(btrain.__file__).parent
 
 LAYERS = [
     ["errors"],
-    ["durable", "own", "pages", "untrusted"],
+    ["durable", "own", "pages", "terminal", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
     ["attacks", "defenses", "verify"],

@@ -10,6 +10,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import compose as configs
 from btrain.settings.bench import BenchConfig, BenchRun
+from btrain.terminal import overwrite, show
 
 _HELP = """\
 btrain bench [bench.option=value …] [option=value …]    how long a training step takes
@@ -33,7 +34,7 @@ def run(args: Sequence[str]) -> None:
     """
     if {"-h", "--help"} & set(args):
         path = Path(configs.config_dir()) / "bench.yaml"
-        print(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
+        show(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
         return
     if args[:1] == ["gpu"]:
         bench, _ = parse(args[1:])
@@ -44,7 +45,7 @@ def run(args: Sequence[str]) -> None:
 
         out = None if bench.out is None else Path(bench.out)
         path = run_gpu(_tell, limit=bench.seconds, out=out)
-        print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
+        show(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
         return
     bench, settings = parse(args)
     if bench.seconds is not None:
@@ -52,7 +53,7 @@ def run(args: Sequence[str]) -> None:
     from btrain.bench.measure import run_bench
     from btrain.bench.output import table
 
-    run_bench(bench, settings, _tell, lambda found: print(table(found["rows"], found["details"])))
+    run_bench(bench, settings, _tell, lambda found: show(table(found["rows"], found["details"])))
 
 
 _OF_A_RUN = ("bench.defenses", "bench.models", "bench.fractions", "bench.boundary_fractions")
@@ -101,4 +102,4 @@ def compose(overrides: Sequence[str] = ()) -> BenchConfig:
 def _tell(message: str) -> None:
     """Say where the bench is, over the line before; nothing where nobody watches."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)
+        overwrite(message)

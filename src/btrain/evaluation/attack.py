@@ -21,6 +21,7 @@ from btrain.evaluation.pgd import Pgd, Threat, pgd_stands
 from btrain.evaluation.result import Result, versions
 from btrain.evaluation.worst_case import Partial
 from btrain.settings.evaluation import AUTOATTACKS, PgdSettings
+from btrain.terminal import say
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
         if key != "note"
     )
     if same and subject.show_progress:
-        print(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
+        say(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
     return result if same else None
 
 

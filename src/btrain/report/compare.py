@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from btrain.durable import real
 from btrain.errors import UserError
 from btrain.evaluation.result import Result
 from btrain.pages.tables import NONE, markdown
-from btrain.runs.folder import SUMMARY_KEYS, RunFolder, flat
-from btrain.runs.json_fields import Fields
+from btrain.runs.folder import RunFolder, flat
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
@@ -40,7 +40,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for folder in (folder for run in runs for folder in _run_folders(Path(run))):
-        path, summary = folder.path.resolve(), _finished(folder)
+        path, summary = real(folder.path), _finished(folder)
         name = re.sub(r"-seed\d+$", "", str(path)) if merge_seeds else str(path)
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:
@@ -82,13 +82,6 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     summary = folder.summary()
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
-    fields = Fields(folder.path / "summary.json", summary)
-    optional = {"attack_steps_mean", "flops", "speedup_flops", "speedup_measured", "epochs"}
-    for key in (SUMMARY_KEYS - {"device"}) | optional | _SPARSE_KEYS:
-        fields.optional_number(key)
-    fields.number("train_seconds")
-    if not isinstance(summary["device"], str):
-        raise fields.wrong("device", "a name")
     return summary
 
 
@@ -182,10 +175,6 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("first row's time", _against_first),
 ]
 
-_SPARSE_KEYS = {
-    *("density", "macs_share", "flops_counted", "flops_executed"),
-    *("best_robust_acc", "train_robust_acc"),
-}
 _SPARSE: list[tuple[str, _Cell]] = [
     ("best PGD %", _mean("best_robust_acc", ".2f")),
     ("best − final", _less("best_robust_acc", "robust_acc")),

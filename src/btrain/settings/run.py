@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btrain.durable import real
 from btrain.settings.checks import (
     MISSING,
     at_least,
@@ -87,7 +88,7 @@ class ImageFolderConfig(DatasetConfig):
 
     @property
     def title(self) -> str:
-        return Path(self.root).resolve().name
+        return real(self.root).name
 
 
 @dataclass

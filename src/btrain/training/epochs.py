@@ -248,6 +248,9 @@ def check_weights(state: TrainState, split: Split) -> None:
     with evaluation_mode(state.model), torch.no_grad():
         logits = state.model(to_unit(split.images[:_CHECKED]))
     tensors = {**state.model.state_dict(), "the logits": logits}
+    if state.average is not None:
+        averages = state.average.network.state_dict()
+        tensors |= {f"the average of {name}": tensor for name, tensor in averages.items()}
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     if not finite.all():
         name = list(tensors)[finite.tolist().index(False)]

@@ -55,7 +55,7 @@ def epoch_line(metrics: dict[str, Any]) -> str:
 
 
 def measured(numbers: dict[str, Any]) -> str:
-    speedup = numbers["speedup_measured"]
+    speedup = numbers.get("speedup_measured")
     return "" if speedup is None else f", {speedup:.2f} measured"
 
 
@@ -68,8 +68,8 @@ def headline(summary: dict[str, Any]) -> str:
     cut = summary.get("cut")
     return (
         f"{f'cut by {cut}; ' if cut else ''}"
-        f"clean {summary['clean_acc']:.2f} %, {_attack(summary)} {summary['robust_acc']:.2f} %, "
-        f"F_B/F_R/F_O "
+        f"clean {number(summary['clean_acc'])} %, "
+        f"{_attack(summary)} {number(summary['robust_acc'])} %, F_B/F_R/F_O "
         f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )

@@ -28,10 +28,17 @@ from btrain.runs.provenance import changed_code, check_same_data, data_hash, ext
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
+from btrain.terminal import say
 from btrain.training.epochs import Averages, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
-from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
+from btrain.training.resume import (
+    adopt_best,
+    check_batch,
+    check_same_folder,
+    load_newest,
+    set_damaged_aside,
+)
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.safety.out_of_memory import explained_memory
@@ -118,9 +125,9 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
         return None
     end = "was ended and evaluated" if summary.get("cut") else "is finished already"
     more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
-    print(f"{folder.path} {end}: {headline(summary)}{more}")
+    say(f"{folder.path} {end}: {headline(summary)}{more}")
     for note in changed_code(folder.provenance, _own_parts(config)):
-        print(f"{note} Another run.dir trains it anew.")
+        say(f"{note} Another run.dir trains it anew.")
     return summary
 
 
@@ -147,6 +154,7 @@ def _train(
     notes = []
     if saved is not None:
         state.load_state_dict(saved["state"])
+        check_batch(state, len(batch_slices(len(data.train), config.train.batch_size)), folder)
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
         state.sparsity = sparsity_of(config, state, data)

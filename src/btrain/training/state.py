@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from btrain.errors import UserError
 from btrain.exchange.read import start_from
 from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats, stacked
+from btrain.untrusted import RefusedError
 
 
 @dataclass
@@ -186,10 +188,34 @@ class TrainState:
             )
         try:
             self._load(saved)
+        except RefusedError as error:
+            raise UserError(
+                f"The checkpoint does not hold the state of a run like this: {error}."
+            ) from error
         except Exception as error:  # torch's loaders believe what they get
             raise UserError("The checkpoint does not hold the state of a run like this.") from error
 
+    def fits(self, weights: object) -> bool:
+        """Return whether weights from a file are finite and of the shapes of this network's."""
+        own = self.evaluated.state_dict()
+        return (
+            isinstance(weights, dict)
+            and weights.keys() == own.keys()
+            and all(isinstance(theirs, Tensor) for theirs in weights.values())
+            and all(weights[key].shape == ours.shape for key, ours in own.items())
+            and _all_finite(weights)
+        )
+
     def _load(self, saved: dict[str, Any]) -> None:
+        for name in ("model", "trained_model", "optimizer", "memory"):
+            if not _all_finite(saved.get(name)):
+                raise RefusedError(f"not every number of its {name} is finite")
+        for name in ("epoch_sums", "total_sums", "batch_sums"):
+            if not _all_small(saved.get(name)):
+                raise RefusedError(f"a number of its {name} is too large")
+        fraction = saved["memory"]["robust_fraction"]
+        if not bool(((fraction >= 0) & (fraction <= 1)).all()):
+            raise RefusedError("its robust_fraction is no fraction")
         self.evaluated.load_state_dict(saved["model"])
         if self.average is not None:
             self.model.load_state_dict(saved["trained_model"])
@@ -249,6 +275,29 @@ class TrainState:
             raise ValueError("momenta of another optimizer, or of some weights only")
 
 
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """Yield all numbers of containers."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, float):
+        yield torch.tensor(tree, dtype=torch.float64)
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _all_finite(tree: object) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(tree))
+
+
+def _all_small(tree: object) -> bool:
+    """Return whether sums can be added up; NaN stands for what a method does not measure."""
+    return not any(bool((tensor.abs() > _LARGEST_SUM).any()) for tensor in _tensors(tree))
+
+
 def _kinds(group: dict[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in group.items() if key != "params"}
 
@@ -259,6 +308,7 @@ def _copy(saved: Tensor, tensor: Tensor) -> None:
     tensor.copy_(saved)
 
 
+_LARGEST_SUM = 1e30
 _IMPLEMENTATION = {"fused", "foreach", "capturable"}
 _STEP = "step"  # of Adam, a count; all else is one number a weight
 _MOMENTA: dict[type, frozenset[str]] = {
