@@ -68,7 +68,8 @@ SUMMARY_KEYS = {
 }
 """The keys of a summary that `btrain report` reads; there are more."""
 _ALSO_NUMBERS = (
-    *("density", "macs_share", "flops_counted", "flops_executed", "train_robust_acc"),
+    *("density", "macs_share", "flops_counted", "flops_executed"),
+    *("train_robust_acc", "best_robust_acc"),
     "attack_steps_mean",
     "flops",
     "speedup_flops",
