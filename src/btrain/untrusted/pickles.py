@@ -27,7 +27,7 @@ TENSOR_OPERATIONS = frozenset({
 # … and what other protocols have for strings, bytes and the memo.
 DATA_OPERATIONS = (TENSOR_OPERATIONS - {"BINPERSID"}) | frozenset({
     "BINSTRING", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
-    "EMPTY_SET", "ADDITEMS", "MEMOIZE", "FRAME", "STACK_GLOBAL",
+    "EMPTY_SET", "ADDITEMS", "MEMOIZE", "FRAME", "STACK_GLOBAL", "BYTEARRAY8",
 })  # fmt: skip
 
 Names = Mapping[tuple[str, str], Any]
