@@ -20,11 +20,10 @@ from torch import nn
 from btrain.allocation import BulletTrain
 from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
-from btrain.bench import run as bench_run
+from btrain.bench import measure as bench_measure
 from btrain.bench.look import look
-from btrain.bench.measure import Row, _timed_step, spread
+from btrain.bench.measure import Row, _timed_step, run_bench, spread
 from btrain.bench.plan import Case, make_cases, make_lanes
-from btrain.bench.run import run_bench
 from btrain.cli import main
 from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
@@ -532,8 +531,8 @@ def test_what_was_measured_is_kept_whatever_comes_then(
             raise KeyboardInterrupt
         return whole(case, *more)
 
-    whole = bench_run.measure_case
-    monkeypatch.setattr(bench_run, "measure_case", interrupted)
+    whole = bench_measure.measure_case
+    monkeypatch.setattr(bench_measure, "measure_case", interrupted)
     (tmp_path / "there.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("there.json")
     quick = [*SMALL_CNN, *QUICK, "bench.defenses=[trades]", "bench.methods=[lean]"]
@@ -577,7 +576,8 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
         ("augmix", "wrn_40_2"),
     }
     assert all(row["precision"] == "bf16" and row["channels_last"] for row in result["rows"])
-    assert [row["model"] for row in result["evaluation_seconds"]] == list(MINIATURE)[::-1]
+    models = ["preact_resnet18", "wrn_40_2", "wrn_34_10"]
+    assert [row["model"] for row in result["evaluation_seconds"]] == models
     assert all(row["seconds"] > 0 for row in result["evaluation_seconds"])
     assert all(row["images"] == 6 for row in result["evaluation_seconds"])
     assert result["left_out"] == []
@@ -607,7 +607,7 @@ def test_what_fails_of_the_gpu_s_set_or_comes_too_late_is_named(
         settings=MINIATURE, keep=lambda found: kept.append(len(found["rows"])),
     )  # fmt: skip
     assert {row["model"] for row in result["rows"]} == {"wrn_34_10", "wrn_40_2"}
-    assert kept == [4, 4, 7, 7, 7, 7]
+    assert kept == [0, 3, 7, 7, 7, 7]
     (left_out,) = result["left_out"]
     assert left_out["part"] == "trades preact_resnet18 batch 8"
     path = gpu.write_results(result, tmp_path, "2030-01-02")
@@ -637,8 +637,10 @@ def test_the_first_reason_is_the_one_to_tell_unless_it_has_been_explained() -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_its_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gpu"]) == 1
+    assert main(["bench", "gpu", "bench.seconds=240", "bench.out=gpu.json"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
+    assert main(["bench", "gpu", "model.width=2"]) == 1
+    assert "bench gpu takes bench.seconds and bench.out alone" in capsys.readouterr().err
 
 
 def test_settings_of_a_lane_follow_its_method() -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     ["durable", "own", "pages", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
-    ["attacks", "defenses"],
+    ["attacks", "defenses", "verify"],
     ["controllers", "methods", "build"],
     ["runs", "exchange", "evaluation"],
     ["training"],

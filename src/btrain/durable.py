@@ -13,7 +13,7 @@ from typing import IO
 from btrain.errors import UserError
 
 PARTIAL = ".tmp"
-"""Behind the name of a file that is being written."""
+"""The end of the name of a file that is being written."""
 
 # What a file system says that cannot sync a folder; its renames are as durable as it makes them.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}

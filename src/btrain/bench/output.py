@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from btrain import __version__
-from btrain.bench.measure import Row
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.provenance import processor
 
+Row = dict[str, Any]
 _HEAD = (
     "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",
     "units", "vs lean", "bound", "vs official", "MB", "selection", "copies", "kernels", "of peak",

@@ -10,6 +10,7 @@ import torch
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
+from btrain.evaluation import verification
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
@@ -19,7 +20,8 @@ from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
 from btrain.runs.json_fields import read_object
-from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
+from btrain.verify.graph import Graph
 
 _SAMPLES = 12
 
@@ -86,13 +88,17 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         show_progress=True,
     )
     results = []
+    graph = verification.graph_of(subject) if settings.bounded else None
     start = Start(subject.correct)
     for name in _names(settings):
-        result = _attack(settings, subject, name, start)
+        result = _attack(settings, subject, name, start, graph)
         results.append(result)
         if settings.attacks == ["all"] and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
+    if graph is not None:
+        results += [verification.verified(subject, graph, engine) for engine in settings.verify]
+        verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
     if settings.report:
         _write_samples(subject)
@@ -121,7 +127,12 @@ def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
                 )
 
 
-def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -> Result:
+def _attack(
+    settings: EvalSettings, subject: Subject, name: str, start: Start, graph: Graph | None
+) -> Result:
+    if name in INTERVAL_ATTACKS:
+        assert graph is not None
+        return verification.attacked(subject, graph, name, start)
     if name == "corruptions":
         return _corruptions(settings, subject)
     if name in AUTOATTACKS:

@@ -40,7 +40,7 @@ _MAY_DIFFER = (
 _LOCK = "run.lock"
 
 FAILED = "failed: "
-"""What the last line of the `train.log` of a run that failed begins with, behind the time."""
+"""The beginning, behind the time, of the last line of a failed run's `train.log`."""
 
 SUMMARY_KEYS = {
     "clean_acc",
@@ -52,7 +52,7 @@ SUMMARY_KEYS = {
     "train_seconds",
     "device",
 }
-"""What `btrain report` reads of a summary; there is more."""
+"""The keys of a summary that `btrain report` reads; there are more."""
 
 
 class RunFolder:

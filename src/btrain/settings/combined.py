@@ -16,6 +16,7 @@ from btrain.settings.method import (
     MMAConfig,
     OracleConfig,
     RivalConfig,
+    VerifiedConfig,
 )
 from btrain.settings.run import (
     DatasetConfig,
@@ -86,6 +87,12 @@ class Config:
             raise UserError(
                 "defense=augmix makes two views of an image or none: attack.steps must be 2 and "
                 f"bt.n_b 1, not {attack.steps} and {bt.n_b}."
+            )
+        bounded = self.defense.per_batch if isinstance(self.defense, VerifiedConfig) else None
+        if bounded is not None and bounded > self.train.batch_size:
+            raise UserError(
+                f"defense.per_batch must be at most train.batch_size = {self.train.batch_size}, "
+                f"not {bounded}."
             )
         if rival.mode is None:
             return

@@ -19,6 +19,7 @@ class Architecture(Enum):
     preact_resnet18 = "preact_resnet18"
     resnet18 = "resnet18"
     small_cnn = "small_cnn"
+    by_name = "by_name"
     torchvision = "torchvision"
     timm = "timm"
     own = "own"
@@ -53,6 +54,12 @@ class DefenseName(Enum):
     mart = "mart"
     pgd = "pgd"
     augmix = "augmix"
+    mixtrain = "mixtrain"
+    verified = "verified"
+    ibp = "ibp"
+    crown_ibp = "crown_ibp"
+    mtl_ibp = "mtl_ibp"
+    sabr = "sabr"
     own = "own"
 
 
@@ -80,6 +87,11 @@ class Metric(Enum):
     cross_entropy = "cross_entropy"
     grad_norm = "grad_norm"
     margin = "margin"
+
+
+class MixForm(Enum):
+    bernoulli = "bernoulli"
+    convex = "convex"
 
 
 class OptimizerName(Enum):

@@ -172,6 +172,13 @@ class WideResNetConfig(WidthConfig):
 
 
 @dataclass
+class NamedModelConfig(ModelConfig):
+    """A network of verified training, made as in its paper, for images of one size."""
+
+    network: str = MISSING
+
+
+@dataclass
 class LibraryModelConfig(ModelConfig):
     """A network that a library makes by the settings, with the library's own names for them."""
 
@@ -205,6 +212,7 @@ MODELS: dict[Architecture, type[ModelConfig]] = {
     Architecture.preact_resnet18: PreActResNetConfig,
     Architecture.resnet18: ResNetConfig,
     Architecture.small_cnn: SmallCNNConfig,
+    Architecture.by_name: NamedModelConfig,
     Architecture.torchvision: TorchvisionConfig,
     Architecture.timm: TimmConfig,
     Architecture.own: OwnModelConfig,

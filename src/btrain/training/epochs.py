@@ -128,7 +128,7 @@ def train_epoch(
     device = split.images.device
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     order = epoch_order(len(split), plan.seed, state.epoch).to(device)
-    began, before = _clock(device), state.train_seconds
+    began, worked, before = _clock(device), work_seconds(device), state.train_seconds
     several, first = (None if world.size == 1 else world), world.first
 
     def draw(begin: int) -> Iterator[Batch]:
@@ -174,6 +174,8 @@ def train_epoch(
     elapsed = world.told(_clock(device) - began)
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
+    if state.epoch_work is not None:
+        state.epoch_work += work_seconds(device) - worked
     if state.batch == 0:
         return None
     # The others wait for the first, which keeps a batch that ends the run.
@@ -246,6 +248,14 @@ def check_weights(state: TrainState, split: Split) -> None:
             f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}, {name} is "
             "not finite; a smaller recipe.lr may help."
         )
+
+
+def work_seconds(device: torch.device) -> float:
+    """Return the device's own time: a GPU's, else this process' CPU time in all threads.
+
+    CPU time does not count what other processes take.
+    """
+    return _clock(device) if device.type == "cuda" else time.process_time()
 
 
 def _clock(device: torch.device) -> float:

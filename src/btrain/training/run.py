@@ -101,7 +101,9 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     saved, _ = load_newest(folder)
     if saved is not None and not _is_over(config, saved["state"]):
         return None
-    print(f"{folder.path} is finished already: {headline(summary)}")
+    end = "was ended and evaluated" if summary.get("cut") else "is finished already"
+    more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
+    print(f"{folder.path} {end}: {headline(summary)}{more}")
     for note in changed_code(folder.provenance, _own_parts(config)):
         print(f"{note} Another run.dir trains it anew.")
     return summary
@@ -147,6 +149,8 @@ def _train(
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
+        if record is not None:
+            log.info("evaluation on %d test images", len(data.test))
         with _evaluation(config, state, stop):
             last, best = final_accuracies(evaluator, state, data, folder)
         summary = {}

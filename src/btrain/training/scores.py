@@ -175,6 +175,8 @@ def summarise(
         "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),
         "train_seconds": state.train_seconds,
         "epochs": state.epoch,
+        "cut": _cut(config, state),
+        "eval_steps": config.eval.steps,
         "seed": config.seed,
         "test_examples": len(data.test),
         "device": device_name(device),
@@ -191,3 +193,11 @@ def summarise(
             "best_robust_acc": best.robust,
         }
     return summary
+
+
+def _cut(config: Config, state: TrainState) -> str | None:
+    """Return what ended a run ahead of its last epoch, and where; None for a whole one."""
+    if state.epoch >= config.train.epochs or state.collapsed:
+        return None
+    where = f"epoch {state.epoch + 1} of {config.train.epochs}, batch {state.batch}"
+    return f"train.max_seconds={config.train.max_seconds:g} in {where}"

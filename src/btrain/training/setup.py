@@ -20,7 +20,9 @@ from btrain.settings import (
     RecipeConfig,
 )
 from btrain.settings.checks import no_farther
+from btrain.settings.method import VerifiedConfig
 from btrain.training.state import TrainState
+from btrain.verify import losses
 
 _NEED_ONE_PROCESS = ("own_step", "graphs")
 """Kinds of `settings.method.Choice`."""
@@ -56,6 +58,8 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     """Return the state of a run that has not begun."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
+    if isinstance(config.defense, VerifiedConfig) and config.defense.shi_init:
+        losses.initialise(model)
     check_network(config.model, model, data)
     if config.train.channels_last:
         model = to_channels_last(model)

@@ -31,6 +31,7 @@ class TrainState:
         total_sums: the same over the epochs completed.
         epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
         best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
+        epoch_work: seconds that the device worked in that epoch; None if another session began it.
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
@@ -54,6 +55,7 @@ class TrainState:
     watched_acc: float | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
+    epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
 
@@ -115,7 +117,7 @@ class TrainState:
         """Count one more epoch and clear its sums."""
         self.epoch += 1
         self.batch = 0
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = self.epoch_work = 0.0
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
         self.batch_sums.clear()
@@ -172,6 +174,7 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, saved[name])
         self._load_batch_sums(saved.get("batch_sums", {}))
+        self.epoch_work = None if self.batch else 0.0
         self.graphs = saved.get("graphs")
         if self.graphs not in (None, False, True):
             raise ValueError("neither with graphs nor without")

@@ -180,4 +180,4 @@ ARRAY_NAMES: Names = {
     ("numpy._core.numeric", "_frombuffer"): _buffered,
     ("_codecs", "encode"): Call(encode_latin1),
 }
-"""What a pickle of arrays, NumPy's numbers and plain containers asks for."""
+"""The names that a pickle of arrays, NumPy's numbers and plain containers asks for."""

@@ -43,8 +43,7 @@ class StopRequest:
         return number > 0
 
     def obey(self) -> None:
-        """Raise Interrupted if a signal came.
-        """
+        """Raise Interrupted if a signal came."""
         if self.number is not None:
             raise Interrupted(self.number)
 
@@ -52,7 +51,7 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Let a signal end work that can be repeated, such as evaluation, where it is.
 
-        Of several processes it ends all where they call `together` next.
+        With several processes it ends all where they call `together` next.
         """
         try:
             if self._world.size == 1:
