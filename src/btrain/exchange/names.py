@@ -32,7 +32,7 @@ _SMALL_CNN = {"conv1": 4, "conv2": 4, "fc1": 2, "fc2": 2}  # layers with the dim
 
 
 def averaged(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The averaged ones of weights that stand beside the raw ones, as an EMA within a module does.
+    """Return the averaged ones of weights that stand beside the raw ones, as an EMA within a module does.
 
     Their names lose that of the average; empty where there are none.
     """
@@ -44,12 +44,12 @@ def averaged(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def has_raw_beside_averaged(theirs: Iterable[str]) -> bool:
-    """Whether some of the names are of weights that are not an average's."""
+    """Return whether some of the names are of weights that are not an average's."""
     return any(key.endswith(".weight") and not _AVERAGED.match(key) for key in theirs)
 
 
 def ours(theirs: Iterable[str]) -> dict[str, str | None]:
-    """btrain's names of weights by their own; None for those that no forward pass ever uses.
+    """Return btrain's names of weights by their own; None for those that no forward pass ever uses.
 
     google-research/augmix calls the shortcut `conv_shortcut`; RobustBench's AugMix network holds
     `mu` and `sigma`, robustness' `normalizer.new_mean`, and an `nn.Sequential` of a normalisation
@@ -74,9 +74,9 @@ def _constant(name: str) -> str | None:
 
 
 def of_residual_networks(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a (PreAct)ResNet whose four stages have names of their own, by our names.
+    """Return the weights of a (PreAct)ResNet whose four stages have names of their own, by our names.
 
-    So do those of kuangliu/pytorch-cifar and of what came of it: TRADES, AWP, FastAT and others.
+    kuangliu/pytorch-cifar names them so, and TRADES, AWP, FastAT and others follow it.
     """
     blocks = {match.group(1, 2) for match in map(_BLOCK.match, theirs) if match is not None}
     order = sorted(blocks, key=lambda block: (int(block[0]), int(block[1])))
@@ -94,9 +94,9 @@ def of_residual_networks(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def of_a_sequence(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an `nn.Sequential` of the layers of `small_cnn`, by our names; else as given.
+    """Return the weights of a sequence of the layers of `small_cnn` by our names; else as given.
 
-    FastAT's MNIST network is one.
+    FastAT's MNIST network is an `nn.Sequential` of them.
     """
     others = {key for key in theirs if key not in (MEAN, STD)}
     places = {int(m[1]) for m in map(_OF_A_SEQUENCE.fullmatch, others) if m is not None}
