@@ -32,7 +32,7 @@ _SMALL_CNN = {"conv1": 4, "conv2": 4, "fc1": 2, "fc2": 2}  # layers with the dim
 
 
 def averaged(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the averaged ones of weights that stand beside the raw ones, as an EMA within a module does.
+    """Return the averaged weights of those that a module holds beside its raw ones.
 
     Their names lose that of the average; empty where there are none.
     """
@@ -74,7 +74,7 @@ def _constant(name: str) -> str | None:
 
 
 def of_residual_networks(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a (PreAct)ResNet whose four stages have names of their own, by our names.
+    """Return by our names the weights of a (PreAct)ResNet whose stages are `layer1` to `layer4`.
 
     kuangliu/pytorch-cifar names them so, and TRADES, AWP, FastAT and others follow it.
     """
