@@ -27,6 +27,7 @@ from btrain.settings.run import (
     RunConfig,
     TrainConfig,
 )
+from btrain.settings.sparsity import SparsityConfig
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Config:
     defense: DefenseConfig = MISSING
     bt: BTConfig = MISSING
     rival: RivalConfig = MISSING
+    sparsity: SparsityConfig = MISSING
     recipe: RecipeConfig = MISSING
     logger: LoggerConfig = MISSING
     train: TrainConfig = MISSING
@@ -61,7 +63,7 @@ class Config:
 
     def choices(self) -> list[Choice]:
         """Return what was chosen, each with what it is and what it does not go with."""
-        groups = (self.rival, self.defense, self.attack, self.bt, self.train)
+        groups = (self.rival, self.defense, self.attack, self.bt, self.sparsity, self.train)
         return [choice for group in groups for choice in group.choices()]
 
     def chosen(self, kind: str) -> str | None:

@@ -22,6 +22,7 @@ from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.run import DATASETS, MODELS
+from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -50,6 +51,7 @@ OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "defense": ("name", DEFENSES),
     "rival": ("name", RIVALS),
     "bt": ("name", ALLOCATORS),
+    "sparsity": ("name", SPARSITIES),
 }
 """The key that tells the option of a group whose options have settings of their own, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""

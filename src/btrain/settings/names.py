@@ -82,6 +82,53 @@ class RivalName(Enum):
     mma = "mma"
 
 
+class SparsityName(Enum):
+    none = "none"
+    random = "random"
+    uniform = "uniform"
+    erk = "erk"
+    er = "er"
+    igq = "igq"
+    magnitude = "magnitude"
+    snip = "snip"
+    grasp = "grasp"
+    synflow = "synflow"
+    flying_bird = "flying_bird"
+    flying_bird_plus = "flying_bird_plus"
+    robust_bird = "robust_bird"
+    own = "own"
+
+
+class LayerDensities(Enum):
+    uniform = "uniform"
+    erk = "erk"
+    er = "er"
+    igq = "igq"
+
+
+class Growth(Enum):
+    gradient = "gradient"
+    random = "random"
+
+
+class IntervalUnit(Enum):
+    scaled = "scaled"
+    iterations = "iterations"
+    epochs = "epochs"
+
+
+class SearchName(Enum):
+    plain = "plain"
+    fgsm = "fgsm"
+    pgd = "pgd"
+
+
+class Rewind(Enum):
+    none = "none"
+    init = "init"
+    epoch = "epoch"
+
+
 class Metric(Enum):
     svar = "svar"
     cross_entropy = "cross_entropy"

@@ -326,8 +326,10 @@ class EvalConfig:
     steps: int = MISSING
     batch_size: int = MISSING
     every_epochs: int = MISSING
+    train_examples: int = 0
 
     def __post_init__(self) -> None:
+        at_least(0, "eval.train_examples", self.train_examples)
         self.epsilon = pixels("eval.epsilon", self.epsilon, "l2")  # see Config for L∞
         self.step_size = pixels("eval.step_size", self.step_size, "l2")
         at_least(0, "eval.steps", self.steps)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from btrain.controllers.averaging import WeightAverage
+from btrain.controllers.base import Controller
+from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
 from btrain.exchange.read import start_from
+from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats, stacked
 
 
@@ -35,6 +38,7 @@ class TrainState:
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
+        sparsity: what masks the model's weights, unless it is `none`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
         graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
@@ -55,6 +59,7 @@ class TrainState:
     watched_acc: float | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
+    sparsity: Sparsity | None = None
     epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
@@ -90,6 +95,12 @@ class TrainState:
         """Return the network that is scored and handed on: the average, where there is one."""
         return self.model if self.average is None else self.average.network
 
+    @property
+    def controllers(self) -> list[Controller]:
+        """What acts on the weights, masks last: the average is to have them, too."""
+        both: tuple[Controller | None, ...] = (self.average, self.sparsity)
+        return [controller for controller in both if controller is not None]
+
     def start_from(self, path: Path) -> str:
         """Take the weights of a file or a run for a run that has not begun.
 
@@ -121,6 +132,22 @@ class TrainState:
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
         self.batch_sums.clear()
+        if self.sparsity is not None:
+            self.sparsity.end_epoch()
+
+    def end_search_epoch(self) -> None:
+        """Clear the sums of an epoch that is none of the run's."""
+        self.batch = 0
+        self.epoch_seconds = self.epoch_work = 0.0
+        self.epoch_sums.zero_()
+
+    def begin_again(self, memory: Memory) -> None:
+        """Begin with the weights of now, and a method's fresh memory."""
+        self.optimizer.state.clear()
+        for name, tensor in memory.items():
+            self.memory[name].copy_(tensor)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.model.state_dict())
 
     def throw_away_copy(self) -> TrainState:
         """Return a copy of all that training changes, at the beginning of the same epoch."""
@@ -141,6 +168,7 @@ class TrainState:
             "memory": self.memory,
             "batch_sums": self.batch_sums,
             "graphs": self.graphs,
+            **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
@@ -174,6 +202,8 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, saved[name])
         self._load_batch_sums(saved.get("batch_sums", {}))
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(saved["sparsity"])
         self.epoch_work = None if self.batch else 0.0
         self.graphs = saved.get("graphs")
         if self.graphs not in (None, False, True):
