@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from btrain.allocation import BulletTrain
@@ -392,6 +393,36 @@ def test_a_list_of_boundary_fractions_shares_the_rest() -> None:
     low, high = make_cases(bench, SMALL_CNN)
     assert low.fractions == pytest.approx((0.1, 0.9 * 0.75, 0.9 * 0.25))
     assert high.fractions == pytest.approx((0.5, 0.5 * 0.75, 0.5 * 0.25))
+
+
+def test_as_trained_draws_batches_of_all_classes_from_an_image_folder(tmp_path: Path) -> None:
+    """A folder's images come class by class; training shuffles them and so does the bench."""
+    for part in ("train", "test"):
+        for c in range(2):
+            for i in range(16):
+                file = tmp_path / "photos" / part / str(c) / f"{i:02}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (16 * c + i,) * 3).save(file)
+    run = tmp_path / "run"
+    train(compose(["dataset=imagefolder", f"dataset.root={tmp_path / 'photos'}", "device=cpu",
+                   "dataset.image_size=8", "model=small_cnn", "model.width=1", "train.epochs=1",
+                   "train.batch_size=8", "attack.steps=3", "eval.steps=1",
+                   f"run.dir={run}"]))  # fmt: skip
+    bench = command.compose([f"bench.checkpoint={run}", "bench.batch_sizes=[8]"])
+    (case,) = make_cases(bench, [])
+    work = make_lanes(case, bench, torch.device("cpu"))[0].workload
+    assert work.labels is not None
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for repetition in range(4 * epoch, 4 * epoch + 4):
+            levels = (255 * work.images(repetition)[:, 0, 0, 0]).round().long()
+            assert torch.equal(levels // 16, work.labels(repetition))
+            assert work.labels(repetition).unique().tolist() == [0, 1]
+            seen += levels.tolist()
+        assert sorted(seen) == [*range(32)]  # each image once an epoch
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
 
 
 def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
