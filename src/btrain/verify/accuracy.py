@@ -30,7 +30,7 @@ class Verification:
 
     @property
     def accuracy(self) -> float:
-        """The verified images' share of all."""
+        """Return the verified images' share of all."""
         return self.verified.double().mean().item()
 
 

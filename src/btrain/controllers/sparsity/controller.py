@@ -34,7 +34,7 @@ class Thinned:
 
     @property
     def size(self) -> int:
-        """How many weights could be masked."""
+        """Return how many weights could be masked."""
         return sum(weight.numel() for weight in self.weights.values())
 
 
@@ -130,7 +130,7 @@ class Sparsity:
 
     @property
     def density(self) -> float:
-        """The share of the weights that could be masked and are not."""
+        """Return the share of the weights that could be masked and are not."""
         return sum(self.kept().values()) / self.thinned.size
 
     def _recount(self) -> None:
@@ -182,7 +182,7 @@ class Sparsity:
 
 
 def binary(mask: Tensor) -> bool:
-    """Whether a mask from a file holds nothing but zeros and ones."""
+    """Return whether a mask from a file holds nothing but zeros and ones."""
     return mask.dtype is torch.bool and int(mask.view(torch.uint8).max()) <= 1
 
 
@@ -306,7 +306,7 @@ class FlyingBirdPlus(FlyingBird):
 
     @property
     def listening(self) -> bool:
-        """Whether the epoch that just ended is to be heard."""
+        """Return whether the epoch that just ended is to be heard."""
         return self.steps > self.rule.listen
 
     def heard(self, gap: float, loss: float) -> None:

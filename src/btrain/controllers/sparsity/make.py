@@ -72,7 +72,7 @@ class Length:
 
     @property
     def steps(self) -> int:
-        """Updates of the weights in the run."""
+        """Return updates of the weights in the run."""
         return self.epochs * self.updates
 
 
