@@ -215,7 +215,7 @@ def _by_architecture(network: nn.Module, weights: dict[str, Tensor]) -> dict[str
 
 
 def _saved_weights(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
-    """Return the weights in a file by its own names, and which were taken where there are several."""
+    """Return the weights in a file by its own names, and which were taken of several."""
     found = _find(read_plain(path))
     if found is None:
         raise UserError(

@@ -88,7 +88,7 @@ def _wong_resnet(shape: Shape, classes: int) -> list[nn.Module]:
 
 
 def _wang_resnet(shape: Shape, classes: int) -> list[nn.Module]:
-    """Return four residual blocks after a 7×7 convolution of stride 2; three make the map smaller."""
+    """Return four residual blocks, three of which halve the map, after a 7×7 convolution."""
     layers = [
         nn.Conv2d(shape[0], 16, 7, 2, 3), nn.ReLU(),
         Residual(16, 16, smaller=True), Residual(16, 16, smaller=False),

@@ -26,7 +26,7 @@ class Verification:
     verified: Tensor
     """(m,) bool; never true for a misclassified image."""
     seconds: float
-    """Of all threads together, on a CPU."""
+    """The seconds of all threads together, on a CPU."""
 
     @property
     def accuracy(self) -> float:

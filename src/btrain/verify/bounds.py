@@ -256,7 +256,7 @@ class _State:
         """The only operation on the root, if there is only one."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
-        """What rows are bounded around: the values at the middle of all relaxations."""
+        """Return the values at the middle of all relaxations, around which rows are bounded."""
         self._relaxed: dict[int, Relaxation] = {}
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
@@ -307,7 +307,7 @@ class _State:
         return value - down.view_as(value), value + up.view_as(value)
 
     def _both_reaches(self, i: int, *, one_sided: bool) -> tuple[Tensor, Tensor]:
-        """Return how far an operation's values can rise above and fall below their centre, (m, R)."""
+        """Return how far an operation's values rise above and fall below their centre, (m, R)."""
         shape, value = self.operations[i].shape, self._values[i]
         step = math.ceil(shape[0] / self.pieces)
         ups, downs = [], []
@@ -375,7 +375,7 @@ class _State:
 
 
 def _root(operations: Sequence[Operation]) -> int:
-    """Return the last operation whose values fill a box as the images do: value by value from them."""
+    """Return the last operation whose values fill a box as the images do, value by value."""
     uses = [j for operation in operations for j in operation.inputs]
     root = 0
     while (
@@ -454,7 +454,7 @@ def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """How bounds are computed within their memory."""
+    """The way in which bounds are computed within their memory."""
 
     images: int
     """In a chunk."""
@@ -497,13 +497,13 @@ class Size(NamedTuple):
     """Bytes for one image."""
 
     largest: int
-    """Of the largest intermediate result."""
+    """The bytes of the largest intermediate result."""
     total: int
-    """Of all intermediate results."""
+    """The bytes of all intermediate results."""
 
 
 def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
-    """What one image takes, by a computation without numbers; remembered by the graph.
+    """Return what one image takes, by a computation without numbers; the graph remembers it.
 
     Args:
         joint: True for margins, False for logits.

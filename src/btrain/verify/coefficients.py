@@ -38,7 +38,7 @@ class Start:
     end: int
     negated: bool
     like: Tensor
-    """Of the dtype and on the device that the coefficients are to have."""
+    """A tensor of the dtype and on the device that the coefficients are to have."""
 
     def matrix(self, of: Tensor) -> Tensor:
         """Return the chosen rows of a matrix or kernel whose first dimension are the values."""
@@ -184,7 +184,7 @@ class Relaxation:
 
 
 def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | None]:
-    """What the gaps of a layer add to each row's upper bound, and the coefficients before it.
+    """Return what the gaps of a layer add to each row's bound, and the coefficients before it.
 
     Returns:
         (B, R), and coefficients on the values before the ReLU; None if it lets none pass.
@@ -200,7 +200,7 @@ def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | Non
 
 
 def reach(rows: Rows, radii: Tensor) -> Tensor:
-    """Return how far each row moves at most, (B, R), when each value moves by its radius at most."""
+    """Return how far each row moves at most, (B, R), when each value moves by its radius."""
     return _in_order(_reach(*_place_by_place(rows, radii)), rows, len(radii))
 
 
@@ -240,7 +240,7 @@ _AT_ONCE = 2**19
 
 
 def _slices(rows: Tensor, places: int) -> list[slice]:
-    """Of (b, R, M): large tensors cost a CPU more time to be made than to be filled.
+    """Yield slices of (b, R, M): large tensors cost a CPU more time to be made than filled.
 
     What is needed on the way is made for one slice and written over by the next.
     """

@@ -74,13 +74,13 @@ class Graph:
     evaluated: tuple[tuple[str, nn.Module], ...]
     """Name and module of the layers that must be in evaluation mode."""
     weights: Callable[[], Iterator[nn.Parameter]]
-    """What gives the network's parameters."""
+    """A function that gives the network's parameters."""
     sizes: dict[Hashable, tuple[int, int]] = field(default_factory=dict, compare=False)
     """A place where the bounds remember what memory they need."""
 
     @property
     def shape(self) -> Shape:
-        """Of an image."""
+        """Return the shape of an image."""
         return self.nodes[0].shape
 
     @property
@@ -234,7 +234,7 @@ class _Reader:
     image: Shape
     nodes: list[Node] = field(default_factory=list)
     place: dict[fx.Node, int] = field(default_factory=dict)
-    """Of each node's values in `nodes`."""
+    """The shape of each node's values in `nodes`."""
     evaluated: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     def graph(self) -> Graph:
@@ -478,7 +478,7 @@ class _Reader:
         self._scale(node, node.args[i], factor=(lambda: 1 / constant()) if inverse else constant)
 
     def _value(self, node: fx.Node, i: int) -> int | Callable[[], Any]:
-        """Return the place of an argument, or what computes it if it does not depend on the images."""
+        """Return an argument's place, or what computes it if it does not depend on the images."""
         value = (*node.args, *node.kwargs.values())[i]
         if isinstance(value, fx.Node) and value in self.place:
             return self.place[value]
@@ -488,7 +488,7 @@ class _Reader:
         return constant
 
     def _constant(self, value: Any) -> Callable[[], Any] | None:
-        """What computes a value from the network's weights alone; None if it needs the images."""
+        """Return what computes a value from the weights alone; None if it needs the images."""
         if not isinstance(value, fx.Node):
             return lambda: value
         nodes: list[fx.Node] = []
@@ -522,7 +522,7 @@ class _Reader:
         return compute
 
     def _like(self) -> Callable[[], Tensor]:
-        """What gives a tensor of the network's dtype and on its device."""
+        """Return a function that gives a tensor of the network's dtype and on its device."""
         parameter = next(self.network.parameters(), None)
         return lambda: torch.empty(0) if parameter is None else parameter
 

@@ -40,7 +40,7 @@ def cw(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """What PGD ascends, (m,)."""
+    """Return the cross-entropy, which PGD ascends, (m,)."""
     return F.cross_entropy(precision.full(logits), labels, reduction="none")
 
 

@@ -26,7 +26,7 @@ Pair = tuple[int, int]
 
 
 class Affine(Protocol):
-    """What is done with one example's values, an affine map."""
+    """An affine map of one example's values."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 

@@ -187,7 +187,7 @@ def binary(mask: Tensor) -> bool:
 
 
 class Counts(NamedTuple):
-    """How many weights of a layer a mask update drops and grows."""
+    """The numbers of weights of a layer that a mask update drops and grows."""
 
     drop: int
     grow: int
@@ -195,7 +195,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Flight:
-    """How Flying Bird changes its masks.
+    """The way in which Flying Bird changes its masks.
 
     Attributes:
         steps: updates of the weights in the run.

@@ -60,7 +60,7 @@ _BATCH = 128  # of images that are scored
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is.
+    """The length of the run.
 
     Attributes:
         epochs: of the run.
