@@ -17,6 +17,9 @@ import yaml
 
 from btrain import __version__
 from btrain.cli import main
+from btrain.errors import UserError
+from btrain.runs.folder import RunFolder
+from btrain.settings.compose import compose, to_yaml
 
 Capture = pytest.CaptureFixture[str]
 
@@ -327,24 +330,23 @@ def test_a_finished_run_is_not_repeated(run: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("override", "words"),
     [
-        ("seed=1", "seed=0"),
-        ("bt.gamma=0.7", "bt.gamma=0.8"),
-        ("train.epochs=2", "train.epochs=1"),
-        ("dataset.test_examples=50", "dataset.test_examples=100"),
+        ("seed=1", "run belongs to a run with seed=0"),
+        ("bt.gamma=0.7", "run belongs to a run with bt.gamma=0.8"),
+        ("train.epochs=2", "run: a run of 1 epochs cannot go on to 2: the past falls of its learn"),
+        ("dataset.test_examples=50", "run belongs to a run with dataset.test_examples=100"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_left_alone(
-    run: Path, capsys: Capture, override: str, key: str
+    run: Path, capsys: Capture, override: str, words: str
 ) -> None:
     before = contents(run.parent)
     assert main(["train", *SMALL, "run.dir=run", override]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-    assert err.startswith("btrain: run belongs to a run with ")
-    assert key in err
+    assert err.startswith(f"btrain: {words}")
     assert contents(run.parent) == before
 
 
@@ -364,10 +366,18 @@ def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(
 
 def test_what_does_not_change_the_result_may_differ(run: Path, capsys: Capture) -> None:
     before = contents(run.parent)
-    others = ["device=auto", "logger=wandb", "dataset.download=false", "train.max_seconds=9"]
+    others = ["device=auto", "logger=wandb", "train.checkpoint_every=2", "train.max_seconds=9"]
     assert main(["train", *SMALL, "run.dir=run", *others]) == 0
     assert "finished already" in capsys.readouterr().out
     assert contents(run.parent) == before
+
+
+def test_where_images_lie_and_who_fetched_them_may_differ(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(compose(["dataset=mnist"])))
+    folder = RunFolder(tmp_path)
+    folder.check_owner(compose(["dataset=mnist", "dataset.download=false", "dataset.root=else"]))
+    with pytest.raises(UserError, match=r"belongs to a run with dataset\.name=mnist, not cifar10"):
+        folder.check_owner(compose())
 
 
 def test_a_run_without_a_folder_is_named_after_its_settings(here: Path) -> None:

@@ -725,7 +725,7 @@ def test_lengths_that_follow_a_fraction_follow_its_value() -> None:
 
 @pytest.mark.parametrize("mean", [125.3, 1.01])
 def test_a_mean_of_bytes_is_refused(mean: float) -> None:
-    with pytest.raises(UserError, match=r"^model\.mean must be finite and at most 1 \(\[0, 1\] "):
+    with pytest.raises(UserError, match=r"^model\.mean must be in \[0, 1\], in pixel units"):
         compose([f"model.mean=[{mean}]", "model.std=[0.25]"])
 
 
@@ -916,6 +916,7 @@ def test_the_plain_containers_hold_every_key_of_the_schema(composed: DictConfig)
     config = changed(composed, {})
     same(to_dict(config), config)
     assert len(to_dict(config)) == len(dataclasses.fields(Config))
+    assert {"n_r", "n_o", "gamma"} < to_dict(config)["bt"].keys()
 
 
 # Run folders of earlier versions

@@ -192,6 +192,19 @@ def test_the_data_of_a_run_may_have_moved(photos: Path, tmp_path: Path) -> None:
     assert config.dataset.root == "moved"
 
 
+def test_settings_that_older_versions_wrote_and_nobody_read_are_left_out(run: Path) -> None:
+    today = RunFolder(run).settings()
+    unread = {"image_size": None, "root": "x", "download": True}
+    older = {**today, "model": {**today["model"], "depth": None}}
+    older["dataset"] = {**today["dataset"], **unread}
+    del older["model"]["weights"]
+    assert read_config(older, Path("here")) == read_config(today, Path("here"))
+    for group, key in (("model", "depth"), ("dataset", "image_size")):
+        wrong = {**today, group: {**today[group], key: 16}}
+        with pytest.raises(UserError, match=f"{group}.{key} is no setting with"):
+            read_config(wrong, Path("here"))
+
+
 def test_what_is_no_run_is_refused(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     torch.save(TheirWideResNet().state_dict(), tmp_path / "theirs.pt")

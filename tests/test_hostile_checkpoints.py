@@ -221,6 +221,31 @@ def test_settings_for_an_enormous_network_make_none(
 
 
 @pytest.mark.parametrize(
+    ("architecture", "settings", "words"),
+    [
+        ("torchvision", {"name": "vgg11", "dropout": 10**9}, "asks for a network with 1000000000"),
+        (
+            "torchvision",
+            {"name": "resnet18", "weights": "DEFAULT"},
+            "model.settings.weights is not",
+        ),
+        ("torchvision", {"name": "../x"}, "needs the name of a network"),
+        ("timm", {"model_name": "vit_tiny_patch16_224", "depth": [10**9]}, "with 1000000000 in"),
+        ("timm", {"model_name": "hf-hub:a/b"}, "needs the name of a network"),
+        ("timm", {"model_name": "resnet18", "checkpoint_path": "x.pt"}, "checkpoint_path is not"),
+    ],
+)
+def test_settings_for_a_library_fetch_nothing_and_ask_for_nothing_enormous(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], words: str
+) -> None:
+    content = run_checkpoint()
+    content["config"]["model"] = {"name": "x", "architecture": architecture, "settings": settings}
+    torch.save(content, tmp_path / "run.pt")
+    with little_memory(), pytest.raises(UserError, match=words):
+        load_run(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
     ("setting", "words"),
     [
         (shared(5), "more than 1,000 values"),

@@ -313,6 +313,24 @@ def test_a_mistake_in_own_code_is_one_sentence_and_leaves_nothing(
     assert not (here / "wrong").exists()
 
 
+def test_a_folder_of_options_stands_anywhere_and_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = "defaults:\n  - own\n\nfactory: nets.py:Net\n"
+    (tmp_path / "mine" / "model" / "my_net.yaml").write_text(text)
+    for words in (["--config-dir", "mine", "model=my_net"], ["model=my_net", "--config-dir=mine"]):
+        assert main(["train", *words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "model: my_net, own, " in shown
+        assert "factory: nets.py:Net" in shown
+    assert main(["train", "model=your_net", "-cd", "mine", "dataset=digits"]) == 1
+    assert "model=your_net is no option; there are: my_net, own, " in said(capsys)
+    assert main(["train", "dataset=digits", "--config-dir", "yours"]) == 1
+    assert said(capsys) == "btrain: --config-dir yours is no folder.\n"
+
+
 # From Python
 
 

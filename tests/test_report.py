@@ -11,7 +11,7 @@ import pytest
 from btrain.errors import UserError
 from btrain.report import compare
 
-SAME = ["84.92", "56.61", "0.28", "0.54", "0.18", "3.9", "2.5", "2.25×"]
+SAME = ["84.92", "56.61", "0.28", "0.54", "0.18", "3.9", "2.5", "2.25×", "1.90×", "1.75×"]
 
 
 def finished(folder: Path, seconds: float, device: str = "cpu", **changes: float | None) -> Path:
@@ -23,6 +23,9 @@ def finished(folder: Path, seconds: float, device: str = "cpu", **changes: float
         "f_r": 0.54,
         "f_o": 0.18,
         "theoretical_speedup": 2.254,
+        "speedup_flops": 1.9,
+        "speedup_measured": 1.751,
+        "epochs": 30,
         "attack_steps_mean": 3.88,
         "flops": 2.5e12,
         "train_seconds": seconds,
@@ -52,6 +55,23 @@ def test_times_of_different_devices_are_not_divided(tmp_path: Path) -> None:
     assert "22.50" not in table
 
 
+def test_times_are_compared_on_equal_terms(tmp_path: Path) -> None:
+    first = finished(tmp_path / "a", 90.0)
+    settings = "dataset: {name: mnist}\nmodel: {name: small_cnn, width: 16}\n"
+    (first / "config.yaml").write_text(settings)
+    others = []
+    for name, changed, epochs in (
+        ("data", settings.replace("mnist", "digits"), 30),
+        ("network", settings.replace("16", "32"), 30),
+        ("epochs", settings, 4),
+    ):
+        path = finished(tmp_path / name, 9.0, epochs=epochs)
+        (path / "config.yaml").write_text(changed)
+        others.append(path)
+    rows = cells(compare([first, *others]))[2:]
+    assert [row[-1] for row in rows] == ["1.00×", "other data", "other network", "other epochs"]
+
+
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
@@ -68,7 +88,7 @@ def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None
     assert row["PGD %"] == "53.00 ± 3.61"
     assert row["training s"] == "60.0 ± 10.0"
     row = dict(zip(head, ours, strict=True))
-    assert row["measured speedup"] == "2.00×"
+    assert row["first row's time"] == "2.00×"
     assert row["speedup (eq. 7)"] == "–"
 
 

@@ -1,4 +1,4 @@
-"""Algorithm 2's decisions as pure functions: which examples are near the boundary, and their steps.
+"""The decisions of Algorithm 2 as pure functions: which examples are near the boundary, and steps.
 
 Equation and line numbers are those of Hua et al., "BulletTrain: Accelerating Robust Neural Network
 Training via Boundary Example Mining". m is the batch size, K the number of classes. Nothing here
@@ -22,7 +22,7 @@ OUTLIER, ROBUST, BOUNDARY = 0, 1, 2
 
 
 def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
-    """SVar (eq. 4): the variance of the softmax, negative where the prediction is wrong.
+    """Return SVar (eq. 4): the variance of the softmax, negative where the prediction is wrong.
 
     A wrong prediction whose variance is 0 (uniform logits) gives -0.0: the sign bit, not the
     comparison with zero, tells an outlier. (m, K), (m,) -> (m,), at least float32
@@ -32,7 +32,7 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def signed_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Ranks examples by their cross-entropy: p_y where the prediction is right, else p_y − 1.
+    """Rank examples by their cross-entropy: p_y where the prediction is right, else p_y − 1.
 
     (m, K), (m,) -> (m,)
     """
@@ -41,7 +41,7 @@ def signed_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """Ranks examples by the norm of the loss' gradient at the logits, which is at most √2.
+    """Rank examples by the norm of the loss' gradient at the logits, which is at most √2.
 
     √2 − norm where the prediction is right, else −norm; the last layer's gradient norm of
     Katharopoulos and Fleuret. (m, K), (m,) -> (m,)
@@ -53,7 +53,7 @@ def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The probability of the label minus that of the likeliest other class. (m, K), (m,) -> (m,)"""
+    """Return the label's probability minus the likeliest other class'. (m, K), (m,) -> (m,)"""
     probabilities = F.softmax(precision.full(logits), dim=1)
     index = labels[:, None]
     runner_up = probabilities.scatter(1, index, -1).max(dim=1).values
@@ -62,7 +62,7 @@ def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _signed(right: Tensor, wrong: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """`right` where the prediction is right, else minus `wrong`; both are at least 0."""
+    """Return `right` where the prediction is right, else minus `wrong`; both are at least 0."""
     return torch.where(logits.argmax(dim=1) == labels, right, -wrong)
 
 
@@ -77,7 +77,7 @@ larger the further away, on either side."""
 
 
 def classify(svar: Tensor, robust_fraction: Tensor) -> Tensor:
-    """The rule f (eq. 6): OUTLIER, ROBUST or BOUNDARY for each example.
+    """Apply the rule f (eq. 6): OUTLIER, ROBUST or BOUNDARY for each example.
 
     The percentile is taken over the whole batch, outliers included, with linear interpolation.
     (m,), () -> (m,) int64
@@ -96,7 +96,7 @@ def update_robust_fraction(
     gamma: float,
     mean: Callable[[Tensor], Tensor] = Tensor.mean,
 ) -> Tensor:
-    """The moving average F_R (eq. 5) over all m examples of the batch.
+    """Return the moving average F_R (eq. 5) after all m examples of the batch.
 
     `mean` is of m numbers, or of all processes' where the batch is dealt out to several.
     (), (m, K), (m,) -> ()
@@ -111,7 +111,7 @@ def theoretical_speedup(
     steps: tuple[float, float, float],
     baseline_steps: float,
 ) -> float:
-    """Eq. 7: (N + 1) / (F_B·N_B + F_R·N_R + F_O·N_O + 1), an update counted as one attack step.
+    """Return eq. 7: (N + 1) / (F_B·N_B + F_R·N_R + F_O·N_O + 1), an update being one attack step.
 
     Args:
         fractions: F_B, F_R, F_O.
@@ -123,13 +123,16 @@ def theoretical_speedup(
 
 
 def true_classes(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
-    """Eqs. 1 to 3, by what an attack really did. (m, K), (m, K), (m,) -> (m,) int64"""
+    """Return the classes by what an attack really did (eqs. 1 to 3).
+
+    (m, K), (m, K), (m,) -> (m,) int64
+    """
     stands = torch.where(adv_logits.argmax(dim=1) == labels, ROBUST, BOUNDARY)
     return torch.where(clean_logits.argmax(dim=1) == labels, stands, OUTLIER)
 
 
 class Allocation(NamedTuple):
-    """What a batch's examples are taken for, and how many attack steps each gets.
+    """The classes that a batch's examples are taken for, and the attack steps that each gets.
 
     Attributes:
         classes, steps: (m,) int64.
@@ -143,19 +146,19 @@ class Allocation(NamedTuple):
     patience: int | None = None
 
     def ordered(self, order: Tensor | slice) -> Allocation:
-        """The same in another order of the examples, or of some of them."""
+        """Return the same in another order of the examples, or of some of them."""
         return self._replace(classes=self.classes[order], steps=self.steps[order])
 
 
 def by_class(classes: Tensor, budget: Tensor) -> Allocation:
-    """N_O, N_R or N_B steps; `budget` (3,) is indexed by OUTLIER, ROBUST, BOUNDARY."""
+    """Return N_O, N_R or N_B steps; `budget` (3,) is indexed by OUTLIER, ROBUST, BOUNDARY."""
     return Allocation(classes, budget[classes])
 
 
 def filled_up(
     allocation: Allocation, order: Tensor, active: Sequence[int], multiple: int
 ) -> tuple[Allocation, list[int]]:
-    """Rounds up how many examples take each step; the next in the order take the longer budget.
+    """Round up how many examples take each step; the next in the order take the longer budget.
 
     No group grows by as many as `multiple`, nor beyond the batch, and an empty one stays empty. The
     classes remain those of the rule.
@@ -177,12 +180,12 @@ def filled_up(
 
 
 def by_score(score: Tensor, robust_fraction: Tensor, budget: Tensor) -> Allocation:
-    """Algorithm 2, line 12: classes by SVar (or another metric) and the estimated F_R."""
+    """Allocate by Algorithm 2, line 12: classes by the score (SVar) and the estimated F_R."""
     return by_class(classify(score, robust_fraction), budget)
 
 
 def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation:
-    """The same budgets on randomly chosen examples: the control that the choice matters.
+    """Return the same budgets on randomly chosen examples: the control that the choice matters.
 
     With BulletTrain's rule F_R adapts to it, so the mean number of steps of a run is near
     BulletTrain's, not equal to it.
@@ -192,7 +195,7 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
 
 
 def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor:
-    """Classes in the given shares F_B, F_R, F_O, rounded, of any examples. (m,) -> (m,) int64"""
+    """Give any examples classes in the shares F_B, F_R, F_O, rounded. (m,) -> (m,) int64"""
     m = len(score)
     boundary = round(fractions[0] * m)
     stay = round((fractions[0] + fractions[1]) * m)
@@ -202,7 +205,7 @@ def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor
 
 
 def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: float) -> Allocation:
-    """Section 3.2's quantised Gaussian: steps fall off with distance from the boundary examples.
+    """Return section 3.2's quantised Gaussian: steps fall off with distance from boundary examples.
 
     Its centre is the middle of eq. 6's boundary interval, its height N_B, and its width the largest
     of a grid (of shares of the largest distance) with which the batch takes at most `mean_steps`
@@ -220,7 +223,7 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
 
 
 def step_sizes(steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float) -> Tensor:
-    """The step sizes of Section 4: 1.7·ε/N for an example with N < N_B steps.
+    """Return the step sizes of Section 4: 1.7·ε/N for an example with N < N_B steps.
 
     With N_B steps it takes them like the plain defense, so that equal budgets are the plain defense
     exactly. (m,) -> (m,) float32
@@ -303,7 +306,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class BulletTrain:
-    """BulletTrain's rule: classes by the score and the estimated F_R, and steps by class.
+    """The rule of BulletTrain: classes by the score and the estimated F_R, and steps by class.
 
     Attributes:
         budget: N_O, N_R, N_B, (3,) int64 on the device.
@@ -327,7 +330,7 @@ class BulletTrain:
 
 @dataclass(frozen=True)
 class EarlyExit(BulletTrain):
-    """BulletTrain's rule, whose boundary examples stop some steps after they are misclassified."""
+    """The rule of BulletTrain, but boundary examples stop some steps after they fell."""
 
     patience: int = 1
 
@@ -355,7 +358,7 @@ class Random(BulletTrain):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The quantised Gaussian of `gaussian`."""
+    """The quantised Gaussian of `gaussian`, as an allocator."""
 
     n_b: int
     mean_steps: float

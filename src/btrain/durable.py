@@ -20,7 +20,7 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 def make_folder(path: Path, setting: str | None = None) -> None:
-    """Makes a folder and those that it lies in, where they are missing.
+    """Make a folder and those that it lies in, where they are missing.
 
     Args:
         setting: the name of the setting that names the folder, for the sentence below.
@@ -35,7 +35,7 @@ def make_folder(path: Path, setting: str | None = None) -> None:
 
 
 def write_file(path: Path, content: bytes | memoryview, *, previous: Path | None = None) -> None:
-    """Replaces a file in one move, as `replacing`.
+    """Replace a file in one move, as `replacing`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written or is gone. Then the old file
@@ -50,7 +50,7 @@ def write_file(path: Path, content: bytes | memoryview, *, previous: Path | None
 
 @contextmanager
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is whole, and leaves nothing behind otherwise.
+    """Open a file that takes its name when it is whole, and leaves nothing behind otherwise.
 
     A temporary file (`path` with `PARTIAL` behind it), fsync, rename, fsync of the folder.
 
@@ -79,7 +79,7 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds one line and makes it durable; a crash may leave a part of it.
+    """Add one line and make it durable; a crash may leave a part of it.
 
     Raises:
         UserError: as `write_file`.

@@ -1,4 +1,4 @@
-"""What ends a command other than success: bad input, and a signal."""
+"""The two ends of a command other than success: bad input, and a signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end, and it did, at a place from which it can go on.
+    """A signal that asked the run to end, which it did at a place from which it can go on.
 
     A KeyboardInterrupt, so that it ends a whole sweep and not one job of it.
     """
@@ -37,17 +37,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _spelt_out(character: str) -> str:
-    """An escape like `\\n`; a lone surrogate, half of what was no UTF-8, as well."""
+    """Return the character's escape; a lone surrogate, half of what was no UTF-8, has one, too."""
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says in its first line, without a full stop, to be part of a sentence."""
+    """Return the first line of a library's message, without a full stop, for use in a sentence."""
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def first_reason(error: BaseException) -> str:
-    """The first line of what went wrong first: what failed in a recording makes its end fail.
+    """Return the first line of what went wrong first: what fails in a recording makes its end fail.
 
     An error that was raised to explain another one speaks for itself.
     """

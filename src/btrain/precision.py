@@ -1,4 +1,4 @@
-"""Where numbers may be short, and where they must not be."""
+"""The places where numbers may be short, and those where they must not be."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TOO_NARROW = 4  # input channels
 
 
 def full(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 if they are; losses and SVar are computed on these."""
+    """Return logits in float32, or float64 if they are; losses and SVar are computed on these."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def bf16_hint(key: str, device: torch.device) -> str | None:
-    """A sentence for who chose bf16, as `key`, on a CPU that is slower in it; else None."""
+    """Return a sentence for who chose bf16, as `key`, on a CPU that is slower in it; else None."""
     if device.type != "cpu" or (slowdown := bf16_slowdown()) < _SLOW:
         return None
     return (
@@ -34,7 +34,7 @@ def bf16_hint(key: str, device: torch.device) -> str | None:
 
 
 def bf16_slowdown() -> float:
-    """How many times as long as in float32 a convolution takes in bf16 on this CPU.
+    """Return how many times as long as in float32 a convolution takes in bf16 on this CPU.
 
     Timed, each by the fastest of three; a second or less where it is slow.
     """
@@ -56,7 +56,7 @@ def bf16_slowdown() -> float:
 
 @contextmanager
 def exactly_float32(device: torch.device) -> Iterator[None]:
-    """No autocast inside, and no TF32 or bf16 in convolutions and products of float32 matrices.
+    """Allow no autocast inside, and no TF32 or bf16 in convolutions and products of float32.
 
     cuDNN's convolutions use TF32 unless they are told not to; products of matrices where the
     caller allowed it. What was allowed before is allowed again afterwards.
@@ -82,7 +82,7 @@ def exactly_float32(device: torch.device) -> Iterator[None]:
 
 
 def _units() -> list[Any]:
-    """What has a precision of its own in torch 2.9 and later; none in earlier ones."""
+    """Return what has a precision of its own in torch 2.9 and later; none in earlier ones."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     names = ("conv", "rnn", "matmul")
     units = [
@@ -93,7 +93,7 @@ def _units() -> list[Any]:
 
 
 def _legacy(read: Callable[[], T]) -> T | None:
-    """A setting of the older interface, which torch refuses to read once the newer one was used."""
+    """Read a setting of the older interface; None where torch refuses, once the newer was used."""
     try:
         return read()
     except RuntimeError:
@@ -101,7 +101,7 @@ def _legacy(read: Callable[[], T]) -> T | None:
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """The model itself, its weights laid out so that convolutions compute channel by channel last.
+    """Lay out the model's weights for convolutions that compute channel by channel last; return it.
 
     The images may stay as they are: the first convolution turns them.
 
@@ -119,7 +119,7 @@ def to_channels_last(model: nn.Module) -> nn.Module:
 
 
 def _writes_beyond_its_memory(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether torch 2.13's oneDNN would, in `channels_last`; seen with AVX2 alone."""
+    """Return whether torch 2.13's oneDNN would, in `channels_last`; seen with AVX2 alone."""
     return (
         isinstance(module, nn.Conv2d)
         and (module.kernel_size, module.stride) == ((1, 1), (2, 2))

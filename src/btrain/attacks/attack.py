@@ -1,4 +1,4 @@
-"""The attack of a run: its ball, its steps, where it starts, and in which mode the network is."""
+"""The attack of a run: its ball, its steps, its start, and the mode that the network is in."""
 
 from __future__ import annotations
 

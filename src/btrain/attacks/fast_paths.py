@@ -1,4 +1,4 @@
-"""How a run's steps see the network and attack it: plainly, in bf16, compiled, by CUDA graphs."""
+"""The ways in which steps see and attack the network: plain, in bf16, compiled, by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from btrain.settings import CudaGraphs, Precision, TrainConfig
 
 @dataclass(frozen=True)
 class FastPaths:
-    """What all steps of a run share, for it is dear to make: copies, compiled code, graphs.
+    """The things that all steps of a run share, for they are dear: copies, compiled code, graphs.
 
     Attributes:
         view: the network as a step sees it, brought up to the weights of now.
@@ -36,7 +36,7 @@ class FastPaths:
 
 
 def make_fast_paths(train: TrainConfig, device: torch.device) -> FastPaths:
-    """Those that the configuration asks for; `auto` has been settled and counts as `never`."""
+    """Make those that the configuration asks for; `auto` has been settled and counts as `never`."""
     view = _view(train)
     if train.cuda_graphs is not CudaGraphs.always:
         return FastPaths(view)
@@ -57,7 +57,7 @@ def _view(train: TrainConfig) -> Callable[[nn.Module], nn.Module]:
 
 
 def check_fast_paths(train: TrainConfig, device: torch.device) -> None:
-    """Makes sure that this machine can do what `train.compile` and `train.cuda_graphs` ask for.
+    """Make sure that this machine can do what `train.compile` and `train.cuda_graphs` ask for.
 
     Raises:
         UserError: it cannot.

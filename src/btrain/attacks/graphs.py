@@ -26,7 +26,7 @@ _LARGEST = 256  # examples; up to here groups are rounded to 8
 
 
 def group_multiple(batch_size: int) -> int:
-    """What group sizes are rounded up to: 8, or more for a batch above 256.
+    """Return what group sizes are rounded up to: 8, or more for a batch above 256.
 
     So a batch has at most 32 sizes, and as many graphs. 11 % more attack on the 36 boundary
     examples of 128, on average.
@@ -72,7 +72,7 @@ class ReplayedPGD:
     """
 
     def __init__(self, new_recorder: Callable[[], Recorder], examples: int) -> None:
-        """`examples` is the size of the largest batch that is expected."""
+        """Record nothing yet; `examples` is the size of the largest batch that is expected."""
         self.recorded = 0
         self._new_recorder, self._examples = new_recorder, examples
         self._made_for: tuple[object, ...] = ()
@@ -92,7 +92,7 @@ class ReplayedPGD:
         noise: Tensor | None,
         probe: Tensor | None = None,
     ) -> Tensor:
-        """As `prefix_pgd`; every number in `active` that is new costs a recording."""
+        """Attack as `prefix_pgd`; every number in `active` that is new costs a recording."""
         region = ball.region(x)
         self._prepare(model, x, labels, clean_logits, inner_loss, ball, region)
         for n in sorted(set(active) - self._replay.keys(), reverse=True):
@@ -124,7 +124,7 @@ class ReplayedPGD:
         ball: Ball,
         region: tuple[Tensor, ...],
     ) -> None:
-        """Drops what was recorded if it does not hold for these, and makes room for them."""
+        """Drop what was recorded if it does not hold for these, and make room for them."""
         weights = tuple(t.data_ptr() for t in chain(model.parameters(), model.buffers()))
         kinds = tuple((t.shape[1:], t.dtype, t.device) for t in (x, labels, z, *region))
         self._examples = max(self._examples, len(x))
@@ -145,7 +145,7 @@ class ReplayedPGD:
 
 
 def _step(model: nn.Module, inner_loss: InnerLoss, ball: Ball, batch: _Batch) -> None:
-    """One step of `prefix_pgd` on the whole of this memory, and nothing kept beside it."""
+    """Take one step of `prefix_pgd` on the whole of this memory, and keep nothing beside it."""
     at = batch.at.detach().requires_grad_()
     with torch.enable_grad():
         loss = inner_loss(model(at), batch.target, batch.labels).sum()
@@ -156,12 +156,12 @@ def _step(model: nn.Module, inner_loss: InnerLoss, ball: Ball, batch: _Batch) ->
 
 
 def repeated(step: Callable[[], None]) -> Callable[[], None]:
-    """The recorder of a CPU."""
+    """Record as a CPU does: return the step itself."""
     return step
 
 
 class GraphRecorder:
-    """Records CUDA graphs that share one pool of memory.
+    """A recorder of CUDA graphs that share one pool of memory.
 
     They may: nothing of one is read after another ran, and two never run at once. What torch asks
     for is kept: a few runs on a side stream first, always the same stream for one pool, and no
@@ -175,7 +175,7 @@ class GraphRecorder:
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Runs the step `_TRIALS` times, then records it, which does not run it."""
+        """Run the step `_TRIALS` times, then record it, which does not run it."""
         current = torch.cuda.current_stream(self._device)
         # The stream is set to bring it back: torch does not where a recording fails.
         with torch.cuda.device(self._device), torch.cuda.stream(current):
@@ -197,7 +197,7 @@ class GraphRecorder:
 
 
 def _end_recording(device: torch.device) -> None:
-    """After a recording that failed: torch's own generator would still take it to be under way.
+    """End a recording that failed: torch's own generator would still take it to be under way.
 
     It would then refuse to draw for anybody. One that succeeds ends both.
     """
@@ -209,6 +209,6 @@ _TRIALS = 3
 
 
 def replayed_pgd(device: torch.device, examples: int) -> ReplayedPGD:
-    """For batches of up to so many examples on this device."""
+    """Return the attack for batches of up to so many examples on this device."""
     cuda = device.type == "cuda"
     return ReplayedPGD((lambda: GraphRecorder(device)) if cuda else (lambda: repeated), examples)

@@ -82,7 +82,7 @@ def pgd(
 def by_steps(
     steps: Tensor, distance: Tensor | None = None
 ) -> tuple[Tensor, Callable[[], list[int]]]:
-    """The order of descending step count, and how many examples take the first step, the second, ….
+    """Return the order of descending step count, and how many examples take step 1, step 2, ….
 
     Of equal counts those with the smallest distance come first, if one is given, (m,); else they
     stay as they were. The counts, one copy from the device to the host, are on their way: a call
@@ -98,7 +98,7 @@ def by_steps(
 
 
 def _on_its_way(numbers: Tensor) -> Callable[[], list[int]]:
-    """Begins to copy numbers to the host; a call waits for these alone.
+    """Begin to copy numbers to the host; a call waits for these alone.
 
     A GPU has what it was given in the meantime to do while the host reads them.
     """
@@ -116,7 +116,7 @@ def _on_its_way(numbers: Tensor) -> Callable[[], list[int]]:
 
 
 def active_counts(steps: Sequence[int]) -> list[int]:
-    """How many examples take the first step, the second, …; `steps` in descending order."""
+    """Return how many examples take the first step, the second, …; `steps` in descending order."""
     longest = steps[0] if steps else 0
     return [bisect_left(steps, -step, key=lambda n: -n) for step in range(longest)]
 

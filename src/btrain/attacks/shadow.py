@@ -29,7 +29,7 @@ class Shadowed(nn.Module):
     """
 
     def __init__(self, network: nn.Module, *, compiled: bool = False) -> None:
-        """`compiled` is of the shadow's passes whose gradient reaches the images."""
+        """Wrap a network; `compiled` is of the shadow's passes with a gradient at the images."""
         super().__init__()
         self.network = network
         self.training = network.training
@@ -48,7 +48,7 @@ class Shadowed(nn.Module):
 
     @property
     def shadow(self) -> _Frozen:
-        """For passes in eval mode without gradients of the weights.
+        """Return the network for passes in eval mode without gradients of the weights.
 
         Its weights are those of when it was first asked for after a `refresh`.
         """
@@ -59,7 +59,7 @@ class Shadowed(nn.Module):
         return shadow
 
     def refresh(self) -> Shadowed:
-        """Brings the shadow up to the weights and statistics of when it is next asked for."""
+        """Bring the shadow up to the weights and statistics of when it is next asked for."""
         self._stale = True
         return self
 
@@ -79,7 +79,7 @@ class InBFloat16(Shadowed):
 
 
 def _twin(network: nn.Module, of_its_own: tuple[type[nn.Module], ...] = ()) -> nn.Module:
-    """The same weights and statistics in a network of its own, frozen and in eval mode.
+    """Return the same weights and statistics in another network, frozen and in eval mode.
 
     Modules of the types `of_its_own` have copies of their weights.
     """
@@ -111,7 +111,7 @@ class _Frozen(nn.Module):
         return logits
 
     def refresh(self) -> None:
-        """There is nothing to do for weights that are the network's own."""
+        """Do nothing: the weights are the network's own."""
 
 
 class _Compiled(nn.Module):
@@ -138,7 +138,10 @@ class _Compiled(nn.Module):
 
 
 def _short_pass(network: nn.Module, images: Tensor, *, frozen: bool = False) -> Tensor:
-    """A frozen network has no weights to cast, and a CUDA graph must not find others' casts."""
+    """Return the float32 logits of a pass in bf16.
+
+    A frozen network has no weights to cast, and a CUDA graph must not find others' casts.
+    """
     with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=not frozen):
         logits: Tensor = network(images)
     return full(logits)
@@ -174,7 +177,7 @@ class _Shadow(_Frozen):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the weights of convolutions and linear layers; all else is shared."""
+        """Copy the weights of convolutions and linear layers; all else is shared."""
         sources: list[Tensor] = []
         for convolution, norm in self._folds:
             assert norm.running_mean is not None
@@ -186,7 +189,7 @@ class _Shadow(_Frozen):
 
 
 def _fold(block: PreActBlock | WideBlock) -> list[Tensor]:
-    """Leaves out a block's second BatchNorm; the weight and the new bias of the convolution."""
+    """Leave out a block's second BatchNorm; return the convolution's weight and new bias."""
     bias = nn.Parameter(torch.zeros_like(block.bn2.bias), requires_grad=False)
     block.conv1.bias = bias
     block.bn2 = nn.Identity().eval()  # type: ignore[assignment]
@@ -195,7 +198,7 @@ def _fold(block: PreActBlock | WideBlock) -> list[Tensor]:
 
 @contextmanager
 def attacked(model: nn.Module) -> Iterator[nn.Module]:
-    """The network in eval mode, to be attacked: itself, or its shadow where it has one."""
+    """Return the network in eval mode, to be attacked: itself, or its shadow where it has one."""
     if isinstance(model, Shadowed):
         yield model.shadow
         return
@@ -204,5 +207,5 @@ def attacked(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The network without what averages the gradients of its weights over several processes."""
+    """Return the network without what averages its weights' gradients over several processes."""
     return network.module if isinstance(network, DistributedDataParallel) else network

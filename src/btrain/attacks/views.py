@@ -26,7 +26,7 @@ def augmix(
     all_ops: bool = False,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One AugMix view of each image, drawn from the generator alone.
+    """Return one AugMix view of each image, drawn from the generator alone.
 
     One copy from the device to the host: how many images drew each operation at each place of the
     chains. Computing every operation for every image would need none, but several times the work.
@@ -58,7 +58,7 @@ def augmix(
 
 
 class Draws(NamedTuple):
-    """What is random in `augmix`."""
+    """The random choices of `augmix`."""
 
     operations: Tensor
     """Indices into OPERATIONS, len(OPERATIONS) after a chain's end, (m, width, length) int64."""
@@ -79,7 +79,7 @@ def draw(
     lengths: tuple[int, int],
     kinds: int,
 ) -> Draws:
-    """Draws for m images: chains of the first `kinds` OPERATIONS, of `lengths` (least, most)."""
+    """Draw for m images: chains of the first `kinds` OPERATIONS, of `lengths` (least, most)."""
     device = generator.device
     least, most = lengths
     shape = (m, width, most)
@@ -98,7 +98,7 @@ def draw(
 
 
 def run_chains(images: Tensor, operations: Tensor, levels: Tensor) -> Tensor:
-    """Every chain's result: each operation runs on the images that drew it, all warps as one.
+    """Return each chain's result: each operation runs on the images that drew it, all warps as one.
 
     (m, C, H, W) uint8, (m, width, length), (m, width, length) -> (m, width, C, H, W) uint8
     """
@@ -121,7 +121,7 @@ def run_chains(images: Tensor, operations: Tensor, levels: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, chains: Tensor, draws: Draws) -> Tensor:
-    """(1 - mixing)·image + mixing·Σ weight·chain.
+    """Return (1 - mixing)·image + mixing·Σ weight·chain.
 
     (m, C, H, W), (m, width, C, H, W) uint8 -> (m, C, H, W)
     """
@@ -131,7 +131,7 @@ def mix(images: Tensor, chains: Tensor, draws: Draws) -> Tensor:
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Each channel stretched to 0…255; a constant one stays. (n, C, H, W) -> (n, C, H, W)"""
+    """Stretch each channel to 0…255; a constant one stays. (n, C, H, W) -> (n, C, H, W)"""
     low, high = (end.double() for end in images.flatten(2).aminmax(dim=2))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / … takes the reciprocal
     scale, offset = scale[..., None, None], (-low * scale)[..., None, None]
@@ -141,7 +141,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Each channel's histogram made flat. (n, C, H, W) -> (n, C, H, W)
+    """Make each channel's histogram flat. (n, C, H, W) -> (n, C, H, W)
 
     A channel of fewer than 255 pixels below its maximum stays as it is.
     """
@@ -156,40 +156,46 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """The highest `bits` bits of each pixel. (n, C, H, W), (n,) int64 -> (n, C, H, W)"""
+    """Keep the highest `bits` bits of each pixel. (n, C, H, W), (n,) int64 -> (n, C, H, W)"""
     mask = (0xFF << (8 - bits)).to(torch.uint8)
     return images & mask[:, None, None, None]
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Pixels from `threshold` up are inverted. (n, C, H, W), (n,) int64 -> (n, C, H, W)"""
+    """Invert pixels from `threshold` up. (n, C, H, W), (n,) int64 -> (n, C, H, W)"""
     return torch.where(images < threshold[:, None, None, None], images, 255 - images)
 
 
 def enhance_color(images: Tensor, factor: Tensor) -> Tensor:
-    """0: grey, 1: the image. (n, C, H, W), (n,) -> (n, C, H, W)"""
+    """Blend with grey: 0: grey, 1: the image. (n, C, H, W), (n,) -> (n, C, H, W)"""
     return blend(luminance(images), images, factor)
 
 
 def enhance_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """0: the mean luminance, 1: the image. (n, C, H, W), (n,) -> (n, C, H, W)"""
+    """Blend with one grey: 0: the mean luminance, 1: the image.
+
+    (n, C, H, W), (n,) -> (n, C, H, W)
+    """
     pixels = images.shape[2] * images.shape[3]
     total = luminance(images).sum(dim=(2, 3), keepdim=True)
     return blend((2 * total + pixels) // (2 * pixels), images, factor)
 
 
 def enhance_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """0: black, 1: the image. (n, C, H, W), (n,) -> (n, C, H, W)"""
+    """Blend with black: 0: black, 1: the image. (n, C, H, W), (n,) -> (n, C, H, W)"""
     return blend(torch.zeros_like(images), images, factor)
 
 
 def enhance_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """0: smoothed, 1: the image, 2: sharpened. (n, C, H, W), (n,) -> (n, C, H, W)"""
+    """Blend with a smoothed one: 0: smoothed, 1: the image, 2: sharpened.
+
+    (n, C, H, W), (n,) -> (n, C, H, W)
+    """
     return blend(smooth(images), images, factor)
 
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """degenerate + factor·(image - degenerate), in float32, clipped, truncated.
+    """Return degenerate + factor·(image - degenerate), in float32, clipped, truncated.
 
     (n, C or 1, H or 1, W or 1), (n, C, H, W), (n,) -> (n, C, H, W)
     """
@@ -199,7 +205,7 @@ def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """ITU-R 601 luma in fixed point; grey is its own. (n, C, H, W) -> (n, 1, H, W)"""
+    """Return ITU-R 601 luma in fixed point; grey is its own. (n, C, H, W) -> (n, 1, H, W)"""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.int()[:, :, None].unbind(1)
@@ -207,7 +213,7 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def smooth(images: Tensor) -> Tensor:
-    """3×3 mean with weight 5 of 13 in the middle; the border stays. Like images"""
+    """Take the 3×3 mean with weight 5 of 13 in the middle; the border stays. Like images"""
     x = images.float()
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -217,7 +223,7 @@ def smooth(images: Tensor) -> Tensor:
 
 
 def affine(images: Tensor, matrix: Tensor) -> Tensor:
-    """Pillow's bilinear AFFINE transform, black outside.
+    """Warp by Pillow's bilinear AFFINE transform, black outside.
 
     The pixel (x, y) comes from (a·x + b·y + c, d·x + e·y + f), with pixel centres at halves. The
     interpolation is truncated to a level, which takes float64 to do as Pillow does.
@@ -246,7 +252,7 @@ def affine(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def affine_matrix(operations: Tensor, levels: Tensor, width: int, height: int) -> Tensor:
-    """Coefficients a…f of `affine` for geometric operations, the identity for others.
+    """Return coefficients a…f of `affine` for geometric operations, the identity for others.
 
     (…), (…) -> (…, 6) float64
     """

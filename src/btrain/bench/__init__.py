@@ -1,1 +1,1 @@
-"""How long a training step takes, beside the plain defense and what arithmetic allows."""
+"""The bench: how long a training step takes, beside the plain defense and arithmetic's bound."""

@@ -1,4 +1,4 @@
-"""`btrain bench`: its settings, and what it does with them. Imports torch only to do it."""
+"""The command `btrain bench`: its settings and what it does, importing torch only to do it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ btrain bench gpu    a fixed set for one CUDA device; writes results/gpu/<device>
 
 
 def run(args: Sequence[str]) -> None:
-    """Measures, prints a table, writes what was asked for.
+    """Measure, print a table, write what was asked for.
 
     Raises:
         UserError: a setting is wrong, or a file cannot be read or written.
@@ -51,7 +51,7 @@ _OF_A_RUN = ("bench.defenses", "bench.models", "bench.fractions", "bench.boundar
 
 
 def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
-    """The bench's own settings, checked, and the others as they are.
+    """Return the bench's own settings, checked, and the others as they are.
 
     Raises:
         UserError: a setting of the bench is unknown, of another type or out of range.
@@ -70,7 +70,7 @@ def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
 
 
 def compose(overrides: Sequence[str] = ()) -> BenchConfig:
-    """The settings of `btrain bench <overrides>`.
+    """Return the settings of `btrain bench <overrides>`.
 
     Raises:
         UserError: as `parse`.
@@ -91,6 +91,6 @@ def compose(overrides: Sequence[str] = ()) -> BenchConfig:
 
 
 def _tell(message: str) -> None:
-    """Where the bench is, over the line before; nothing where nobody watches."""
+    """Say where the bench is, over the line before; nothing where nobody watches."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ Keep = Callable[[Mapping[str, Any]], None]
 
 
 def run_gpu(tell: Callable[[str], None]) -> Path:
-    """Measures the set on the first CUDA device; returns the JSON file's path.
+    """Measure the set on the first CUDA device; return the JSON file's path.
 
     The files are written anew after every part, so that an end by force leaves what came before.
 
@@ -73,7 +73,7 @@ def measure_set(
     limit: float = _SECONDS,
     keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
-    """Steps in bf16 and channels_last, and PGD-20 in float32, of every pair.
+    """Measure steps in bf16 and channels_last, and PGD-20 in float32, of every pair.
 
     What fails, or would begin after the time limit, is named in `left_out`; a case that fails with
     CUDA graphs is measured without.
@@ -123,7 +123,7 @@ def measure_set(
 def _add_steps(
     case: Case, bench: BenchConfig, result: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
-    """The rows of a case."""
+    """Add the rows of a case."""
     found = None
     try:
         found = measure_case(case, bench, tell)
@@ -152,7 +152,7 @@ def _only(bench: BenchConfig, defense: DefenseName, model: str) -> BenchConfig:
 def _add_evaluation(
     case: Case, images: int, ends: float, result: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
-    """PGD-20 on random images, after two batches, of which the second tells how many fit."""
+    """Time PGD-20 on random images, after two batches, of which the second tells how many fit."""
     config = case.config
     device, shape = find_device(config.device), image_shape(config.dataset)
     batch = min(images, config.eval.batch_size)
@@ -182,7 +182,7 @@ def _add_evaluation(
 
 
 def write_results(result: Mapping[str, Any], folder: Path, date: str) -> Path:
-    """Writes `<device>-<date>.json` and a Markdown table beside it; returns the first."""
+    """Write `<device>-<date>.json` and a Markdown table beside it; return the first."""
     hardware = result["hardware"]
     name = hardware.get("gpu", hardware["processor"])
     stem = f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}"

@@ -1,4 +1,4 @@
-"""What one step does beside taking time: memory, copies to the host, kernels."""
+"""The things one step does beside taking time: memory, copies to the host, kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEGABYTE = 2**20
 
 
 class Look(NamedTuple):
-    """Of one step: the most memory beyond what was there before, and counts.
+    """The findings of one step: the most memory beyond what was there before, and counts.
 
     Attributes:
         kernels: launched on the GPU; None on the CPU.
@@ -29,7 +29,7 @@ class Look(NamedTuple):
 
 
 def look(work: Callable[[], None], device: torch.device) -> Look:
-    """Runs `work` once or twice more, watched and therefore slower."""
+    """Run `work` once or twice more, watched and therefore slower."""
     if device.type == "cuda":
         return _look_cuda(work, device)
     reads, watch = _HostReads(), _Watch()
@@ -56,7 +56,7 @@ def _look_cuda(work: Callable[[], None], device: torch.device) -> Look:
 
 
 class _HostReads(TorchFunctionMode):
-    """Counts the reads of a whole tensor that would be copies if it lay on a GPU."""
+    """A counter of the reads of a whole tensor that would be copies if it lay on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _HostReads(TorchFunctionMode):
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts reads of single numbers and of masks' sizes, and adds up the storages alive.
+    """A counter of reads of single numbers and of masks' sizes, and a sum of the storages alive.
 
     What an operation allocates for its own time only is not seen.
     """

@@ -1,4 +1,4 @@
-"""Lanes that take turns, and what comes out of it."""
+"""The lanes that take turns, and what comes out of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DTYPES = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16}
 def measure(
     lanes: Sequence[Lane], repetitions: int, device: torch.device, tell: Callable[[str], None]
 ) -> tuple[list[Row], list[Row]]:
-    """Every lane takes a step in every repetition, one after the other; the first is not counted.
+    """Let every lane take a step in every repetition, in turn; the first is not counted.
 
     Returns:
         `rows` and `details` of the output, one of each a lane, in the lanes' order.
@@ -63,7 +63,7 @@ def _timed_step(lane: Lane, repetition: int, device: torch.device) -> float:
 
 
 def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -> tuple[Row, Row]:
-    """What a lane has by itself; the ratios are still to come."""
+    """Return what a lane has by itself; the ratios are still to come."""
     config, m = lane.config, len(lane.workload.images(0))
     means = averages(torch.stack([stacked(stats) for stats in lane.stats[1:]]).sum(0))
     units, median = means["units_per_example"], statistics.median(taken)
@@ -100,7 +100,7 @@ def _result(lane: Lane, taken: list[float], rate: float, device: torch.device) -
 
 
 def spread(values: list[float]) -> float:
-    """The distance between the quartiles; of fewer than two values 0."""
+    """Return the distance between the quartiles; of fewer than two values 0."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -108,7 +108,7 @@ def spread(values: list[float]) -> float:
 
 
 def _selection_seconds(lane: Lane, device: torch.device) -> float:
-    """How long metric, classes, sort and indexing of a batch take; 0 for a method that has none."""
+    """Return the seconds of a batch's metric, classes, sort and indexing; 0 where it has none."""
     if lane.contender not in (Contender.bullettrain, Contender.pooled):
         return 0.0
     batch = lane.prepare(0)
@@ -120,7 +120,7 @@ def _selection_seconds(lane: Lane, device: torch.device) -> float:
 def _compare(
     lanes: Sequence[Lane], times: Sequence[list[float]], results: Sequence[tuple[Row, Row]]
 ) -> None:
-    """Adds the ratios: the median over the repetitions, in each of which both took a step."""
+    """Add the ratios: the median over the repetitions, in each of which both took a step."""
     for lane, taken, (row, detail) in zip(lanes, times, results, strict=True):
         lean = _index(lanes, Contender.lean, lane.config.train)
         eager = replace(lane.config.train, cuda_graphs=CudaGraphs.never)
@@ -147,7 +147,7 @@ def _compare(
 
 
 def _index(lanes: Sequence[Lane], contender: Contender, like: Any) -> int | None:
-    """The lane of that method at the precision and layout of `like`, compiled or not as it is."""
+    """Return the lane of that method at `like`'s precision and layout, compiled or not as it is."""
     for i, lane in enumerate(lanes):
         if lane.contender is contender and lane.config.train == like:
             return i

@@ -1,4 +1,4 @@
-"""What `btrain bench` shows and writes: a table, a JSON file, a plot."""
+"""The table, JSON file and plot that `btrain bench` shows and writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEAD = (
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine: processor or GPU, and how many threads torch uses."""
+    """Return the machine: processor or GPU, and how many threads torch uses."""
     found: dict[str, Any] = {
         "device": device.type,
         "processor": processor(),
@@ -42,7 +42,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on."""
+    """Return the versions of what the numbers depend on."""
     return {
         "btrain": __version__,
         "torch": str(torch.__version__),
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
 
 
 def _layout(row: Row) -> str:
-    """The layout of the weights, and what else makes a lane another."""
+    """Return the layout of the weights, and what else makes a lane another."""
     layout = "channels_last" if row["channels_last"] else "plain"
     layout += ", compiled" if row["compiled"] else ""
     return layout + (", CUDA graphs" if row["cuda_graphs"] else "")
@@ -90,7 +90,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def check_places(out: str | None, plot: str | None) -> None:
-    """Makes sure, ahead of the measurement, that its results can be written.
+    """Make sure, ahead of the measurement, that its results can be written.
 
     Raises:
         UserError: a folder cannot be made or written, what is to be replaced is no file, both are
@@ -116,7 +116,7 @@ def check_places(out: str | None, plot: str | None) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, or the one that a link names, whole or not at all.
+    """Write a file, or the one that a link names, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -126,12 +126,12 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the results."""
+    """Write the results."""
     write(path, json.dumps(content, indent=1) + "\n")
 
 
 def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
-    """BulletTrain's speedup against batch size and against F_B, beside the bound.
+    """Draw BulletTrain's speedup against batch size and against F_B, beside the bound.
 
     Raises:
         UserError: the file cannot be written.

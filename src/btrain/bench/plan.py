@@ -1,4 +1,4 @@
-"""From the settings to the cases, each of which is measured by itself, and their lanes."""
+"""The way from the settings to the cases, each measured by itself, and their lanes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Fractions = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Case:
-    """What takes turns with each other: all methods, precisions and layouts of one workload.
+    """The lanes that take turns: all methods, precisions and layouts of one workload.
 
     Attributes:
         config: of a run with BulletTrain.
@@ -59,7 +59,7 @@ class Case:
 
 
 def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
-    """Every combination of the lists that need another workload.
+    """Return every combination of the lists that need another workload.
 
     Args:
         settings: overrides of `btrain train`.
@@ -84,7 +84,7 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
 
 
 def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> list[Fractions]:
-    """The defense's own, or those of each F_B asked for."""
+    """Return the defense's own, or those of each F_B asked for."""
     if defense.value not in bench.fractions:
         raise UserError(f"bench.fractions.{defense.value} must be given.")
     boundary, robust, outlier = bench.fractions[defense.value]
@@ -128,7 +128,7 @@ def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> l
 
 
 def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lane]:
-    """The lanes of a case; only TRADES has an official structure of its own.
+    """Return the lanes of a case; only TRADES has an official structure of its own.
 
     Raises:
         UserError: the run's images cannot be read; there is nothing to pool.
@@ -157,7 +157,7 @@ def make_lanes(case: Case, bench: BenchConfig, device: torch.device) -> list[Lan
 
 
 def _exists(defense: DefenseName, contender: Contender, train: TrainConfig) -> bool:
-    """Whether the defense has the method, and that the compiler or the graphs."""
+    """Return whether the defense has the method, and that the compiler or the graphs."""
     if train.cuda_graphs is CudaGraphs.always:
         replayed = contender in (Contender.lean, Contender.bullettrain)
         return replayed and not train.compile and defense is not DefenseName.augmix
@@ -167,7 +167,7 @@ def _exists(defense: DefenseName, contender: Contender, train: TrainConfig) -> b
 
 
 def _variant(config: Config, contender: Contender, train: TrainConfig) -> Config:
-    """Return the configuration of a lane: what is not BulletTrain takes the plain attack's steps.
+    """Return a lane's configuration: what is not BulletTrain takes the plain attack's steps.
 
     Only `pooled` attacks the batches of `bt.pool` at once.
     """
@@ -192,7 +192,7 @@ def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
 
 
 def _trained(run: SavedRun, batch_size: int, device: torch.device) -> Workload:
-    """A run's network, F_R and training images, a batch of its own for every repetition."""
+    """Return a run's network, F_R and training images, a batch of its own for every repetition."""
     robust_fraction = float(load(run.path)["state"]["memory"]["robust_fraction"])
     split = load_data(run.config, device).train
 

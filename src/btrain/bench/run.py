@@ -1,4 +1,4 @@
-"""All cases of a bench, one after the other."""
+"""The course of a bench: all cases, one after the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_bench(
     tell: Callable[[str], None],
     show: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measures all cases and writes `bench.out` and `bench.plot`.
+    """Measure all cases and write `bench.out` and `bench.plot`.
 
     `bench.out` is written anew after every case, so that an end by force leaves what came before.
 
@@ -56,14 +56,14 @@ def run_bench(
 def measure_case(
     case: Case, bench: BenchConfig, tell: Callable[[str], None]
 ) -> tuple[list[Row], list[Row]]:
-    """`rows` and `details` of a case."""
+    """Return `rows` and `details` of a case."""
     device = find_device(case.config.device)
     lanes = make_lanes(case, bench, device)
     return measure(lanes, bench.repetitions, device, lambda what: tell(f"{case}: {what}"))
 
 
 def surroundings(bench: BenchConfig, device: torch.device) -> dict[str, Any]:
-    """The machine and the versions."""
+    """Return the machine and the versions."""
     return {
         "hardware": output.hardware(device),
         "versions": output.versions() | {"git_commit": git_commit()},

@@ -43,7 +43,7 @@ def corrupt(
     *,
     photographs: tuple[Images, ...] | None = None,
 ) -> Images:
-    """Corrupts a batch; grey images stay grey.
+    """Corrupt a batch; grey images stay grey.
 
     The result is truncated to whole levels as the official files are, not rounded.
 
@@ -71,13 +71,13 @@ def corrupt(
 
 
 def check_severity(severity: int) -> None:
-    """Raises UserError where there is no such severity."""
+    """Raise UserError where there is no such severity."""
     if severity not in range(1, SEVERITIES + 1):
         raise UserError(f"The severity of a corruption must be 1 to {SEVERITIES}, not {severity}.")
 
 
 def check_images(images: Images) -> None:
-    """Raises UserError for what is no batch of uint8 images that are large enough."""
+    """Raise UserError for what is no batch of uint8 images that are large enough."""
     is_batch = images.ndim == 4 and images.shape[3] in (1, 3) and images.dtype == "uint8"
     if not is_batch or min(images.shape[1:3]) < SMALLEST_SIDE:
         raise UserError(

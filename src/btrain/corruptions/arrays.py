@@ -1,4 +1,4 @@
-"""Types and small arithmetic that the corruptions share."""
+"""The types and small arithmetic that the corruptions share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
 def to_unit(images: Images) -> Floats:
-    """In [0, 1], float64: the way back, ·255 and truncation, loses nothing. Like images"""
+    """Return [0, 1] in float64: the way back, ·255 and truncation, loses nothing. Like images"""
     return images / 255.0
 
 
 def luminance(pixels: Floats) -> Floats:
-    """(…, 3) -> (…, 1); grey is its own luminance."""
+    """Return the luminance of colours; grey is its own. (…, 3) -> (…, 1)"""
     if pixels.shape[-1] == 1:
         return pixels
     red, green, blue = (pixels[..., channel, None] * share for channel, share in enumerate(_LUMA))
@@ -32,5 +32,5 @@ def luminance(pixels: Floats) -> Floats:
 
 
 def like(colour: Floats, images: Images) -> Floats:
-    """A colour (…, 3) for images of three channels, its luminance (…, 1) for grey ones."""
+    """Return a colour (…, 3) for images of three channels, its luminance (…, 1) for grey ones."""
     return luminance(colour) if images.shape[-1] == 1 else colour

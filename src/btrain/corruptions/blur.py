@@ -1,4 +1,4 @@
-"""Blurs: out of focus, through frosted glass, by motion, by zooming in, and Gaussian."""
+"""The blurs: out of focus, through frosted glass, by motion, by zooming in, and Gaussian."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btrain.corruptions.arrays import Floats, Images, to_unit
 
 
 def defocus_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Correlation with a disk whose edge is smoothed. (n, H, W, C) -> (n, H, W, C)"""
+    """Correlate with a disk whose edge is smoothed. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     radius, smoothing = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))[severity - 1]
     kernel = disk(radius, smoothing)
@@ -27,7 +27,7 @@ def defocus_blur(images: Images, severity: int, rng: np.random.Generator) -> Flo
 
 
 def disk(radius: float, smoothing: float) -> Floats:
-    """The pixels within `radius`, then a 3×3 Gaussian of deviation `smoothing`; adds up to 1.
+    """Return the pixels within `radius`, then a 3×3 Gaussian of deviation `smoothing`; sum 1.
 
     Returns:
         (2r + 3, 2r + 3) with r = ⌊radius⌋.
@@ -43,7 +43,7 @@ def disk(radius: float, smoothing: float) -> Floats:
 
 
 def glass_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Gaussian, pixels taken from neighbours, Gaussian. (n, H, W, C) -> (n, H, W, C)
+    """Apply a Gaussian, take pixels from neighbours, apply a Gaussian. (n, H, W, C) -> (n, H, W, C)
 
     The original means to swap a pixel with a neighbour above or left of it, but numpy's views make
     it a copy of that neighbour. As it goes from the last row and column to the third, it copies
@@ -60,7 +60,7 @@ def glass_blur(images: Images, severity: int, rng: np.random.Generator) -> Float
 
 
 def gaussian_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Gaussian blur, the border pixels continued. (n, H, W, C) -> (n, H, W, C)"""
+    """Blur by a Gaussian, the border pixels continued. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     deviation = (0.4, 0.6, 0.7, 0.8, 1)[severity - 1]
     return _gaussian(to_unit(images), deviation) * 255
@@ -72,14 +72,14 @@ def _gaussian(x: Floats, deviation: float) -> Floats:
 
 
 def motion_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Smeared along a line within 45° of the horizontal. (n, H, W, C) -> (n, H, W, C)"""
+    """Smear along a line within 45° of the horizontal. (n, H, W, C) -> (n, H, W, C)"""
     radius, deviation = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))[severity - 1]
     degrees = rng.uniform(-45, 45, size=len(images))
     return smear(images, degrees, radius=radius, deviation=deviation)
 
 
 def smear(images: Images, degrees: Floats, *, radius: int, deviation: float) -> Floats:
-    """ImageMagick's motion blur: a pixel takes from those that lie ahead of it along a line.
+    """Blur as ImageMagick's motion blur: a pixel takes from those ahead of it along a line.
 
     The weights are one half of a Gaussian, 2·radius + 1 of them, on whole pixels; the border pixels
     are continued.
@@ -118,7 +118,7 @@ def smear(images: Images, degrees: Floats, *, radius: int, deviation: float) -> 
 
 
 def zoom_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """The mean of the image and of itself zoomed in step by step. (n, H, W, C) -> (n, H, W, C)"""
+    """Average an image with itself zoomed in step by step. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     highest = (1.06, 1.11, 1.16, 1.21, 1.26)[severity - 1]
     # Counted in floating point as the original does: for some of them the end is among the factors.
@@ -127,7 +127,7 @@ def zoom_blur(images: Images, severity: int, rng: np.random.Generator) -> Floats
 
 
 def zoomed(x: Floats, factors: tuple[float, ...]) -> Floats:
-    """The mean of the middles of x, each enlarged by a factor to the size of x, linearly.
+    """Return the mean of x's middles, each enlarged linearly by a factor to the size of x.
 
     (n, H, W, C) -> (n, H, W, C)
     """
@@ -140,13 +140,14 @@ def zoomed(x: Floats, factors: tuple[float, ...]) -> Floats:
 
 @lru_cache(maxsize=8)
 def _mean_zoom(height: int, width: int, factors: tuple[float, ...]) -> scipy.sparse.csr_array:
-    """What `zoomed` does to an image as one matrix, (H·W, H·W)."""
+    """Return what `zoomed` does to an image as one matrix, (H·W, H·W)."""
     zooms = (scipy.sparse.kron(_zoom(height, factor), _zoom(width, factor)) for factor in factors)
     return scipy.sparse.csr_array(sum(zooms) / len(factors))
 
 
 def _zoom(side: int, factor: float) -> scipy.sparse.csr_array:
-    """The middle ⌈side / factor⌉ pixels of a line, linearly on side·factor points; its middle.
+    """Return a line's zoom: its middle ⌈side / factor⌉ pixels, linearly on side·factor points, of
+    these the middle.
 
     (side, side), each row the weights of one pixel.
     """

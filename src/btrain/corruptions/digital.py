@@ -1,4 +1,4 @@
-"""What cameras, codecs and screens do: contrast, saturation, warping, pixels, JPEG."""
+"""The effects of cameras, codecs and screens: contrast, saturation, warping, pixels, JPEG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btrain.corruptions.arrays import Floats, Images, to_unit
 
 
 def contrast(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Drawn towards each channel's mean. (n, H, W, C) -> (n, H, W, C)"""
+    """Draw pixels towards each channel's mean. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     kept = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     x = to_unit(images)
@@ -23,7 +23,7 @@ def contrast(images: Images, severity: int, rng: np.random.Generator) -> Floats:
 
 
 def saturate(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """The saturation of HSV times a factor plus an amount. (n, H, W, C) -> (n, H, W, C)
+    """Set the saturation of HSV to a factor of it plus an amount. (n, H, W, C) -> (n, H, W, C)
 
     A grey pixel of a colour image has hue 0 and turns reddish where something is added, as in the
     original; grey images stay as they are.
@@ -44,7 +44,7 @@ def saturate(images: Images, severity: int, rng: np.random.Generator) -> Floats:
 
 
 def pixelate(images: Images, severity: int, rng: np.random.Generator) -> Images:
-    """Resized to a share of the side and back, by box. (n, H, W, C) -> (n, H, W, C)"""
+    """Resize to a share of the side and back, by box. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     height, width = images.shape[1:3]
@@ -54,7 +54,7 @@ def pixelate(images: Images, severity: int, rng: np.random.Generator) -> Images:
 
 
 def jpeg_compression(images: Images, severity: int, rng: np.random.Generator) -> Images:
-    """Through a JPEG file of some quality. (n, H, W, C) -> (n, H, W, C)"""
+    """Send images through a JPEG file of some quality. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
@@ -73,7 +73,7 @@ def _by_pillow(images: Images, change: Callable[[Image.Image], Image.Image]) -> 
 
 
 def elastic_transform(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """A random affine map, then smooth random shifts. (n, H, W, C) -> (n, H, W, C)
+    """Apply a random affine map, then smooth random shifts. (n, H, W, C) -> (n, H, W, C)
 
     Amplitude and smoothness of the shifts and the jitter of the affine map are shares of the
     shorter side.
@@ -99,7 +99,7 @@ def elastic_transform(images: Images, severity: int, rng: np.random.Generator) -
 def _affine_places(
     n: int, height: int, width: int, jitter: float, rng: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Where an affine map finds each pixel: rows and columns, (n, H, W) each.
+    """Return where an affine map finds each pixel: rows and columns, (n, H, W) each.
 
     The map moves three corners of a square of 2/3 of the side around the middle, each coordinate by
     up to `jitter`.
@@ -125,7 +125,7 @@ def _affine_places(
 
 
 def _sampled(x: Floats, rows: Floats, columns: Floats, border: str) -> Floats:
-    """Bilinear interpolation at places of each image.
+    """Interpolate bilinearly at places of each image.
 
     (n, H, W, C), (n, H, W), (n, H, W) -> (n, H, W, C)
     """
@@ -145,7 +145,7 @@ def _sampled(x: Floats, rows: Floats, columns: Floats, border: str) -> Floats:
 
 
 def _folded(index: npt.NDArray[np.int64], side: int, border: str) -> npt.NDArray[np.int64]:
-    """Indices beyond the border, reflected about the last pixel (mirror) or its edge (reflect)."""
+    """Reflect indices beyond the border about the last pixel (mirror) or its edge (reflect)."""
     if border == "mirror":
         distance = np.abs(index) % (2 * side - 2)
         return np.asarray(np.minimum(distance, 2 * side - 2 - distance))

@@ -1,4 +1,4 @@
-"""Photographs of frost from the user's folder, or textures in their place."""
+"""The photographs of frost from the user's folder, or textures in their place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CRYSTALS = 50  # a texture
 
 
 def photographs(folder: Path, height: int, width: int) -> tuple[Images, ...]:
-    """The photographs of a folder, by name, shrunk for images of H×W.
+    """Return the photographs of a folder, by name, shrunk for images of H×W.
 
     Nearest neighbour, which keeps the grain of the ice.
 
@@ -60,7 +60,7 @@ def _photograph(file: Path, height: int, width: int) -> Images:
 
 @lru_cache(maxsize=2)
 def synthesised(height: int, width: int) -> tuple[Images, ...]:
-    """Textures of ice crystals that stand in for photographs; the same in every run.
+    """Return textures of ice crystals that stand in for photographs; the same in every run.
 
     Brightness, colour and contrast are near those of the original photographs.
 
@@ -73,7 +73,7 @@ def synthesised(height: int, width: int) -> tuple[Images, ...]:
 
 
 def _texture(side: int, rng: np.random.Generator) -> Images:
-    """Crystals and grain on a cloudy ground. (side, side, 3)"""
+    """Return crystals and grain on a cloudy ground. (side, side, 3)"""
     clouds = plasma(1, 1 << (side - 1).bit_length(), 1.9, rng)[0, :side, :side]
     grain = rng.normal(0, 8, size=(side, side))
     grey = 70 * clouds + grain + 0.5 * _crystals(side, rng)
@@ -83,7 +83,7 @@ def _texture(side: int, rng: np.random.Generator) -> Images:
 
 
 def _crystals(side: int, rng: np.random.Generator) -> Floats:
-    """Feathers of ice, up to three from a nucleus, with barbs at 60°. (side, side), 0 to 255"""
+    """Return feathers of ice, up to three from a nucleus, barbs at 60°. (side, side), 0 to 255"""
     canvas = Image.new("L", (side * _OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     for _ in range(_CRYSTALS):

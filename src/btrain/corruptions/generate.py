@@ -39,7 +39,7 @@ _BYTE_LABELS = 256
 
 
 def corrupt_dataset(config: CorruptConfig) -> None:
-    """Writes what `btrain data corrupt` asks for, and says where.
+    """Write what `btrain data corrupt` asks for, and say where.
 
     Raises:
         UserError: data or photographs are missing or damaged, or the folder holds something else.
@@ -84,7 +84,7 @@ def generate(
     processes: int | None = None,
     frost: tuple[Images, ...] | None = None,
 ) -> list[str]:
-    """Writes `<corruption>.npy`, `labels.npy` and `REGENERATED.json` into a folder.
+    """Write `<corruption>.npy`, `labels.npy` and `REGENERATED.json` into a folder.
 
     The bytes depend on the images, the seed and the versions of the libraries, not on the number of
     processes or the choice of corruptions. Files that are there already are kept; with more than
@@ -158,7 +158,7 @@ class _Task(NamedTuple):
 def _tasks(
     images: Images, name: str, seed: int, frost: tuple[Images, ...] | None
 ) -> Iterator[_Task]:
-    """The chunks of all severities, in the order of the file."""
+    """Return the chunks of all severities, in the order of the file."""
     index = (CORRUPTIONS + EXTRA_CORRUPTIONS).index(name)
     for severity in range(1, SEVERITIES + 1):
         for chunk, start in enumerate(range(0, len(images), CHUNK)):
@@ -174,7 +174,7 @@ def _corrupt_chunk(task: _Task) -> Images:
 
 @contextmanager
 def _mapping(processes: int) -> Iterator[Callable[[Iterable[_Task]], Iterable[Images]]]:
-    """`map(_corrupt_chunk, …)` over so many processes, in order; one is this process itself."""
+    """Give `map(_corrupt_chunk, …)` over some processes, in order; one is this process itself."""
     if processes == 1:
         yield partial(map, _corrupt_chunk)
         return
@@ -196,6 +196,6 @@ def _mapping(processes: int) -> Iterator[Callable[[Iterable[_Task]], Iterable[Im
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Return how many cores this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The folder of a regenerated test set: what it is, and whose it is."""
+"""The record in the folder of a regenerated test set: what it is, and whose it is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def describe(
     seed: int,
     frost: tuple[Images, ...] | None,
 ) -> dict[str, Any]:
-    """What decides the bytes, for the record and to know a folder again."""
+    """Return what decides the bytes, for the record and to know a folder again."""
     return {
         "regenerated": _NOTE,
         "dataset": source,
@@ -64,7 +64,7 @@ def _digest(arrays: Iterable[npt.NDArray[Any]]) -> str:
 
 
 def check_owner(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes sure that a folder is free or was begun with the same settings."""
+    """Make sure that a folder is free or was begun with the same settings."""
     if not out.exists():
         return
     if not out.is_dir():

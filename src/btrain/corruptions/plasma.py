@@ -10,7 +10,7 @@ _FIRST_WIBBLE = 100.0
 
 
 def plasma(n: int, side: int, decay: float, rng: np.random.Generator) -> Floats:
-    """Diamond-square heights, each map stretched to [0, 1].
+    """Return diamond-square heights, each map stretched to [0, 1].
 
     A point is the mean of its four neighbours at the current distance plus w·U(-w, w), where w is
     divided by `decay` whenever the distance is halved.

@@ -1,4 +1,4 @@
-"""Corrupted test sets in the official layout, the official ones and regenerated ones alike."""
+"""The reader of corrupted test sets in the official layout, official and regenerated ones alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btrain.untrusted.arrays import open_npy
 
 
 def read(root: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
-    """The images of one corruption and severity, and their labels.
+    """Return the images of one corruption and severity, and their labels.
 
     Only this severity's part of the file is read.
 
@@ -72,7 +72,7 @@ def _check_images(file: Path, images: npt.NDArray[Any]) -> None:
 
 
 def _labels(file: Path, images: Path, n: int) -> npt.NDArray[np.int64]:
-    """Those of one severity, (n,): the same for all five."""
+    """Return those of one severity, (n,): the same for all five."""
     labels = _array(file)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (SEVERITIES * n,):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Drops of water or splashes of mud on the lens."""
+"""The drops of water or splashes of mud on the lens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RELIEF = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
 
 
 def spatter(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Water (severities 1 to 3) or mud (4 and 5) where smoothed noise is high. Like images"""
+    """Add water (severities 1 to 3) or mud (4 and 5) where smoothed noise is high. Like images"""
     mean, deviation, smoothing, threshold, strength, mud = _SPATTER[severity - 1]
     noise = rng.normal(mean, deviation, size=images.shape[:3])
     liquid = ndimage.gaussian_filter(noise, smoothing, axes=(1, 2), mode="nearest")
@@ -40,7 +40,7 @@ def spatter(images: Images, severity: int, rng: np.random.Generator) -> Floats:
 
 
 def _drops(liquid: npt.NDArray[np.uint8]) -> Floats:
-    """How bright the water is: its depth, lit from the upper left by the distance to its edges.
+    """Return how bright water is: its depth, lit from the upper left by the distance to its edges.
 
     The distance is exact where the original's is approximated: some drops differ a little.
 
@@ -59,12 +59,12 @@ def _drops(liquid: npt.NDArray[np.uint8]) -> Floats:
 
 
 def _box(x: Floats) -> Floats:
-    """The mean of 3×3 pixels. (n, H, W) -> (n, H, W)"""
+    """Return the mean of 3×3 pixels. (n, H, W) -> (n, H, W)"""
     return np.asarray(ndimage.uniform_filter(x, (1, 3, 3), mode="mirror"))
 
 
 def _edges(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Canny's edges: ridges of the Sobel gradient, weak ones where they meet a strong one.
+    """Return Canny's edges: ridges of the Sobel gradient, weak ones where they meet a strong one.
 
     (n, H, W) -> (n, H, W)
     """
@@ -99,7 +99,7 @@ def _edges(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def _equalised(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Each image's histogram made flat, from its darkest level at 0. (n, H, W) -> (n, H, W)"""
+    """Make each image's histogram flat, from its darkest level at 0. (n, H, W) -> (n, H, W)"""
     pixels = levels.reshape(len(levels), -1)
     image = np.arange(len(levels))
     counts = np.zeros((len(levels), 256))

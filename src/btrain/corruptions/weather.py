@@ -1,4 +1,4 @@
-"""Snow, frost, fog, and more light."""
+"""The weather: snow, frost, fog, and more light."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SNOW = (  # mean, deviation, zoom, threshold, radius, deviation of the smear, s
 
 
 def snow(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Flakes that fall steeply, twice (once upside down), before a whitened image. Like images"""
+    """Draw steeply falling flakes, twice (once upside down), over a whitened image. Like images"""
     mean, deviation, zoom, threshold, radius, smearing, share = _SNOW[severity - 1]
     flakes: Floats = rng.normal(mean, deviation, size=(*images.shape[:3], 1))
     flakes = zoomed(flakes, (zoom,))
@@ -41,7 +41,9 @@ def frost(
     *,
     photographs: tuple[Images, ...] | None = None,
 ) -> Floats:
-    """A weighted sum with a random crop of a photograph of frost. (n, H, W, C) -> (n, H, W, C)
+    """Return a weighted sum with a random crop of a photograph of frost.
+
+    (n, H, W, C) -> (n, H, W, C)
 
     Args:
         images, severity, rng: see `btrain.corruptions.corrupt`.
@@ -64,7 +66,7 @@ def frost(
 
 
 def fog(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """Clouds added; the highest sum there can be is scaled to the image's maximum. Like images"""
+    """Add clouds; the highest sum there can be is scaled to the image's maximum. Like images"""
     amount, decay = ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))[severity - 1]
     n, height, width, _ = images.shape
     side = 1 << (max(height, width) - 1).bit_length()
@@ -75,7 +77,7 @@ def fog(images: Images, severity: int, rng: np.random.Generator) -> Floats:
 
 
 def brightness(images: Images, severity: int, rng: np.random.Generator) -> Floats:
-    """The value of HSV raised, hue and saturation kept. (n, H, W, C) -> (n, H, W, C)"""
+    """Raise the value of HSV, hue and saturation kept. (n, H, W, C) -> (n, H, W, C)"""
     del rng
     x = to_unit(images)
     value = x.max(axis=-1, keepdims=True)

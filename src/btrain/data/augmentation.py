@@ -1,4 +1,4 @@
-"""Batches of augmented images, drawn and made on the device."""
+"""The batches of augmented images, drawn and made on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btrain.data.splits import Split
 
 
 class Batch(NamedTuple):
-    """What a training step gets.
+    """The images and labels that a training step gets.
 
     Attributes:
         x: images (m, C, H, W) float32 in [0, 1].
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def batch_slices(examples: int, batch_size: int) -> list[slice]:
-    """Consecutive batches; a last one of a single example joins its neighbour.
+    """Return consecutive batches; a last one of a single example joins its neighbour.
 
     BatchNorm cannot normalise one example.
     """
@@ -47,7 +47,7 @@ def batches(
     generator: torch.Generator,
     first: int = 0,
 ) -> Iterator[Batch]:
-    """Yields batch after batch of an epoch.
+    """Yield batch after batch of an epoch.
 
     Args:
         split: what to draw from.
@@ -69,12 +69,12 @@ def batches(
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1]."""
+    """Return uint8 pixels as float32 in [0, 1]."""
     return images.float() / 255
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to ±padding pixels in both directions, zeros moving in.
+    """Shift each image by up to ±padding pixels in both directions, zeros moving in.
 
     (m, C, H, W) -> (m, C, H, W)
     """
@@ -90,6 +90,6 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability 1/2. (m, C, H, W) -> (m, C, H, W)"""
+    """Mirror each image left to right with probability 1/2. (m, C, H, W) -> (m, C, H, W)"""
     mirror = torch.rand(len(images), generator=generator, device=images.device) < 0.5
     return torch.where(mirror[:, None, None, None], images.flip(3), images)

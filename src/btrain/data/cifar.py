@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the official python files."""
+"""The readers of CIFAR-10 and CIFAR-100 from the official python files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from btrain.untrusted.pickles import DATA_OPERATIONS, read_pickle
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a CIFAR data set keeps what."""
+    """The places where a CIFAR data set keeps what it holds."""
 
     folder: str
     train_files: tuple[str, ...]
@@ -41,13 +41,13 @@ _LARGEST = 256 << 20  # bytes of a file; CIFAR-100's training file has 148 MiB
 
 
 def missing_file(layout: Layout, root: Path) -> Path | None:
-    """The first file of the data set that is not there."""
+    """Return the first file of the data set that is not there."""
     files = [root / layout.folder / name for name in layout.train_files + layout.test_files]
     return next((file for file in files if not file.is_file()), None)
 
 
 def read(layout: Layout, root: Path) -> tuple[Source, Source]:
-    """The training and the test part.
+    """Return the training and the test part.
 
     Raises:
         UserError: a file cannot be read, or holds something else than CIFAR images and labels.
@@ -96,7 +96,7 @@ def _array(value: Any) -> npt.NDArray[Any]:
 
 
 def _labels(value: Any) -> npt.NDArray[np.int64]:
-    """A list of numbers, as in the official files, or an array of them. (n,)"""
+    """Return labels from a list of numbers, as in the official files, or an array of them. (n,)"""
     if isinstance(value, PickledArray):
         labels = _array(value)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real images that come with the installation."""
+"""The handwritten digits of scikit-learn: real images that come with the installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEST_EVERY = 5
 
 
 def read() -> tuple[Source, Source]:
-    """1,797 grey images of 8×8; every fifth of a class is a test image."""
+    """Return 1,797 grey images of 8×8 in two parts; every fifth of a class is a test image."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

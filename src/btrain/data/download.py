@@ -1,4 +1,4 @@
-"""Downloads through torchvision."""
+"""The downloads through torchvision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _kept_alive: list[Any] = []
 
 
 def download(dataset: str, root: Path) -> None:
-    """Fetches CIFAR-10, CIFAR-100 or MNIST into root, checksums verified, progress shown.
+    """Fetch CIFAR-10, CIFAR-100 or MNIST into root, checksums verified, progress shown.
 
     Raises:
         UserError: the download failed; then nothing is left behind.
@@ -44,7 +44,7 @@ def download(dataset: str, root: Path) -> None:
 
 
 def _cifar(datasets: Any, source: Any, archives: Path, content: Path) -> None:
-    """Downloads one of the two and unpacks it; torchvision's own way would unpickle it as well."""
+    """Download one of the two and unpack it; torchvision's own way would unpickle it as well."""
     datasets.utils.download_url(source.url, archives, source.filename, source.tgz_md5)
     unpack_tar(archives / source.filename, content, most=_LARGEST)
 
@@ -67,7 +67,7 @@ def _from_a_mirror(datasets: Any, name: str, archives: Path, checksum: str) -> N
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also beside a CPU build of torch that its compiled operators do not fit.
+    """Return torchvision, also beside a CPU build of torch that its operators do not fit.
 
     There the first import fails because two operators are unknown; declaring them is enough for
     everything that does not call them.

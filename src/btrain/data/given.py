@@ -1,4 +1,4 @@
-"""The user's own data: what a function returned, or an object from Python, as sources."""
+"""The user's own data, returned by a function or given as an object from Python, as sources."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _is_array(part: Any) -> bool:
 
 
 def _array(part: Any, where: str) -> npt.NDArray[Any]:
-    """An array of whatever NumPy understands; a torch tensor of any device."""
+    """Return whatever NumPy understands as an array; a torch tensor may be on any device."""
     try:
         return np.asarray(part.detach().cpu().numpy() if hasattr(part, "detach") else part)
     except (ValueError, TypeError) as error:
@@ -74,7 +74,7 @@ def _array(part: Any, where: str) -> npt.NDArray[Any]:
 
 
 def _all_of(part: Any, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """All examples of a map-style torch data set, each read once: images and labels."""
+    """Return images and labels of a map-style torch data set, each example read once."""
     images, labels = [], []
     for index in range(len(part)):
         example = part[index]
@@ -93,7 +93,7 @@ def _all_of(part: Any, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 def _images(x: npt.NDArray[Any], what: str) -> Images:
-    """(n, C, H, W) uint8."""
+    """Return images as bytes, or raise UserError. (n, C, H, W) uint8"""
     if x.ndim != 4:
         raise UserError(f"{what} must be images by (n, C, H, W), not of shape {x.shape}.")
     if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
@@ -121,7 +121,7 @@ def _images(x: npt.NDArray[Any], what: str) -> Images:
 
 
 def _labels(y: npt.NDArray[Any], what: str) -> npt.NDArray[np.int64]:
-    """(n,)"""
+    """Return labels as numbers, or raise UserError. (n,)"""
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise UserError(f"{what} must be whole numbers by (n,), not {y.dtype} of shape {y.shape}.")
     return y.astype(np.int64)

@@ -21,7 +21,7 @@ _MOST_FILES = 5_000_000
 
 
 def read(root: Path, image_size: int) -> tuple[Source, Source]:
-    """The training and the test part; images are decoded when `Source.read` asks for them.
+    """Return the training and the test part; images are decoded when `Source.read` asks for them.
 
     Raises:
         UserError: a folder is missing or a class empty, or the parts have different classes.
@@ -39,7 +39,7 @@ def read(root: Path, image_size: int) -> tuple[Source, Source]:
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, both sorted by name."""
+    """Return the image files of each class folder, both sorted by name."""
     if not folder.is_dir():
         raise UserError(
             f"There is no folder {folder}; an image folder holds train/<class>/*.png|jpg and "
@@ -65,7 +65,7 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def _name_the_rest(files: list[Path]) -> None:
-    """Says what is left out, but for hidden files such as `.DS_Store`."""
+    """Say what is left out, but for hidden files such as `.DS_Store`."""
     rest = [f for f in files if f.suffix.lower() not in SUFFIXES and not f.name.startswith(".")]
     if rest:
         count = "1 file is" if len(rest) == 1 else f"{len(rest)} files are"

@@ -1,4 +1,4 @@
-"""MNIST from its IDX files."""
+"""The reader of MNIST from its IDX files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _UBYTE = 0x08
 
 
 def missing_file(root: Path) -> Path | None:
-    """The first file of the data set that is not there."""
+    """Return the first file of the data set that is not there."""
     return next(
         (root / FOLDER / name for name in FILES if not (root / FOLDER / name).is_file()), None
     )
 
 
 def read(root: Path) -> tuple[Source, Source]:
-    """The training and the test part.
+    """Return the training and the test part.
 
     Raises:
         UserError: a file is damaged, or a label is not a digit.
@@ -42,7 +42,7 @@ def read(root: Path) -> tuple[Source, Source]:
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
-    """The bytes of an IDX file as an array of so many dimensions.
+    """Return the bytes of an IDX file as an array of so many dimensions.
 
     Raises:
         UserError: the header does not announce bytes, or not as many as the file holds.

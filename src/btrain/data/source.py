@@ -1,4 +1,4 @@
-"""What every reader returns: labels now, images when they are asked for."""
+"""The type that every reader returns: labels now, images when they are asked for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Source:
 def in_memory(
     images: Images, labels: npt.NDArray[Any], classes: tuple[str, ...], origin: Path
 ) -> Source:
-    """A source over an array.
+    """Return a source over an array.
 
     Raises:
         UserError: the counts differ, or a label is outside [0, K); it names `origin`.

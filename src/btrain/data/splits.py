@@ -1,4 +1,4 @@
-"""From a data set's name to its training, held-out and test parts on the device."""
+"""The way from a data set's name to its training, held-out and test parts on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUBSET_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels on one device.
+    """The images and labels on one device.
 
     Attributes:
         images: (n, C, H, W) uint8.
@@ -48,7 +48,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """Return (C, H, W) of an image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
@@ -64,7 +64,7 @@ def load(
     test_examples: int | None = None,
     val_examples: int = 0,
 ) -> Data:
-    """Reads a data set and moves it to the device.
+    """Read a data set and move it to the device.
 
     Args:
         name: cifar10, cifar100, mnist, digits or imagefolder.
@@ -89,7 +89,7 @@ def load(
 def load_configured(
     dataset: DatasetConfig, device: torch.device, *, train_examples: int | None = None
 ) -> Data:
-    """Reads the data set of a configuration and moves it to the device.
+    """Read the data set of a configuration and move it to the device.
 
     Args:
         train_examples: so many in the place of the configuration's.
@@ -124,7 +124,7 @@ def arranged(
     test_examples: int | None = None,
     val_examples: int = 0,
 ) -> Data:
-    """The parts of a run's data from those of a data set, on the device.
+    """Return the parts of a run's data from those of a data set, on the device.
 
     Args:
         train_examples, test_examples: so many of a seeded, class-balanced order; None for all.
@@ -158,7 +158,7 @@ def arranged(
 
 
 def class_balanced_order(labels: Labels) -> Labels:
-    """A seeded order of the indices whose every prefix is as balanced over classes as can be.
+    """Return a seeded order of the indices whose every prefix is balanced over classes if possible.
 
     (n,) -> (n,)
     """

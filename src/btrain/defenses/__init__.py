@@ -1,4 +1,4 @@
-"""Base defenses: what the attack ascends and what the weights descend.
+"""The base defenses: what the attack ascends and what the weights descend.
 
 A loss takes logits, never a model. `adv_logits` always has a row for each example of the batch; for
 an example that was not perturbed it is the clean row.

@@ -19,7 +19,7 @@ def augmix_loss(
     *,
     jsd_weight: float,
 ) -> Tensor:
-    """CE(f(x), y) + weight · JSD(p(x), p(x'), p(x'')), both means over all m examples.
+    """Return CE(f(x), y) + weight · JSD(p(x), p(x'), p(x'')), both means over all m examples.
 
     The Jensen-Shannon divergence is between probabilities, as in AugMix' code (BulletTrain's text
     writes logits), their mixture clamped at 1e-7. An example without views has its clean logits

@@ -9,7 +9,7 @@ from btrain import precision
 
 
 def ce_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of x', what MART, Madry et al. and the evaluation ascend.
+    """Return the cross-entropy of x', which MART, Madry et al. and the evaluation ascend.
 
     The clean logits play no part. (m, K), (m, K), (m,) -> (m,)
     """

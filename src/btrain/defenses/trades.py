@@ -9,7 +9,7 @@ from btrain import precision
 
 
 def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
-    """KL(p(x) ‖ p(x')), what the attack ascends; the labels play no part.
+    """Return KL(p(x) ‖ p(x')), which the attack ascends; the labels play no part.
 
     `log_softmax` on both sides, at least in float32: with probabilities the gradient through the
     clean side is NaN once one of them underflows. (m, K), (m, K), (m,) -> (m,)
@@ -21,7 +21,7 @@ def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> T
 
 
 def trades_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, beta: float) -> Tensor:
-    """CE(f(x), y) + β · KL(p(x) ‖ p(x')), both means over m, the gradient through both sides.
+    """Return CE(f(x), y) + β · KL(p(x) ‖ p(x')), means over m, with the gradient of both sides.
 
     (m, K), (m, K), (m,) -> ()
     """

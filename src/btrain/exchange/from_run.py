@@ -31,6 +31,7 @@ from btrain.settings import (
 )
 from btrain.settings import compose as configs
 from btrain.settings.older import translated
+from btrain.settings.run import LibraryModelConfig
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
 
@@ -41,6 +42,8 @@ _MOST_SETTINGS = 1_000
 _SHALLOW = 1000  # layers, which are quickly outlined, so that the error can name the keys
 
 _MOST_CLASSES, _LARGEST_SIDE = 1 << 20, 1 << 16
+
+_LARGEST_SETTING = 4096  # of a library's network: a width, a depth, an image's side
 
 _SHAPES = {
     DatasetName.cifar10: (3, 32, 32),
@@ -251,6 +254,10 @@ def outline(
     Raises:
         UserError: there is no such network, or it is deeper than there are weights.
     """
+    if isinstance(model, LibraryModelConfig):
+        for number in _whole_numbers(model.settings):
+            if number > max(len(weights), _LARGEST_SETTING):
+                raise UserError(f"{origin} asks for a network with {number} in model.settings.")
     depth = model.depth if isinstance(model, WideResNetConfig) else 0
     if depth > max(len(weights), _SHALLOW):
         raise UserError(f"{origin} holds fewer weights than model.depth={depth} has.")
@@ -262,6 +269,18 @@ def outline(
         raise UserError(
             f"{origin}: there is no network of {size} for {'×'.join(map(str, shape))} images."
         ) from error
+
+
+def _whole_numbers(settings: Any) -> list[int]:
+    """All of them in plain containers."""
+    match settings:
+        case Mapping():
+            return [number for value in settings.values() for number in _whole_numbers(value)]
+        case list() | tuple():
+            return [number for value in settings for number in _whole_numbers(value)]
+        case int():
+            return [settings]
+    return []
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:

@@ -1,1 +1,1 @@
-"""What is done with one batch: Algorithm 2, AugMix, and the rivals' own steps."""
+"""The methods: what is done with one batch, by Algorithm 2, AugMix, and the rivals' own steps."""

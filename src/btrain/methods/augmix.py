@@ -1,4 +1,4 @@
-"""One batch of AugMix: views of all examples, or with BulletTrain of those near the boundary."""
+"""The method AugMix on one batch: views of all examples, or of those near the boundary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from btrain.processes.world import ALONE, World
 
 
 class Passed(NamedTuple):
-    """This process' part of a batch behind the network.
+    """The share of a batch that this process has sent through the network.
 
     Attributes:
         loss: of the whole batch where `share` is 1, else of this part.
@@ -51,7 +51,7 @@ class Passed(NamedTuple):
 
 @dataclass(frozen=True)
 class AugMix:
-    """Cross-entropy on clean images and consistency with two views of each.
+    """The cross-entropy on clean images and consistency with two views of each.
 
     Plain AugMix sends an image and its two views through one forward pass of 3m, so that they share
     BatchNorm's statistics. With BulletTrain one train-mode forward of the clean images decides who
@@ -193,12 +193,12 @@ class AugMix:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return True
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return Reach(None)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:

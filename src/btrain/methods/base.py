@@ -31,7 +31,7 @@ class Loss(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """How far the training images of a method may lie from the clean ones.
+    """The distance that a method's training images may have from the clean ones.
 
     Attributes:
         radius: in this norm, in pixel units; None for any distance.
@@ -44,7 +44,7 @@ class Reach(NamedTuple):
 
 
 class Method(Protocol):
-    """What is done with a batch, in two phases around which others can stand.
+    """The work on a batch, in two phases around which others can stand.
 
     A method is made for an epoch (see `make.make_methods`); it holds settings and no state. All
     that lasts from one batch to the next is in the memory, which a checkpoint keeps.
@@ -57,12 +57,12 @@ class Method(Protocol):
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         ...
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         ...
 
     def memory(self, data: Data, device: torch.device) -> Memory:

@@ -156,7 +156,7 @@ class BulletTrain:
 
     @property
     def shares_clean_forward(self) -> bool:
-        """Whether line 11 and the loss share one clean forward."""
+        """Return whether line 11 and the loss share one clean forward."""
         in_train_mode = self.attack.train_mode and self.defense.inner_reads_clean
         return self.share_clean_forward or in_train_mode
 
@@ -220,12 +220,12 @@ class BulletTrain:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return self.regulariser is None
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         epsilon = self.attack.ball.epsilon
         assert isinstance(epsilon, float)
         return Reach(epsilon, self.attack.ball.norm)

@@ -39,7 +39,7 @@ def expected_units(config: Config, fractions: tuple[float, float, float]) -> flo
 
 @dataclass(frozen=True)
 class Costs:
-    """What the units of a run are compared with.
+    """The units with which those of a run are compared.
 
     Attributes:
         steps: N of the plain attack.

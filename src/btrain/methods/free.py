@@ -1,4 +1,4 @@
-"""Free adversarial training (Shafahi et al., "Adversarial Training for Free!")."""
+"""The method Free (Shafahi et al., "Adversarial Training for Free!")."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class Free:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return False
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         epsilon = self.ball.epsilon
         assert isinstance(epsilon, float)
         return Reach(epsilon, self.ball.norm, slack=epsilon)  # δ of the batch before leaves the box

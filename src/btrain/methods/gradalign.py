@@ -43,12 +43,12 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Each row at length 1, also where its squares would underflow, as of confident examples."""
+    """Bring each row to length 1, also where its squares would underflow (confident examples)."""
     return F.normalize(rows / _largest(rows)[:, None], dim=1)
 
 
 def _input_gradient(model: nn.Module, x: Tensor, labels: Tensor, *, create_graph: bool) -> Tensor:
-    """∇L at each image as a row, (m, C·H·W)."""
+    """Return ∇L at each image as a row, (m, C·H·W)."""
     images = x.detach().clone().requires_grad_()
     loss = F.cross_entropy(precision.full(model(images)), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, [images], create_graph=create_graph)

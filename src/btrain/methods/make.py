@@ -1,7 +1,8 @@
-"""From a configuration to the method of a run."""
+"""The way from a configuration to the method of a run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -269,7 +270,8 @@ def make_allocator(
         case GaussianConfig():
             return allocation.Gaussian(bt.n_b, bt.mean_steps)
         case OwnAllocatorConfig():
-            return with_own_steps(own.call("bt", bt.factory, bt.settings, **known), bt.factory)
+            made = own.call("bt", bt.factory, bt.settings, n_b=bt.n_b, **known)
+            return with_own_steps(made, bt.factory)
     assert isinstance(bt, BulletTrainConfig)
     budget = torch.tensor([bt.n_o, bt.n_r, bt.n_b], device=device)
     steps = (bt.n_b, bt.n_r, bt.n_o)
@@ -309,7 +311,10 @@ def probe_factor(config: Config, share: float = 1.0, known: Known = NOTHING) -> 
         or not 0 < attack.start_std < _PROBE * share * attack.epsilon
     ):
         return None
-    return float(_PROBE * share * attack.epsilon / attack.start_std)
+    length = _PROBE * share * attack.epsilon / attack.start_std
+    if attack.norm == "l2":  # the length of the noise is its deviation times √d
+        length /= math.sqrt(math.prod(known.get("shape", (1,))))
+    return float(length)
 
 
 def plain_defense(config: Config) -> Config:

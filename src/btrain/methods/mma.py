@@ -1,4 +1,4 @@
-"""MMA training (Ding et al., "MMA Training: Direct Input Space Margin Maximization …")."""
+"""The method MMA (Ding et al., "MMA Training: Direct Input Space Margin Maximization …")."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class MMA:
-    """Training with each example at its own margin.
+    """The training of each example at its own margin.
 
     A correct example is trained on its shortest adversarial perturbation found, a wrong one as it
     is; as published, correct means p_y > 1/2. Attack and search are in eval mode, and their result
@@ -167,12 +167,12 @@ class MMA:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return False
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return Reach(_BEYOND * self.max_margin, self.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> None:

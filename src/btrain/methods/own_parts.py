@@ -1,4 +1,4 @@
-"""Defenses, balls and allocators of the user's, checked before the first batch."""
+"""The defenses, balls and allocators of the user's, checked before the first batch."""
 
 from __future__ import annotations
 

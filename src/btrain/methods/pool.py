@@ -93,7 +93,7 @@ class Pool:
         return self.one.loss(network, examples, memory, generator)
 
     def allocate(self, scored: Scored, slices: Sequence[slice]) -> Allocation:
-        """Return classes and steps of a pool, (m,): of each of its batches what that gets alone."""
+        """Return classes and steps of a pool, (m,): those that each of its batches gets alone."""
         allocations = [
             self.one.allocator(
                 scored._replace(score=scored.score[own], z=scored.z[own], labels=scored.labels[own])
@@ -107,12 +107,12 @@ class Pool:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return self.one.eq7
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return self.one.reach
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:

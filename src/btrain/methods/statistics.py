@@ -1,4 +1,4 @@
-"""Sums that a batch adds to its epoch, kept on the device, and the averages that the log shows."""
+"""The sums that a batch adds to its epoch, kept on the device, and the averages for the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
 
 
 class StepStats(NamedTuple):
-    """Sums over the examples of a batch, 0-d tensors on the device.
+    """The sums over the examples of a batch, 0-d tensors on the device.
 
     An outcome is known where the example was attacked and its clean prediction was right: it fell
     or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
@@ -58,7 +58,7 @@ def step_stats(
     *,
     units: float,
 ) -> StepStats:
-    """The statistics of one batch, all tensors in one order.
+    """Return the statistics of one batch, all tensors in one order.
 
     Args:
         allocation: of the batch.
@@ -106,7 +106,7 @@ def step_stats(
 
 
 def _summed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
+    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
     return dict(zip(rows, torch.stack([*rows.values()]).sum(dim=1).unbind(), strict=True))
 
 
@@ -116,7 +116,7 @@ def summed(several: Sequence[StepStats]) -> StepStats:
 
 
 def stacked(stats: StepStats) -> Tensor:
-    """In one tensor of float64, in the order of the fields.
+    """Return the statistics in one tensor of float64, in the order of the fields.
 
     On the way integers become float32, which holds a batch's sums, below 2^24, exactly.
     """
@@ -124,7 +124,7 @@ def stacked(stats: StepStats) -> Tensor:
 
 
 def averages(sums: Tensor) -> dict[str, float | None]:
-    """What the log shows of `StepStats` sums: means over the examples, percent, None if unknown.
+    """Return what the log shows of `StepStats` sums: means, percent, None if unknown.
 
     `boundary_precision` is the share of the attacked examples predicted boundary that fell,
     `boundary_recall` the share of the fallen that had been predicted boundary; `robust_…` likewise
@@ -161,7 +161,7 @@ def averages(sums: Tensor) -> dict[str, float | None]:
 
 
 def scores_by_batch(sums: Mapping[int, Tensor], before: int) -> list[list[float | None]]:
-    """The mean scores of single batches: [iteration, boundary, robust, outlier] each.
+    """Return mean scores of single batches: [iteration, boundary, robust, outlier] each.
 
     One copy from the device. The classes are those of `averages`; None where a batch has none.
 
@@ -180,10 +180,10 @@ def scores_by_batch(sums: Mapping[int, Tensor], before: int) -> list[list[float 
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four digits: more than a batch's mean tells, and logs stay small."""
+    """Round to four digits: more than a batch's mean tells, and logs stay small."""
     return None if value is None else float(f"{value:.4g}")
 
 
 def _ratio(part: Any, whole: Any) -> float | None:
-    """part / whole, None where the whole is empty or the part unknown."""
+    """Return part / whole, None where the whole is empty or the part unknown."""
     return None if whole == 0 or math.isnan(part) else float(part) / float(whole)

@@ -1,4 +1,4 @@
-"""How many processes were started for one command, by torchrun or by what sets its variables."""
+"""The number of processes started for one command, by torchrun or by what sets its variables."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ GRACE_SECONDS = 3.0
 
 
 def processes() -> int:
-    """The size of the world; 1 without torchrun."""
+    """Return the size of the world; 1 without torchrun."""
     size = os.environ.get("WORLD_SIZE", "")
     return int(size) if size.isdecimal() and {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks for all; without torchrun it is."""
+    """Return whether this is the process that speaks for all; without torchrun it is."""
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def first_complains() -> Iterator[None]:
-    """What is wrong with what all processes were given is said by the first one.
+    """Let the first process say what is wrong with what all processes were given.
 
     Raises:
         UserError: a mistake; a moment later than in the first process, and with its number, in one
@@ -43,7 +43,7 @@ def first_complains() -> Iterator[None]:
 
 
 def check_alone(what: str) -> None:
-    """Makes sure that what is not for several processes is done by one.
+    """Make sure that what is not for several processes is done by one.
 
     Raises:
         UserError: there are several, and this is the first.

@@ -48,21 +48,21 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return whether this is the process that writes."""
         return self.rank == 0
 
     def share(self, examples: int) -> slice:
-        """Which of so many examples are this process'."""
+        """Return which of so many examples are this process'."""
         return slice(self.rank, examples, self.size)
 
     def rows(self, examples: int, device: torch.device) -> Tensor | None:
-        """The same as indices, (n,) int64; None where they are all."""
+        """Return the same as indices, (n,) int64; None where they are all."""
         if self.size == 1:
             return None
         return torch.arange(examples, device=device)[self.share(examples)]
 
     def gathered(self, rows: Tensor, examples: int) -> Tensor:
-        """All rows of a batch, in its order, from each process' share. (n, K) -> (examples, K)"""
+        """Return a batch's rows in order from all processes' shares. (n, K) -> (examples, K)"""
         if self.size == 1:
             return rows
         most = -(-examples // self.size)
@@ -74,14 +74,14 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)[:examples]
 
     def attached(self, rows: Tensor, examples: int) -> Tensor:
-        """`gathered`, with a gradient for the rows that are this process'."""
+        """Return what `gathered` does, with a gradient for the rows that are this process'."""
         own = self.rows(examples, rows.device)
         if own is None:
             return rows
         return self.gathered(rows.detach(), examples).index_copy(0, own, rows)
 
     def dealt(self, active: Sequence[int]) -> list[int]:
-        """How many of this process' share take the first attack step, the second, ….
+        """Return how many of this process' share take the first attack step, the second, ….
 
         Args:
             active: the same of the whole batch, whose share is taken in descending order of steps.
@@ -90,27 +90,27 @@ class World:
         return [n for n in counts if n]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the values of all processes. (n,) -> ()"""
+        """Return the mean over the values of all processes. (n,) -> ()"""
         if self.size == 1:
             return values.mean()
         sums = self.sum(torch.stack([values.sum(), torch.ones_like(values).sum()]))
         return sums[0] / sums[1]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all processes' tensors, in place."""
+        """Sum all processes' tensors, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def weighted(self, loss: Tensor, share: float) -> Tensor:
-        """A mean loss over this share of the batch, so that gradients average to the batch's.
+        """Scale a mean loss over this share of the batch, so that gradients average to the batch's.
 
         DistributedDataParallel takes the mean over the processes, whatever their shares.
         """
         return loss if self.size == 1 else loss * (share * self.size)
 
     def wrapped(self, network: nn.Module) -> nn.Module:
-        """The network with gradients averaged over the processes, one wrapper a network.
+        """Return the network with gradients averaged over the processes, one wrapper a network.
 
         BatchNorm normalises each process' share by itself: buffers are not broadcast in a forward
         pass, of which a process with an empty group makes one less.
@@ -122,7 +122,7 @@ class World:
         return self._wrapped
 
     def average_statistics(self, network: nn.Module) -> None:
-        """BatchNorm's running statistics become their means over the processes."""
+        """Replace BatchNorm's running statistics by their means over the processes."""
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         running = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
         if self.size == 1 or not running:
@@ -131,14 +131,14 @@ class World:
         torch._foreach_copy_(running, torch.split(means, [len(t) for t in running]))
 
     def copy_weights(self, network: nn.Module) -> None:
-        """The first process' weights and buffers, in all."""
+        """Copy the first process' weights and buffers to all."""
         for tensor in network.state_dict().values() if self.size > 1 else ():
             copy = tensor.contiguous()
             dist.broadcast(copy, 0)
             tensor.copy_(copy)
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers, on the host."""
+        """Return the largest of all processes' numbers, on the host."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -146,7 +146,7 @@ class World:
         return int(tensor)
 
     def told(self, content: _T) -> _T:
-        """What the first process says, plain containers for JSON; the others' does not matter."""
+        """Return what the first process says, plain containers for JSON; others are not heard."""
         if self.size == 1:
             return content
         text = bytearray(json.dumps(content).encode() if self.first else b"")
@@ -159,7 +159,7 @@ class World:
         return json.loads(letters.numpy().tobytes())  # type: ignore[no-any-return]
 
     def heard(self, content: _T) -> list[_T]:
-        """What each process says, plain containers for JSON."""
+        """Return what each process says, plain containers for JSON."""
         if self.size == 1:
             return [content]
         text = json.dumps(content).encode()
@@ -170,7 +170,7 @@ class World:
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """What is inside is done by the first process, then by the others."""
+        """Do what is inside in the first process, then in the others."""
         if not self.first:
             self.told(None)
         yield
@@ -183,7 +183,7 @@ ALONE = World()
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world that torchrun started this process in, by its environment; else a world of one.
+    """Join the world that torchrun started this process in, by its environment; else one of size 1.
 
     When a process fails the others end as well: torchrun sees to that, and those that notice first
     leave it to the failing one to say why.
@@ -224,12 +224,12 @@ def joined() -> Iterator[World]:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Whether the other end of a connection is gone; gloo has no exception of its own for that."""
+    """Return whether the other end of a connection is gone; gloo has no exception for that."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def device_of(world: World, name: str) -> str:
-    """`auto` and `cuda` are each process' own GPU.
+    """Return the device of a setting; `auto` and `cuda` are each process' own GPU.
 
     Raises:
         UserError: a GPU is named, which the processes would share.

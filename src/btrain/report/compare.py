@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.evaluation.result import Result
 from btrain.pages.tables import NONE, markdown
-from btrain.runs.folder import SUMMARY_KEYS, RunFolder
+from btrain.runs.folder import SUMMARY_KEYS, RunFolder, flat
 from btrain.runs.json_fields import Fields
 
 Runs = Sequence[dict[str, Any]]
@@ -20,9 +22,12 @@ _Cell = Callable[[Runs, Runs], str]
 
 
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
-    """Return a Markdown table of runs, with measured speedups over the first row's training time.
+    """Return a Markdown table of runs; its last column compares training times with the first's.
 
-    A time from another device than the first row's gives no speedup.
+    Times are compared where device, data, network and epochs are the first row's; elsewhere the
+    column says what is not. The other speedups are each run's own, over the plain defense: by
+    eq. 7, by counted FLOPs, and measured by its probe. AutoAttack's column is there if it has been
+    run on one of them.
 
     Args:
         runs: run folders, or folders of them, which stand for their runs in the order of time.
@@ -39,16 +44,25 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:
             raise UserError(f"{folder.path} has the seed of another run in its row.")
-        row.append(summary)
+        row.append(summary | _beside(folder))
     baseline = next(iter(rows.values()))
-    columns = _COLUMNS if merge_seeds else [column for column in _COLUMNS if column[0] != "seeds"]
+    known = {key for summaries in rows.values() for run in summaries for key in run}
+    left_out = set() if merge_seeds else {"seeds"}
+    left_out |= set() if _AUTOATTACK in known else {"AutoAttack %"}
+    columns = [column for column in _COLUMNS if column[0] not in left_out]
     return markdown(
         ["run", *(head for head, _ in columns)],
         [
-            [Path(name).name, *(cell(summaries, baseline) for _, cell in columns)]
+            [_name(name, summaries), *(cell(summaries, baseline) for _, cell in columns)]
             for name, summaries in rows.items()
         ],
     )
+
+
+def _name(path: str, runs: Runs) -> str:
+    """Return a row's name, with a word on runs that were cut ahead of their end."""
+    cut = any(isinstance(run.get("cut"), str) for run in runs)
+    return f"{Path(path).name}{' (cut)' if cut else ''}"
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
@@ -65,7 +79,8 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
     fields = Fields(folder.path / "summary.json", summary)
-    for key in (SUMMARY_KEYS - {"device"}) | {"attack_steps_mean", "flops"}:
+    optional = {"attack_steps_mean", "flops", "speedup_flops", "speedup_measured", "epochs"}
+    for key in (SUMMARY_KEYS - {"device"}) | optional:
         fields.optional_number(key)
     fields.number("train_seconds")
     if not isinstance(summary["device"], str):
@@ -90,9 +105,30 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
-def _measured(runs: Runs, baseline: Runs) -> str:
-    if {run["device"] for run in (*runs, *baseline)} != {baseline[0]["device"]}:
-        return "other device"
+def _beside(folder: RunFolder) -> dict[str, Any]:
+    """Return what else a run folder tells: AutoAttack's result, and the settings of `_SAME`."""
+    found: dict[str, Any] = {}
+    evaluated = Result.read(folder.path / "eval", _AUTOATTACK)
+    if evaluated is not None:
+        found[_AUTOATTACK] = evaluated.accuracy
+    with suppress(UserError):  # the table needs no settings
+        settings = flat(folder.settings())
+        found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
+    return found
+
+
+_AUTOATTACK = "autoattack"
+_SAME = {
+    "data": ("dataset.name", "dataset.factory", "dataset.train_examples"),
+    "network": ("model.name", "model.factory", "model.width", "model.depth"),
+}
+"""Settings that must be the same for times to be compared, by a word for the table."""
+
+
+def _against_first(runs: Runs, baseline: Runs) -> str:
+    for word, key in (("device", "device"), ("epochs", "epochs"), *((w, f"of {w}") for w in _SAME)):
+        if any(run.get(key) != baseline[0].get(key) for run in (*runs, *baseline)):
+            return f"other {word}"
     ours, theirs = (
         statistics.fmean(run["train_seconds"] for run in rows) for rows in (runs, baseline)
     )
@@ -103,12 +139,15 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("seeds", lambda runs, baseline: str(len(runs))),
     ("clean %", _mean("clean_acc", ".2f")),
     ("PGD %", _mean("robust_acc", ".2f")),
+    ("AutoAttack %", _mean(_AUTOATTACK, ".2f")),
     ("F_B", _mean("f_b", ".2f")),
     ("F_R", _mean("f_r", ".2f")),
     ("F_O", _mean("f_o", ".2f")),
     ("mean steps", _mean("attack_steps_mean", ".1f")),
     ("TFLOP", _mean("flops", ".3g", divisor=1e12)),
     ("speedup (eq. 7)", _mean("theoretical_speedup", ".2f", "×")),
+    ("speedup (FLOPs)", _mean("speedup_flops", ".2f", "×")),
+    ("speedup (measured)", _mean("speedup_measured", ".2f", "×")),
     ("training s", _mean("train_seconds", ".1f")),
-    ("measured speedup", _measured),
+    ("first row's time", _against_first),
 ]

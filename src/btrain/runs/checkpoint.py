@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: plain containers of tensors, written whole or not at all."""
+"""The reader and writer of checkpoints: plain containers of tensors, whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FORMAT = 2
 
 
 def of_images(data: Data) -> dict[str, Any]:
-    """What a checkpoint says of the images that its network is for: their classes and shape."""
+    """Return what a checkpoint says of the network's images: their classes and shape."""
     return {"classes": len(data.classes), "shape": list(data.shape)}
 
 
 def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
-    """Writes a checkpoint; a crash leaves the one before it, at its place or at `previous`.
+    """Write a checkpoint; a crash leaves the one before it, at its place or at `previous`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -34,7 +34,7 @@ def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU without executing anything in it.
+    """Read a checkpoint onto the CPU without executing anything in it.
 
     Raises:
         UserError: the file is not a checkpoint of btrain's, or it is damaged.

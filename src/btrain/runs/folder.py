@@ -1,4 +1,4 @@
-"""What a run leaves behind, and whom a folder belongs to."""
+"""The folder that a run leaves behind, and whom it belongs to."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RunFolder:
         self._log = path / "train.log"
 
     def check_owner(self, config: Config) -> None:
-        """Makes sure that the folder is free or holds a run of this configuration.
+        """Make sure that the folder is free or holds a run of this configuration.
 
         Raises:
             UserError: it belongs to another configuration or to something else.
@@ -97,7 +97,7 @@ class RunFolder:
         try:
             may_differ += lengthened(theirs, ours)
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise UserError(f"{self.path} belongs to {error}") from error
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
             if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
@@ -107,14 +107,14 @@ class RunFolder:
                 )
 
     def _is_empty(self) -> bool:
-        """Nothing but what a run leaves that was killed before it began."""
+        """Return whether there is only what a run leaves that was killed before it began."""
         left = {_LOCK, f"{self._config.name}{PARTIAL}", self.last.parent.name}
         names = {path.name for path in self.path.iterdir()}
         checkpoints = self.last.parent
         return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
     def check_resume(self, resume: Resume) -> None:
-        """Makes sure that `run.resume` allows what is to be done here.
+        """Make sure that `run.resume` allows what is to be done here.
 
         Raises:
             UserError: there is a run and none is wanted, or the other way round.
@@ -128,7 +128,7 @@ class RunFolder:
 
     @contextmanager
     def taken(self, config: Config) -> Iterator[RunLock]:
-        """The folder, for this process alone; a new one that nothing was written to goes again.
+        """Hold the folder for this process alone; a new one that nothing was written to goes again.
 
         Raises:
             UserError: the folder cannot be written, is in use, or is another run's by now.
@@ -146,7 +146,7 @@ class RunFolder:
                 raise
 
     def begin(self, config: Config, provenance: dict[str, Any]) -> None:
-        """Writes what is known before training, and takes the mark of an earlier end away.
+        """Write what is known before training, and take the mark of an earlier end away.
 
         Raises:
             UserError: the folder cannot be written.
@@ -159,7 +159,7 @@ class RunFolder:
         _write(self.provenance, json.dumps(provenance, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
-        """What `config.yaml` says, neither completed nor checked.
+        """Return what `config.yaml` says, neither completed nor checked.
 
         Raises:
             UserError: there is none, or it cannot be read.
@@ -169,7 +169,7 @@ class RunFolder:
         return read_yaml(self._config)
 
     def summary(self) -> dict[str, Any] | None:
-        """What `write_summary` wrote, or None.
+        """Return what `write_summary` wrote, or None.
 
         Raises:
             UserError: the file is damaged.
@@ -185,11 +185,11 @@ class RunFolder:
         return content
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes `summary.json`, the mark of a run that came to its end."""
+        """Write `summary.json`, the mark of a run that came to its end."""
         _write(self._summary, json.dumps(summary, indent=2) + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`.
+        """Add one line to `metrics.jsonl`.
 
         Raises:
             UserError: it cannot be written.
@@ -197,7 +197,7 @@ class RunFolder:
         append_line(self._metrics, json.dumps(line))
 
     def keep_metrics(self, epochs: int) -> None:
-        """Drops the lines that a resumed run will write again, and what a crash left of a line."""
+        """Drop the lines that a resumed run will write again, and what a crash left of a line."""
         lines = []
         if self._metrics.is_file():
             for line in self._metrics.read_bytes().decode("utf-8", "replace").splitlines():
@@ -209,14 +209,14 @@ class RunFolder:
         _write(self._metrics, "".join(lines))
 
     def logged(self, key: str) -> list[float]:
-        """The numbers under a key of `metrics.jsonl`, of the epochs that have one."""
+        """Return the numbers under a key of `metrics.jsonl`, of the epochs that have one."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
         values = [json.loads(line).get(key) for line in lines]
         return [value for value in values if isinstance(value, float) and math.isfinite(value)]
 
     @contextmanager
     def log_file(self) -> Iterator[None]:
-        """Sends btrain's log to the terminal and to `train.log`, which its first line makes.
+        """Send btrain's log to the terminal and to `train.log`, which its first line makes.
 
         What ends the run stands in its last line, with `FAILED` before it unless it is a signal.
         """
@@ -249,7 +249,7 @@ class RunFolder:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys."""
+    """Return settings by their dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -260,7 +260,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _ending(error: BaseException) -> str:
-    """Why a run ended, on one line."""
+    """Return why a run ended, on one line."""
     if isinstance(error, Interrupted):
         return str(error)
     if isinstance(error, UserError):
@@ -274,7 +274,7 @@ def _write(path: Path, text: str) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A full disk costs the log's lines and no more."""
+    """A log file that a full disk costs its lines and no more."""
 
     _failed = False
 

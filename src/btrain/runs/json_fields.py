@@ -1,4 +1,4 @@
-"""Values of a JSON file, each checked, so that a wrong one can be named with its file."""
+"""The values of a JSON file, each checked, so that a wrong one can be named with its file."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Fields:
             raise UserError(f"{path} is damaged: it is not JSON.") from error
 
     def wrong(self, key: str, expected: str) -> UserError:
-        """The sentence for a value that is missing or of another kind."""
+        """Return the sentence for a value that is missing or of another kind."""
         shown = reprlib.repr(self.values[key]) if key in self.values else "missing"
         return UserError(f"{self.path} is damaged: {self.prefix}{key} is {shown}, not {expected}.")
 
     def inside(self, key: str) -> dict[str, Fields]:
-        """An object of objects; empty where it is missing or null."""
+        """Return an object of objects; empty where it is missing or null."""
         inner = Fields(self.path, self.optional(key) or {}, f"{self.prefix}{key}.")
         return {
             name: Fields(self.path, value, f"{inner.prefix}{name}.")

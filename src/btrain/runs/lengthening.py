@@ -1,4 +1,4 @@
-"""Runs that go on to more epochs than they were begun with."""
+"""The runs that go on to more epochs than they were begun with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from btrain.errors import UserError
 
-_LENGTH = ("train.epochs", "recipe.epochs", "recipe.milestones", "recipe.lr_factors")
+LENGTH = ("train.epochs", "recipe.epochs", "recipe.milestones", "recipe.lr_factors")
 """Settings that may differ in a longer run, if the past epochs' learning rates do not."""
 
 
@@ -25,7 +25,7 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
     before, after = theirs.get("train.epochs"), ours.get("train.epochs")
     if type(before) is not int or type(after) is not int or after <= before:
         return ()
-    sentence = f"a run of {before} epochs cannot go on to {after}"
+    sentence = f"a run with train.epochs={before} and cannot go on to {after}"
     if (schedule := ours.get("recipe.schedule")) != "step" or theirs["recipe.schedule"] != schedule:
         raise UserError(f"{sentence}: recipe.schedule={schedule} falls until the end of the run.")
     try:
@@ -44,11 +44,11 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
             f"{sentence}: the past falls of its learning rate (after epoch {were}) would move, for "
             f"recipe.milestones stretch with train.epochs{hint}."
         )
-    return _LENGTH
+    return LENGTH
 
 
 def _falls(settings: Mapping[str, Any], end: int) -> list[tuple[float, float]]:
-    """After how many epochs below `end` the learning rate changes, and its factor from there on."""
+    """Return after how many epochs below `end` the learning rate changes, and the factor then."""
     stretch = settings["train.epochs"] / settings["recipe.epochs"]
     milestones, factors = settings["recipe.milestones"], settings["recipe.lr_factors"]
     falls = [(epoch * stretch, factor) for epoch, factor in zip(milestones, factors, strict=True)]

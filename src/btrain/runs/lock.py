@@ -1,4 +1,4 @@
-"""One process at a time in a run folder."""
+"""The lock that keeps a run folder to one process at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunLock:
         self._file = -1
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Take the lock.
 
         Raises:
             UserError: another process has it, or the folder cannot be written.
@@ -52,7 +52,7 @@ class RunLock:
             raise UserError(f"{self._path} could not be written ({error.strerror}).") from error
 
     def _try(self) -> bool:
-        """False where the holder removed the file meanwhile."""
+        """Try to take the lock; return False where the holder removed the file meanwhile."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             seen = _kernel_lock(file)
@@ -79,7 +79,7 @@ class RunLock:
             return False
 
     def check(self) -> None:
-        """To be called before a write that matters.
+        """Make sure that the lock is still held, before a write that matters.
 
         Raises:
             UserError: the file is gone or another's: the folder was deleted, or this process slept
@@ -92,7 +92,7 @@ class RunLock:
             )
 
     def touch(self) -> None:
-        """A sign of life for other hosts."""
+        """Touch the file, a sign of life for other hosts."""
         with contextlib.suppress(OSError):
             os.utime(self._file)
 
@@ -105,7 +105,7 @@ class RunLock:
 
 @contextmanager
 def locked(path: Path) -> Iterator[RunLock]:
-    """Holds the lock file at `path`, and touches it now and then.
+    """Hold the lock file at `path`, and touch it now and then.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
@@ -128,7 +128,7 @@ def locked(path: Path) -> Iterator[RunLock]:
 
 
 def _kernel_lock(file: int) -> str:
-    """held (by another process), taken (by this one), or unknown where the system has no locks."""
+    """Return held (by another process), taken (by this one), or unknown where no locks exist."""
     try:
         import fcntl
     except ImportError:
@@ -145,7 +145,7 @@ def _kernel_lock(file: int) -> str:
 
 
 def _lives_elsewhere(path: Path, seen: str) -> bool:
-    """Whether a holder lives whom the kernel's lock does not show: does it touch its file?"""
+    """Return whether a holder lives whom the kernel's lock does not show: is its file touched?"""
     holder = _read(path)
     if not holder or (seen == "taken" and holder.get("host") == socket.gethostname()):
         return False
@@ -159,7 +159,10 @@ def _lives_elsewhere(path: Path, seen: str) -> bool:
 
 
 def _touched(path: Path) -> int:
-    """When the file was touched last; opened anew, for a network folder looks again only then."""
+    """Return when the file was touched last.
+
+    It is opened anew, for a network folder looks again only then.
+    """
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: source, versions and data."""
+"""The origin of a result: source, versions and data."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CPU_FACTS = {"family": "cpu family", "model": "model"}
 
 
 def git_commit() -> str | None:
-    """The commit of btrain's own source, or None where it is not a checkout."""
+    """Return the commit of btrain's own source, or None where it is not a checkout."""
     return None if not _is_checkout() else _git("rev-parse", "HEAD")
 
 
 def git_dirty() -> bool | None:
-    """Whether btrain's own source differs from its commit; None where it is not a checkout."""
+    """Return whether btrain's own source differs from its commit; None where it is no checkout."""
     changes = _git("status", "--porcelain", "--", ".") if _is_checkout() else None
     return None if changes is None else bool(changes)
 
@@ -50,7 +50,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def data_hash(data: Data) -> str:
-    """SHA-256 of the images and labels a run uses, in their order, and of the classes' names."""
+    """Return SHA-256 of a run's images and labels, in their order, and of the classes' names."""
     digest = hashlib.sha256(json.dumps(data.classes).encode())
     for split in (data.train, data.val, data.test):
         if split is None:
@@ -64,7 +64,7 @@ def data_hash(data: Data) -> str:
 
 
 def check_same_data(world: World, data_sha256: str) -> None:
-    """Makes sure that all processes hold the same data.
+    """Make sure that all processes hold the same data.
 
     Raises:
         UserError: one does not; every process raises it.
@@ -87,7 +87,7 @@ def extended(
     jobs: int | None = None,
     own_parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `provenance.json` says after this session: the data's hash, and who trained from where.
+    """Return `provenance.json` after this session: the data's hash, and who trained from where.
 
     Args:
         path: of the file as earlier sessions left it.
@@ -161,7 +161,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, or what the system tells of it, and what else its speed depends on.
+    """Return the CPU's name, or what the system tells of it, and what else its speed depends on.
 
     A virtual machine's name may be that of many processors: family and model tell them apart. The
     instructions are those that torch uses.

@@ -1,4 +1,4 @@
-"""One run as its folder tells it: where it stands, its numbers, and the machine it ran on."""
+"""The run as its folder tells it: where it stands, its numbers, and the machine it ran on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PATH = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder.
+    """The folder of a run, read.
 
     Attributes:
         state: finished, running, failed, unfinished (stopped, or killed) or missing.
@@ -57,11 +57,11 @@ class Run:
     summary: dict[str, Any]
 
     def number(self, key: str) -> float | None:
-        """A number of the summary."""
+        """Return a number of the summary."""
         return _number(self.summary.get(key))
 
     def evaluation(self, attack: str) -> tuple[Path, dict[str, Any]] | None:
-        """The folder and content of `<attack>.json`; None without one that holds a percentage.
+        """Return folder and content of `<attack>.json`; None without one that holds a percentage.
 
         In `eval`, or where test images other than the run's were asked for, in a folder of it, of
         several the one of the most images.
@@ -80,13 +80,13 @@ class Run:
         return own[0] if own else most
 
     def evaluated(self, attack: str) -> float | None:
-        """The accuracy under an attack, percent; of a finished run only."""
+        """Return the accuracy under an attack, percent; of a finished run only."""
         found = self.evaluation(attack) if self.state == FINISHED else None
         return None if found is None else float(found[1]["accuracy"])
 
     @property
     def classes(self) -> int | None:
-        """How many classes the data have, where the settings or an evaluation tell."""
+        """Return how many classes the data have, where the settings or an evaluation tell."""
         known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
         if (name := self.config.get("dataset.name")) in known:
             return known[str(name)]
@@ -96,19 +96,19 @@ class Run:
         return None
 
     def evaluation_seconds(self) -> float:
-        """That all evaluations took."""
+        """Return the seconds that all evaluations took."""
         return sum(_number(of.get("seconds")) or 0.0 for of in self._evaluations.values())
 
     @cached_property
     def _evaluations(self) -> dict[Path, dict[str, Any]]:
-        """The contents of `eval/*.json` and `eval/*/*.json`, as they are when first asked for."""
+        """Return the contents of `eval/*.json` and `eval/*/*.json`, read when first asked for."""
         inside = self.folder / "eval"
         paths = [*sorted(inside.glob("*.json")), *sorted(inside.glob("*/*.json"))]
         return {path: read_object(path) for path in paths}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, an epoch each, up to one that is broken."""
+        """Return the lines of `metrics.jsonl`, an epoch each, up to one that is broken."""
         lines: list[dict[str, Any]] = []
         try:
             for line in read_text(self.folder / "metrics.jsonl", _LARGEST).splitlines():
@@ -122,14 +122,14 @@ class Run:
 
     @property
     def epochs(self) -> tuple[int, int | None]:
-        """Done, and planned."""
+        """Return how many epochs are done, and how many planned."""
         planned = self.config.get("train.epochs")
         done = int(self.metrics[-1]["epoch"]) if self.metrics else 0
         return done, planned if isinstance(planned, int) else None
 
     @cached_property
     def jobs(self) -> int | None:
-        """How many runs shared the machine, at most; None where a session does not tell."""
+        """Return how many runs shared the machine, at most; None where a session does not tell."""
         sessions = read_object(self.folder / "provenance.json").get("sessions")
         known: list[int] = []
         for session in sessions if isinstance(sessions, list) else []:
@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def machine(self) -> tuple[str, ...] | None:
-        """What its training time depends on, or None where it does not tell.
+        """Return what its training time depends on, or None where it does not tell.
 
         Device, torch, processor, cores and threads; of a run that was taken up on another machine
         as many again.
@@ -165,7 +165,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder, or one that is not there yet. What is damaged counts as failed."""
+    """Read a run folder, or one that is not there yet; what is damaged counts as failed."""
     run = RunFolder(folder)
     config: dict[str, Any] = {}
     try:
@@ -184,7 +184,7 @@ def read_run(folder: Path) -> Run:
 
 
 class Runs:
-    """Reads runs; the finished ones again only where something was written since.
+    """A reader of runs, which reads finished ones again only where something was written since.
 
     Other targets, the next report and the next look ask for the same folders.
     """
@@ -193,7 +193,7 @@ class Runs:
         self._kept: dict[Path, tuple[tuple[int, ...], Run]] = {}
 
     def read(self, folder: Path) -> Run:
-        """A run folder as it is now."""
+        """Return a run folder as it is now."""
         changed = _changed(folder)
         kept = self._kept.get(folder)
         if kept is not None and kept[0] == changed:
@@ -207,7 +207,7 @@ class Runs:
 
 
 def _changed(folder: Path) -> tuple[int, ...]:
-    """When a run's settings, summary and evaluations were last replaced, in nanoseconds.
+    """Return when a run's settings, summary and evaluations were last replaced, in nanoseconds.
 
     Files are replaced by renaming, which changes the time of their folder.
     """
@@ -221,7 +221,7 @@ def _changed(folder: Path) -> tuple[int, ...]:
 
 
 def _reason(message: str, folder: Path) -> str:
-    """A message without the places of files, which are nobody else's business.
+    """Return a message without the places of files, which are nobody else's business.
 
     Those in the run's folder are named from there on, of others nothing is left.
     """
@@ -230,7 +230,7 @@ def _reason(message: str, folder: Path) -> str:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether whoever took a run's folder still lives. Never touches the lock itself."""
+    """Return whether whoever took a run's folder still lives; never touch the lock itself."""
     try:
         silent = time.time() - lock.stat().st_mtime
     except OSError:

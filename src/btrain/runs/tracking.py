@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its folder: nowhere, Weights & Biases, or TensorBoard."""
+"""The places of a run's numbers besides its folder: none, Weights & Biases, or TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINISH_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Tracker:
-    """Takes each epoch's metrics, and the summary at the end."""
+    """A taker of each epoch's metrics, and of the summary at the end."""
 
     log: Callable[[dict[str, Any], int], None]
     """(metrics, epoch)"""
@@ -34,7 +34,7 @@ class Tracker:
 def open_tracker(
     logger: LoggerConfig, run_dir: Path, settings: dict[str, Any], *, resumed: bool = False
 ) -> Iterator[Tracker]:
-    """The logger that the configuration names, closed at the end.
+    """Open the logger that the configuration names, and close it at the end.
 
     Once it has started, whatever it raises becomes one warning and ends it, not the run.
 
@@ -72,7 +72,7 @@ def _nowhere() -> Tracker:
 
 
 class _Guarded:
-    """Calls a tracker until it fails."""
+    """A tracker that is called until it fails."""
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self._tracker, self._name, self._failed = tracker, name, False
@@ -88,7 +88,7 @@ class _Guarded:
             self.attempt(what)
 
     def attempt(self, what: Callable[[], object]) -> None:
-        """To close a tracker, even one that has failed; only the first failure is reported."""
+        """Make a call, also to close a tracker that has failed; report only the first failure."""
         try:
             what()
         except Exception as error:

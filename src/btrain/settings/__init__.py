@@ -1,4 +1,4 @@
-"""Every setting of a run, as dataclasses that check their values; the YAML files fill them in.
+"""The settings of a run, as dataclasses that check their values; the YAML files fill them in.
 
 A new setting has a default here, what was done before it: older run folders do not name it.
 """

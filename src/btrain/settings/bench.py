@@ -72,6 +72,6 @@ class BenchConfig:
 
 @dataclass
 class BenchRun:
-    """What `configs/bench.yaml` holds."""
+    """The content of `configs/bench.yaml`."""
 
     bench: BenchConfig = MISSING

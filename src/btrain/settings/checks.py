@@ -36,7 +36,7 @@ def at_least(least: float, key: str, value: float | None) -> None:
 
 
 def seed_in_range(key: str, value: int | None) -> None:
-    """What torch and NumPy both take for a seed."""
+    """Raise UserError for what torch or NumPy does not take for a seed."""
     if value is not None:
         require(0 <= value < 2**63, key, "in [0, 2^63)", value)
 

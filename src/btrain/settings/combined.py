@@ -1,4 +1,4 @@
-"""All groups together, and what in one does not go with what in another."""
+"""The groups together, and what in one does not go with what in another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from btrain.settings.run import (
 
 @dataclass
 class Config:
-    """Everything that decides a run."""
+    """The settings that decide a run."""
 
     dataset: DatasetConfig = MISSING
     model: ModelConfig = MISSING
@@ -98,6 +98,6 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run folder; `btrain.settings.compose` has named it where the user did not."""
+        """Return the run folder; `btrain.settings.compose` has named it where the user did not."""
         assert self.run.dir is not None
         return Path(self.run.dir)

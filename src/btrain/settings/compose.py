@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a checked `Config`: knows Hydra and OmegaConf, as `cli` does."""
+"""The way from YAML files and overrides to a checked `Config`, through Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
 
 @dataclass(frozen=True)
 class Task:
-    """What a primary configuration file is for: its schema, its command, and the command's help."""
+    """The use of a primary configuration file: its schema, its command, and the command's help."""
 
     schema: type[Any]
     command: str
@@ -60,7 +60,7 @@ FREE = "settings"
 
 
 def config_dir() -> str:
-    """The folder of the YAML files: inside an installed wheel, or at the top of the repository."""
+    """Return the folder of the YAML files: inside a wheel, or at the top of the repository."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "configs"
     return str(packaged if packaged.is_dir() else package.parents[1] / "configs")
@@ -68,7 +68,7 @@ def config_dir() -> str:
 
 @cache
 def register() -> None:
-    """Makes the schema and its resolvers known to Hydra; calling it again does no harm."""
+    """Make the schema and its resolvers known to Hydra; calling it again does no harm."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -87,7 +87,7 @@ def register() -> None:
 
 
 def _with_free_settings(schema: type) -> Any:
-    """The schema as OmegaConf has it; `settings` takes new keys without a `+`."""
+    """Return the schema as OmegaConf has it; `settings` takes new keys without a `+`."""
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(schema)
@@ -97,7 +97,7 @@ def _with_free_settings(schema: type) -> Any:
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
-    """The schema of a saved configuration, with that of each group's own option."""
+    """Return the schema of a saved configuration, with that of each group's own option."""
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(Config)
@@ -111,12 +111,12 @@ def schema_of(saved: Mapping[str, Any]) -> Any:
 
 
 def _scale(length: object, factor: float, divisor: float) -> float:
-    """`${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
+    """Return `${scale:ε,1.7,N}` = 1.7·ε / N; N = 0, where no step is taken, counts as 1."""
     return factor * _length(length) / max(divisor, 1)
 
 
 def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
-    """The step size of an example with N_B steps: the plain attack's where N_B is its N."""
+    """Return the step size of an example with N_B steps: the plain attack's where N_B is its N."""
     return _length(step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
 
 
@@ -129,7 +129,7 @@ def _length(value: object) -> float:
 
 
 def _with_views(augmix: object, views: int, steps: int) -> int:
-    """`${with_views:${attack.augmix},1,10}` = 1 where AugMix' views stand for attack steps."""
+    """Return `${with_views:${attack.augmix},1,10}` = 1 where views stand for attack steps."""
     return steps if augmix is None else views
 
 
@@ -144,12 +144,12 @@ def _recipe_of(defense: str, dataset: str) -> str:
 
 
 def _divided(count: int, divisor: float) -> int:
-    """`${divided:10,1.5}` = 7, rounded up: fewer epochs or a smaller batch than a recipe's."""
+    """Return `${divided:10,1.5}` = 7, rounded up: fewer epochs or a smaller batch than before."""
     return math.ceil(count / divisor)
 
 
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
-    """The configuration that a task's command would run with the overrides; of its schema's class.
+    """Return the configuration of a task's command with the overrides, of its schema's class.
 
     The overrides are the user's, who allows what they name.
 
@@ -162,7 +162,7 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
 
 
 def composed(overrides: Sequence[str], task: str) -> Any:
-    """What Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+    """Return what Hydra makes of the YAML files and the overrides, neither resolved nor checked.
 
     Raises:
         UserError: an unknown key or option, a wrong type.
@@ -181,7 +181,7 @@ def composed(overrides: Sequence[str], task: str) -> Any:
 
 
 def quoted(text: str) -> str:
-    """Any text as a value on Hydra's command line."""
+    """Return any text as a value on Hydra's command line."""
     # Within quotes Hydra takes backslashes for themselves, but for those ahead of a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), text)
     return f"'{escaped}'"
@@ -194,7 +194,7 @@ _PATHS = (
 
 
 def with_path_quoted(argument: str) -> str:
-    """A path as Hydra takes any text: quoted, `~` expanded. Other arguments stay as they are.
+    """Quote a path as Hydra takes any text, `~` expanded; leave other arguments as they are.
 
     So does a list of factories, which is a sweep.
     """
@@ -210,7 +210,7 @@ _WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
+    """Put Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
     options, settings, rest = [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -225,12 +225,12 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def user_folder(arguments: Sequence[str]) -> str | None:
-    """The folder of options that `--config-dir` adds, if any.
+    """Return the folder of options that `--config-dir` adds, if any.
 
     Raises:
         UserError: it is none.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option in ("--config-dir", "-cd"):
             folder = value if equals else following
@@ -241,7 +241,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
 
 
 def help_text(arguments: Sequence[str], task: str = "train") -> str:
-    """What a command's --help shows: the options of each group and the settings they come to.
+    """Return a command's --help: the options of each group and the settings they come to.
 
     Raises:
         UserError: an override is wrong.
@@ -261,7 +261,7 @@ def help_text(arguments: Sequence[str], task: str = "train") -> str:
 
 
 def _options(group: str, folder: str | None = None) -> list[str]:
-    """The options of a group, with those of the user's folder."""
+    """Return the options of a group, with those of the user's folder."""
     folders = [config_dir(), *([] if folder is None else [folder])]
     files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
     return sorted({file.stem for file in files})
@@ -281,7 +281,7 @@ where they come from; --config-dir DIR adds a folder of your own options.
 
 
 def jobs_at_once() -> int | None:
-    """How many jobs the launcher of the job that runs now has at a time on this machine.
+    """Return how many jobs the current job's launcher has at a time on this machine.
 
     1 without a sweep; None where the launcher does not tell.
     """
@@ -299,7 +299,7 @@ def jobs_at_once() -> int | None:
 
 
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
-    """Turns a composed configuration into its task's checked dataclasses; names the run folder.
+    """Turn a composed configuration into its task's checked dataclasses; name the run folder.
 
     Args:
         cfg: what Hydra composed; a top-level `hydra` node is ignored.
@@ -314,6 +314,12 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     for override in overrides:
         if re.match(rf"(?!\w+\.{FREE}=)[\w.]+=\{{", override):
             raise UserError(f"{override} replaces a whole group; please set its keys one by one.")
+        if option := re.match(r"\+*(\w+)\.(\w+)=(.*)$", override):
+            group, key, value = option.groups()
+            if group in OPTIONS and OPTIONS[group][0] == key:
+                raise UserError(
+                    f"{override} would give an option another one's name; choose {group}={value}."
+                )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
@@ -332,7 +338,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
 
 
 def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
-    """`+foo=1` passes OmegaConf's schema as an extra attribute; here it fails as unknown."""
+    """Raise UserError for `+foo=1`, which passes OmegaConf's schema as an extra attribute."""
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in vars(node).items():
         if name not in known:
@@ -343,7 +349,7 @@ def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain containers: what `config.yaml` and checkpoints hold."""
+    """Return plain containers: what `config.yaml` and checkpoints hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -354,7 +360,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """What the schema says of the settings that it has a default for, as `to_dict` writes them."""
+    """Return what the schema says of settings that it has a default for, as `to_dict` writes."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -369,14 +375,14 @@ def defaults(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The text of a run folder's `config.yaml`."""
+    """Return the text of a run folder's `config.yaml`."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A run folder's `config.yaml` as plain containers.
+    """Read a run folder's `config.yaml` as plain containers.
 
     Raises:
         UserError: the file cannot be read as YAML.
@@ -400,7 +406,7 @@ _LONGEST_NAME = 150  # bytes; file systems take 255
 
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
-    """A readable folder name, different for different settings.
+    """Return a readable folder name, different for different settings.
 
     `mnist-small_cnn-trades-bullettrain-attack.epsilon_0.1-seed0`.
     """
@@ -419,7 +425,7 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
 
 
 def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> UserError:
-    """One sentence for what Hydra or OmegaConf raised while they composed a configuration."""
+    """Return one sentence for what Hydra or OmegaConf raised in composing a configuration."""
     if override := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
         return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
     if type(error).__name__ == "OverrideParseException":
@@ -503,7 +509,7 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
-    """The keys of a schema with those of every option of its groups, each once."""
+    """Return the keys of a schema with those of every option of its groups, each once."""
     keys = []
     for name, kind in get_type_hints(node).items():
         if get_origin(kind) is ClassVar:

@@ -24,7 +24,7 @@ _SETS = {"standard": CORRUPTIONS, "all": CORRUPTIONS + EXTRA_CORRUPTIONS}
 
 
 def check_name(name: str) -> None:
-    """Raises UserError where there is no such corruption."""
+    """Raise UserError where there is no such corruption."""
     names = CORRUPTIONS + EXTRA_CORRUPTIONS
     if name not in names:
         raise UserError(f"There is no corruption {name}; there are: {', '.join(names)}.")
@@ -48,7 +48,7 @@ class CorruptionSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The corruptions that are asked for, in the user's order."""
+        """Return the corruptions that are asked for, in the user's order."""
         if isinstance(self.corruptions, list):
             return tuple(dict.fromkeys(map(str, self.corruptions)))
         return _SETS.get(self.corruptions, (str(self.corruptions),))
@@ -56,17 +56,17 @@ class CorruptionSettings:
 
 @dataclass
 class CorruptConfig:
-    """Everything that decides a corrupted test set."""
+    """The settings that decide a corrupted test set."""
 
     dataset: DatasetConfig = MISSING
     corrupt: CorruptionSettings = MISSING
 
     @property
     def source(self) -> str:
-        """The name of the data set."""
+        """Return the name of the data set."""
         return self.dataset.title
 
     @property
     def out(self) -> Path:
-        """The folder of the corrupted test set."""
+        """Return the folder of the corrupted test set."""
         return Path(self.corrupt.out or f"data/{self.source}-C-regenerated")

@@ -71,7 +71,7 @@ class PgdChanges:
 
 @dataclass
 class EvalSettings:
-    """One `btrain eval`.
+    """The settings of one `btrain eval`.
 
     Attributes:
         attacks: names of `ATTACKS`; "all" stands alone.

@@ -58,7 +58,7 @@ class AugMixConfig:
 
 @dataclass
 class AttackConfig:
-    """An attack in an L∞ ball, and what all attacks have."""
+    """The settings of an attack in an L∞ ball, which all attacks have."""
 
     name: AttackName = MISSING
     steps: int = MISSING
@@ -141,7 +141,7 @@ ATTACKS: dict[AttackName, type[AttackConfig]] = {
 
 @dataclass
 class DefenseConfig:
-    """What all defenses have: a name."""
+    """The name that every defense has."""
 
     name: DefenseName = MISSING
 
@@ -228,7 +228,7 @@ _NOT_GRADUALLY = {"epsilon_warmup": "it is run as published"}
 
 @dataclass
 class RivalConfig:
-    """No rival, and what all rivals have."""
+    """The settings of no rival, which all rivals have."""
 
     name: RivalName = RivalName.none
 
@@ -328,7 +328,7 @@ RIVALS: dict[RivalName, type[RivalConfig]] = {
 
 @dataclass
 class BTConfig:
-    """What all allocators have; alone it is the plain defense, N_B steps for everybody."""
+    """The settings of all allocators; alone it is the plain defense, N_B steps for everybody."""
 
     name: AllocatorName = MISSING
     n_b: int = MISSING
@@ -354,7 +354,7 @@ class BTConfig:
 
     @property
     def plain_epochs(self) -> int:
-        """The first epochs in which every example gets N_B steps."""
+        """Return how many first epochs give every example N_B steps."""
         return 0
 
     def choices(self) -> list[Choice]:

@@ -1,4 +1,4 @@
-"""What settings with a few choices can be."""
+"""The names that settings with a few choices can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings as earlier versions of btrain wrote them, in today's words."""
+"""The settings as earlier versions of btrain wrote them, in today's words."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class DatasetConfig:
 
     @property
     def title(self) -> str:
-        """What folders are called by; images of the user's own go by their own name."""
+        """Return what folders are called by; images of the user's own go by their own name."""
         return self.name.name
 
 
@@ -92,7 +92,7 @@ class ImageFolderConfig(DatasetConfig):
 
 @dataclass
 class OwnDatasetConfig(DatasetConfig):
-    """What a function of the user's returns."""
+    """The data that a function of the user's returns."""
 
     factory: str = MISSING
     settings: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class TimmConfig(LibraryModelConfig):
 
 @dataclass
 class OwnModelConfig(ModelConfig):
-    """What a class or a function of the user's makes."""
+    """The network that a class or a function of the user's makes."""
 
     factory: str = MISSING
     settings: dict[str, Any] = field(default_factory=dict)

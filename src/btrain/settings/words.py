@@ -1,4 +1,4 @@
-"""Arguments `key=value` of the commands that compose no configuration of their own."""
+"""The arguments `key=value` of the commands that compose no configuration of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The epochs of a run."""
+"""The epochs of a run, batch after batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CHECKED = 64  # training images
 
 @dataclass
 class Heartbeat:
-    """Looks at the running sums once a second, for the progress bar and for NaN and infinity.
+    """A look at the running sums once a second, for the progress bar and for NaN and infinity.
 
     Every look is a copy from the device; in between, the first bad step is remembered there, and
     here the random state ahead of each step, from which its batch can be drawn again.
@@ -49,12 +49,12 @@ class Heartbeat:
     last: float = field(default_factory=time.perf_counter)
 
     def step(self, state: TrainState) -> None:
-        """Called after each batch."""
+        """Note that a batch is done."""
         if time.perf_counter() - self.last >= _HEARTBEAT_SECONDS:
             self.look(state)
 
     def look(self, state: TrainState) -> Averages:
-        """Returns the epoch's averages so far.
+        """Return the epoch's averages so far.
 
         Raises:
             NotFiniteError: logits, the loss or a gradient were not.
@@ -86,7 +86,7 @@ class Heartbeat:
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
+    """Return the permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(examples, generator=generator)
 
@@ -104,7 +104,7 @@ def train_epoch(
     guard: InputGuard | None = None,
     world: World = ALONE,
 ) -> Averages | None:
-    """Trains from `state.batch` to the end of the epoch, to the time limit or until stopped.
+    """Train from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
     Args:
         method: what is done with a batch.
@@ -128,7 +128,7 @@ def train_epoch(
     device = split.images.device
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     order = epoch_order(len(split), plan.seed, state.epoch).to(device)
-    began, before = _clock(device), state.train_seconds
+    began, worked, before = _clock(device), work_seconds(device), state.train_seconds
     several, first = (None if world.size == 1 else world), world.first
 
     def draw(begin: int) -> Iterator[Batch]:
@@ -174,6 +174,8 @@ def train_epoch(
     elapsed = world.told(_clock(device) - began)
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
+    if state.epoch_work is not None:
+        state.epoch_work += work_seconds(device) - worked
     if state.batch == 0:
         return None
     # The others wait for the first, which keeps a batch that ends the run.
@@ -230,7 +232,7 @@ def _skipped(state: TrainState) -> Averages:
 
 
 def check_weights(state: TrainState, split: Split) -> None:
-    """Looks at the weights: the last update's loss was taken before it.
+    """Look at the weights: the last update's loss was taken before it.
 
     Raises:
         UserError: weights, BatchNorm statistics, or the logits of some training images are not
@@ -248,8 +250,16 @@ def check_weights(state: TrainState, split: Split) -> None:
         )
 
 
+def work_seconds(device: torch.device) -> float:
+    """Return the device's own time: a GPU's, else this process' CPU time in all threads.
+
+    CPU time does not count what other processes take.
+    """
+    return _clock(device) if device.type == "cuda" else time.process_time()
+
+
 def _clock(device: torch.device) -> float:
-    """Seconds, with the device's work done."""
+    """Return seconds, with the device's work done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

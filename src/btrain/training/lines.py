@@ -1,4 +1,4 @@
-"""What a run says of itself in the log."""
+"""The lines in which a run speaks of itself in the log."""
 
 from __future__ import annotations
 
@@ -47,8 +47,18 @@ def number(value: float | None) -> str:
 
 
 def headline(summary: dict[str, Any]) -> str:
+    """Return what a run came to; first of all that it was cut, if it was."""
+    cut = summary.get("cut")
     return (
-        f"clean {summary['clean_acc']:.2f} %, PGD {summary['robust_acc']:.2f} %, F_B/F_R/F_O "
+        f"{f'cut by {cut}; ' if cut else ''}"
+        f"clean {summary['clean_acc']:.2f} %, {_attack(summary)} {summary['robust_acc']:.2f} %, "
+        f"F_B/F_R/F_O "
         f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )
+
+
+def _attack(summary: dict[str, Any]) -> str:
+    """Return the name of the final attack; without a step it is none but its random start."""
+    steps = summary.get("eval_steps")
+    return "PGD" if steps is None else f"PGD-{steps}" if steps else "under the start's noise alone"

@@ -1,4 +1,4 @@
-"""What the process that writes leaves in the run folder while training goes on."""
+"""The things that the process that writes leaves in the run folder while training goes on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Record:
     lock: RunLock
 
     def save(self) -> None:
-        """The checkpoint of now."""
+        """Write the checkpoint of now."""
         self.lock.check()
         content = {
             "state": self.state.state_dict(),
@@ -45,12 +45,12 @@ class Record:
         checkpoint.save(self.folder.last, content, previous=self.folder.previous)
 
     def save_epoch_start(self) -> None:
-        """What a collapse within the epoch goes back to, where the recipe stops at one."""
+        """Write what a collapse within the epoch goes back to, where the recipe stops at one."""
         if self.config.recipe.early_stop_on_collapse and self.state.batch == 0:
             checkpoint.save(self.folder.epoch_start, {"state": self.state.state_dict()})
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """An epoch's line, or that of its part."""
+        """Write an epoch's line, or that of its part."""
         for warning in metrics["warnings"]:
             log.warning("epoch %d: %s.", metrics["epoch"], warning)
         self.lock.check()
@@ -60,14 +60,14 @@ class Record:
         log.info(epoch_line(metrics))
 
     def end(self, summary: dict[str, Any]) -> None:
-        """The summary of a run that came to its end."""
+        """Write the summary of a run that came to its end."""
         self.lock.check()
         self.folder.write_summary(summary)
         self.tracker.summarise(summary)
 
     @contextmanager
     def offending_batch_kept(self) -> Iterator[None]:
-        """A batch that ended the run is kept beside it."""
+        """Keep a batch that ended the run beside it."""
         try:
             yield
         except NotFiniteError as error:

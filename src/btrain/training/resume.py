@@ -1,4 +1,4 @@
-"""Where an interrupted run goes on from."""
+"""The place from which an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btrain.training.state import TrainState
 
 
 def load_newest(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
-    """The newest checkpoint that can be read, if any, and a warning if it is not the last one.
+    """Return the newest readable checkpoint, if any, and a warning if it is not the last one.
 
     Raises:
         UserError: there are checkpoints and none can be read.
@@ -31,7 +31,7 @@ def load_newest(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def check_same_folder(world: World, folder: RunFolder, state: TrainState) -> None:
-    """Makes sure that all processes go on from the same checkpoints.
+    """Make sure that all processes go on from the same checkpoints.
 
     Raises:
         UserError: they do not; every process raises it.
@@ -42,13 +42,13 @@ def check_same_folder(world: World, folder: RunFolder, state: TrainState) -> Non
 
 
 def set_damaged_aside(folder: RunFolder) -> None:
-    """Keeps a damaged last checkpoint from taking the place of the good one before it."""
+    """Keep a damaged last checkpoint from taking the place of the good one before it."""
     if folder.last.is_file():
         folder.last.replace(folder.damaged)
 
 
 def adopt_best(state: TrainState, folder: RunFolder) -> None:
-    """Takes the best epoch from `best.pt`, which may be newer than the checkpoint resumed from.
+    """Take the best epoch from `best.pt`, which may be newer than the checkpoint resumed from.
 
     Otherwise the summary could name one epoch and show another's accuracy.
     """

@@ -1,4 +1,4 @@
-"""A run from its configuration to its summary."""
+"""The course of a run from its configuration to its summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.safety.signals import StopRequest, stop_on_signals
 from btrain.training.schedule import make_plan
 from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_shares, known_of, make_state
+from btrain.training.setup import check_radius, check_shares, known_of, make_state
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
 from btrain.training.timing.probe import Probe
@@ -46,7 +46,7 @@ log = logging.getLogger("btrain")
 
 
 def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
-    """Trains, evaluates, and leaves a run folder behind; returns its summary.
+    """Train, evaluate, and leave a run folder behind; return its summary.
 
     A finished run of the same configuration is not repeated; an unfinished one goes on from its
     last checkpoint. Started by torchrun, its processes train one network together, as often as all
@@ -66,7 +66,7 @@ def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
 
 
 def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
-    """`train`, by one of the processes."""
+    """Do as `train`, in one of the processes."""
     folder, summary = RunFolder(config.run_dir), None
     if world.first:
         folder.check_owner(config)
@@ -83,6 +83,7 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
             data_sha256 = data_hash(data)
             check_same_data(world, data_sha256)
             check_shares(config, len(data.train), world)
+            check_radius(config, data)
             state = make_state(config, data, device)
         with folder.taken(config) if world.first else nullcontext() as lock:
             if world.first:
@@ -93,21 +94,23 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a run that nothing is left to do for."""
+    """Return the summary of a run that nothing is left to do for."""
     summary = folder.summary()
     if summary is None:
         return None
     saved, _ = load_newest(folder)
     if saved is not None and not _is_over(config, saved["state"]):
         return None
-    print(f"{folder.path} is finished already: {headline(summary)}")
+    end = "was ended and evaluated" if summary.get("cut") else "is finished already"
+    more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
+    print(f"{folder.path} {end}: {headline(summary)}{more}")
     for note in changed_code(folder.provenance, _own_parts(config)):
         print(f"{note} Another run.dir trains it anew.")
     return summary
 
 
 def _own_parts(config: Config) -> dict[str, Any]:
-    """What the run folder keeps of the user's own parts."""
+    """Return what the run folder keeps of the user's own parts."""
     return {
         group: own.facts(group, factory, settings)
         for group, (factory, settings) in own.parts(config).items()
@@ -124,7 +127,7 @@ def _train(
     world: World,
     jobs: int | None,
 ) -> dict[str, Any]:
-    """The run, by the process that holds the folder's lock and writes, or by another."""
+    """Do the run, in the process that holds the folder's lock and writes, or in another."""
     saved, warning = load_newest(folder)
     notes = []
     if saved is not None:
@@ -146,6 +149,8 @@ def _train(
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
+        if record is not None:
+            log.info("evaluation on %d test images", len(data.test))
         with _evaluation(config, state, stop):
             last, best = final_accuracies(evaluator, state, data, folder)
         summary = {}
@@ -168,7 +173,7 @@ def _recording(
     warning: str | None,
     notes: list[str],
 ) -> Iterator[Record]:
-    """Begins or takes up what is written of a run; a `warning` is of the state it goes on from.
+    """Begin or take up what is written of a run; a `warning` is of the state it goes on from.
 
     Args:
         notes: sentences for the log about how the run begins.
@@ -199,7 +204,7 @@ def _train_epochs(
     evaluator: Evaluator,
     record: Record | None,
 ) -> None:
-    """All epochs that are left; with their log lines and checkpoints where there is a record."""
+    """Train all epochs that are left; write log lines and checkpoints where there is a record."""
     device, plan, world = state.device, make_plan(config), evaluator.world
     short = record is not None and config.train.precision is Precision.bf16
     if short and (hint := bf16_hint("train.precision", device)):
@@ -265,7 +270,7 @@ def _train_epochs(
 
 @contextmanager
 def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterator[None]:
-    """Where a signal waits for no epoch to end, and memory is that of the evaluation's batches."""
+    """Let a signal end an evaluation at once, and put missing memory down to its batches."""
     size = f"eval.batch_size={config.eval.batch_size}"
     with (
         explained_memory(state.device, size, "a smaller eval.batch_size may fit"),
@@ -275,7 +280,7 @@ def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterato
 
 
 def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:
-    """Whether nothing is left to train; `progress` are a state's numbers, live or from a file."""
+    """Return whether nothing is left to train, by a state's numbers, live or from a file."""
     limit = config.train.max_seconds
     timed_out = limit is not None and progress["train_seconds"] >= limit
     return bool(timed_out or progress["collapsed"] or progress["epoch"] >= config.train.epochs)

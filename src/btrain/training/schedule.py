@@ -1,4 +1,4 @@
-"""How long and in what portions a run trains, and its learning rate on the way."""
+"""The plan of a run: how long and in what portions it trains, and its learning rate on the way."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _COSINE_END = 1e-5
 
 
 def step_decay(milestones: Sequence[float], factors: Sequence[float]) -> Schedule:
-    """1, and from each milestone on, a share of the run, the factor that belongs to it."""
+    """Return a schedule: 1, and from each milestone on, a share of the run, its factor."""
     levels = [1.0, *factors]
     return lambda progress: levels[sum(progress >= milestone for milestone in milestones)]
 
 
 def cyclic(peak: float) -> Schedule:
-    """Rises linearly from 0 to 1 at the share `peak` of the run, and falls to 0 at its end."""
+    """Return a schedule that rises linearly from 0 to 1 at the share `peak`, and falls to 0."""
     return lambda progress: progress / peak if progress < peak else (1 - progress) / (1 - peak)
 
 
 def cosine() -> Schedule:
-    """Falls along half a cosine to almost 0."""
+    """Return a schedule that falls along half a cosine to almost 0."""
     return lambda progress: _COSINE_END + (1 - _COSINE_END) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and in what portions a run trains.
+    """The length of a run and the portions in which it trains.
 
     Attributes:
         schedule: factor on lr for the share of the run that is done.
@@ -55,7 +55,7 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """The portions of a run are its batches, or pools of them that are attacked at once."""
+    """Return the plan of a run, whose portions are batches, or pools of them attacked at once."""
     recipe = config.recipe
     milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
     schedules = {

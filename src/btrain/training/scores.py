@@ -71,7 +71,7 @@ def after_epoch(
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
-    """Evaluates a complete epoch and counts it; adds to `metrics`.
+    """Evaluate a complete epoch and count it; add to `metrics`.
 
     All processes decide the same, the first one writes.
 
@@ -106,7 +106,7 @@ def after_epoch(
 
 
 def _due(config: Config, epoch: int) -> bool:
-    """Whether the held-out part is scored after this epoch: every so often, and at the end."""
+    """Return whether this epoch is scored on the held-out part: every so often, and at the end."""
     return epoch % config.eval.every_epochs == 0 or epoch == config.train.epochs
 
 
@@ -117,7 +117,7 @@ def _validate(
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
-    """Scores the held-out part and keeps the best epoch by its robust accuracy.
+    """Score the held-out part and keep the best epoch by its robust accuracy.
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
@@ -139,7 +139,7 @@ def _validate(
 def final_accuracies(
     evaluator: Evaluator, state: TrainState, data: Data, folder: RunFolder
 ) -> tuple[Accuracy, Accuracy | None]:
-    """On the test set, of the last and, where there is one, of the best model, which stays."""
+    """Score the last and, where there is one, the best model on the test set; the best stays."""
     last = evaluator(state.evaluated, data.test)
     if state.best_epoch is None:
         return last, None
@@ -157,7 +157,7 @@ def summarise(
     last: Accuracy,
     best: Accuracy | None,
 ) -> dict[str, Any]:
-    """What `summary.json` says of a run with these accuracies."""
+    """Return what `summary.json` says of a run with these accuracies."""
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
@@ -175,6 +175,8 @@ def summarise(
         "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),
         "train_seconds": state.train_seconds,
         "epochs": state.epoch,
+        "cut": _cut(config, state),
+        "eval_steps": config.eval.steps,
         "seed": config.seed,
         "test_examples": len(data.test),
         "device": device_name(device),
@@ -191,3 +193,11 @@ def summarise(
             "best_robust_acc": best.robust,
         }
     return summary
+
+
+def _cut(config: Config, state: TrainState) -> str | None:
+    """Return what ended a run ahead of its last epoch, and where; None for a whole one."""
+    if state.epoch >= config.train.epochs or state.collapsed:
+        return None
+    where = f"epoch {state.epoch + 1} of {config.train.epochs}, batch {state.batch}"
+    return f"train.max_seconds={config.train.max_seconds:g} in {where}"

@@ -1,4 +1,4 @@
-"""From a configuration to the state of a run that has not begun."""
+"""The way from a configuration to the state of a run that has not begun."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from btrain.build import check_network, make_model
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
+from btrain.evaluation.pgd import farthest, threat_of
 from btrain.methods.make import Known, make_method
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
@@ -18,6 +19,7 @@ from btrain.settings import (
     OptimizerName,
     RecipeConfig,
 )
+from btrain.settings.checks import no_farther
 from btrain.training.state import TrainState
 
 _NEED_ONE_PROCESS = ("own_step", "graphs")
@@ -25,7 +27,7 @@ _NEED_ONE_PROCESS = ("own_step", "graphs")
 
 
 def check_shares(config: Config, examples: int, world: World) -> None:
-    """Makes sure that this training, on so many examples, can be done by several processes.
+    """Make sure that this training, on so many examples, can be done by several processes.
 
     Raises:
         UserError: it cannot; the sentence names the key.
@@ -41,6 +43,13 @@ def check_shares(config: Config, examples: int, world: World) -> None:
             f"train.batch_size={config.train.batch_size} leaves a batch of {min(sizes)} of "
             f"{examples} examples; {world.size} processes need two examples each of every batch."
         )
+
+
+def check_radius(config: Config, data: Data) -> None:
+    """Raise UserError for an ε beyond what any change of such an image is long."""
+    most = farthest(threat_of(config.attack, known_of(data)), data.shape)
+    for key in ("attack", "eval"):
+        no_farther(f"{key}.epsilon", getattr(config, key).epsilon, most)
 
 
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
@@ -64,7 +73,7 @@ def known_of(data: Data) -> Known:
 
 
 def make_optimizer(recipe: RecipeConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer of all weights; fused, so that Adam counts its steps on the device."""
+    """Return the recipe's optimizer of all weights; fused, so that Adam counts on the device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer is OptimizerName.adam:
         return torch.optim.Adam(

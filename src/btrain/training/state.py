@@ -1,4 +1,4 @@
-"""All that changes while a run goes on: what a checkpoint holds and a run resumes from."""
+"""The state of a run: all that changes while it goes on, which checkpoints hold."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class TrainState:
         total_sums: the same over the epochs completed.
         epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
         best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
+        epoch_work: seconds that the device worked in that epoch; None if another session began it.
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
@@ -54,6 +55,7 @@ class TrainState:
     watched_acc: float | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
+    epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
 
@@ -66,7 +68,7 @@ class TrainState:
         device: torch.device,
         ema: float = 0.0,
     ) -> TrainState:
-        """The state of a run that has not begun; `ema` is the decay of its average, 0 for none."""
+        """Return the state of a new run; `ema` is the decay of its average, 0 for none."""
         sums = torch.zeros(len(StepStats._fields), dtype=torch.float64, device=device)
         return TrainState(
             model=model,
@@ -80,12 +82,12 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
-        """Where the run trains."""
+        """Return the device on which the run trains."""
         return self.generator.device
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is scored and handed on: the average, where there is one."""
+        """Return the network that is scored and handed on: the average, where there is one."""
         return self.model if self.average is None else self.average.network
 
     def start_from(self, path: Path) -> str:
@@ -103,25 +105,25 @@ class TrainState:
         return said
 
     def add(self, stats: StepStats) -> None:
-        """Counts one more batch."""
+        """Count one more batch."""
         self.batch += 1
         self.epoch_sums += stacked(stats)
 
     def remember(self, stats: StepStats) -> None:
-        """Keeps the statistics of the batch that was counted last, for the log."""
+        """Keep the statistics of the batch that was counted last, for the log."""
         self.batch_sums[self.batch] = stacked(stats)
 
     def end_epoch(self) -> None:
-        """Counts one more epoch and clears its sums."""
+        """Count one more epoch and clear its sums."""
         self.epoch += 1
         self.batch = 0
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = self.epoch_work = 0.0
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
         self.batch_sums.clear()
 
     def throw_away_copy(self) -> TrainState:
-        """Of its own in all that training changes, at the beginning of the same epoch."""
+        """Return a copy of all that training changes, at the beginning of the same epoch."""
         model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))
         generator = torch.Generator(self.device)
         generator.set_state(self.generator.get_state())
@@ -129,7 +131,7 @@ class TrainState:
         return TrainState(model, optimizer, generator, memory, sums, sums.clone(), self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only: `torch.load(weights_only=True)` reads it."""
+        """Return tensors and plain values only: `torch.load(weights_only=True)` reads them."""
         return {
             "model": self.evaluated.state_dict(),
             **({} if self.average is None else {"trained_model": self.model.state_dict()}),
@@ -143,7 +145,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned, on this state's kind of device.
+        """Continue from what `state_dict` returned, on this state's kind of device.
 
         Raises:
             UserError: the state is of another kind of device, or not one of a run like this.
@@ -172,12 +174,13 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, saved[name])
         self._load_batch_sums(saved.get("batch_sums", {}))
+        self.epoch_work = None if self.batch else 0.0
         self.graphs = saved.get("graphs")
         if self.graphs not in (None, False, True):
             raise ValueError("neither with graphs nor without")
 
     def _load_batch_sums(self, saved: dict[int, Tensor]) -> None:
-        """Raises ValueError for sums that are not those of batches of the epoch."""
+        """Take sums of single batches; raise ValueError for any that is not of the epoch."""
         self.batch_sums.clear()
         for number, sums in saved.items():
             if type(number) is not int or not 0 < number <= self.batch:
@@ -186,7 +189,7 @@ class TrainState:
             _copy(sums, self.batch_sums[number])
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError for settings or momenta that are not those of this optimizer."""
+        """Take settings and momenta; raise ValueError for those of another optimizer."""
         groups = self.optimizer.param_groups
         before = [_kinds(group) for group in groups]
         # How updates are computed is today's choice: earlier runs were not fused.
@@ -198,7 +201,7 @@ class TrainState:
         self._take_momenta()
 
     def _take_momenta(self) -> None:
-        """Copies what was loaded to tensors in the weights' own layout.
+        """Copy what was loaded to tensors in the weights' own layout.
 
         A fused update trusts shapes and strides: with others it would read and write out of bounds.
         Raises ValueError for momenta that are not those of this optimizer.

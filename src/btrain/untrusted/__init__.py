@@ -13,11 +13,11 @@ from typing import IO
 
 
 class RefusedError(ValueError):
-    """What is wrong with a file: a phrase that can stand after its name."""
+    """The fault of a file: a phrase that can stand after its name."""
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """A file, but no pipe and no device, on which a reader could wait for ever.
+    """Open a file, but no pipe and no device, on which a reader could wait for ever.
 
     Raises:
         RefusedError: it is something else.
@@ -29,12 +29,12 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A UTF-8 file of at most so many bytes; raises what `read_bytes` does, and UnicodeError."""
+    """Read a UTF-8 file of at most so many bytes; raise as `read_bytes`, and UnicodeError."""
     return read_bytes(path, most).decode("utf-8")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A file of at most so many bytes.
+    """Read a file of at most so many bytes.
 
     Raises:
         RefusedError: it is larger, or no plain file.

@@ -1,4 +1,4 @@
-"""Archives: the directory of a zip file, and tar files unpacked file by file."""
+"""The readers of archives: the directory of a zip file, and tar files unpacked file by file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_TAR_MEMBERS = 1000
 
 
 def check_directory(file: IO[bytes], *, most_members: int) -> None:
-    """Makes sure that a zip file ends with one directory of moderate size and nothing else.
+    """Make sure that a zip file ends with one directory of moderate size and nothing else.
 
     Then every program finds the same members in it, and listing them takes little memory.
     Zip file format specification (APPNOTE.TXT), 4.3.14 to 4.3.16.
@@ -55,7 +55,7 @@ def _read_at(file: IO[bytes], position: int, length: int) -> bytes:
 
 
 def unpack_tar(archive: Path, folder: Path, *, most: int) -> None:
-    """Unpacks a `.tar.gz` of plain files and folders.
+    """Unpack a `.tar.gz` of plain files and folders.
 
     Args:
         archive: the file.
@@ -100,7 +100,7 @@ def _safe_name(name: str) -> PurePosixPath:
 
 
 def unpack_gzip(archive: Path, target: Path, *, most: int) -> None:
-    """Decompresses one file of at most so many bytes.
+    """Decompress one file of at most so many bytes.
 
     Raises:
         RefusedError: it has more.

@@ -1,4 +1,4 @@
-"""numpy arrays from pickles, `.npy` and `.npz` files; sizes are checked before memory is taken."""
+"""The arrays of pickles, `.npy` and `.npz` files; sizes are checked before memory is taken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_MEMBERS = 100
 
 
 def open_npy(path: Path) -> Array:
-    """An `.npy` file of plain numbers, mapped into memory, read-only.
+    """Open an `.npy` file of plain numbers, mapped into memory, read-only.
 
     Raises:
         RefusedError: it holds something else than numbers, or fewer bytes than its header says.
@@ -42,7 +42,7 @@ def open_npy(path: Path) -> Array:
 
 
 def read_npz(path: Path, keys: Collection[str], *, most: int) -> dict[str, Array]:
-    """Some arrays of an `.npz` file, numbers or texts.
+    """Read some arrays of an `.npz` file, numbers or texts.
 
     Args:
         path: the file.
@@ -74,7 +74,7 @@ def _parse(content: bytes) -> Array:
 
 
 def _header(file: IO[bytes], kinds: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and type as numpy reads them; the file stands at the data."""
+    """Return shape, order and type as numpy reads them; the file stands at the data."""
     version = np.lib.format.read_magic(file)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -95,7 +95,7 @@ def _header(file: IO[bytes], kinds: str) -> tuple[tuple[int, ...], bool, np.dtyp
 
 
 def _addressable(shape: tuple[int, ...]) -> bool:
-    """Whether numpy can count the bytes, which it does without regard to sides of length 0."""
+    """Return whether numpy can count the bytes, which it does as if no side had length 0."""
     return math.prod(side for side in shape if side) * 64 < 2**63
 
 
@@ -106,7 +106,7 @@ def _check_size(shape: tuple[int, ...], dtype: np.dtype[Any], available: int) ->
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`: of plain numbers only."""
+    """A stand-in for `numpy.dtype`: of plain numbers only."""
 
     __slots__ = ("value",)
 
@@ -127,7 +127,7 @@ _NUMBERS = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
 class PickledArray:
-    """Stands in for `numpy.ndarray`; `array` is None until its state was read."""
+    """A stand-in for `numpy.ndarray`; `array` is None until its state was read."""
 
     __slots__ = ("array",)
 

@@ -29,7 +29,7 @@ _large_image = threading.Lock()
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image whose size is known to be moderate, not yet decoded.
+    """Open an image whose size is known to be moderate, without decoding it yet.
 
     Raises:
         RefusedError: it is no plain file (but a pipe or a device) or larger than 128 MiB, or has

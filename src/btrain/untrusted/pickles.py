@@ -59,7 +59,7 @@ def read_pickle(
     encoding: str = "utf-8",
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """One pickle from where the file stands; then the file stands behind it.
+    """Read one pickle from where the file stands; then the file stands behind it.
 
     Args:
         file: seekable.
@@ -79,7 +79,7 @@ def read_pickle(
 
 
 def _without_frames(file: IO[bytes], start: int, ends: list[int]) -> bytes:
-    """The parts of a pickle between the headers of its frames; then the file stands behind it.
+    """Return a pickle's parts between the headers of its frames; then the file stands behind it.
 
     A frame is a hint and changes nothing, but where one ends within an operation, Python's
     unpickler goes on at another byte than the scan did.
@@ -93,7 +93,7 @@ def _without_frames(file: IO[bytes], start: int, ends: list[int]) -> bytes:
 
 
 def _scan(file: IO[bytes], names: Names, operations: frozenset[str]) -> list[int]:
-    """Reads over a pickle without following it, and tells where its frames begin.
+    """Read over a pickle without following it, and tell where its frames begin.
 
     The memo deserves its own check: Python's unpickler makes room for twice the largest index
     before it looks at anything else, 64 GiB for eight bytes of a file.
@@ -162,12 +162,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def encode_latin1(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, by which protocol 2 writes bytes."""
+    """Stand in for `_codecs.encode`, by which protocol 2 writes bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise RefusedError("it encodes a text otherwise than pickle does")
     return text.encode("latin-1")
 
 
 def make_set(items: list[Any]) -> set[Any]:
-    """Stands in for `set`, which protocol 2 calls with a list."""
+    """Stand in for `set`, which protocol 2 calls with a list."""
     return set(items)

@@ -13,7 +13,7 @@ _MOST_NODES = 4_000
 
 
 def parse(text: str) -> Any:
-    """The value of a document.
+    """Return the value of a document.
 
     Raises:
         RefusedError: it holds an anchor, an alias or a tag, or too many values or levels of them.

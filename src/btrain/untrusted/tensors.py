@@ -38,7 +38,7 @@ _LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of the format 
 
 
 def load(path: Path) -> Any:
-    """Tensors and plain containers, as `torch.save` wrote them, on the CPU.
+    """Load tensors and plain containers, as `torch.save` wrote them, on the CPU.
 
     Takes about as much memory as the file is long.
 
@@ -68,7 +68,7 @@ def _check(file: IO[bytes]) -> None:
 
 
 def _check_zip(file: IO[bytes], storages: dict[str, _Storage]) -> object:
-    """What the pickle in a zip file builds, with stand-ins for tensors."""
+    """Return what the pickle in a zip file builds, with stand-ins for tensors."""
     check_directory(file, most_members=_MOST_MEMBERS)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -96,7 +96,7 @@ def _check_members(members: list[zipfile.ZipInfo], file: IO[bytes]) -> None:
 
 
 def _check_legacy(file: IO[bytes], storages: dict[str, _Storage]) -> object:
-    """What the fourth of five pickles builds; behind them come the storages, each with its length.
+    """Return what the fourth of five pickles builds; storages follow, each with its length.
 
     The first three are a number, a version and what machine wrote the file.
     """
@@ -134,13 +134,13 @@ def _read(file: IO[bytes], storages: dict[str, _Storage]) -> Any:
 
 
 class _StorageType(NamedTuple):
-    """Stands in for torch.FloatStorage and the like."""
+    """A stand-in for torch.FloatStorage and the like."""
 
     itemsize: int
 
 
 class _Storage(NamedTuple):
-    """So many numbers of so many bytes, somewhere in the file."""
+    """A storage of so many numbers of so many bytes, somewhere in the file."""
 
     itemsize: int
     numel: int
@@ -151,7 +151,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor:
-    """Stands in for a tensor."""
+    """A stand-in for a tensor."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Bounds on nested containers: a few shared references can stand for billions of values."""
+"""The bounds on nested containers: a few shared references can stand for billions of values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Measures = dict[int, tuple[int, int]]
 
 
 def check_tree(content: object, *, most: int) -> None:
-    """Makes sure that walking through mappings, lists, tuples and sets comes to an end soon.
+    """Make sure that walking through mappings, lists, tuples and sets comes to an end soon.
 
     A container that occurs twice counts twice, as it would when it is copied or printed; here it is
     gone through once.

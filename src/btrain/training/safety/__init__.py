@@ -1,1 +1,1 @@
-"""What keeps a run from going on with wrong numbers."""
+"""The safeguards that keep a run from going on with wrong numbers."""

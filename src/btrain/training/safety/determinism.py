@@ -1,4 +1,4 @@
-"""Bit-equal runs on one machine, a GPU too."""
+"""The means to bit-equal runs on one machine, a GPU too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btrain.errors import UserError
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Makes torch choose algorithms that give the same bits each time, and restores its choice.
+    """Make torch choose algorithms that give the same bits each time, and restore its choice.
 
     To be entered before cuBLAS is used in the process, which reads its variable once.
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in logits, loss and gradients: noticed on the device, undone if asked."""
+"""The watch for NaN and infinity in logits, loss and gradients: on the device, undone if asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btrain.methods.statistics import StepStats
 
 
 class NotFiniteError(UserError):
-    """Training met a number that is not finite.
+    """A number that training met and that is not finite.
 
     Attributes:
         batch: the offending batch, plain containers for a checkpoint file.
@@ -28,7 +28,7 @@ class NotFiniteError(UserError):
 
 
 class FiniteCheck:
-    """Remembers on the device in which step each quantity was first not finite.
+    """A memory on the device of the step in which each quantity was first not finite.
 
     A gradient counts as finite if its Euclidean norm is, which takes the CPU a tenth to a thirtieth
     of the time of the largest magnitude; in float32 a norm beyond 1.8·10¹⁹ is not. No copy to the
@@ -44,7 +44,7 @@ class FiniteCheck:
         self._first = torch.zeros(len(self._names), dtype=torch.int64, device=device)
 
     def see(self, step: int, stats: StepStats) -> Tensor:
-        """Looks at one step, counted from 1; returns whether anything is bad, () bool."""
+        """Look at one step, counted from 1; return whether anything is bad, () bool."""
         gradients = [p.grad if p.grad is not None else p.new_zeros(1) for p in self._parameters]
         norms = torch.stack(torch._foreach_norm(gradients))
         ahead = torch.stack([stats.bad_logits > 0, ~torch.isfinite(stats.loss)])
@@ -53,11 +53,11 @@ class FiniteCheck:
         return bad.any()
 
     def forget(self) -> None:
-        """Once what was seen has been dealt with."""
+        """Forget what was seen, once it has been dealt with."""
         self._first.zero_()
 
     def found(self) -> tuple[int, str] | None:
-        """The first bad step and what was bad in it; one copy to the host."""
+        """Return the first bad step and what was bad in it; one copy to the host."""
         steps = self._first.tolist()
         if not any(steps):
             return None
@@ -66,7 +66,7 @@ class FiniteCheck:
 
 
 class Snapshot:
-    """Weights, BatchNorm statistics, momenta and memory as they were before a step.
+    """The weights, BatchNorm statistics, momenta and memory as they were before a step.
 
     Taking and undoing copies each of them once: memory and time of two more copies of the weights
     and momenta a step.
@@ -91,7 +91,7 @@ class Snapshot:
 
     @torch.no_grad()
     def undo_where(self, bad: Tensor) -> None:
-        """Restores everything if `bad`, () bool, and does nothing otherwise.
+        """Restore everything if `bad`, () bool, and do nothing otherwise.
 
         Momenta that the step created become zero, which is what they begin from.
         """

@@ -1,4 +1,4 @@
-"""What must hold at the end of every epoch; where it does not, the log says so."""
+"""The conditions that must hold at the end of every epoch; the log says where one does not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXACTLY = "donot_use_mm_for_euclid_dist"  # whose rounding would be taken for a
 
 
 class InputGuard:
-    """Whether the images that a network is trained on lie in the box and the ε-ball.
+    """A watch over the images that a network is trained on: do they lie in the box and the ε-ball?
 
     It looks at the inputs themselves, whatever made them: in one batch, at the first 32 images of
     each train-mode pass, each against the nearest clean image of the batch. The passes of an attack
@@ -37,7 +37,7 @@ class InputGuard:
 
     @contextmanager
     def over(self, model: nn.Module, x: Tensor) -> Iterator[None]:
-        """Watches a step on the clean images x, (m, C, H, W)."""
+        """Watch a step on the clean images x, (m, C, H, W)."""
         self._outside = []
         clean = x.detach().float().flatten(1)
 
@@ -59,7 +59,7 @@ class InputGuard:
             handle.remove()
 
     def warnings(self) -> list[str]:
-        """What was wrong in the batch that was watched last; one copy to the host."""
+        """Return what was wrong in the batch that was watched last; one copy to the host."""
         if not self._outside:
             return []
         box, ball = torch.stack(self._outside).amax(dim=0).tolist()
@@ -77,7 +77,7 @@ class InputGuard:
 def epoch_warnings(
     means: Mapping[str, Any], watched: Accuracy, watched_examples: int, before: float | None
 ) -> list[str]:
-    """What is odd about an epoch.
+    """Return what is odd about an epoch.
 
     Args:
         means: the epoch's averages.
@@ -103,12 +103,12 @@ def epoch_warnings(
 
 
 def is_above(accuracy: Accuracy, examples: int) -> bool:
-    """Robust above clean accuracy by more than three standard deviations and an example."""
+    """Return whether robust is above clean accuracy by over three deviations and an example."""
     share = accuracy.clean / 100
     noise = 3 * math.sqrt(share * (1 - share) / examples) + 1 / examples
     return accuracy.robust > accuracy.clean + 100 * noise
 
 
 def fell(before: float | None, now: float) -> bool:
-    """A fall of PGD accuracy by more than 20 points within an epoch."""
+    """Return whether PGD accuracy fell by more than 20 points within an epoch."""
     return before is not None and now < before - COLLAPSE

@@ -1,4 +1,4 @@
-"""One sentence for a run that needs more memory than there is."""
+"""The one sentence for a run that needs more memory than there is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHERS = re.compile(r"can't allocate memory|CUDA error: out of memory|_STATUS_A
 
 @contextmanager
 def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[None]:
-    """Turns "out of memory" into a sentence.
+    """Turn "out of memory" into a sentence.
 
     Args:
         what: what needs the memory, with its size: `train.batch_size=128`.
@@ -41,7 +41,7 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether it says that there is no memory left."""
+    """Return whether an error says that there is no memory left."""
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return exhausted or _OTHERS.search(str(error)) is not None
 

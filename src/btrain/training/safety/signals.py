@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run at the next batch, with a checkpoint."""
+"""The handling of SIGTERM and SIGINT, which end a run at the next batch, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """What signals have asked for so far.
+    """The request to stop that signals have made so far.
 
     Attributes:
         number: of the signal; None before one.
@@ -31,7 +31,7 @@ class StopRequest:
         return self.number is not None
 
     def agreed(self) -> bool:
-        """Whether all processes stop here: a signal to one of them is one to all.
+        """Return whether all processes stop here: a signal to one of them is one to all.
 
         One that comes to a process after it was asked counts the next time.
         """
@@ -43,15 +43,13 @@ class StopRequest:
         return number > 0
 
     def obey(self) -> None:
-        """Raises:
-        Interrupted: a signal came.
-        """
+        """Raise Interrupted if a signal came."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that can be repeated, such as evaluation: a signal ends it where it is.
+        """Let a signal end work that can be repeated, such as evaluation, where it is.
 
         Of several processes it ends all where they call `together` next.
         """
@@ -64,7 +62,7 @@ class StopRequest:
             self._waits = True
 
     def together(self) -> None:
-        """Where several processes end at once when one of them got a signal.
+        """End several processes at once here when one of them got a signal.
 
         Raises:
             Interrupted: one did.
@@ -73,7 +71,7 @@ class StopRequest:
             self.obey()
 
     def receive(self, number: int) -> None:
-        """Notes a signal."""
+        """Note a signal."""
         self.number = number
         if not self._waits:
             self.obey()
@@ -81,7 +79,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(world: World = ALONE) -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or SIGINT; a second one does what it did before, at once.
+    """Note the first SIGTERM or SIGINT; a second one does what it did before, at once.
 
     With several processes a second one does nothing: torchrun hands on what the terminal has sent
     already, and kills after half a minute.

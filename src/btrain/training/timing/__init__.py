@@ -1,1 +1,1 @@
-"""What is timed, in training and by the bench."""
+"""The work that is timed, in training and by the bench."""

@@ -1,4 +1,4 @@
-"""Time by the device's own clock, and what the machine can do."""
+"""The device's own clock, and what the machine can do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes: CUDA events on a GPU, else this process' CPU time in all threads.
+    """Return how long `work` takes by CUDA events on a GPU, else by this process' CPU time.
 
     CPU time does not count what other processes take; garbage collection waits.
     """
@@ -50,5 +50,5 @@ class Product:
         self.flops = 2 * n**3
 
     def run(self) -> None:
-        """One product."""
+        """Take one product."""
         torch.mm(self._a, self._b)

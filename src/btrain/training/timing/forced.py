@@ -1,4 +1,4 @@
-"""Batches that the production rule divides into given fractions of boundary, robust and outlier.
+"""The batches that the production rule divides into given fractions of the three classes.
 
 Nothing in the rule is replaced: some labels are made wrong, and F_R is what its percentile needs.
 """
@@ -21,7 +21,7 @@ Timed = BulletTrain | AugMix
 
 
 def class_counts(fractions: Sequence[float], m: int) -> tuple[int, int, int]:
-    """How many of m examples are boundary, robust and outlier: F_B, F_R, F_O of them, rounded.
+    """Return how many of m examples are boundary, robust and outlier for given F_B, F_R, F_O.
 
     Raises:
         UserError: nothing is left for robust ones, which the percentile of eq. 6 always has.
@@ -38,13 +38,13 @@ def class_counts(fractions: Sequence[float], m: int) -> tuple[int, int, int]:
 
 
 def robust_fraction_for(robust: int, m: int) -> float:
-    """The F_R whose percentile lies between the `robust` highest scores of m and the others."""
+    """Return the F_R whose percentile lies between the `robust` highest of m scores and others."""
     return min(1 - (m - robust - 0.5) / (m - 1), 1.0)
 
 
 @torch.no_grad()
 def deciding_logits(model: nn.Module, x: Tensor, method: Timed) -> Tensor:
-    """The clean logits by which the step will decide the classes, (m, K)."""
+    """Return the clean logits by which the step will decide the classes, (m, K)."""
     if isinstance(method, AugMix):
         logits: Tensor = model(x)
         return logits
@@ -58,7 +58,7 @@ def force(
     fractions: Sequence[float],
     memory: Memory,
 ) -> Batch:
-    """The images with labels, and in `memory` the F_R, that make the fractions come true.
+    """Return images and labels, and in `memory` set the F_R, that make the fractions come true.
 
     The first examples are the outliers; the prediction is the label of all others.
     """

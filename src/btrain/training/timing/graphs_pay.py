@@ -1,4 +1,4 @@
-"""`train.cuda_graphs=auto`: whether graphs pay, found out by a few steps on copies."""
+"""The answer to `train.cuda_graphs=auto`: whether graphs pay, by a few steps on copies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WARM_UP, _TIMED = 3, 7  # steps
 
 
 def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Config:
-    """The configuration with `always` or `never` for `auto`; one line in the log says which.
+    """Return the configuration with `always` or `never` for `auto`, which a line in the log says.
 
     On a CPU it is `never`. What was timed is part of the state, for with graphs groups are rounded
     up: a run that goes on keeps to it. Nothing else of the run moves: the steps are the bench's.
@@ -39,7 +39,7 @@ def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Conf
 
 
 def faster(config: Config, state: TrainState, split: Split) -> bool | None:
-    """Whether a step with graphs takes less time than one without, by the medians of seven.
+    """Return whether a step with graphs takes less time than one without, by the medians of seven.
 
     None where they could not be timed.
     """

@@ -1,4 +1,4 @@
-"""One method at one precision and layout, ready to take a training step again and again."""
+"""The lane: a method at one precision and layout, ready to step again and again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Workload:
-    """What all lanes of a case step on, by repetition.
+    """The batches that all lanes of a case step on, by repetition.
 
     Attributes:
         network: with the weights that every lane copies.
@@ -84,11 +84,11 @@ class Lane:
 
     @property
     def inside(self) -> nn.Module:
-        """The network as the step sees it."""
+        """Return the network as the step sees it."""
         return self._paths.view(self.model)
 
     def prepare(self, repetition: int) -> Batch:
-        """The batch of a repetition, and F_R and the classes in `memory`; not to be timed.
+        """Return a repetition's batch, with F_R and the classes in `memory`; not to be timed.
 
         A pool is the same batch several times.
         """
@@ -109,7 +109,7 @@ class Lane:
         return Batch._make(torch.cat([part] * pool) for part in batch) if pool > 1 else batch
 
     def run(self, batch: Batch) -> None:
-        """One training step."""
+        """Take one training step."""
         stats = train_batch(
             self.inside, self.optimizer, self.method, batch, self.memory, self.generator
         )
@@ -117,7 +117,7 @@ class Lane:
         self.stats.append(stats)
 
     def rehearse(self, repetition: int) -> None:
-        """Ahead of a batch that is to be timed: records its group sizes, if they are new.
+        """Record the group sizes of a batch that is to be timed, if they are new.
 
         A run meets every size again and again, a few repetitions do not. With given fractions the
         sizes are always the same. The weights stay, so that the batch finds its sizes recorded.
@@ -128,7 +128,7 @@ class Lane:
 
     @property
     def state_bytes(self) -> int:
-        """Of weights, buffers and momenta; gradients come and go with a step."""
+        """Return the bytes of weights, buffers and momenta; gradients come and go with a step."""
         tensors = [*self.model.state_dict().values()]
         for state in self.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]

@@ -39,12 +39,12 @@ class Masked:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return False
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return self.plain.reach
 
     def memory(self, data: Data, device: torch.device) -> Memory:

@@ -1,4 +1,4 @@
-"""TRADES in the step structure of its published code, to measure what leaving it gains.
+"""The step structure of TRADES' published code, to measure what leaving it gains.
 
 The clean images are forwarded again in every attack step, and twice in the loss: 3 units an attack
 step and 9 for the update where 2 and 7 do.
@@ -37,12 +37,12 @@ class Official:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return True
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return self.plain.reach
 
     def memory(self, data: Data, device: torch.device) -> Memory:

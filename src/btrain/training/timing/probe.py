@@ -27,12 +27,13 @@ _STEPS = 5
 
 
 class Probe:
-    """How much faster an epoch's steps were than the plain defense's, here and now.
+    """The speed of an epoch's steps beside the plain defense's, here and now.
 
     After an epoch the plain defense takes up to five steps from the epoch's beginning, as the epoch
     itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
     does. All this takes at most 1 % of the training time so far; until there is room for one step
     to warm up and one to time, nothing is measured.
+    Both are the device's own time, on a CPU that of this process.
     Of several processes each does so for itself, on batches as large as its share and without the
     others: one that fails or has no time keeps nobody waiting.
     """
@@ -55,15 +56,16 @@ class Probe:
             score_every=None,
         )
         self._trained = self._spent = 0.0
+        self._work = self._probed = 0.0
         self._step: float | None = None
 
     def speedup(self, state: TrainState) -> float | None:
-        """Seconds of the plain defense over those of the epoch just trained, for the same images.
+        """Return the plain defense's seconds over those of the last epoch, for the same images.
 
         None where it is not time, where that would take too long, or where the steps failed.
         """
         self._trained += state.epoch_seconds
-        if not self._every or (state.epoch + 1) % self._every:
+        if not self._every or (state.epoch + 1) % self._every or not state.epoch_work:
             return None
         began = time.perf_counter()
         cuda = [state.device] if state.device.type == "cuda" else []
@@ -78,10 +80,13 @@ class Probe:
             return None
         finally:
             self._spent += time.perf_counter() - began
-        return None if plain is None else plain * self._images / state.epoch_seconds
+        return None if plain is None else plain * self._images / state.epoch_work
 
     def _plain_seconds(self, state: TrainState) -> float | None:
-        """Seconds an image, of one step to five, if there is time for that."""
+        """Return the seconds of work an image, over all probes so far.
+
+        One more step to five are taken if there is time for that, else it returns None.
+        """
         units = float(state.epoch_sums[UNITS]) / len(self._split)
         share = self._plan.batch_size / self._images
         expected = self._step or state.epoch_seconds * share * self._lean / units
@@ -92,21 +97,23 @@ class Probe:
         paths = make_fast_paths(self._plain.train, state.device)
         method = make_method(self._plain, state.device, paths=paths, known=self._known)
 
-        def take(enough: Callable[[], bool]) -> tuple[float, float]:
+        def take(enough: Callable[[], bool]) -> tuple[float, float, float]:
             train_epoch(
                 tried, self._split, method, self._plan, see=paths.view,
                 tick=lambda: None, show=lambda means: None, stopped=enough,
             )  # fmt: skip
-            return tried.train_seconds, float(tried.epoch_sums[EXAMPLES])
+            assert tried.epoch_work is not None
+            return tried.train_seconds, tried.epoch_work, float(tried.epoch_sums[EXAMPLES])
 
         def timed_enough() -> bool:
             late = time.perf_counter() + expected > ends
             return tried.batch > 1 and (late or tried.batch > _STEPS)
 
-        warm_seconds, warm_images = take(lambda: tried.batch == 1)
-        all_seconds, all_images = take(timed_enough)
-        if all_images == warm_images:  # the epoch is one batch
+        warm = take(lambda: tried.batch == 1)
+        seconds, work, images = (b - a for a, b in zip(warm, take(timed_enough), strict=True))
+        if images == 0:  # the epoch is one batch
             return None
-        an_image = (all_seconds - warm_seconds) / (all_images - warm_images)
-        self._step = an_image * self._plan.batch_size
-        return an_image
+        self._work += work
+        self._probed += images
+        self._step = seconds / images * self._plan.batch_size
+        return self._work / self._probed

@@ -1,0 +1,197 @@
+"""A defense, an allocator and a ball of the user's keep the contract of the built-in ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btrain import own
+from btrain.cli import main
+from btrain.data import Data, Split
+from btrain.errors import UserError
+from btrain.runs import checkpoint
+from btrain.settings import Config
+from btrain.settings.compose import compose
+from btrain.training.setup import make_state
+from btrain.training.state import TrainState
+from steps import epoch_of
+
+PARTS = """\
+import torch
+import torch.nn.functional as F
+from btrain.allocation import BOUNDARY, Allocation
+from btrain.attacks import Ball
+
+class Hat:
+    inner_reads_clean = False
+    def __init__(self, beta=2.0):
+        self.beta = beta
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        return F.cross_entropy(adv_logits, labels, reduction="none")
+    def outer_loss(self, clean_logits, adv_logits, labels):
+        distance = F.mse_loss(adv_logits.softmax(1), clean_logits.softmax(1))
+        return F.cross_entropy(clean_logits, labels) + self.beta * distance
+
+class Half:
+    def __init__(self, n_b, share=0.5):
+        self.n_b, self.share = n_b, share
+    def __call__(self, batch):
+        steps = torch.zeros_like(batch.labels)
+        steps[batch.score.abs().argsort()[: int(self.share * len(steps))]] = self.n_b
+        return steps
+
+class Looks:  # attacks by itself, like the oracle
+    def __call__(self, batch):
+        fell = batch.attacked(1, 0.1).argmax(1) != batch.labels
+        return Allocation(torch.full_like(batch.labels, BOUNDARY), 2 * fell, overhead=1)
+
+class Brighter(Ball):
+    def start(self, x, generator):
+        noise = torch.rand(x.shape, generator=generator, device=x.device)
+        return self.project(x + self.epsilon * noise, x) - x
+    def direction(self, gradient):
+        return gradient.clamp(min=0).sign()
+    def project(self, x_adv, x):
+        return torch.maximum(x, torch.minimum(x_adv, x + self.epsilon)).clamp(0, 1)
+
+class NoLoss:
+    inner_loss = Hat.inner_loss
+
+class Summed(Hat):
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        return super().inner_loss(adv_logits, clean_logits, labels).sum()
+
+class Leaves(Brighter):
+    def project(self, x_adv, x):
+        return x_adv + 2
+
+def five(n_b):
+    return lambda batch: 5
+
+def halves(n_b):
+    return lambda batch: batch.score
+
+def half_a_ball(epsilon):
+    return None
+"""
+DEFENSES = ["defense=trades", "defense=pgd", "defense=own defense.factory=parts.py:Hat"]
+ALLOCATORS = [
+    "bt=bullettrain",
+    "bt=own bt.factory=parts.py:Half",
+    "bt=own bt.factory=parts.py:Looks",
+]
+BALLS = ["attack=linf_pgd", "attack=own attack.factory=parts.py:Brighter attack.start=uniform"]
+OWN = [row for row in itertools.product(DEFENSES, ALLOCATORS, BALLS) if "own" in " ".join(row)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "parts.py").write_text(PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(own, "_allowed", set())
+    return tmp_path
+
+
+def settings(*words: str) -> list[str]:
+    return [
+        "dataset=digits", "model=small_cnn", "model.width=2", "attack.steps=2", "bt.probe_every=0",
+        "train.batch_size=40", "train.epochs=1", "eval.steps=1", "device=cpu",
+        *(word for group in words for word in group.split()),
+    ]  # fmt: skip
+
+
+def allowed(*words: str) -> Config:
+    config: Config = compose(settings(*words))
+    own.allow_parts(config)
+    return config
+
+
+@pytest.mark.parametrize("parts", OWN, ids=lambda row: "-".join(w.rpartition(":")[2] for w in row))
+def test_own_parts_keep_the_contract(here: Path, parts: tuple[str, ...], digits: Data) -> None:
+    """Two steps, one of a short batch: finite, in ball and box, and resumed exactly."""
+    config = allowed(*parts)
+    few = Split(digits.train.images[:63], digits.train.labels[:63])
+
+    def epoch(state: TrainState, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        means = epoch_of(config, state, few, tick=tick)
+        assert means is not None
+        return {key: value for key, value in means.items() if key != "train_seconds"}
+
+    def stop() -> None:
+        raise InterruptedError
+
+    whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
+    seen: list[torch.Tensor] = []
+    handle = whole.model.register_forward_pre_hook(
+        lambda model, args: seen.append(args[0].detach().clone()) if model.training else None
+    )
+    means = epoch(whole)
+    handle.remove()
+    assert all(torch.isfinite(value).all() for value in whole.model.state_dict().values())
+    images = few.images.float().flatten(1) / 255
+    for x in seen:
+        assert 0 <= x.min() <= x.max() <= 1
+        nearest = torch.cdist(x.flatten(1), images, p=float("inf")).amin(dim=1)
+        assert nearest.max() <= config.attack.epsilon + 1e-5
+        if "Brighter" in parts[2]:
+            over = x.flatten(1)[:, None] - images[None]
+            assert (over.amin(dim=2).amax(dim=1) >= -1e-6).all()
+
+    with pytest.raises(InterruptedError):
+        epoch(cut, stop)
+    checkpoint.save(here / "cut.pt", {"state": cut.state_dict()})
+    resumed.load_state_dict(checkpoint.load(here / "cut.pt")["state"])
+    assert epoch(resumed) == means
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "train.precision=bf16 recipe.ema=0.9",
+        "bt.pool=2",
+        "bt.share_clean_forward=true train.on_nonfinite=skip",
+    ],
+)
+def test_own_parts_go_with_the_other_settings(here: Path, extra: str) -> None:
+    parts = (DEFENSES[2], ALLOCATORS[1], BALLS[1])
+    words = settings(*parts, extra, "dataset.train_examples=90 dataset.test_examples=40")
+    assert main(["train", *words, "run.dir=run"]) == 0
+    assert main(["eval", "checkpoint=run"]) == 1  # nobody has named the parts
+    assert main(["eval", "checkpoint=run", "trust_code=true", "sanity=false"]) == 0
+
+
+def test_an_allocator_s_steps_are_those_that_the_log_counts(here: Path, digits: Data) -> None:
+    config = allowed("bt=own bt.factory=parts.py:Half bt.settings.share=0.25")
+    state = make_state(config, digits, CPU)
+    few = Split(digits.train.images[:80], digits.train.labels[:80])
+    means = epoch_of(config, state, few)
+    assert means is not None
+    assert means["attack_steps_mean"] == pytest.approx(0.25 * 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("defense=own defense.factory=parts.py:NoLoss", "has no outer_loss"),
+        ("defense=own defense.factory=parts.py:Summed", r"inner_loss must return \(4,\), not \(\)"),
+        ("attack=own attack.factory=parts.py:Leaves", r"project leaves the pixel box \[0, 1\]"),
+        ("attack=own attack.factory=parts.py:half_a_ball", "a ball is a subclass of"),
+        ("bt=own bt.factory=parts.py:five", "returned a int, neither steps nor an Allocation"),
+        ("bt=own bt.factory=parts.py:halves", r"steps must be \(40,\) integers, not \(40,\)"),
+        ("attack=own attack.factory=parts.py:Brighter rival=mma defense=pgd", "does not go with"),
+        ("attack=own attack.factory=parts.py:Brighter train.cuda_graphs=auto", "only btrain's own"),
+    ],
+)
+def test_a_mistake_is_one_sentence(here: Path, words: str, sentence: str, digits: Data) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config = allowed(words)
+        state = make_state(config, digits, CPU)
+        epoch_of(config, state, Split(digits.train.images[:80], digits.train.labels[:80]))
