@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from btrain import own
 from btrain.settings import compose as configs
@@ -25,8 +26,11 @@ def compose(overrides: Sequence[str] = ()) -> Any:
     options = tuple(word for word in overrides if word.partition("=")[0] in GROUPS)
     settings = [word for word in overrides if word not in options]
     cfg = _composed(options).copy()
-    parsed = OverridesParser.create().parse_overrides(settings)
-    ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
+    try:
+        parsed = OverridesParser.create().parse_overrides(settings)
+        ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
+    except HydraException as error:
+        raise configs.explain(error, overrides) from error
     config = configs.from_hydra(cfg, overrides)
     own.allow_parts(config)
     return config

@@ -6,6 +6,7 @@ nothing that a sign could notice.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,7 @@ def main(folders: dict[int, Path]) -> None:
         name: compose(["dataset=digits", "model=small_cnn", *overrides])
         for name, (overrides, _, _) in CASES.items()
     }
+    importlib.import_module("torch._inductor.pattern_matcher")  # as every compilation does
     for processes, folder in folders.items():
         if processes > 1:  # forks, ahead of anything that this process computes
             launched(processes, take_steps, folder, digits, configs)
@@ -94,8 +96,7 @@ def take_steps(folder: Path, digits: Data, configs: dict[str, Config]) -> None:
     with without_code, warnings.catch_warnings(), joined() as world:
         warnings.simplefilter("ignore")  # the compiler's own
         done = {
-            name: run(digits, world, configs[name], kind, m)
-            for name, (_, kind, m) in CASES.items()
+            name: run(digits, world, configs[name], kind, m) for name, (_, kind, m) in CASES.items()
         }
         torch.save(done, folder / f"{world.rank}.pt")
 
@@ -134,4 +135,3 @@ def labelled(model: nn.Module, x: Tensor, kind: str) -> Tensor:
     numbers = torch.arange(len(x))
     wrong = numbers % 3 == 0 if kind is MIXED else numbers != len(x) // 2
     return (predicted + wrong) % 10
-

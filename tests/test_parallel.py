@@ -11,8 +11,8 @@ from torch import Tensor
 import parallel_steps
 from btrain.errors import UserError
 from btrain.processes.world import World, device_of
-from btrain.settings.compose import compose
 from btrain.training.setup import check_shares
+from composing import compose
 from torchrun import in_a_fork
 
 # Steps
