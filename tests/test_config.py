@@ -779,7 +779,7 @@ def test_a_sweep_and_a_folder_of_the_user_s_take_fractions(
     "overrides",
     [
         [],
-        ["experiment=table2_bt_nr2", "bt.n_r=0", "+model.depth=16", "seed=3"],
+        ["experiment=table2_bt_nr2", "bt.n_r=0", "++model.depth=16", "seed=3"],
         ["dataset=digits", "model=small_cnn", "bt=own", "bt.factory=a.py:B", "bt.settings.k=1/2"],
         ["attack.epsilon=4/255", "attack=l2_pgd", "attack.epsilon=8/255", "++recipe.lr=0.3"],
     ],

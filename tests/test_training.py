@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -353,7 +354,15 @@ FEWER_STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
+def test_the_wide_resnets_are_one_network_but_for_their_size(tmp_path: Path) -> None:
+    of_a_size = ["model.width=2", "model.depth=10"]
+    ours, theirs = (
+        tiny(tmp_path, f"model={name}", *of_a_size).model for name in ("wrn_34_10", "wrn_40_2")
+    )
+    assert replace(ours, name=theirs.name) == theirs
+
+
+@pytest.mark.parametrize("name", ["wrn_34_10", "preact_resnet18", "small_cnn"])
 @pytest.mark.parametrize(("defense", "choice"), CONTRACT)
 def test_every_combination_keeps_the_contract(
     tmp_path: Path, name: str, defense: str, choice: str, digits: Data

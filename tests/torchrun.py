@@ -23,7 +23,7 @@ PRELOADED = ["torch._dynamo", "torch.distributed.run", "torch.distributed.nn.fun
              "torch.utils.flop_counter", "hydra.main", "hydra._internal.hydra",
              "hydra.core.override_parser.overrides_parser", "omegaconf.grammar_parser",
              "sklearn.datasets", "tqdm.contrib.logging", "btrain.cli", "btrain.training",
-             "pytest"]  # fmt: skip
+             "btrain.data.digits", "pytest"]  # fmt: skip
 """`sklearn.datasets` for `dataset=digits`, `pytest` as it is the main module of who starts."""
 
 
