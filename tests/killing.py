@@ -1,9 +1,7 @@
 """Kills real runs at random moments, takes them up again, and checks what comes of it.
 
-    python tests/killing.py FOLDER POINTS run|sweep KILL|TERM
-
-A process of its own, for it forks: each run is a child of a parent that has imported torch and
-computed nothing. Prints one JSON object; an AssertionError names the point that failed.
+`main` is for a process of its own, for it forks: each run is a child of a parent that has imported
+torch and computed nothing. It prints a JSON object; an AssertionError names the point that failed.
 """
 
 from __future__ import annotations
@@ -21,19 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sklearn.datasets  # noqa: F401  imported ahead of the fork, as what follows
 import torch
-import torch._dynamo
-import torch.utils.flop_counter
-import tqdm.contrib.logging  # noqa: F401
 
 from btrain import cli
-from btrain.data import digits  # noqa: F401
 from btrain.errors import Interrupted
 from btrain.runs import checkpoint
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.state import TrainState
+from composing import compose
 
 EPOCHS, BATCHES, EVERY = 6, 5, 2
 SETTINGS = [
@@ -92,14 +85,18 @@ def wait_for(batches: int) -> None:
 
 
 def one_run(folder: Path) -> Callable[[], int]:
+    config = compose([*SETTINGS, f"run.dir={folder / 'run'}"])
+
     def work() -> int:
-        train(compose([*SETTINGS, f"run.dir={folder / 'run'}"]))
+        train(config)
         return 0
 
     return work
 
 
 def one_sweep(folder: Path) -> Callable[[], int]:
+    compose()  # imports all of Hydra
+
     def work() -> int:
         os.chdir(folder)
         return cli.main(["train", "--multirun", *SETTINGS, f"seed={','.join(map(str, SEEDS))}"])
@@ -143,7 +140,8 @@ def saved_batches(folder: Path) -> int:
     return total
 
 
-def main(folder: Path, points: int, kind: str, how: signal.Signals) -> dict[str, Any]:
+def main(folder: Path, points: int, kind: str, how: signal.Signals) -> None:
+    torch.set_num_threads(1)
     make, runs = (one_sweep, len(SEEDS)) if kind == "sweep" else (one_run, 1)
     count_batches()
     everything = runs * EPOCHS * BATCHES
@@ -181,7 +179,7 @@ def main(folder: Path, points: int, kind: str, how: signal.Signals) -> dict[str,
         assert 0 <= lost[-1] <= limit, (point, lost[-1])
         shutil.rmtree(here)
         log.unlink()
-    return {
+    figures = {
         "points": points,
         "killed before the end": killed,
         "equal to the uninterrupted run": points,
@@ -190,9 +188,4 @@ def main(folder: Path, points: int, kind: str, how: signal.Signals) -> dict[str,
         "batches between checkpoints": EVERY * BATCHES,
         "seconds of an uninterrupted run": round(seconds, 2),
     }
-
-
-if __name__ == "__main__":
-    place, count, what, how = sys.argv[1:]
-    torch.set_num_threads(1)
-    print(json.dumps(main(Path(place), int(count), what, signal.Signals[f"SIG{how}"])))
+    print(json.dumps(figures))

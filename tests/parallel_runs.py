@@ -22,13 +22,13 @@ from btrain.data import Split, load
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy, evaluate
 from btrain.processes.world import World, joined
-from btrain.settings.compose import compose
 from btrain.training import run, train
 from btrain.training.safety import inputs as guards
 from btrain.training.safety.signals import stop_on_signals
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from btrain.training.timing import probe
+from composing import compose
 
 COMMON = [
     "dataset=digits", "model=small_cnn", "model.width=4", "device=cpu", "train.batch_size=48",

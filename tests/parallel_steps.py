@@ -1,12 +1,12 @@
-"""Started by `test_parallel.py`, alone and by torchrun: some steps of many trainings, saved.
+"""Started by `test_parallel.py`: steps of many trainings on one, two and three processes, saved.
 
 The networks are in float64, so that the sums of several processes differ from those of one by
-nothing that a sign could notice. `python -m parallel_steps FOLDER` leaves FOLDER/<rank>.pt.
+nothing that a sign could notice.
 """
 
 from __future__ import annotations
 
-import sys
+import importlib
 import warnings
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from btrain.data.augmentation import to_unit
 from btrain.methods.make import make_methods
 from btrain.methods.statistics import stacked
 from btrain.processes.world import World, joined
-from btrain.settings.compose import compose
+from btrain.settings import Config
 from btrain.training.update import train_batch
+from composing import compose
 from steps import memory_of
+from torchrun import launched
 
 CPU = torch.device("cpu")
 MIXED, ONE_PERTURBED = "mixed", "one perturbed"
@@ -74,20 +76,34 @@ CASES = {
 STEPS = 4
 
 
-def main(folder: Path) -> None:
+def main(folders: dict[int, Path]) -> None:
+    """Leave FOLDER/<rank>.pt by each process; by the number of processes, the folder."""
     digits = load("digits", Path("unused"), device=CPU)
+    configs = {
+        name: compose(["dataset=digits", "model=small_cnn", *overrides])
+        for name, (overrides, _, _) in CASES.items()
+    }
+    importlib.import_module("torch._inductor.pattern_matcher")  # as every compilation does
+    for processes, folder in folders.items():
+        if processes > 1:  # forks, ahead of anything that this process computes
+            launched(processes, take_steps, folder, digits, configs)
+    take_steps(folders[1], digits, configs)
+
+
+def take_steps(folder: Path, digits: Data, configs: dict[str, Config]) -> None:
     # Without generating code, which takes its time and changes no graph.
     without_code = patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
     with without_code, warnings.catch_warnings(), joined() as world:
         warnings.simplefilter("ignore")  # the compiler's own
-        done = {name: run(digits, world, *case) for name, case in CASES.items()}
+        done = {
+            name: run(digits, world, configs[name], kind, m) for name, (_, kind, m) in CASES.items()
+        }
         torch.save(done, folder / f"{world.rank}.pt")
 
 
 def run(
-    digits: Data, world: World, overrides: list[str], kind: str, m: int
+    digits: Data, world: World, config: Config, kind: str, m: int
 ) -> dict[str, Tensor | list[Tensor]]:
-    config = compose(["dataset=digits", "model=small_cnn", *overrides])
     torch.manual_seed(0)
     architecture = config.model.architecture.value
     model = models.build(architecture, width=4, depth=None, classes=10, shape=(1, 8, 8))
@@ -119,7 +135,3 @@ def labelled(model: nn.Module, x: Tensor, kind: str) -> Tensor:
     numbers = torch.arange(len(x))
     wrong = numbers % 3 == 0 if kind is MIXED else numbers != len(x) // 2
     return (predicted + wrong) % 10
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -24,9 +24,9 @@ from btrain.methods.free import Free
 from btrain.methods.make import make_method
 from btrain.methods.mma import MMA
 from btrain.settings import AllocatorName
-from btrain.settings.compose import compose
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.update import descend
+from composing import compose
 
 Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")

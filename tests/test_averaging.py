@@ -18,10 +18,10 @@ from btrain.evaluation import evaluate
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from composing import compose
 from steps import epoch_of
 from test_training import CPU, metrics, same, tiny, untimed
 

@@ -31,13 +31,13 @@ from btrain.methods.base import Method
 from btrain.methods.make import make_bullettrain
 from btrain.settings import Config, CudaGraphs, Precision
 from btrain.settings.bench import Contender
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.timing.forced import class_counts, force, robust_fraction_for
 from btrain.training.timing.lane import Lane, Workload
 from btrain.training.timing.masked import Masked
 from btrain.training.timing.official import Official
 from btrain.training.update import train_batch
+from composing import compose
 from steps import step_of
 from test_cost import Flops
 

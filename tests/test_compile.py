@@ -17,7 +17,7 @@ from btrain.attacks.fast_paths import check_fast_paths
 from btrain.attacks.shadow import Shadowed, attacked
 from btrain.data import Batch
 from btrain.errors import UserError
-from btrain.settings.compose import compose
+from composing import compose
 from steps import step_of
 
 CPU = torch.device("cpu")

@@ -37,7 +37,6 @@ from btrain.settings import (
 )
 from btrain.settings.compose import (
     OPTIONS,
-    compose,
     config_dir,
     from_hydra,
     read_yaml,
@@ -46,7 +45,9 @@ from btrain.settings.compose import (
     to_dict,
     to_yaml,
 )
+from btrain.settings.compose import compose as compose_anew
 from btrain.settings.compose import composed as composed_by_hydra
+from composing import compose
 
 CONFIGS = Path(config_dir())
 FILES = [
@@ -221,6 +222,14 @@ def test_a_misspelt_key_is_named_with_what_was_meant(key: str) -> None:
         compose([f"{key}x=1"])
 
 
+def test_a_misspelt_key_of_a_group_and_of_none_is_named_by_the_whole_way() -> None:
+    for key in ("bt.gamma", "seed"):
+        with pytest.raises(
+            UserError, match=rf"^There is no setting {key}x\. Did you mean {key}\?$"
+        ):
+            compose_anew([f"{key}x=1"])
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -233,7 +242,7 @@ def test_a_misspelt_key_is_named_with_what_was_meant(key: str) -> None:
 )
 def test_no_unknown_key_can_be_added(override: str, key: str) -> None:
     with pytest.raises(UserError, match=rf"There is no setting {key}\."):
-        compose([override])
+        compose_anew([override])
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -244,7 +253,7 @@ def test_a_misspelt_key_is_named_where_it_was_added(composed: DictConfig, key: s
 
 
 def test_a_known_key_can_be_forced() -> None:
-    assert compose(["++bt.gamma=0.5"]).bt.gamma == 0.5
+    assert compose_anew(["++bt.gamma=0.5"]).bt.gamma == 0.5
 
 
 @pytest.mark.parametrize(
@@ -264,7 +273,7 @@ def test_a_known_key_can_be_forced() -> None:
 )
 def test_a_wrong_value_is_explained_in_one_sentence(override: str, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        compose([override])
+        compose_anew([override])
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
@@ -340,7 +349,7 @@ def test_an_image_folder_has_a_size() -> None:
 def test_what_the_chosen_option_does_not_read_is_refused(override: str) -> None:
     key = override.strip("+").partition("=")[0].replace(".width", "")
     with pytest.raises(UserError, match=rf"^{key} is no setting with \w+=(small_cnn|digits)\.$"):
-        compose(["dataset=digits", "model=small_cnn", override])
+        compose_anew(["dataset=digits", "model=small_cnn", override])
 
 
 @pytest.mark.parametrize(
@@ -765,6 +774,19 @@ def test_a_sweep_and_a_folder_of_the_user_s_take_fractions(
     for run in runs:
         assert (run["attack"]["step_size"], run["bt"]["step_size_b"]) == (2 / 255, 3 / 255)
         assert run["eval"]["epsilon"] == 10 / 255
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["experiment=table2_bt_nr2", "bt.n_r=0", "++model.depth=16", "seed=3"],
+        ["dataset=digits", "model=small_cnn", "bt=own", "bt.factory=a.py:B", "bt.settings.k=1/2"],
+        ["attack.epsilon=4/255", "attack=l2_pgd", "attack.epsilon=8/255", "++recipe.lr=0.3"],
+    ],
+)
+def test_the_tests_quick_way_comes_to_the_same(overrides: list[str]) -> None:
+    assert compose(overrides) == compose(overrides) == compose_anew(overrides)
 
 
 # Run names

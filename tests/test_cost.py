@@ -21,7 +21,7 @@ from btrain.defenses import DEFENSES
 from btrain.methods.cost import Costs, speedups
 from btrain.methods.statistics import StepStats
 from btrain.settings import AllocatorName, DefenseName, RivalName
-from btrain.settings.compose import compose
+from composing import compose
 from steps import memory_of, step_of
 
 CPU = torch.device("cpu")

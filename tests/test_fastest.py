@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from btrain.settings import ScheduleName
-from btrain.settings.compose import compose
 from btrain.training import train
+from composing import compose
 from test_training import metrics
 
 HERE = {"imagefolder": ["dataset.root=photos"]}

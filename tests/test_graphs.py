@@ -26,11 +26,11 @@ from btrain.errors import UserError
 from btrain.methods.bullettrain import BulletTrain, Examples, eval_logits
 from btrain.methods.make import make_bullettrain, make_methods
 from btrain.settings import Config, CudaGraphs
-from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import faster, with_graphs_settled
 from btrain.training.update import descend, train_batch
+from composing import compose
 from steps import step_of
 
 CPU = torch.device("cpu")

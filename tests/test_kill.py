@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from killing import main
 from test_training import TINY
+from torchrun import in_a_fork
 
 
 def killing(folder: Path, points: int, what: str, how: str) -> None:
-    script = Path(__file__).with_name("killing.py")
-    command = [sys.executable, str(script), str(folder), str(points), what, how]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=7200)
-    assert result.returncode == 0, result.stderr[-4000:]
-    figures = json.loads(result.stdout)
+    said = folder / "said"
+    process = in_a_fork(main, folder, points, what, signal.Signals[f"SIG{how}"], said=said)
+    process.join(7200)
+    assert process.exitcode == 0, said.read_text()[-4000:]
+    figures = json.loads(said.read_text())
     print(f"{what}, SIG{how}: {figures}")
     assert figures["equal to the uninterrupted run"] == points
     assert figures["killed before the end"] >= points / 2

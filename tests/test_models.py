@@ -18,7 +18,7 @@ from btrain.build import make_model
 from btrain.data.download import import_torchvision
 from btrain.errors import UserError
 from btrain.models.wide_resnet import WideResNet
-from btrain.settings.compose import compose
+from composing import compose
 
 
 @pytest.mark.parametrize(

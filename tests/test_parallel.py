@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ from torch import Tensor
 import parallel_steps
 from btrain.errors import UserError
 from btrain.processes.world import World, device_of
-from btrain.settings.compose import compose
 from btrain.training.setup import check_shares
-from torchrun import torchrun
-
-TESTS = Path(__file__).parent
+from composing import compose
+from torchrun import in_a_fork
 
 # Steps
 
@@ -24,15 +21,14 @@ TESTS = Path(__file__).parent
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process of 1, of 2 and of 3 has after the same steps."""
-    script, results = [str(TESTS / "parallel_steps.py")], {}
-    for processes in (1, 2, 3):
-        folder = tmp_path_factory.mktemp(f"steps{processes}")
-        if processes == 1:
-            parallel_steps.main(folder)
-        else:
-            assert torchrun(processes, *script, str(folder)).wait(300) == 0
-        results[processes] = [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
-    return results
+    folders = {n: tmp_path_factory.mktemp(f"steps{n}") for n in (1, 2, 3)}
+    said = folders[1] / "said"
+    process = in_a_fork(parallel_steps.main, folders, said=said)
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
+    return {
+        n: [torch.load(folder / f"{rank}.pt") for rank in range(n)] for n, folder in folders.items()
+    }
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -14,7 +14,7 @@ from btrain.build import load_data, make_model
 from btrain.cli import main
 from btrain.evaluation import Accuracy, evaluate
 from btrain.processes import launched
-from btrain.settings.compose import compose
+from composing import compose
 from parallel_runs import COMMON, FEW, RUNS, accuracy_of
 from torchrun import torchrun
 

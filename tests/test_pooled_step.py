@@ -22,12 +22,12 @@ from btrain.methods.make import make_bullettrain, make_method
 from btrain.methods.pool import Pool
 from btrain.methods.statistics import EXAMPLES
 from btrain.settings import Config
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from composing import compose
 from steps import take
 
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from btrain.errors import UserError
 from btrain.methods.make import make_bullettrain, probe_factor
 from btrain.methods.statistics import StepStats
 from btrain.precision import to_channels_last
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.setup import make_state
+from composing import compose
 from steps import memory_of, step_of
 
 CPU = torch.device("cpu")

@@ -18,13 +18,13 @@ from btrain.methods.make import NOTHING, plain_defense
 from btrain.methods.statistics import StepStats
 from btrain.runs import checkpoint
 from btrain.settings import AllocatorName, Config, RivalName
-from btrain.settings.compose import compose
 from btrain.training import epochs, train
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 from btrain.training.timing import probe
 from btrain.training.timing.probe import Probe
 from btrain.training.update import train_batch
+from composing import compose
 from steps import epoch_of
 
 CPU = torch.device("cpu")

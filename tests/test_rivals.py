@@ -18,7 +18,7 @@ from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.methods.gradalign import misalignment
 from btrain.methods.mma import MMA, soft_logit_margin
-from btrain.settings.compose import compose
+from composing import compose
 from steps import memory_of, step_of, take
 
 CPU = torch.device("cpu")

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from torchrun import ENVIRONMENT, torchrun
+from torchrun import command, forked, in_a_fork, torchrun
 
-RUN = [
-    "-m", "btrain", "train", "dataset=digits", "model=small_cnn", "model.width=4", "eval.steps=2",
+RUN = (
+    "train", "dataset=digits", "model=small_cnn", "model.width=4", "eval.steps=2",
     "train.batch_size=64", "recipe.lr=0.01", "device=cpu",
-]  # fmt: skip
+)  # fmt: skip
+SAID = Path("said")
 
 
 @pytest.fixture
@@ -39,16 +39,16 @@ def lines(folder: str) -> list[dict[str, Any]]:
 def test_a_run_on_two_processes_is_resumed_by_one_and_again_by_two(here: Path) -> None:
     batches = 20
     examples = ["dataset.train_examples=1280", "dataset.val_examples=64"]
-    settings = [*RUN, "train.epochs=3", *examples]
-    subprocess.run([sys.executable, *settings, "run.dir=one"], env=ENVIRONMENT, check=True)
-    mixed = [*settings, "run.dir=mixed"]
-    assert torchrun(2, *mixed, "train.max_seconds=0.04").wait(120) == 0
+    settings = (*RUN, "train.epochs=3", *examples)
+    assert status(in_a_fork(command, (*settings, "run.dir=one"), said=SAID)) == 0
+    mixed = (*settings, "run.dir=mixed")
+    assert status(forked(2, *mixed, "train.max_seconds=0.04", said=SAID)) == 0
     assert len(lines("mixed")) == 1
     assert 0 < saved("mixed")["batch"] < batches
     a_little = f"train.max_seconds={saved('mixed')['train_seconds'] + 1e-4}"  # a batch or so
-    subprocess.run([sys.executable, *mixed, a_little], env=ENVIRONMENT, check=True)
+    assert status(in_a_fork(command, (*mixed, a_little), said=SAID)) == 0
     before = saved("mixed")
-    assert torchrun(2, *mixed).wait(120) == 0
+    assert status(forked(2, *mixed, said=SAID)) == 0
     assert (before["epoch"], before["batch"]) < (3, 0)
     for one, several in zip(lines("one"), lines("mixed"), strict=True):
         assert one.keys() == several.keys()
@@ -66,9 +66,10 @@ def saved(folder: str) -> dict[str, Any]:
 
 def test_a_signal_to_all_ends_the_run_with_a_checkpoint_and_one_sentence(here: Path) -> None:
     run = started_run()
+    assert run.pid is not None
     os.kill(run.pid, signal.SIGTERM)  # torchrun hands it on
-    _, said = run.communicate(timeout=90)
-    assert run.returncode != 0
+    assert status(run) != 0
+    said = SAID.read_text()
     assert said.count("btrain: stopped by SIGTERM") == 1
     assert Path("run/train.log").read_text().count("stopped by SIGTERM") == 1
     assert saved("run")["epoch"] >= 1
@@ -79,8 +80,8 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(here: Path) -> None:
     first = json.loads(Path("run/run.lock").read_text())["pid"]
     (other,) = [process for process in children(run.pid) if process != first]
     os.kill(other, signal.SIGTERM)
-    _, said = run.communicate(timeout=90)
-    assert run.returncode != 0
+    assert status(run) != 0
+    said = SAID.read_text()
     assert said.count("btrain: stopped by SIGTERM") == 1
     lines_then = lines("run")
     assert lines_then[-1]["epoch"] <= saved("run")["epoch"] + 1
@@ -91,8 +92,8 @@ def test_a_killed_process_ends_the_others(here: Path) -> None:
     first = json.loads(Path("run/run.lock").read_text())["pid"]
     (other,) = [process for process in children(run.pid) if process != first]
     os.kill(other, signal.SIGKILL)
-    _, said = run.communicate(timeout=90)
-    assert run.returncode != 0
+    assert status(run) != 0
+    said = SAID.read_text()
     assert (
         said.count("btrain: ") == 1
     )  # that one is gone, or SIGTERM from torchrun while evaluating
@@ -102,18 +103,16 @@ def test_a_killed_process_ends_the_others(here: Path) -> None:
 
 def test_a_mistake_is_said_once_and_ends_all(here: Path) -> None:
     rival = ["rival=free", "defense=pgd", "bt=uniform"]
-    run = torchrun(2, *RUN, "run.dir=run", *rival, stderr=subprocess.PIPE)
-    _, said = run.communicate(timeout=90)
-    assert run.returncode == 1
+    assert status(forked(2, *RUN, "run.dir=run", *rival, said=SAID)) == 1
+    said = SAID.read_text()
     assert said.count("btrain: rival=free needs one process") == 1
     assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("wrong", ["rival=free", "train.epochs=few"])
 def test_a_mistake_in_the_settings_is_said_once(here: Path, wrong: str) -> None:
-    run = torchrun(2, *RUN, wrong, stderr=subprocess.PIPE)
-    _, said = run.communicate(timeout=90)
-    assert run.returncode == 1
+    assert status(forked(2, *RUN, wrong, said=SAID)) == 1
+    said = SAID.read_text()
     assert said.count("btrain: ") == 1
     assert wrong.partition("=")[0] in said
 
@@ -131,22 +130,28 @@ import btrain.__main__
 
 def test_a_failing_run_leaves_no_thread_to_the_end_of_its_interpreter(here: Path) -> None:
     """One of the group's would now and then abort a process that has just said why it ends."""
-    run = torchrun(2, "-c", NAMES_OF_THREADS, *RUN[2:], "run.dir=run", "run.resume=must")
+    run = torchrun(2, "-c", NAMES_OF_THREADS, *RUN, "run.dir=run", "run.resume=must")
     assert run.wait(90) != 0
     for path in here.glob("*.threads"):  # where the interpreter came to its end
         assert "gloo" not in path.read_text()
 
 
-def started_run() -> subprocess.Popen[str]:
+def started_run() -> ForkServerProcess:
     """A run on two processes that has left a checkpoint and goes on."""
-    run = torchrun(2, *RUN, "run.dir=run", "train.epochs=2000", stderr=subprocess.PIPE)
+    run = forked(2, *RUN, "run.dir=run", "train.epochs=2000", said=SAID)
     until = time.monotonic() + 120
     while not Path("run/checkpoints/last.pt").exists():
-        assert run.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
+        assert run.exitcode is None and time.monotonic() < until
+        time.sleep(0.05)
     return run
 
 
-def children(process: int) -> list[int]:
+def status(run: ForkServerProcess) -> int | None:
+    """The exit status of a run, when it has ended."""
+    run.join(120)
+    return run.exitcode
+
+
+def children(process: int | None) -> list[int]:
     path = Path(f"/proc/{process}/task/{process}/children")
     return [int(number) for number in path.read_text().split()]

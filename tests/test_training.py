@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.runs.provenance import git_commit
 from btrain.settings import AllocatorName, Config, DefenseName, RivalName
-from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.epochs import train_epoch
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 from btrain.training.update import train_batch
+from composing import compose
 from steps import epoch_of
 
 CPU = torch.device("cpu")
@@ -353,7 +354,15 @@ FEWER_STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_40_2", "preact_resnet18", "small_cnn"])
+def test_the_wide_resnets_are_one_network_but_for_their_size(tmp_path: Path) -> None:
+    of_a_size = ["model.width=2", "model.depth=10"]
+    ours, theirs = (
+        tiny(tmp_path, f"model={name}", *of_a_size).model for name in ("wrn_34_10", "wrn_40_2")
+    )
+    assert replace(ours, name=theirs.name) == theirs
+
+
+@pytest.mark.parametrize("name", ["wrn_34_10", "preact_resnet18", "small_cnn"])
 @pytest.mark.parametrize(("defense", "choice"), CONTRACT)
 def test_every_combination_keeps_the_contract(
     tmp_path: Path, name: str, defense: str, choice: str, digits: Data
@@ -361,10 +370,8 @@ def test_every_combination_keeps_the_contract(
     """Two steps, one of a short batch: finite, in the ball and the box, and resumed exactly."""
     size = ["model.depth=10"] if name.startswith("wrn") else []
     fewer = ["attack.steps=2", *FEWER_STEPS.get("" if defense == "augmix" else choice, [])]
-    config = tiny(
-        tmp_path, f"model={name}", "model.width=2", *size, f"defense={defense}", *fewer,
-        "train.batch_size=40", choice,
-    )  # fmt: skip
+    config = tiny(tmp_path, f"defense={defense}", *fewer, "train.batch_size=40", choice)
+    config.model = tiny(tmp_path, f"model={name}", "model.width=2", *size).model
     few = Split(digits.train.images[:63], digits.train.labels[:63])
 
     def epoch(state: TrainState, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:

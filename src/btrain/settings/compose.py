@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast, get_origin, get_type_hints
 
@@ -67,6 +68,7 @@ def config_dir() -> str:
     return str(packaged if packaged.is_dir() else package.parents[1] / "configs")
 
 
+@cache
 def register() -> None:
     """Make the schema and its resolvers known to Hydra; calling it again does no harm."""
     from hydra.core.config_store import ConfigStore
