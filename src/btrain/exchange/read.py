@@ -30,7 +30,7 @@ _AVERAGED = (
     *("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model_ema_state_dict"),
     *("ema_model_state_dict", "net_ema", "params_ema", "ema", "swa_state_dict", "swa_model"),
 )
-"""Where averaged weights lie; they go before raw ones, for they are the ones that are evaluated."""
+"""The keys of averaged weights, which go before raw ones: they are the ones that are evaluated."""
 _RESAVING = 'torch.save(model.state_dict(), "weights.pt")'
 _SHOWN = 3
 _CONSTANTS = (names.MEAN, names.STD)
@@ -288,7 +288,7 @@ def _reason(error: Exception) -> str:
 
 
 _Found = tuple[str, Mapping[str, Tensor], str | None]
-"""Where a state dict lies, that, and where raw weights lie beside averaged ones."""
+"""A state dict with its key, and the key of raw weights beside averaged ones."""
 
 
 def _find(content: object) -> _Found | None:

@@ -1,4 +1,4 @@
-"""What training and attacks assume of a network, tried on one batch."""
+"""Checks on one batch of what training and attacks assume of a network."""
 
 from __future__ import annotations
 
