@@ -64,6 +64,7 @@ NEEDS = {
     "attack=own": ["attack.factory=ball.py:Ball"],
     "defense=own": ["defense.factory=hat.py:Hat"],
     "bt=own": ["bt.factory=half.py:Half"],
+    "sparsity=own": ["sparsity.factory=masks.py:Masks"],
     "rival=gradalign": ["defense=pgd"],
     "rival=free": ["defense=pgd"],
     "rival=mma": ["defense=pgd"],

@@ -235,8 +235,12 @@ def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["recipe.ema=0.9", "dataset.val_examples=50", "recipe.schedule=step", "run.dir=cut"]
-    assert main([*RUN, *extra, "train.max_seconds=0.005"]) == 0
-    assert checkpoint.load(here / "cut" / "checkpoints" / "last.pt")["state"]["epoch"] < 2
+    last = here / "cut" / "checkpoints" / "last.pt"
+    for thousandths in range(5, 100, 5):  # on a loaded machine the first are over before a batch
+        assert main([*RUN, *extra, f"train.max_seconds={thousandths / 1000}"]) == 0
+        if last.is_file():
+            break
+    assert checkpoint.load(last)["state"]["epoch"] < 2
     (here / "nets.py").write_text(NETS + "# another line\n")
     assert main([*RUN, *extra]) == 0
     changed = "The code of model.factory=nets.py:Net has changed since this run was last trained."
@@ -323,7 +327,8 @@ def test_a_folder_of_options_stands_anywhere_and_is_listed(
     for words in (["--config-dir", "mine", "model=my_net"], ["model=my_net", "--config-dir=mine"]):
         assert main(["train", *words, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert "model: my_net, own, " in shown
+        (models,) = (line for line in shown.splitlines() if line.startswith("model: "))
+        assert {"my_net", "own", "small_cnn"} <= set(models.removeprefix("model: ").split(", "))
         assert "factory: nets.py:Net" in shown
     assert main(["train", "model=your_net", "-cd", "mine", "dataset=digits"]) == 1
     assert "model=your_net is no option; there are: my_net, own, " in said(capsys)

@@ -35,5 +35,5 @@ def train(overrides: Sequence[str] = (), *, model: Any = None, data: Any = None)
     words = [configs.with_path_quoted(word) for word in overrides]
     for group, thing in (("model", model), ("dataset", data)):
         if thing is not None:
-            words += [f"{group}=own", f"{group}.factory={configs.quoted(own.give(thing))}"]
+            words += [f"{group}=own", f"{group}.factory={configs.quoted(own.give(thing, group))}"]
     return run(configs.compose(words))

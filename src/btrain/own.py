@@ -28,7 +28,7 @@ GIVEN = "object:"
 """The beginning of the factory of an object that was given from Python."""
 
 _allowed: set[str] = set()
-_given: dict[str, Any] = {}
+_given: dict[tuple[str, str], Any] = {}
 _sources: dict[str, str] = {}
 """By a loaded file's module name, the SHA-256 of what was executed."""
 
@@ -53,16 +53,15 @@ def parts(config: Any) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def give(thing: Any) -> str:
+def give(thing: Any, group: str = "") -> str:
     """Return a factory, already allowed, for an object of this process: `object:<its name>`.
 
+    Two groups may be given objects of one name; without a group it is for any.
     A callable is a factory itself; anything else is handed out as it is.
     """
     name = getattr(thing, "__name__", type(thing).__name__)
     factory = f"{GIVEN}{name}"
-    while _given.get(factory, thing) is not thing:  # two functions may have one name
-        factory += "_"
-    _given[factory] = thing
+    _given[group, factory] = thing
     allow(factory)
     return factory
 
@@ -81,10 +80,11 @@ def load(group: str, factory: str) -> Any:
     if factory not in _allowed:
         raise UserError(f"{group}.factory={factory} is code that nobody has named or trusted here.")
     if factory.startswith(GIVEN):
-        if factory not in _given:
-            name = factory.removeprefix(GIVEN)
-            raise UserError(f"{group}.factory={factory}: no {name} was given from Python here.")
-        return _given[factory]
+        for key in ((group, factory), ("", factory)):
+            if key in _given:
+                return _given[key]
+        name = factory.removeprefix(GIVEN)
+        raise UserError(f"{group}.factory={factory}: no {name} was given from Python here.")
     place, colon, name = factory.rpartition(":")
     if not colon or not place or not name:
         raise UserError(

@@ -179,7 +179,7 @@ def trusted(
     for group, named in factories.items():
         if group not in parts:
             raise UserError(f"{group}.factory is given, but {origin} has no {group}=own.")
-        factory = named if isinstance(named, str) else own.give(named)
+        factory = named if isinstance(named, str) else own.give(named, group)
         own.allow(factory)
         config = replace(config, **{group: replace(getattr(config, group), factory=factory)})
     if trust_code:

@@ -25,7 +25,7 @@ from btrain.durable import (
 )
 from btrain.errors import Interrupted, UserError
 from btrain.runs.json_fields import Fields, is_number
-from btrain.runs.lengthening import lengthened
+from btrain.runs.lengthening import LENGTH, lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
@@ -117,17 +117,25 @@ class RunFolder:
         # A setting that btrain did not have when the run began was at its default.
         theirs = flat(defaults(config)) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
-        try:
-            may_differ += lengthened(theirs, ours)
-        except UserError as error:
-            raise UserError(f"{self.path} belongs to {error}") from error
-        for key in sorted(theirs.keys() | ours.keys()):
-            same = theirs.get(key) == ours.get(key)
-            if not same and not any(key == k or key.startswith(f"{k}.") for k in may_differ):
-                raise UserError(
-                    f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
-                    f"{ours.get(key)}; please name another run.dir."
-                )
+        differing = [
+            key
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+            and not any(key == k or key.startswith(f"{k}.") for k in may_differ)
+        ]
+        others = [key for key in differing if key not in LENGTH and key != "recipe.schedule"]
+        if not others:  # the same run, but for its length
+            try:
+                longer = lengthened(theirs, ours)
+            except UserError as error:
+                raise UserError(f"{self.path} belongs to {error}") from error
+            others = [key for key in differing if key not in longer]
+        if others:
+            key = others[0]
+            raise UserError(
+                f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
+                f"{ours.get(key)}; please name another run.dir."
+            )
 
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""
