@@ -31,9 +31,20 @@ def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defens
     for name in ("inner_loss", "outer_loss"):
         if not callable(getattr(made, name, None)):
             raise UserError(f"{where}: what it returns has no {name}.")
+
+    def explained(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        loss = getattr(made, name)
+
+        def called(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+            with _tried(where, name):
+                value: Tensor = loss(first, second, labels)
+            return value
+
+        return called
+
     defense = Defense(
-        made.inner_loss,
-        made.outer_loss,
+        explained("inner_loss"),
+        explained("outer_loss"),
         inner_reads_clean=bool(getattr(made, "inner_reads_clean", True)),
         outer_reads_clean=bool(getattr(made, "outer_reads_clean", True)),
     )
