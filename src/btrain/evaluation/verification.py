@@ -36,7 +36,7 @@ def verified(subject: Subject, graph: Graph, engine: str) -> Result:
     right = subject.correct.nonzero().squeeze(1)
     for some in tqdm(
         list(batches(right, subject.batch_size)), name, leave=False,
-        disable=not subject.show_progress,
+        disable=None if subject.show_progress else True,
     ):  # fmt: skip
         x, labels = subject.examples.batch(some)
         (verdict,) = accuracy.verify(
@@ -56,7 +56,7 @@ def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
     generator = torch.Generator().manual_seed(subject.seed)
     for some in tqdm(
         list(batches(start.stands.nonzero().squeeze(1), subject.batch_size)), name, leave=False,
-        disable=not subject.show_progress,
+        disable=None if subject.show_progress else True,
     ):  # fmt: skip
         x, labels = subject.examples.batch(some)
         found = interval_attack.attack(
