@@ -268,7 +268,8 @@ def _regenerated(job: Job, dataset: dict[str, Any], command: Command) -> Path:
     """Make the corrupted test set of a data set unless it is there; return its folder."""
     root = job.out / "corrupted" / str(dataset["name"])
     if not (root / "labels.npy").is_file():
-        given = [f"dataset={dataset['name']}", f"dataset.root={dataset['root']}"]
+        given = [f"dataset={dataset['name']}"]
+        given += [f"dataset.root={dataset['root']}"] if "root" in dataset else []
         given += [
             f"dataset.{key}={dataset[key]}"
             for key in ("test_examples", "image_size")
