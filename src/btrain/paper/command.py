@@ -269,11 +269,10 @@ def _regenerated(job: Job, dataset: dict[str, Any], command: Command) -> Path:
     root = job.out / "corrupted" / str(dataset["name"])
     if not (root / "labels.npy").is_file():
         given = [f"dataset={dataset['name']}"]
-        given += [f"dataset.root={dataset['root']}"] if "root" in dataset else []
         given += [
             f"dataset.{key}={dataset[key]}"
-            for key in ("test_examples", "image_size")
-            if dataset[key] is not None
+            for key in ("root", "test_examples", "image_size")
+            if dataset.get(key) is not None
         ]
         _done(command, "data", "corrupt", *given, f"corrupt.out={root}")
     return root
