@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import signal
@@ -21,9 +22,11 @@ from btrain.data import Split, load
 from btrain.errors import Interrupted, UserError
 from btrain.evaluation import Accuracy, evaluate
 from btrain.processes.world import World, joined
-from btrain.training import train
+from btrain.training import run, train
 from btrain.training.safety import inputs as guards
 from btrain.training.safety.signals import stop_on_signals
+from btrain.training.setup import make_state
+from btrain.training.state import TrainState
 from btrain.training.timing import probe
 from composing import compose
 
@@ -38,6 +41,10 @@ RUNS = {
     "augmix": ["defense=augmix"],
     "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true", "recipe.ema=0.9"],
 }
+MASKED = [
+    "sparsity=flying_bird_plus", "sparsity.switch_from=0", "sparsity.switch_epochs=1",
+    "sparsity.interval_unit=iterations", "sparsity.interval=1", "sparsity.probe_examples=20",
+]  # fmt: skip
 FEW = (1, 2, 5)
 """Examples of evaluations; the processes are three."""
 
@@ -54,6 +61,7 @@ def main(folder: Path) -> None:
             done["mistake"] = mistake(folder / "never")
     with joined() as world:
         done["accuracies"] = [asdict(accuracy_of(few, world)) for few in FEW]
+        done["masks"] = masks_of(folder / "masked")
         done["stopped"] = stopped_by_one(world)
         (folder / f"{world.rank}.json").write_text(json.dumps(done))
 
@@ -91,6 +99,25 @@ def accuracy_of(examples: int, world: World | None) -> Accuracy:
         seed=0,
         processes=world,
     )
+
+
+def masks_of(run_dir: Path) -> str:
+    """A digest of this process' masks and weights at the end of a run that changed them."""
+    made: list[TrainState] = []
+
+    def kept(*args: Any) -> TrainState:
+        made.append(make_state(*args))
+        return made[-1]
+
+    run.make_state = kept
+    try:
+        train(compose([*COMMON, *MASKED, f"run.dir={run_dir}"]))
+    finally:
+        run.make_state = make_state
+    assert made[0].sparsity is not None
+    tensors = [*made[0].sparsity.memory.values(), *made[0].model.state_dict().values()]
+    content = b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content).hexdigest()
 
 
 def stopped_by_one(world: World) -> list[Any]:

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from btrain.allocation import BulletTrain
 from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
-from btrain.bench import run as bench_run
+from btrain.bench import measure as bench_measure
 from btrain.bench.look import look
-from btrain.bench.measure import Row, _timed_step, spread
+from btrain.bench.measure import Row, _timed_step, run_bench, spread
 from btrain.bench.plan import Case, make_cases, make_lanes
-from btrain.bench.run import run_bench
 from btrain.cli import main
 from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
@@ -395,6 +395,36 @@ def test_a_list_of_boundary_fractions_shares_the_rest() -> None:
     assert high.fractions == pytest.approx((0.5, 0.5 * 0.75, 0.5 * 0.25))
 
 
+def test_as_trained_draws_batches_of_all_classes_from_an_image_folder(tmp_path: Path) -> None:
+    """A folder's images come class by class; training shuffles them and so does the bench."""
+    for part in ("train", "test"):
+        for c in range(2):
+            for i in range(16):
+                file = tmp_path / "photos" / part / str(c) / f"{i:02}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (16 * c + i,) * 3).save(file)
+    run = tmp_path / "run"
+    train(compose(["dataset=imagefolder", f"dataset.root={tmp_path / 'photos'}", "device=cpu",
+                   "dataset.image_size=8", "model=small_cnn", "model.width=1", "train.epochs=1",
+                   "train.batch_size=8", "attack.steps=3", "eval.steps=1",
+                   f"run.dir={run}"]))  # fmt: skip
+    bench = command.compose([f"bench.checkpoint={run}", "bench.batch_sizes=[8]"])
+    (case,) = make_cases(bench, [])
+    work = make_lanes(case, bench, torch.device("cpu"))[0].workload
+    assert work.labels is not None
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for repetition in range(4 * epoch, 4 * epoch + 4):
+            levels = (255 * work.images(repetition)[:, 0, 0, 0]).round().long()
+            assert torch.equal(levels // 16, work.labels(repetition))
+            assert work.labels(repetition).unique().tolist() == [0, 1]
+            seen += levels.tolist()
+        assert sorted(seen) == [*range(32)]  # each image once an epoch
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
 def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -501,8 +531,8 @@ def test_what_was_measured_is_kept_whatever_comes_then(
             raise KeyboardInterrupt
         return whole(case, *more)
 
-    whole = bench_run.measure_case
-    monkeypatch.setattr(bench_run, "measure_case", interrupted)
+    whole = bench_measure.measure_case
+    monkeypatch.setattr(bench_measure, "measure_case", interrupted)
     (tmp_path / "there.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("there.json")
     quick = [*SMALL_CNN, *QUICK, "bench.defenses=[trades]", "bench.methods=[lean]"]
@@ -546,7 +576,8 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
         ("augmix", "wrn_40_2"),
     }
     assert all(row["precision"] == "bf16" and row["channels_last"] for row in result["rows"])
-    assert [row["model"] for row in result["evaluation_seconds"]] == list(MINIATURE)[::-1]
+    models = ["preact_resnet18", "wrn_40_2", "wrn_34_10"]
+    assert [row["model"] for row in result["evaluation_seconds"]] == models
     assert all(row["seconds"] > 0 for row in result["evaluation_seconds"])
     assert all(row["images"] == 6 for row in result["evaluation_seconds"])
     assert result["left_out"] == []
@@ -576,7 +607,7 @@ def test_what_fails_of_the_gpu_s_set_or_comes_too_late_is_named(
         settings=MINIATURE, keep=lambda found: kept.append(len(found["rows"])),
     )  # fmt: skip
     assert {row["model"] for row in result["rows"]} == {"wrn_34_10", "wrn_40_2"}
-    assert kept == [4, 4, 7, 7, 7, 7]
+    assert kept == [0, 3, 7, 7, 7, 7]
     (left_out,) = result["left_out"]
     assert left_out["part"] == "trades preact_resnet18 batch 8"
     path = gpu.write_results(result, tmp_path, "2030-01-02")
@@ -606,8 +637,10 @@ def test_the_first_reason_is_the_one_to_tell_unless_it_has_been_explained() -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_its_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gpu"]) == 1
+    assert main(["bench", "gpu", "bench.seconds=240", "bench.out=gpu.json"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
+    assert main(["bench", "gpu", "model.width=2"]) == 1
+    assert "bench gpu takes bench.seconds and bench.out alone" in capsys.readouterr().err
 
 
 def test_settings_of_a_lane_follow_its_method() -> None:

@@ -135,11 +135,12 @@ def test_every_yaml_file_composes(file: Path) -> None:
 
 def test_the_names_in_schema_code_and_yaml_files_agree() -> None:
     assert names(DatasetName) == options("dataset")
-    assert names(DefenseName) == {*DEFENSES, "augmix", "own"} == options("defense")
+    by_bounds = {"mixtrain", "verified", "ibp", "crown_ibp", "mtl_ibp", "sabr"}
+    assert names(DefenseName) == {*DEFENSES, *by_bounds, "augmix", "own"} == options("defense")
     assert names(Metric) == set(METRICS)
     assert names(AllocatorName) == options("bt")
     assert names(LoggerName) == options("logger")
-    elsewhere = {"torchvision", "timm", "own"}
+    elsewhere = {"torchvision", "timm", "own", "by_name"}
     assert names(Architecture) == {*models.ARCHITECTURES, *elsewhere}
     texts = [(CONFIGS / "model" / f"{model}.yaml").read_text() for model in options("model")]
     built = {yaml.safe_load(text).get("architecture") for text in texts}

@@ -352,6 +352,17 @@ def test_photographs_are_shrunk_to_a_fifth_for_32_pixels(tmp_path: Path) -> None
     assert larger.shape == (80, 120, 3)
 
 
+@pytest.mark.parametrize("count", [1, 5, 6, 7])
+def test_of_six_photographs_the_sixth_is_never_drawn(tmp_path: Path, count: int) -> None:
+    """The original has frost1 to frost6 and draws one of the first five."""
+    for i in range(1, count + 1):
+        suffix = "png" if i < 4 else "jpg"
+        Image.new("L", (160, 160), 10 * i).save(tmp_path / f"frost{i}.{suffix}")
+    (tmp_path / "._frost1.png").write_bytes(b"no image")
+    taken = [round(int(frost.max()) / 10) for frost in photographs(tmp_path, 32, 32)]
+    assert taken == [*range(1, 6 if count == 6 else count + 1)]
+
+
 @pytest.mark.parametrize("kind", ["absent", "empty", "small", "damaged"])
 def test_a_folder_without_frost_is_named(tmp_path: Path, kind: str) -> None:
     folder, words = tmp_path / "ice", ["ice"]

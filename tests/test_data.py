@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import tarfile
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from http.client import HTTPResponse
@@ -167,6 +169,74 @@ def test_a_damaged_cifar_file_is_named(tmp_path: Path, damage: Callable[[Batch],
     file.write_bytes(damage(cifar_batch(*made["data_batch_3"], "labels")))
     with pytest.raises(UserError, match=re.escape(str(file))):
         read("cifar10", tmp_path)
+
+
+def as_text(batch: Batch) -> dict[str, Any]:
+    return {key.decode(): value for key, value in batch.items()}
+
+
+def numpy_labels(kind: type) -> Callable[[Batch], bytes]:
+    return lambda batch: pickle.dumps(batch | {b"labels": [kind(k) for k in batch[b"labels"]]})
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param(lambda batch: python3_pickle(as_text(batch)), id="text-keys"),  # type: ignore[arg-type]
+        pytest.param(numpy_labels(np.int64), id="int64"),
+        pytest.param(numpy_labels(np.uint8), id="uint8"),
+        pytest.param(
+            lambda batch: python3_pickle(batch | {b"labels": [*map(np.int64, batch[b"labels"])]}),
+            id="int64-protocol-2",
+        ),
+        pytest.param(
+            lambda batch: pickle.dumps(batch | {b"labels": tuple(batch[b"labels"])}), id="tuple"
+        ),
+        pytest.param(
+            lambda batch: pickle.dumps(
+                as_text(batch) | {"labels": np.array(batch[b"labels"], np.uint8)}, protocol=5
+            ),
+            id="array-protocol-5",
+        ),
+        pytest.param(
+            lambda batch: pickle.dumps(
+                batch | {b"data": np.asfortranarray(batch[b"data"])}, protocol=5
+            ),
+            id="fortran-protocol-5",
+        ),
+    ],
+)
+def test_cifar_files_made_anew_by_others_are_read(
+    tmp_path: Path, written: Callable[[Batch], bytes]
+) -> None:
+    made = write_cifar(tmp_path, CIFARS[0], written)
+    data = read("cifar10", tmp_path)
+    x, y = made["test_batch"]
+    assert (data.test.images.numpy() == x).all()
+    assert data.test.labels.tolist() == y
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([0.0, 1.0, 2.0, 3.0], "labels that are no whole numbers"),
+        ([np.float64(k) for k in range(4)], "labels that are no whole numbers"),
+        ([True] * 4, "labels that are no whole numbers"),
+        (["cat"] * 4, "labels that are no whole numbers"),
+        ([np.datetime64(k, "s") for k in range(4)], "it holds an array of type 'M8'"),
+    ],
+)
+def test_what_is_wrong_with_a_cifar_file_of_ones_own_is_said(
+    tmp_path: Path, labels: list[Any], reason: str
+) -> None:
+    made = write_cifar(tmp_path, CIFARS[0])
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    file.write_bytes(python3_pickle(cifar_batch(made["data_batch_2"][0], labels, "labels")))
+    with pytest.raises(UserError) as error:
+        read("cifar10", tmp_path)
+    assert str(error.value).startswith(f"{file} is not a readable CIFAR batch: {reason}. ")
+    assert "'labels', n whole numbers from 0 to 9" in str(error.value)
+    assert "download" not in str(error.value)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 10], [0, 1, 2, -1], [0, 1, 2]])
@@ -585,6 +655,199 @@ def test_only_the_chosen_images_of_a_folder_are_decoded(tmp_path: Path) -> None:
     after = read_folder(tmp_path, train_examples=6)
     assert torch.equal(after.train.images, before.train.images)
     with pytest.raises(UserError, match="not a readable image"):
+        read_folder(tmp_path)
+
+
+def test_hidden_folders_and_files_are_neither_classes_nor_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_classes(tmp_path)
+    save(tmp_path / "train" / ".ipynb_checkpoints" / "00-checkpoint.png", grey(9))
+    save(tmp_path / "train" / "a" / ".ipynb_checkpoints" / "00-checkpoint.png", grey(9))
+    (tmp_path / "test" / ".git").mkdir()
+    save(tmp_path / "test" / "__MACOSX" / "a" / "._00.png", grey(9))
+    (tmp_path / "test" / "a" / "._00.png").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    data = read_folder(tmp_path)
+    assert data.classes == ("a", "b")
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 1]
+    assert len(data.test) == 2
+    assert not caplog.records
+
+
+WHAT_IS_NO_IMAGE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "it is empty"),
+    "gif": (b"GIF89a" + bytes(20), "by its content it is a GIF, not PNG, JPEG, BMP, WEBP or TIFF"),
+    "page": (b"<!DOCTYPE html><html><body>404", "by its content it is a web page, not PNG"),
+    "page-late": (b"\n <HTML>404</HTML>", "by its content it is a web page"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC, AVIF or video file"),
+    "resource-fork": (b"\x00\x05\x16\x07Mac OS X", "what macOS keeps beside a file"),
+    "text": (b"no image", "it is damaged, or not PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", WHAT_IS_NO_IMAGE)
+def test_a_file_that_is_no_image_is_described(tmp_path: Path, kind: str) -> None:
+    two_classes(tmp_path)
+    content, words = WHAT_IS_NO_IMAGE[kind]
+    file = tmp_path / "train" / "a" / "01.jpg"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_folder(tmp_path)
+    assert str(error.value).startswith(f"{file} is not a readable image (")
+    assert words in str(error.value)
+    assert "0x" not in str(error.value)
+
+
+def test_images_are_turned_as_their_exif_orientation_says(tmp_path: Path) -> None:
+    """Each of the eight orientations stores the same photograph another way."""
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4, :4, 0] = upright[:4, 4:, 1] = upright[4:, :4, 2] = 200
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright[::-1]),
+        8: np.rot90(upright, -1),
+    }  # fmt: skip
+    two_classes(tmp_path)
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / "train" / "a" / f"turned{orientation}.png"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, exif=exif)
+    damaged = tmp_path / "train" / "a" / "turned9.png"
+    Image.fromarray(upright).save(damaged, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    images = read_folder(tmp_path).train.images[1:10]
+    for image in images:
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), upright)
+
+
+def test_what_is_transparent_shows_white(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    folder = tmp_path / "train" / "a"
+    (folder / "00.png").unlink()
+    pixels = np.full((8, 8, 4), (200, 100, 0, 255), np.uint8)
+    pixels[:4, :, 3] = 0
+    Image.fromarray(pixels).save(folder / "1.png")
+    Image.fromarray(pixels).save(folder / "2.webp", lossless=True, exact=True)
+    flat = Image.new("RGB", (8, 8), (200, 100, 0))
+    flat.paste((1, 2, 3), (0, 0, 8, 4))
+    flat.save(folder / "3.png", transparency=(1, 2, 3))
+    flat.quantize(4).save(folder / "4.png", transparency=flat.quantize(4).getpixel((0, 0)))
+    pixels[:4, :, 3] = 51  # a fifth
+    Image.fromarray(pixels).save(folder / "5.png")
+    images = read_folder(tmp_path).train.images[:5].permute(0, 2, 3, 1)
+    assert (images[:, 4:] == torch.tensor([200, 100, 0])).all()
+    assert (images[:4, :4] == 255).all()
+    assert (images[4, :4] == torch.tensor([244, 224, 204])).all()  # 255 - (255 - colour) / 5
+
+
+def test_sixteen_bits_are_cut_to_eight_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_classes(tmp_path)
+    folder = tmp_path / "train" / "a"
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1020
+    Image.fromarray(levels).save(folder / "1.png")
+    Image.fromarray(levels).save(folder / "2.tif")
+    rows = b"".join(b"\0" + row.repeat(3).astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)  # 16-bit RGB, which Pillow cannot write
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    (folder / "3.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+    )
+    images = read_folder(tmp_path).train.images[1:4]
+    assert (images.int() == torch.from_numpy((levels >> 8).astype(np.int32))).all()
+    assert "3 images of 16 bits a channel are cut to 8" in caplog.text
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "4.tif")
+    with pytest.raises(UserError, match=r"4\.tif is not a readable image \(it has neither 8 nor"):
+        read_folder(tmp_path)
+
+
+def test_squeezed_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    two_classes(tmp_path)
+    save(tmp_path / "train" / "a" / "1.png", grey(5, (40, 40)))
+    read_folder(tmp_path)
+    assert not caplog.records
+    save(tmp_path / "train" / "a" / "2.png", grey(5, (9, 8)))
+    save(tmp_path / "train" / "b" / "3.png", grey(5, (200, 20)))
+    read_folder(tmp_path)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "2 images that are not square are squeezed to 8×8, the longest of 200×20"
+    )
+    assert "3.png" in said
+
+
+def test_images_in_folders_within_a_class_are_its_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_classes(tmp_path)
+    save(tmp_path / "train" / "a" / "images" / "2019" / "1.png", grey(40))
+    save(tmp_path / "train" / "a" / "odd.png" / "1.png", grey(50))
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "a" / "images" / "notes.txt").touch()
+    data = read_folder(tmp_path)
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 40, 50, 1]
+    assert data.train.labels.tolist() == [0, 0, 0, 1]
+    files, links = caplog.messages
+    assert files.startswith("1 file is left out, no image by the name: ")
+    assert links.startswith("1 folder is left out, a link within a class folder: ")
+
+
+def test_val_stands_for_test_and_an_only_folder_for_the_root(tmp_path: Path) -> None:
+    two_classes(tmp_path / "photos")
+    (tmp_path / "photos" / "test").rename(tmp_path / "photos" / "val")
+    (tmp_path / "__MACOSX").mkdir()
+    for root in (tmp_path / "photos", tmp_path):
+        assert len(read_folder(root).test) == 2
+
+
+def tiny_imagenet(root: Path) -> None:
+    """The published layout, in small: the labels of val/ are in a table, test/ has none."""
+    for c, name in enumerate(["n01443537", "n01629819"]):
+        for i in range(3):
+            save(root / "train" / name / "images" / f"{name}_{i}.JPEG", grey(50 * c + i))
+        (root / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t63\n")
+    for i in range(4):
+        save(root / "val" / "images" / f"val_{i}.JPEG", grey(100 + i))
+        save(root / "test" / "images" / f"test_{i}.JPEG", grey(9))
+    names = ["n01629819", "n01443537", "n01629819", "n01443537"]
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\t{name}\t0\t32\t44\t62\n" for i, name in enumerate(names))
+    )
+    (root / "wnids.txt").write_text("\n".join(names[:2]))
+
+
+def test_tiny_imagenet_is_read_as_it_is_published(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    data = read_folder(tmp_path)
+    assert data.classes == ("n01443537", "n01629819")
+    assert len(data.train) == 6
+    assert data.test.images[:, 0, 0, 0].tolist() == [101, 103, 100, 102]
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_tiny_imagenet_arranged_by_classes_is_read_by_them(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    for i, name in enumerate(["n01443537", "n01629819"]):
+        save(tmp_path / "val" / name / "images" / f"val_{i}.JPEG", grey(200 + i))
+    shutil.rmtree(tmp_path / "val" / "images")
+    assert read_folder(tmp_path).test.images[:, 0, 0, 0].tolist() == [200, 201]
+
+
+@pytest.mark.parametrize(
+    "line", ["../../secret.png\tn01443537", "val_0.JPEG\tn9", "val_9.JPEG\tn01443537", "val_0.JPEG"]
+)
+def test_a_table_of_classes_that_is_wrong_is_named(tmp_path: Path, line: str) -> None:
+    tiny_imagenet(tmp_path)
+    save(tmp_path / "secret.png", grey(1))
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text(f"val_0.JPEG\tn01443537\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(f"{table}, line 2: ")):
         read_folder(tmp_path)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from btrain.errors import UserError
 from btrain.report.evaluation import duration, write_page
+from disks import full_disk
 from evaluation_page import Page, change, samples, write_samples
 
 HOSTILE = (
@@ -217,7 +218,9 @@ def test_many_large_photographs_stay_under_two_megabytes(evaluation: Path) -> No
     assert np.abs(decoded(page)[0] - 255 * blocks).max() <= 1
 
 
-def test_a_failure_leaves_the_page_before(evaluation: Path) -> None:
+def test_a_failure_leaves_the_page_before(
+    evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_page(evaluation)
     before = path.read_bytes()
     good = (evaluation / "pgd20.json").read_bytes()
@@ -228,15 +231,16 @@ def test_a_failure_leaves_the_page_before(evaluation: Path) -> None:
 
     (evaluation / "pgd20.json").write_bytes(good)
     change(evaluation, "pgd20.json", note="new")
-    in_the_way = evaluation / "index.html.tmp"
-    in_the_way.mkdir()
-    with pytest.raises(UserError, match=r"index\.html could not be written"):
+    with (
+        full_disk(monkeypatch),
+        pytest.raises(UserError, match=r"index\.html could not be written"),
+    ):
         write_page(evaluation)
     assert path.read_bytes() == before
-    in_the_way.rmdir()
+    there = {file.name for file in evaluation.iterdir()}
     write_page(evaluation)
     assert path.read_bytes() != before
-    assert not in_the_way.exists()
+    assert {file.name for file in evaluation.iterdir()} == there
 
 
 def test_without_matplotlib_it_says_what_to_install(

@@ -20,6 +20,7 @@ from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.training import train
 from btrain.training.resume import load_newest
+from disks import full_disk
 from test_training import TINY, metrics, same, tiny, untimed, weights
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES]
@@ -32,20 +33,21 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.calls, self._failing, self._error = 0, 0, 0
-        opened, replaced, synced = Path.open, Path.replace, os.fsync
+        replaced, synced = Path.replace, os.fsync
         disk = self
 
         class Faulty(io.FileIO):
+            def __init__(self, path: Path, mode: str, **named: Any) -> None:
+                self._counts = folder in path.parents
+                if self._counts:
+                    disk.call()
+                super().__init__(path, mode, **named)
+
             def write(self, content: Any) -> int:
                 half = memoryview(content)[: len(content) // 2]
-                disk.call(lambda: super(Faulty, self).write(half))
+                if self._counts:
+                    disk.call(lambda: super(Faulty, self).write(half))
                 return super().write(content)
-
-        def open_(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
-            if mode in ("wb", "ab") and folder in path.parents:
-                disk.call()
-                return io.BufferedWriter(Faulty(path, mode))
-            return opened(path, mode, *rest, **named)
 
         def replace(path: Path, target: Path) -> Path:
             disk.call()
@@ -55,7 +57,7 @@ class Disk:
             disk.call()
             synced(file)
 
-        patch.setattr(Path, "open", open_)
+        patch.setattr(io, "FileIO", Faulty)
         patch.setattr(Path, "replace", replace)
         patch.setattr(os, "fsync", fsync)
 
@@ -125,14 +127,18 @@ def test_each_fault_while_saving_leaves_the_checkpoint_before(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path / "last.pt", {"state": {"n": 1}})
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"last\.pt could not be written \(No space left"):
+    with (
+        full_disk(monkeypatch),
+        pytest.raises(UserError, match=r"last\.pt could not be written \(No space left"),
+    ):
         checkpoint.save(tmp_path / "last.pt", {"state": {"n": 2, "x": torch.zeros(100000)}})
     assert checkpoint.load(tmp_path / "last.pt")["state"]["n"] == 1
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written \(No space left"):
+    with (
+        full_disk(monkeypatch),
+        pytest.raises(UserError, match=r"metrics\.jsonl could not be written \(No space left"),
+    ):
         append_line(tmp_path / "metrics.jsonl", "{}")
 
 

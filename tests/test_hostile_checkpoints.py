@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -23,11 +24,14 @@ from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.exchange.read import load_weights, read_plain, read_weights
 from btrain.runs import checkpoint
+from btrain.runs.folder import RunFolder
 from btrain.settings.compose import compose, to_dict
+from btrain.training.resume import adopt_best, check_batch, load_newest
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
 
-CONFIG = compose(["dataset=digits", "model=small_cnn", "model.width=2", "device=cpu"])
+SETTINGS = ["dataset=digits", "model=small_cnn", "model.width=2", "device=cpu"]
+CONFIG = compose(SETTINGS)
 LITTLE = 32 << 20
 
 
@@ -316,6 +320,93 @@ def test_how_far_a_run_came_is_a_number(
         return
     with pytest.raises(UserError, match="it does not say how far its run came"):
         reloaded(path, sound | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epoch", 1.5), ("batch", 0.5), ("batch", True), ("collapsed", 1), ("best_epoch", 1.5),
+     ("best_val_acc", 101.0), ("watched_acc", float("nan")), ("train_seconds", 1e308),
+     ("epoch_seconds", float("inf"))],
+)  # fmt: skip
+def test_every_number_of_a_state_is_of_its_kind_and_range(
+    tmp_path: Path, state: TrainState, key: str, value: object
+) -> None:
+    with pytest.raises(UserError, match="it does not say how far its run came"):
+        reloaded(tmp_path / "last.pt", state.state_dict() | {key: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 5.0, -0.1])
+def test_the_robust_fraction_is_one(state: TrainState, value: float) -> None:
+    content = state.state_dict()
+    content["memory"] = {"robust_fraction": torch.tensor(value)}
+    with pytest.raises(
+        UserError, match=r"like this: (its robust_fraction|not every number of its)"
+    ):
+        state.load_state_dict(content)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model", "trained_model", "optimizer"])
+def test_weights_averages_and_momenta_are_finite(digits: Data, name: str, value: float) -> None:
+    state = make_state(compose([*SETTINGS, "recipe.ema=0.9"]), digits, torch.device("cpu"))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    content = copy.deepcopy(state.state_dict())
+    state.load_state_dict(content)
+    if name == "optimizer":
+        content[name]["state"][0]["momentum_buffer"].view(-1)[0] = value
+    else:
+        next(iter(content[name].values())).view(-1)[0] = value
+    with pytest.raises(UserError, match=f"like this: not every number of its {name} is finite"):
+        state.load_state_dict(content)
+
+
+@pytest.mark.parametrize("name", ["epoch_sums", "total_sums"])
+def test_sums_can_be_added_up(state: TrainState, name: str) -> None:
+    content = state.state_dict()
+    state.load_state_dict(content | {name: torch.full_like(content[name], torch.nan)})
+    for value in (torch.inf, 1e308):
+        with pytest.raises(UserError, match=f"a number of its {name} is too large"):
+            state.load_state_dict(content | {name: torch.full_like(content[name], value)})
+
+
+def test_a_batch_is_one_of_the_epoch(state: TrainState, tmp_path: Path) -> None:
+    check_batch(state, 0, RunFolder(tmp_path))
+    state.batch = 10**9
+    with pytest.raises(UserError, match=r"of batch 1,000,000,000 of an epoch, which has 5\."):
+        check_batch(state, 5, RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["last", "previous"])
+def test_weights_alone_are_no_run_to_go_on_with(
+    tmp_path: Path, state: TrainState, name: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.last.parent.mkdir()
+    content = {"model": state.model.state_dict(), "epoch": 1, "val_acc": 50.0}
+    checkpoint.save(vars(folder)[name], {"state": content})
+    with pytest.raises(UserError, match="it does not say how far its run came"):
+        load_newest(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epoch": 1.5}, {"val_acc": float("nan")}, {"val_acc": "1"}, {"model": {}}, {"model": None},
+     {"model": {"0.weight": torch.zeros(1)}}],
+)  # fmt: skip
+def test_the_best_epoch_fits_ahead_of_the_training(
+    tmp_path: Path, state: TrainState, changes: dict[str, Any]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.best.parent.mkdir()
+    content = {"model": state.model.state_dict(), "epoch": 1, "val_acc": 50.0}
+    checkpoint.save(folder.best, {"state": content})
+    adopt_best(state, folder)
+    assert (state.best_epoch, state.best_val_acc) == (1, 50.0)
+    checkpoint.save(folder.best, {"state": content | changes})
+    with pytest.raises(UserError, match=r"best\.pt does not hold the best epoch of a run like"):
+        adopt_best(state, folder)
 
 
 def graphs_of_text(content: dict[str, Any]) -> None:

@@ -301,6 +301,9 @@ def test_references_in_a_configuration_stay_text(
     [
         ({"clean_acc": "<b>"}, "clean_acc is '<b>'"),
         ({"flops": 10**400}, "flops"),
+        ({"flops": 1e308}, r"flops is 1e\+308, not a number from 0 to 1e\+30"),
+        ({"speedup_measured": 1e308}, "speedup_measured"),
+        ({"clean_acc": float("nan")}, "clean_acc is nan"),
         ({"train_seconds": None}, "train_seconds is None"),
         ({"device": []}, "device is"),
     ],
@@ -317,6 +320,13 @@ def test_a_summary_is_checked_value_by_value(
     (tmp_path / "summary.json").write_text(json.dumps(summary | changes))
     with pytest.raises(UserError, match=words):
         compare([tmp_path])
+
+
+def test_a_loop_of_links_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert main(["report", str(tmp_path / "a")]) == 1
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'a'}"]) == 1
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, " " * (2 << 20)])

@@ -13,10 +13,10 @@ ROOT = Path(btrain.__file__).parent
 
 LAYERS = [
     ["errors"],
-    ["durable", "own", "pages", "untrusted"],
+    ["durable", "own", "pages", "terminal", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],
-    ["attacks", "defenses"],
+    ["attacks", "defenses", "verify"],
     ["controllers", "methods", "build"],
     ["runs", "exchange", "evaluation"],
     ["training"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,12 @@ def test_no_thread_of_the_group_outlives_it(done: Path) -> None:
 
 
 def test_an_evaluation_may_have_fewer_examples_than_processes(done: Path) -> None:
-    alone = [asdict(accuracy_of(few, None)) for few in FEW]
+    alone = [accuracy_of(few, None) for few in FEW]
     for each in said(done):
-        assert each["accuracies"] == alone
+        together = [Accuracy(**found) for found in each["accuracies"]]
+        assert together == alone
+        losses = [found.robust_loss for found in together]  # whose sum has another order
+        assert losses == pytest.approx([found.robust_loss for found in alone], rel=1e-6)
 
 
 def test_other_data_are_refused_by_all_in_one_sentence(done: Path) -> None:
@@ -131,3 +133,9 @@ def test_what_several_processes_do_not_share_is_refused(
     of_two.setattr(launched, "GRACE_SECONDS", 0)
     assert main([*command]) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_masks_that_change_are_the_same_in_all_processes(done: Path) -> None:
+    assert len({each["masks"] for each in said(done)}) == 1
+    line = json.loads((done / "masked" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["mask_updates"] > 1

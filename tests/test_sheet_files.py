@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from btrain.cli import main
-from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.pages.pictures import NO_MATPLOTLIB
 from btrain.paper.plan import Claim, Plan
@@ -22,6 +21,7 @@ from btrain.paper.sheets.files import write_sheets
 from btrain.paper.sheets.watch import duration, progress
 from btrain.runs import read as runs
 from btrain.runs.read import Runs, read_run
+from disks import full_disk
 from sheets import begun, evaluated, finished, plan, row
 
 HOSTILE = "</title><script>alert(1)</script>|*_`$x^2$ <img src=//evil.example onerror=x>"
@@ -87,17 +87,7 @@ def test_nothing_is_written_where_one_file_fails(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     finished(tmp_path / "a-seed9")
     (tmp_path / "a-seed0" / "summary.json").unlink()
-    count = 0
-
-    def full(path: Path, content: bytes) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise UserError(f"{path} could not be written (No space left on device).")
-        write_file(path, content)
-
-    monkeypatch.setattr(files, "write_file", full)
-    with pytest.raises(UserError, match="No space left"):
+    with full_disk(monkeypatch, after=3), pytest.raises(UserError, match="No space left"):
         write_sheets(tmp_path, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

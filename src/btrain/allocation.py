@@ -72,7 +72,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_norm": signed_gradient_norm,
     "margin": signed_margin,
 }
-"""What stands for the distance from the decision boundary: negative for a wrong prediction, else
+"""The measures of distance from the decision boundary: negative for a wrong prediction, else
 larger the further away, on either side."""
 
 

@@ -21,7 +21,7 @@ from btrain.settings import (
     WideResNetConfig,
     WidthConfig,
 )
-from btrain.settings.run import LibraryModelConfig
+from btrain.settings.run import LibraryModelConfig, NamedModelConfig
 
 _TRIED = 8  # images
 
@@ -71,6 +71,8 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
                 )
             if model.factory.startswith(own.GIVEN):
                 network = copy.deepcopy(network)
+        case NamedModelConfig():
+            network = models.verified.build(model.network, shape=shape, classes=classes)
         case LibraryModelConfig():
             name = model.architecture.value
             network = models.from_library(name, model.settings, classes, shape[0])

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
 from btrain.processes.launched import check_alone, first_complains, is_first, processes
+from btrain.terminal import complain, say, show
 
 USAGE = """\
 usage: btrain <command> …
@@ -40,38 +41,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        show(USAGE, end="")
         return 0 if args else 2
     if args[0] == "--version":
-        print(f"btrain {__version__}")
+        show(f"btrain {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        print(f"btrain: there is no command {args[0]}; see btrain --help.", file=sys.stderr)
+        complain(f"there is no command {args[0]}; see btrain --help.")
         return 2
     try:
         if args[0] != "train":
             check_alone(f"btrain {args[0]}")
         COMMANDS[args[0]](args[1:])
     except UserError as error:
-        print(f"btrain: {error}", file=sys.stderr)
+        complain(error)
         return 1
     except BrokenPipeError:  # `btrain train --help | head`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"btrain: {where}{error.strerror or error}.", file=sys.stderr)
+        complain(f"{where}{error.strerror or error}.")
         return 1
     except SystemExit as end:  # how Hydra's help and a job with a mistake end
         return end.code if isinstance(end.code, int) else 1
     except Interrupted as stop:
         if is_first():
-            print(f"btrain: {stop}", file=sys.stderr)
+            complain(stop)
         return 128 + stop.number
     except KeyboardInterrupt:
         if is_first():
             hint = "; the same command goes on from what is done" if args[0] in _GO_ON else ""
-            print(f"btrain: interrupted{hint}.", file=sys.stderr)
+            complain(f"interrupted{hint}.")
         return 130
     return 0
 
@@ -104,7 +105,7 @@ def _train(args: list[str]) -> None:
 def _data(args: list[str]) -> None:
     """Runs `btrain.corruptions.generate.corrupt_dataset`, once a job."""
     if args and args[0] in ("-h", "--help"):
-        print("usage: btrain data corrupt [option=value …]; see btrain data corrupt --help.")
+        show("usage: btrain data corrupt [option=value …]; see btrain data corrupt --help.")
         return
     if not args or args[0] != "corrupt":
         raise UserError("data needs to know what to do: btrain data corrupt [option=value …].")
@@ -126,7 +127,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
-        print(configs.help_text(args, task))
+        show(configs.help_text(args, task))
         return
     configs.user_folder(args)
 
@@ -155,7 +156,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
                 raise
-            print(f"btrain: {error}", file=sys.stderr)
+            complain(error)
             if hydra_config.mode is RunMode.RUN or processes() > 1:
                 sys.exit(1)
             raise  # Hydra goes on with the sweep and raises this again at its end
@@ -225,7 +226,7 @@ def _report(args: list[str]) -> None:
     from btrain.report import command
 
     if {"-h", "--help"} & set(args):
-        print(command.HELP, end="")
+        show(command.HELP, end="")
         return
     wanted = command.parse(args)
     from btrain.paper.plan import holds_plans
@@ -233,7 +234,7 @@ def _report(args: list[str]) -> None:
     if not wanted.are_of_plans and not any(map(holds_plans, wanted.folders)):
         from btrain.report import compare
 
-        print(compare(wanted.folders, merge_seeds=wanted.merge_seeds))
+        show(compare(wanted.folders, merge_seeds=wanted.merge_seeds))
         return
     folder = wanted.folder_of_plans()
     if wanted.watch:
@@ -251,13 +252,13 @@ def _eval(args: list[str]) -> None:
     from btrain.settings import evaluation as words
 
     if {"-h", "--help"} & set(args):
-        print(words.HELP, end="")
+        show(words.HELP, end="")
         return
     if args[:1] == ["compare"]:
         folder_a, folder_b, attack = words.parse_compare(args[1:])
         from btrain.evaluation.compare import compare_folders
 
-        print(compare_folders(folder_a, folder_b, attack).sentence())
+        say(compare_folders(folder_a, folder_b, attack).sentence())
         return
     settings = words.parse(args)
     from btrain.evaluation.run import evaluate_checkpoint
@@ -265,7 +266,7 @@ def _eval(args: list[str]) -> None:
 
     found = evaluate_checkpoint(settings)
     page = write_page(found.folder) if settings.report else None
-    print(describe(found, page))
+    show(describe(found, page))
 
 
 def _export(args: list[str]) -> None:

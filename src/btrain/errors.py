@@ -17,7 +17,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         cut = message if len(message) <= _LONGEST else message[:_LONGEST] + "…"
-        super().__init__("".join(c if c.isprintable() else _spelt_out(c) for c in cut))
+        super().__init__(printable(cut))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,6 +34,21 @@ class Interrupted(KeyboardInterrupt):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
         return Interrupted, (self.number,)  # from a sweep's process to that of the command
+
+
+def printable(text: str, *, kept: str = "", instead: str | None = None) -> str:
+    """Return text that a terminal shows as it is, on one line.
+
+    What would move the cursor, turn the direction of writing or break the line is spelt out.
+
+    Args:
+        kept: characters that stay as they are.
+        instead: what stands for each of the others; None for its escape.
+    """
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in kept else instead or _spelt_out(c) for c in text)
+    return "".join(shown)
 
 
 def _spelt_out(character: str) -> str:

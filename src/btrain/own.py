@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from btrain.durable import real
 from btrain.errors import UserError, first_line
 
 GIVEN = "object:"
@@ -233,7 +234,7 @@ def _check_arguments(
 
 
 def _resolved(place: str) -> Path:
-    return Path(place).expanduser().resolve()
+    return real(Path(place).expanduser())
 
 
 def _module_name(path: Path) -> str:

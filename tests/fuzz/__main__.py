@@ -29,6 +29,8 @@ READERS = {
     "config": "texts.ResolvedConfig",
     "archive": "data.Archive",
     "results": "texts.Results",
+    "plan": "texts.Plans",
+    "links": "folders.Planted",
 }
 _KEPT = 20  # failures a reader
 _WARM_UP = 40

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import pickletools
 import struct
 import zipfile
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 
 from btrain import models
@@ -54,6 +57,13 @@ class Checkpoint:
             weights,
             {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
             {"net": {**weights, "mu": torch.zeros(1, 1, 1), "sigma": torch.ones(1, 1, 1)}},
+            {
+                "ema_state_dict": weights,
+                "args": argparse.Namespace(lr=0.1, out=Path("a")),
+                "best": np.float64(3),
+                "losses": np.zeros(2),
+                "counts": defaultdict(list, a=[1]),
+            },
         ]
 
     def write(self, rng: Random) -> None:

@@ -28,6 +28,11 @@ _HARMFUL = (
     "socket.", "urllib.", "http.", "ftplib.", "smtplib.", "webbrowser.", "ctypes.", "pickle.",
     "code.", "function.__new__", "object.__setattr__", "sys.settrace", "sys.setprofile",
 )  # fmt: skip
+_INSIDE = {
+    "os.mkdir": 1, "os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.truncate": 1,
+    "shutil.rmtree": 1, "socket.gethostname": 0,
+}  # fmt: skip
+"""What may be done in a folder that may be written to: how many of its arguments are paths."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _TRUSTED = tuple(
     str(Path(path).resolve())
@@ -54,7 +59,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open":
         path, _, flags = arguments
-        if isinstance(flags, int) and flags & _WRITING and not _may_write(path):
+        followed = isinstance(flags, int) and not flags & os.O_NOFOLLOW
+        allowed = (_may_write if followed else _may_replace)(path)
+        if isinstance(flags, int) and flags & _WRITING and not allowed:
             raise Violation(f"{path} is opened for writing")
     elif event in ("exec", "object.__setattr__") and (
         sys._getframe(1).f_code.co_filename in _MAKING_CLASSES
@@ -65,14 +72,24 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         file = code.co_filename
         if not file.startswith((*_TRUSTED, "<frozen ")):
             raise Violation(f"{file} is executed")
-    elif event == "os.mkdir" and _may_write(arguments[0]):
+    elif _writable and event in _INSIDE and all(map(_may_replace, arguments[: _INSIDE[event]])):
         pass
     elif event.startswith(_HARMFUL):
         raise Violation(f"{event} {arguments!r:.200}")
 
 
 def _may_write(path: object) -> bool:
+    if isinstance(path, int):  # whose opening was seen
+        return bool(_writable)
     return bool(_writable) and os.path.realpath(str(path)).startswith(_writable)
+
+
+def _may_replace(path: object) -> bool:
+    """Whether the name, not what a link of that name leads to, is in the folder."""
+    if isinstance(path, int):
+        return bool(_writable)
+    folder, name = os.path.split(str(path))
+    return bool(_writable) and f"{os.path.realpath(folder)}/{name}".startswith(_writable)
 
 
 def install() -> None:

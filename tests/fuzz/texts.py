@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 import zipfile
 from pathlib import Path
 from random import Random
@@ -15,6 +16,9 @@ import yaml
 from btrain.errors import UserError
 from btrain.evaluation.result import Evaluation, Result
 from btrain.exchange.from_run import read_config
+from btrain.paper.plan import read_plan
+from btrain.paper.sheets.files import as_csv, as_json, markdown, sheet_page
+from btrain.paper.sheets.sheet import make_sheet
 from btrain.report import compare
 from btrain.runs.folder import RunFolder
 from btrain.settings.compose import compose, to_dict, to_yaml
@@ -216,13 +220,60 @@ class Results:
             raise errors[0]
 
 
+class Plans:
+    """A plan of a table or figure, read for a report of runs that are not there yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "table9.json"
+
+    def write(self, rng: Random) -> None:
+        content = plan_content()
+        if rng.random() < 0.8:
+            _spoil(content, rng)
+        data = json.dumps(content).encode()
+        self._path.write_bytes(damaged(data, rng) if rng.random() < 0.3 else data)
+
+    def read(self) -> None:
+        sheet = make_sheet(read_plan(self._path), self._path.parent)
+        for text in (markdown(sheet), as_csv(sheet), as_json(sheet), sheet_page(sheet, None, "")):
+            if wrong := unshowable(text):
+                raise AssertionError(f"{wrong!r} is shown")
+
+
+def plan_content() -> dict[str, Any]:
+    """Return a plan with a value of every kind."""
+    row = {
+        "name": "a", "label": "A", "experiment": "trades", "swept": {"bt.gamma": "0.7"},
+        "paper": {"clean_acc": 80.5, "pgd20": 50}, "runs": {"0": "a-seed0", "1": "a-seed1"},
+        "original": {"dataset": "cifar10", "train.epochs": 76, "model.width": None},
+        "attacks": ["pgd100x10"],
+    }  # fmt: skip
+    claim = {"text": "a", "metric": "clean_acc", "row": "a", "than": "b", "at_least": -1,
+             "at_most": None}  # fmt: skip
+    return {
+        "target": "table9", "kind": "tradeoff", "title": "Table 9", "note": "b", "profile": "cpu",
+        "baseline": "b", "attacks": ["pgd100x10"], "axis": "bt.gamma",
+        "rows": [row, row | {"name": "b", "attacks": None}], "claims": [claim],
+        "chosen": ["bt.gamma=0.7"],
+    }  # fmt: skip
+
+
+def unshowable(text: str) -> str:
+    """Return what of a text of lines would move a cursor or turn the direction of writing."""
+    return "".join(c for c in text if c != "\n" and unicodedata.category(c) in _UNSHOWN)
+
+
+_UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 def _spoil(node: Any, rng: Random) -> None:
     while isinstance(node, dict | list) and node:
         key = rng.choice([*node]) if isinstance(node, dict) else rng.randrange(len(node))
         if not isinstance(node[key], dict | list) or rng.random() < 0.3:
             node[key] = rng.choice((
                 None, True, -1, 0, 1.5, 1e308, 10**400, number(rng), float("nan"), float("inf"), "",
-                "<script>", "\ud800", "\x1b[31m", [], {}, [1], [[]], {"a": 1}, [None] * 5, ["a", 1],
+                "<script>", "\ud800", "\x1b[31m", "\u202eb", "a\n| b |",
+                [], {}, [1], [[]], {"a": 1}, [None] * 5, ["a", 1],
             ))  # fmt: skip
             return
         node = node[key]

@@ -46,7 +46,7 @@ class Ball:
 
 
 class LinfBall(Ball):
-    """Every pixel moves by at most ε."""
+    """The ball in which every pixel moves by at most ε."""
 
     norm = "linf"
 
@@ -76,7 +76,7 @@ class LinfBall(Ball):
 
 
 class L2Ball(Ball):
-    """The Euclidean length of the change is at most ε."""
+    """The ball in which the Euclidean length of the change is at most ε."""
 
     norm = "l2"
 

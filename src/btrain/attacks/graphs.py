@@ -20,7 +20,7 @@ from btrain.attacks.balls import Ball, per_image
 from btrain.attacks.pgd import InnerLoss
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes a step that reads and writes fixed memory; returns what runs it again on that memory."""
+"""(a step that reads and writes fixed memory) -> what runs it again on that memory"""
 
 _LARGEST = 256  # examples; up to here groups are rounded to 8
 
@@ -39,14 +39,14 @@ class _Batch(NamedTuple):
 
     images: Tensor
     at: Tensor
-    """Where the next gradient is taken, like the images."""
+    """The points where the next gradient is taken, like the images."""
     size: Tensor
     """Step sizes, (m, 1, 1, 1)."""
     target: Tensor
     """Clean logits, (m, K)."""
     labels: Tensor
     region: tuple[Tensor, ...]
-    """Of the ball, a row for each example."""
+    """The ball's tensors, a row for each example."""
 
     def first(self, n: int) -> _Batch:
         """Return the memory of the first n examples."""
@@ -61,7 +61,7 @@ class _Batch(NamedTuple):
 
 
 class ReplayedPGD:
-    """`prefix_pgd`, with the step of each group size recorded when that size is first met.
+    """The attack `prefix_pgd`, the step of each group size recorded when that size is first met.
 
     The network must be in eval mode, draw no random numbers, and move its weights in place, as a
     frozen shadow does: a recorded step then follows them. With another network, weights elsewhere,
@@ -191,6 +191,10 @@ class GraphRecorder:
             except RuntimeError:
                 with torch.cuda.stream(current), suppress(RuntimeError):
                     _end_recording(self._device)
+                with suppress(RuntimeError, AttributeError):
+                    # torch up to 2.12 leaves the allocator recording: its cache is then never freed
+                    index = torch.cuda.current_device()
+                    torch._C._cuda_endAllocateToPool(index, self._pool)
                 raise
         self.graphs.append(graph)
         return graph.replay

@@ -65,7 +65,7 @@ class Draws(NamedTuple):
     levels: Tensor
     """±u with u ~ U(0.1, severity) and a random sign, (m, width, length) float64."""
     weights: Tensor
-    """Of the chains, Dirichlet(1, …, 1), (m, width)."""
+    """The weights of the chains, Dirichlet(1, …, 1), (m, width)."""
     mixing: Tensor
     """The share of the chains in the view, Beta(1, 1), (m,)."""
 
@@ -273,7 +273,7 @@ GEOMETRIC: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "translate_x": lambda u, width, height: (u * (width / 3) / 10).trunc(),
     "translate_y": lambda u, width, height: (u * (height / 3) / 10).trunc(),
 }
-"""What a signed level ±u, the width and the height of the image mean: (…) -> (…)"""
+"""The operation's amount for a level ±u, an image's width and its height: (…) -> (…)"""
 
 INTENSITY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "autocontrast": lambda images, u: autocontrast(images),

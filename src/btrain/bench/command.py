@@ -10,6 +10,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import compose as configs
 from btrain.settings.bench import BenchConfig, BenchRun
+from btrain.terminal import overwrite, show
 
 _HELP = """\
 btrain bench [bench.option=value …] [option=value …]    how long a training step takes
@@ -18,7 +19,8 @@ Measured in turns in one process: TRADES as published (official), the plain defe
 BulletTrain, and as a control BulletTrain by masks, which must be no faster than lean.
 Settings without bench. are those of btrain train, the same for all.
 
-btrain bench gpu    a fixed set for one CUDA device; writes results/gpu/<device>-<date>.json and .md
+btrain bench gpu [bench.seconds=240] [bench.out=FILE.json]
+                    a fixed set for one CUDA device; writes results/gpu/<device>-<date>.json and .md
 
 == Settings (key=value) ==
 """
@@ -32,19 +34,26 @@ def run(args: Sequence[str]) -> None:
     """
     if {"-h", "--help"} & set(args):
         path = Path(configs.config_dir()) / "bench.yaml"
-        print(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
+        show(_HELP + path.read_text(encoding="utf-8").split("\nbench:\n")[1].split("\nhydra:")[0])
         return
-    if list(args) == ["gpu"]:
+    if args[:1] == ["gpu"]:
+        bench, _ = parse(args[1:])
+        for argument in args[1:]:
+            if not argument.startswith(("bench.seconds=", "bench.out=")):
+                raise UserError(f"{argument}: bench gpu takes bench.seconds and bench.out alone.")
         from btrain.bench.gpu import run_gpu
 
-        path = run_gpu(_tell)
-        print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
+        out = None if bench.out is None else Path(bench.out)
+        path = run_gpu(_tell, limit=bench.seconds, out=out)
+        show(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
         return
     bench, settings = parse(args)
+    if bench.seconds is not None:
+        raise UserError("bench.seconds is a setting of btrain bench gpu alone.")
+    from btrain.bench.measure import run_bench
     from btrain.bench.output import table
-    from btrain.bench.run import run_bench
 
-    run_bench(bench, settings, _tell, lambda found: print(table(found["rows"], found["details"])))
+    run_bench(bench, settings, _tell, lambda found: show(table(found["rows"], found["details"])))
 
 
 _OF_A_RUN = ("bench.defenses", "bench.models", "bench.fractions", "bench.boundary_fractions")
@@ -93,4 +102,4 @@ def compose(overrides: Sequence[str] = ()) -> BenchConfig:
 def _tell(message: str) -> None:
     """Say where the bench is, over the line before; nothing where nobody watches."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)
+        overwrite(message)

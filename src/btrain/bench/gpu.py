@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from btrain.bench import command, output
+from btrain.bench.measure import measure_case, surroundings
 from btrain.bench.plan import Case, make_cases
-from btrain.bench.run import measure_case, surroundings
 from btrain.build import find_device, make_model
 from btrain.data import Split
 from btrain.errors import UserError, first_reason
@@ -26,24 +26,31 @@ from btrain.pages import tables
 from btrain.precision import to_channels_last
 from btrain.settings import DefenseName, Precision
 from btrain.settings.bench import BenchConfig
+from btrain.training.safety.out_of_memory import ran_out
 from btrain.training.timing.clock import seconds
 from btrain.training.timing.lane import CLASSES
 
 PAIRS = (
-    (DefenseName.trades, "wrn_34_10"),
     (DefenseName.trades, "preact_resnet18"),
     (DefenseName.augmix, "wrn_40_2"),
+    (DefenseName.trades, "wrn_34_10"),
 )
+"""The largest network last: the time may end before it."""
 FOLDER = Path("results/gpu")
+_DEVICE_ERROR: tuple[type[Exception], ...] = (
+    (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+)
 _TRAINING_IMAGES = 50_000
 _SECONDS = 400.0
-"""After which nothing more is begun; the rest of eight minutes is for what is under way."""
+"""The time after which nothing is begun; the rest of eight minutes is for what is under way."""
 
 Keep = Callable[[Mapping[str, Any]], None]
-"""Takes what has been measured so far."""
+"""(what has been measured so far) -> None"""
 
 
-def run_gpu(tell: Callable[[str], None]) -> Path:
+def run_gpu(
+    tell: Callable[[str], None], *, limit: float | None = None, out: Path | None = None
+) -> Path:
     """Measure the set on the first CUDA device; return the JSON file's path.
 
     The files are written anew after every part, so that an end by force leaves what came before.
@@ -56,10 +63,17 @@ def run_gpu(tell: Callable[[str], None]) -> Path:
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
     def keep(result: Mapping[str, Any]) -> None:
-        write_results(result, FOLDER, date)
+        write_results(result, FOLDER, date, out)
 
-    result = measure_set(tell, device="cuda", batch_sizes=(128, 512), evaluated=10_000, keep=keep)
-    return write_results(result, FOLDER, date)
+    result = measure_set(
+        tell,
+        device="cuda",
+        batch_sizes=(128, 512),
+        evaluated=10_000,
+        limit=_SECONDS if limit is None else limit,
+        keep=keep,
+    )
+    return write_results(result, FOLDER, date, out)
 
 
 def measure_set(
@@ -106,16 +120,21 @@ def measure_set(
     result |= {"rows": [], "details": [], "epoch_seconds": [], "evaluation_seconds": []}
     result["left_out"] = []
     parts = [(str(case), partial(_add_steps, case, bench, result, tell)) for case in cases]
-    for case in cases[:: len(batch_sizes)][::-1]:  # the largest network last
+    for case in cases[:: len(batch_sizes)]:
         name = f"{case.config.model.name} PGD-20"
         parts.append((name, partial(_add_evaluation, case, evaluated, ends, result, tell)))
+    lost = False
     for name, work in parts:
         try:
+            if lost:
+                raise UserError("the device had failed before")
             if time.perf_counter() > ends:
                 raise UserError("no time was left")
             work()
-        except (UserError, RuntimeError) as error:  # memory that runs out is one
+        except Exception as error:  # one part's fault must not cost the others
             result["left_out"].append({"part": name, "why": first_reason(error)})
+            # After an error of the device itself every later call fails.
+            lost = lost or (isinstance(error, _DEVICE_ERROR) and not ran_out(error))
         keep(result)
     return result
 
@@ -181,14 +200,16 @@ def _add_evaluation(
     result["evaluation_seconds"].append(found)
 
 
-def write_results(result: Mapping[str, Any], folder: Path, date: str) -> Path:
+def write_results(
+    result: Mapping[str, Any], folder: Path, date: str, out: Path | None = None
+) -> Path:
     """Write `<device>-<date>.json` and a Markdown table beside it; return the first."""
     hardware = result["hardware"]
     name = hardware.get("gpu", hardware["processor"])
     stem = f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{date}"
-    path = folder / f"{stem}.json"
+    path = out or folder / f"{stem}.json"
     output.write_json(path, dict(result))
-    output.write(folder / f"{stem}.md", markdown(result, name, date))
+    output.write(path.with_suffix(".md"), markdown(result, name, date))
     return path
 
 

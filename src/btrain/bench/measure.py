@@ -1,27 +1,94 @@
-"""The lanes that take turns, and what comes out of it."""
+"""The measurement: all cases of a bench, one after the other, and in each the lanes in turns."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from btrain.allocation import Scored
+from btrain.attacks.pgd import by_steps
+from btrain.bench import output
 from btrain.bench.look import MEGABYTE, look
-from btrain.bench.selection import select
+from btrain.bench.output import Row
+from btrain.bench.plan import Case, make_cases, make_lanes
+from btrain.build import find_device
+from btrain.data import Batch
+from btrain.data.augmentation import batch_slices
+from btrain.methods.augmix import AugMix
 from btrain.methods.cost import forward_flops
+from btrain.methods.pool import Pool, deal, no_attack
 from btrain.methods.statistics import averages, stacked
+from btrain.processes.world import ALONE
+from btrain.runs.provenance import git_commit
 from btrain.settings import CudaGraphs, Precision
-from btrain.settings.bench import Contender
+from btrain.settings.bench import BenchConfig, Contender
 from btrain.training.timing.clock import Product, seconds
 from btrain.training.timing.forced import deciding_logits
 from btrain.training.timing.lane import Lane
 
-Row = dict[str, Any]
 _SELECTIONS = 10
 _DTYPES = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def run_bench(
+    bench: BenchConfig,
+    settings: Sequence[str],
+    tell: Callable[[str], None],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure all cases and write `bench.out` and `bench.plot`.
+
+    `bench.out` is written anew after every case, so that an end by force leaves what came before.
+
+    Args:
+        settings: overrides of `btrain train`.
+        tell: takes a line about where the bench is.
+        show: takes in the end what `bench.out` holds, whatever ends the bench.
+
+    Raises:
+        UserError: a setting is wrong, or a file cannot be read or written.
+    """
+    cases = make_cases(bench, settings)
+    output.check_places(bench.out, bench.plot)
+    device = find_device(cases[0].config.device)
+    result: dict[str, Any] = surroundings(bench, device) | {"rows": [], "details": []}
+    try:
+        for case in cases:
+            rows, details = measure_case(case, bench, tell)
+            result["rows"] += rows
+            result["details"] += details
+            if bench.out is not None:
+                output.write_json(Path(bench.out), result)
+    finally:
+        tell("")
+        if result["rows"]:
+            show(result)
+    if bench.plot is not None:
+        output.plot(Path(bench.plot), result["rows"], result["details"])
+
+
+def measure_case(
+    case: Case, bench: BenchConfig, tell: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
+    """Return `rows` and `details` of a case."""
+    device = find_device(case.config.device)
+    lanes = make_lanes(case, bench, device)
+    return measure(lanes, bench.repetitions, device, lambda what: tell(f"{case}: {what}"))
+
+
+def surroundings(bench: BenchConfig, device: torch.device) -> dict[str, Any]:
+    """Return the machine and the versions."""
+    return {
+        "hardware": output.hardware(device),
+        "versions": output.versions() | {"git_commit": git_commit()},
+        "repetitions": bench.repetitions,
+    }
 
 
 def measure(
@@ -113,8 +180,42 @@ def _selection_seconds(lane: Lane, device: torch.device) -> float:
         return 0.0
     batch = lane.prepare(0)
     z = deciding_logits(lane.inside, batch.x, lane.chooser)
-    taken = [seconds(lambda: select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
+    taken = [seconds(lambda: _select(lane, batch, z), device) for _ in range(_SELECTIONS + 1)]
     return statistics.median(taken[1:]) / lane.config.bt.pool
+
+
+def _select(lane: Lane, batch: Batch, z: Tensor) -> None:
+    """Do what the step does between the clean logits z (m, K) and the attack, or the views."""
+    x, labels, _ = batch
+    chooser = lane.chooser
+    score = chooser.metric(z, labels)
+    robust_fraction = lane.memory["robust_fraction"]
+    scored = Scored(score, z, labels, robust_fraction, lane.generator, no_attack)
+    if isinstance(chooser, AugMix):
+        allocation = chooser.allocator(scored)
+        order, counts = by_steps(allocation.steps)
+        allocation.ordered(order)
+        _gathered([x, labels, z], order)
+        counts()
+        return
+    noise = torch.empty_like(x)
+    if isinstance(lane.method, Pool):
+        slices = batch_slices(len(z), lane.method.batch_size)
+        allocation = lane.method.allocate(scored, slices)
+        dealt = deal(allocation, slices, ALONE)
+        together = dealt.rows[dealt.order]
+        x_adv, *_ = _gathered([x, labels, z, noise], together)
+        chooser.attack.sizes(allocation.ordered(together).steps)
+        _gathered([x_adv], torch.argsort(dealt.order))
+        _gathered([x, labels, z, score], dealt.rows)
+        return
+    allocation = chooser.allocator(scored)
+    _, _, allocation, _ = chooser.in_order([x, labels, z, score, noise], None, allocation)
+    chooser.attack.sizes(allocation.steps)
+
+
+def _gathered(parts: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [part[rows] for part in parts]
 
 
 def _compare(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from btrain import __version__
-from btrain.bench.measure import Row
-from btrain.durable import make_folder, write_file
+from btrain.durable import make_folder, real, write_file
 from btrain.errors import UserError
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.provenance import processor
 
+Row = dict[str, Any]
 _HEAD = (
     "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",
     "units", "vs lean", "bound", "vs official", "MB", "selection", "copies", "kernels", "of peak",
@@ -107,7 +107,7 @@ def check_places(out: str | None, plot: str | None) -> None:
             if not os.access(folder, os.W_OK):
                 raise UserError(f"{key}={name} cannot be written (Permission denied).")
     if plot is not None:
-        if out is not None and Path(out).resolve() == Path(plot).resolve():
+        if out is not None and real(out) == real(plot):
             raise UserError(f"bench.out and bench.plot are the same file, {plot}.")
         if Path(plot).suffix.lower() not in (".png", ".svg"):
             raise UserError(f"bench.plot={plot} must end in .png or .svg.")
@@ -122,7 +122,7 @@ def write(path: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     make_folder(path.parent)
-    write_file(path.resolve(), text.encode())
+    write_file(real(path), text.encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -160,4 +160,4 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:].lower())
     pyplot.close(figure)
-    write_file(path.resolve(), picture.getbuffer())
+    write_file(real(path), picture.getbuffer())

@@ -21,6 +21,7 @@ from btrain.settings import Config, CudaGraphs, DefenseName, TrainConfig
 from btrain.settings.bench import BenchConfig, Contender
 from btrain.settings.compose import compose
 from btrain.settings.method import BulletTrainConfig
+from btrain.training.epochs import epoch_order
 from btrain.training.timing.forced import class_counts
 from btrain.training.timing.lane import CLASSES, Lane, Workload
 
@@ -192,13 +193,19 @@ def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
 
 
 def _trained(run: SavedRun, batch_size: int, device: torch.device) -> Workload:
-    """Return a run's network, F_R and training images, a batch of its own for every repetition."""
+    """Return a run's network, F_R and training images, a batch of its own for every repetition.
+
+    Batches are drawn in the order of the run's epochs: neighbours in an image folder are of one
+    class.
+    """
     robust_fraction = float(load(run.path)["state"]["memory"]["robust_fraction"])
     split = load_data(run.config, device).train
+    batches = len(split) // batch_size
 
-    def part(repetition: int) -> slice:
-        begin = repetition % (len(split) // batch_size) * batch_size
-        return slice(begin, begin + batch_size)
+    def part(repetition: int) -> Tensor:
+        epoch, batch = divmod(repetition, batches)
+        order = epoch_order(len(split), run.config.seed, epoch).to(device)
+        return order[batch * batch_size : (batch + 1) * batch_size]
 
     def images(repetition: int) -> Tensor:
         return to_unit(split.images[part(repetition)])

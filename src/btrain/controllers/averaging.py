@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from btrain.methods.base import Memory
+from btrain.methods.statistics import StepStats
 
 
 class WeightAverage:
@@ -24,6 +28,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
+        self.memory: Memory = {}  # its network stays where a step is undone
         ours, theirs = self.network.state_dict().values(), model.state_dict().values()
         pairs = list(zip(ours, theirs, strict=True))
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -31,7 +36,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, done: int, skipped: Tensor | None = None) -> None:
-        """Moves towards the model as it is now.
+        """Move towards the model as it is now.
 
         Args:
             done: steps of the run before this one.
@@ -47,3 +52,15 @@ class WeightAverage:
         if self._counts:
             counts, counted = zip(*self._counts, strict=True)
             torch._foreach_copy_(list(counts), list(counted))
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: the average moves once a batch."""
+
+    def after_batch(self, done: int, stats: StepStats, skipped: Tensor | None) -> None:
+        """Move towards the model as it is now."""
+        del stats
+        self.update(done, skipped)
+
+    def columns(self) -> dict[str, Any]:
+        """Return nothing: it is evaluated like any network."""
+        return {}

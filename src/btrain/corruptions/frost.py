@@ -16,6 +16,8 @@ from btrain.untrusted.images import SUFFIXES, open_image
 # The original shrinks its photographs, some 600 pixels wide, to a fifth for images of 32 pixels.
 _SHRINKING = 0.2 / 32
 
+_ORIGINALS = 6  # photographs of the original, which draws among five of them
+_DRAWN = 5
 _TEXTURES = 5
 _TEXTURE_SEED = 0
 _TEXTURE_SIDES = 4  # the side of a texture over the image's
@@ -27,7 +29,8 @@ _CRYSTALS = 50  # a texture
 def photographs(folder: Path, height: int, width: int) -> tuple[Images, ...]:
     """Return the photographs of a folder, by name, shrunk for images of H×W.
 
-    Nearest neighbour, which keeps the grain of the ice.
+    Of six the first five are taken: the original has six and never draws the last. They are shrunk
+    by nearest neighbour, which keeps the grain of the ice.
 
     Returns:
         (h, w, 3) uint8 each.
@@ -37,10 +40,16 @@ def photographs(folder: Path, height: int, width: int) -> tuple[Images, ...]:
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} with photographs of frost.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if _is_photograph(file))
     if not files:
         raise UserError(f"{folder} holds no photograph ({', '.join(sorted(SUFFIXES))}).")
-    return tuple(_photograph(file, height, width) for file in files)
+    drawn = files[:_DRAWN] if len(files) == _ORIGINALS else files
+    return tuple(_photograph(file, height, width) for file in drawn)
+
+
+def _is_photograph(file: Path) -> bool:
+    """Return whether it is an image by its name and not hidden, as macOS' `._frost1.png` is."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def _photograph(file: Path, height: int, width: int) -> Images:

@@ -31,9 +31,10 @@ from btrain.corruptions import (
 from btrain.corruptions.arrays import Images
 from btrain.corruptions.frost import photographs
 from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
-from btrain.durable import make_folder, replacing
+from btrain.durable import check_places, make_folder, replacing
 from btrain.errors import UserError
 from btrain.settings.corrupt import CorruptConfig
+from btrain.terminal import say
 
 _BYTE_LABELS = 256
 
@@ -66,7 +67,7 @@ def corrupt_dataset(config: CorruptConfig) -> None:
         processes=settings.processes,
         frost=frost,
     )
-    print(
+    say(
         f"{config.out}: {len(images)} images × {SEVERITIES} severities × {len(settings.names)} "
         f"corruptions, regenerated; {len(settings.names) - len(written)} were there already."
     )
@@ -114,6 +115,7 @@ def generate(
     manifest = describe(images, labels, source=source, classes=classes, seed=seed, frost=frost)
     check_owner(out, manifest)
     wanted = [name for name in corruptions if not (out / f"{name}.npy").is_file()]
+    check_places(out / name for name in (MANIFEST, "labels.npy", *(f"{w}.npy" for w in wanted)))
     make_folder(out, "corrupt.out")
     with replacing(out / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")

@@ -72,8 +72,8 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]
             raise RefusedError(f"it is larger than {_LARGEST:,} bytes")
         with open_plain(path) as file:
             content = read_pickle(file, ARRAY_NAMES, operations=DATA_OPERATIONS, encoding="bytes")
-        pixels = _array(content[b"data"])
-        labels = _labels(content[labels_key.encode()])
+        pixels = _array(_entry(content, "data"))
+        labels = _labels(_entry(content, labels_key))
         if pixels.dtype != np.uint8:
             raise ValueError(f"pixels of type {pixels.dtype}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
@@ -84,9 +84,24 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[Images, Any]
             raise ValueError(f"pixels {pixels.shape} for {len(labels)} labels")
         return pixels.reshape(-1, 3, 32, 32), labels
     except Exception as error:  # a damaged pickle raises almost anything
+        reason = error.strerror if isinstance(error, OSError) else None
+        if isinstance(error, ValueError):
+            reason = str(error)
         raise UserError(
-            f"{path} is not a readable CIFAR batch ({error}); delete it to download it again."
+            f"{path} is not a readable CIFAR batch: {reason or 'it is damaged'}. Right is the "
+            f"published file, or a pickled dictionary of 'data', (n, {_PIXELS}) bytes, and "
+            f"'{labels_key}', n whole numbers from 0 to {classes - 1}."
         ) from error
+
+
+def _entry(content: Any, key: str) -> Any:
+    """Return what a batch holds by a name, which Python 2 wrote as bytes and others as text."""
+    if not isinstance(content, dict):
+        raise RefusedError("it holds no dictionary")
+    for name in (key.encode(), key):
+        if name in content:
+            return content[name]
+    raise RefusedError(f"it has no '{key}'")
 
 
 def _array(value: Any) -> npt.NDArray[Any]:
@@ -96,12 +111,12 @@ def _array(value: Any) -> npt.NDArray[Any]:
 
 
 def _labels(value: Any) -> npt.NDArray[np.int64]:
-    """Return labels from a list of numbers, as in the official files, or an array of them. (n,)"""
+    """Return labels from a list or tuple of numbers, the former official, or an array. (n,)"""
     if isinstance(value, PickledArray):
         labels = _array(value)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise RefusedError("labels that are no whole numbers")
         return labels.astype(np.int64)
-    if not isinstance(value, list) or not all(type(label) is int for label in value):
+    if not isinstance(value, list | tuple) or not all(type(label) is int for label in value):
         raise RefusedError("labels that are no whole numbers")
     return np.array(value, dtype=np.int64)

@@ -21,6 +21,7 @@ from btrain.evaluation.pgd import Pgd, Threat, pgd_stands
 from btrain.evaluation.result import Result, versions
 from btrain.evaluation.worst_case import Partial
 from btrain.settings.evaluation import AUTOATTACKS, PgdSettings
+from btrain.terminal import say
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def clean(subject: Subject) -> Result:
     """Evaluate without an attack."""
     started = time.perf_counter()
     correct = clean_correct(subject.model, subject.examples, batch_size=subject.batch_size)
-    return _finished(subject, "clean", _facts(subject, {}), correct, started)
+    return finished(subject, "clean", _facts(subject, {}), correct, started)
 
 
 def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Result:
@@ -91,15 +92,15 @@ def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Res
         seed=subject.seed,
         threat=subject.threat,
     )
-    facts = _attack_facts(subject, start) | {
+    facts = attack_facts(subject, start) | {
         "step_size": attack.step_size,
         "steps": attack.steps,
         "restarts": attack.restarts,
         "loss": attack.loss,
         "counts": "last iterate" if attack.last_iterate else "any iterate",
     }
-    if (kept := _kept(subject, name, facts)) is not None:
-        return kept
+    if (there := kept(subject, name, facts)) is not None:
+        return there
     partial = _partial(subject, name, facts)
     stands = pgd_stands(
         subject.model,
@@ -111,7 +112,7 @@ def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Res
         show_progress=subject.show_progress,
         name=name,
     )
-    return _finished(subject, name, facts, stands, started, partial)
+    return finished(subject, name, facts, stands, started, partial)
 
 
 def autoattack(subject: Subject, name: str, start: Start) -> Result:
@@ -121,9 +122,9 @@ def autoattack(subject: Subject, name: str, start: Start) -> Result:
         UserError: its library is not installed, or it does not know the norm.
     """
     started = time.perf_counter()
-    facts = _attack_facts(subject, start, library())
-    if (kept := _kept(subject, name, facts)) is not None:
-        return kept
+    facts = attack_facts(subject, start, library())
+    if (there := kept(subject, name, facts)) is not None:
+        return there
     partial = _partial(subject, name, facts)
     stands, found = autoattack_stands(
         subject.model,
@@ -137,7 +138,7 @@ def autoattack(subject: Subject, name: str, start: Start) -> Result:
         show_progress=subject.show_progress,
     )
     note = " ".join(text for text in (facts.get("note"), found.pop("note")) if text) or None
-    return _finished(subject, name, facts | found, stands, started, partial, note=note)
+    return finished(subject, name, facts | found, stands, started, partial, note=note)
 
 
 def corruptions(
@@ -171,7 +172,7 @@ def corruptions(
         facts["note"] = " ".join(text for text in (facts.get("note"), note) if text)
     if extra:
         facts["extra_table"] = others.table()
-    return _finished(subject, "corruptions", facts, torch.from_numpy(counted.correct), started)
+    return finished(subject, "corruptions", facts, torch.from_numpy(counted.correct), started)
 
 
 def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, Any]:
@@ -183,7 +184,8 @@ def _facts(subject: Subject, own: dict[str, Any], *libraries: str) -> dict[str, 
     }
 
 
-def _attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
+def attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, Any]:
+    """Return what a result tells of an attack, but for the attack's own settings."""
     own = {
         "clean_accuracy": 100 * int(subject.correct.sum()) / len(subject.correct),
         "clean_mistakes": "count as fooled",
@@ -200,7 +202,7 @@ def _attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, 
     return facts
 
 
-def _kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
+def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
     """Return the result of the very same attack, if there is one: nothing is computed twice."""
     if subject.folder is None or (result := Result.read(subject.folder, name)) is None:
         return None
@@ -211,7 +213,7 @@ def _kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
         if key != "note"
     )
     if same and subject.show_progress:
-        print(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
+        say(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
     return result if same else None
 
 
@@ -221,7 +223,7 @@ def _partial(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | No
     return Partial(subject.folder / f"{name}.partial.npz", facts)
 
 
-def _finished(
+def finished(
     subject: Subject,
     name: str,
     facts: dict[str, Any],
@@ -230,6 +232,7 @@ def _finished(
     partial: Partial | None = None,
     **changed: Any,
 ) -> Result:
+    """Return the result of an attack that is done, written where it belongs."""
     result = Result(
         attack=name,
         correct=correct.numpy().astype(bool),

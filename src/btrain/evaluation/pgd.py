@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import precision
@@ -33,10 +34,11 @@ _BETWEEN_RESTARTS = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent of all examples."""
+    """Accuracies in percent of all examples, and the mean cross-entropy of the attacked ones."""
 
     clean: float
     robust: float
+    robust_loss: float = field(default=math.nan, compare=False)
 
 
 class Processes(Protocol):
@@ -84,7 +86,7 @@ def evaluate(
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     device, ball = split.images.device, threat(epsilon)
     generator = torch.Generator().manual_seed(seed)
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluation_mode(model), precision.exactly_float32(device):
         for begin in _progress(range(0, len(split), batch_size * size), show_progress):
             ahead()
@@ -110,9 +112,11 @@ def evaluate(
             with torch.no_grad():
                 adv_logits = model(x_adv)
             predicted = torch.stack([clean_logits.argmax(dim=1), adv_logits.argmax(dim=1)])
-            correct += (predicted == labels).sum(dim=1)
-    clean, robust = (correct if processes is None else processes.sum(correct)).tolist()
-    return Accuracy(clean=100 * clean / len(split), robust=100 * robust / len(split))
+            sums[:2] += (predicted == labels).sum(dim=1)
+            sums[2] += F.cross_entropy(adv_logits, labels, reduction="sum").double()
+    clean, robust, loss = (sums if processes is None else processes.sum(sums)).tolist()
+    n = len(split)
+    return Accuracy(clean=100 * clean / n, robust=100 * robust / n, robust_loss=loss / n)
 
 
 def threat_of(attack: AttackConfig, known: Known = NOTHING) -> Threat:

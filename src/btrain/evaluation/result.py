@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shlex
@@ -22,13 +21,14 @@ import numpy.typing as npt
 from btrain import __version__
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
-from btrain.runs.json_fields import Fields, is_number
+from btrain.runs.json_fields import Fields, dumped, is_number
 from btrain.settings.evaluation import CHAIN
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", *CHAIN)
 """The usual attacks, in rising cost."""
 CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
+PAGE = "index.html"
 SEVERITIES = 5
 _LARGEST = 256 << 20  # bytes of the arrays
 _ARRAYS = ("clean", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
@@ -466,7 +466,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = dumped(content, indent=2) + "\n"
     make_folder(path.parent)
     write_file(path, text.encode())
 

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from btrain.data.splits import class_balanced_order
+from btrain.durable import check_places, folder_made
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
+from btrain.evaluation import verification
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
 from btrain.evaluation.pgd import Pgd, pgd_images
-from btrain.evaluation.result import Evaluation, Result, Samples, Sanity, versions
+from btrain.evaluation.result import (
+    PAGE,
+    SAMPLES,
+    SANITY,
+    Evaluation,
+    Result,
+    Samples,
+    Sanity,
+    versions,
+)
 from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
 from btrain.runs.json_fields import read_object
-from btrain.settings.evaluation import AUTOATTACKS, CHAIN, EvalSettings
+from btrain.runs.lock import locked
+from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
+from btrain.terminal import say
+from btrain.verify.graph import Graph
 
 _SAMPLES = 12
 
@@ -37,12 +53,12 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         library()  # rather now than after an hour of PGD
     target = find(settings)
     if settings.precision == "bf16" and (hint := bf16_hint("precision", target.device)):
-        print(hint)
+        say(hint)
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
     if settings.attacks == ["all"] and settings.corruptions_root is None:
-        print("Without corruptions: dataset.corruptions_root= would name a folder of them.")
+        say("Without corruptions: dataset.corruptions_root= would name a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
             return _evaluate(settings, target, examples)
@@ -69,6 +85,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     if set(AUTOATTACKS) & set(_names(settings)):
         library_norm(ball)
     _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon, "norm": ball.norm})
+    check_places(_files(settings, target.folder))
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
         facts["note"] = " ".join(filter(None, (facts["note"], hint)))
@@ -85,20 +102,52 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         folder=target.folder,
         show_progress=True,
     )
+    with _taken(settings, target.folder):
+        return _attacked(settings, subject)
+
+
+def _files(settings: EvalSettings, folder: Path) -> list[Path]:
+    """Return the files that an evaluation leaves, and those that it keeps meanwhile."""
+    endings = (".json", ".npz", ".partial.npz")
+    names = [f"{name}{ending}" for name in ("clean", *_names(settings)) for ending in endings]
+    names += [SANITY] if settings.sanity else []
+    names += [SAMPLES, PAGE] if settings.report else []
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
+    """Hold the attacks of a folder for this process alone; others may run other attacks.
+
+    Raises:
+        UserError: another process runs one of them, or the folder cannot be written.
+    """
+    with folder_made(folder), ExitStack() as locks:
+        for name in _names(settings) or ("clean",):
+            locks.enter_context(locked(folder / f"{name}.lock"))
+        yield
+
+
+def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
+    assert subject.folder is not None
     results = []
+    graph = verification.graph_of(subject) if settings.bounded else None
     start = Start(subject.correct)
     for name in _names(settings):
-        result = _attack(settings, subject, name, start)
+        result = _attack(settings, subject, name, start, graph)
         results.append(result)
         if settings.attacks == ["all"] and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
+    if graph is not None:
+        results += [verification.verified(subject, graph, engine) for engine in settings.verify]
+        verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
     if settings.report:
         _write_samples(subject)
     found = {result.attack: result.summary for result in results}
     corruptions = found.pop("corruptions", None)
-    return Evaluation(target.folder, [*found.values()], corruptions, sanity)
+    return Evaluation(subject.folder, [*found.values()], corruptions, sanity)
 
 
 def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
@@ -121,7 +170,12 @@ def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
                 )
 
 
-def _attack(settings: EvalSettings, subject: Subject, name: str, start: Start) -> Result:
+def _attack(
+    settings: EvalSettings, subject: Subject, name: str, start: Start, graph: Graph | None
+) -> Result:
+    if name in INTERVAL_ATTACKS:
+        assert graph is not None
+        return verification.attacked(subject, graph, name, start)
     if name == "corruptions":
         return _corruptions(settings, subject)
     if name in AUTOATTACKS:

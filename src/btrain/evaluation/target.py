@@ -14,6 +14,7 @@ from torch import nn
 from btrain.attacks.balls import BALLS
 from btrain.build import check_network, find_device, load_data, make_model
 from btrain.data import Data
+from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
 from btrain.runs.folder import RunFolder
@@ -53,7 +54,7 @@ class Target:
         """Return which weights these are."""
         path = self.checkpoint
         if self.run is not None:
-            path = path.resolve().relative_to(self.run.resolve())
+            path = real(path).relative_to(real(self.run))
         return {"checkpoint": path.as_posix(), "checkpoint_sha256": _sha256(self.checkpoint)}
 
 
@@ -90,7 +91,7 @@ def find(settings: EvalSettings) -> Target:
         changes |= {} if seed == config.seed else {"seed": seed}
         changes |= {} if settings.precision == "float32" else {"precision": settings.precision}
         folder = folder / _name(changes)
-    _check_folder(folder, settings.out)
+    _check_folder(folder, settings.out, run)
     return Target(
         model=model.to(device),
         data=data,
@@ -220,9 +221,11 @@ def _folder(settings: EvalSettings, checkpoint: Path, run: Path | None) -> Path:
     return run / "eval" if checkpoint.stem == "last" else run / "eval" / checkpoint.stem
 
 
-def _check_folder(folder: Path, out: str | None) -> None:
+def _check_folder(folder: Path, out: str | None, run: Path | None) -> None:
     """Raise UserError, ahead of the first attack, for a folder that cannot be made."""
     named = f"out={out}" if out is not None else str(folder)
+    if out is None and run is not None:
+        check_within(folder, run)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             what = "it" if place == folder else str(place)

@@ -12,6 +12,7 @@ from btrain.errors import UserError
 from btrain.settings import words
 from btrain.settings.checks import require
 from btrain.settings.evaluation import FACTORIES
+from btrain.terminal import say, show
 
 FORMATS = ("robustbench", "safetensors", "onnx", "state_dict")
 
@@ -102,7 +103,7 @@ def run(arguments: Sequence[str]) -> None:
         UserError: a word, the run or the file to write is not right; nothing was written.
     """
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        show(USAGE, end="")
         return
     export = parse(arguments)
 
@@ -125,7 +126,7 @@ def run(arguments: Sequence[str]) -> None:
         overwrite=export.overwrite,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
+    say(
         f"{export.out}: {run.config.model.name} with {parameters:,} parameters as {export.format}, "
         f"for {'×'.join(map(str, shape))} images in [0, 1]"
     )

@@ -356,7 +356,7 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
 
 
 # Each setting group with the key that names its option.
-_GROUPS = ("dataset", "model", "attack", "bt", "defense", "rival", "recipe", "logger")
+_GROUPS = ("dataset", "model", "attack", "bt", "defense", "rival", "sparsity", "recipe", "logger")
 
 
 def _defaults(saved: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,9 +17,21 @@ from btrain.models.resnet import ResNet
 from btrain.models.small_cnn import SmallCNN
 from btrain.models.wide_resnet import WideResNet
 from btrain.untrusted import RefusedError, tensors
+from btrain.untrusted.pickles import AsksForCodeError
+
+log = logging.getLogger("btrain")
 
 # Where a state dict lies in a checkpoint: ours is ["state"]["model"].
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state")
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "net", "net_state_dict", "network", "weights"),
+    *("params", "model_state", "state"),
+)
+_AVERAGED = (
+    *("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model_ema_state_dict"),
+    *("ema_model_state_dict", "net_ema", "params_ema", "ema", "swa_state_dict", "swa_model"),
+)
+"""Where averaged weights lie; they go before raw ones, for they are the ones that are evaluated."""
+_RESAVING = 'torch.save(model.state_dict(), "weights.pt")'
 _SHOWN = 3
 _CONSTANTS = (names.MEAN, names.STD)
 _BTRAINS = (WideResNet, PreActResNet, ResNet, SmallCNN)
@@ -104,6 +117,7 @@ def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin
     """
     own = {key: value for key, value in outline.state_dict().items() if key in _CONSTANTS}
     theirs = {key: value for key, value in weights.items() if key not in _CONSTANTS}
+    theirs = _by_architecture(outline, theirs)
     check_fit(outline, {**theirs, **own}, origin)
 
 
@@ -154,45 +168,79 @@ def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: as `read_weights`.
     """
-    saved = _saved_weights(path)
+    saved, note = _saved_weights(path)
+    if note is not None:
+        log.warning("%s", note)
     if isinstance(model, _BTRAINS):
-        return _renamed(saved, path)
+        weights = _renamed(saved, path)
+        if isinstance(model, PreActResNet) and any(key.startswith("layer1.") for key in weights):
+            log.warning(
+                "The names of the layers in %s are another project's: here a block's shortcut "
+                "takes the activated input, as AWP's; weights of a network whose shortcut takes "
+                "the input itself, as FastAT's, do not give their accuracy here.", path,
+            )  # fmt: skip
+        return _by_architecture(model, weights)
     counters = ".num_batches_tracked"
     own = {key for key in model.state_dict() if not key.endswith(counters)}
+    constants = {key: value for key, value in model.state_dict().items() if key in _CONSTANTS}
+    if own <= saved.keys():
+        return dict(saved)
+    unwrapped = _renamed(saved, path)
     if isinstance(model, Normalised):
-        constants = {key: value for key, value in model.state_dict().items() if key in _CONSTANTS}
-        inside = {f"network.{key}": value for key, value in saved.items()} | constants
-        if own <= inside.keys():
-            return inside
-    return dict(saved) if own <= saved.keys() else _renamed(saved, path)
+        for named in (saved, unwrapped):
+            inside = {f"network.{key}": value for key, value in named.items()} | constants
+            if own <= inside.keys():
+                return inside
+    return unwrapped
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a file, on the CPU, by the names of btrain's networks.
 
-    Understands a state dict, bare or wrapped (`state_dict`, `model_state_dict`, `model`, `net`, and
-    our own checkpoints), and `*.safetensors`; see `names.ours` for what is renamed or left out.
+    Understands a state dict, bare or wrapped (`state_dict`, `model_state_dict`, `model`, `net`, …,
+    our own checkpoints, or the only one there is), and `*.safetensors`; averaged weights are taken
+    where there are raw ones beside them. See `names.ours` for what is renamed or left out.
 
     Raises:
         UserError: the file is missing, cannot be read without executing it, or holds no weights.
     """
-    return _renamed(_saved_weights(path), path)
+    return _renamed(_saved_weights(path)[0], path)
 
 
-def _saved_weights(path: Path) -> Mapping[str, Tensor]:
-    saved = _state_dict(read_plain(path))
-    if saved is None:
+def _by_architecture(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by our names where other projects name the layers of this network otherwise."""
+    if isinstance(network, PreActResNet | ResNet):
+        return names.of_residual_networks(weights)
+    return names.of_a_sequence(weights) if isinstance(network, SmallCNN) else weights
+
+
+def _saved_weights(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
+    """The weights in a file by its own names, and which were taken where there are several."""
+    found = _find(read_plain(path))
+    if found is None:
         raise UserError(
             f"{path} holds no weights: there is no state dict, neither bare nor under "
-            f"{', '.join(_WRAPPERS[:-2])} or {_WRAPPERS[-2]}."
+            f"{', '.join(_WRAPPERS[:-2])} or {_WRAPPERS[-2]}, nor a single one under another name; "
+            f"please save the network's alone, {_RESAVING}."
         )
-    return saved
+    place, saved, beside = found
+    averaged = names.averaged(saved)
+    if averaged and names.has_raw_beside_averaged(saved):
+        place, beside = "under the name of an average", "beside them"
+    elif beside is not None:
+        place, beside = f"under {place}", f"under {beside}"
+    if beside is None:
+        return averaged or saved, None
+    return averaged or saved, (
+        f"{path} holds averaged weights {place} and raw ones {beside}; the averaged are taken."
+    )
 
 
 def _renamed(saved: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
+    by_name = names.ours(saved)
     for key, value in saved.items():
-        name = names.ours(key)
+        name = by_name[key]
         if name in weights:
             raise UserError(f"{path} holds {name} twice, once of them as {key}.")
         if name is not None:
@@ -234,18 +282,43 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f" ({error.strerror})"
+    if isinstance(error, AsksForCodeError):
+        return f": {error}; if you trust it, save its weights alone where it was made, {_RESAVING}"
     return f": {error}" if isinstance(error, RefusedError) else ""
 
 
-def _state_dict(content: object, depth: int = 2) -> Mapping[str, Tensor] | None:
-    """The state dict in a checkpoint, at most so many wrappers deep."""
+_Found = tuple[str, Mapping[str, Tensor], str | None]
+"""Where a state dict lies, that, and where raw weights lie beside averaged ones."""
+
+
+def _find(content: object) -> _Found | None:
+    """The state dict in a checkpoint: averaged weights, else raw ones, else the only one there."""
     if is_state_dict(content):
-        return content
+        return "", content, None
     if not isinstance(content, Mapping):
         return None
-    inner = (content.get(name) for name in _WRAPPERS if depth)
-    found = (_state_dict(value, depth - 1) for value in inner)
-    return next((state for state in found if state is not None), None)
+    averaged, raw = (_first(content, wrappers) for wrappers in (_AVERAGED, _WRAPPERS))
+    if averaged is not None:
+        return averaged[0], averaged[1], None if raw is None else raw[0]
+    if raw is not None:
+        return raw[0], raw[1], None
+    others = [(str(key), value) for key, value in content.items() if is_state_dict(value)]
+    return (*others[0], None) if len(others) == 1 else None
+
+
+def _first(
+    content: Mapping[Any, Any], wrappers: tuple[str, ...]
+) -> tuple[str, Mapping[str, Tensor]] | None:
+    """The first state dict under one of these names, or under one that is found there."""
+    for name in wrappers:
+        inner = content.get(name)
+        if is_state_dict(inner):
+            return name, inner
+        if isinstance(inner, Mapping):
+            for wrapper in _WRAPPERS:
+                if is_state_dict(innermost := inner.get(wrapper)):
+                    return f"{name}.{wrapper}", innermost
+    return None
 
 
 def is_state_dict(content: object) -> TypeGuard[Mapping[str, Tensor]]:

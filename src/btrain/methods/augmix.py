@@ -55,8 +55,8 @@ class AugMix:
 
     Plain AugMix sends an image and its two views through one forward pass of 3m, so that they share
     BatchNorm's statistics. With BulletTrain one train-mode forward of the clean images decides who
-    gets views and enters the loss; the views follow in a pass of their own. Of several processes
-    each gets the whole batch and makes views of its share alone.
+    gets views and enters the loss; the views follow in a pass of their own. With several
+    processes each gets the whole batch and makes views of its share alone.
 
     Attributes:
         make_views: one AugMix view of each image, (m, C, H, W) -> (m, C, H, W), or of some rows.

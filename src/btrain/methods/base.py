@@ -12,7 +12,7 @@ from btrain.data import Batch, Data
 from btrain.methods.statistics import StepStats
 
 Memory = dict[str, Tensor]
-"""What a method remembers between batches, F_R and more, by name; its phases change it."""
+"""The tensors that a method remembers between batches, by name; its phases change them."""
 
 
 class Loss(NamedTuple):

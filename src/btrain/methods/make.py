@@ -27,6 +27,7 @@ from btrain.methods.free import Free
 from btrain.methods.mma import MMA
 from btrain.methods.own_parts import checked_ball, checked_defense, with_own_steps
 from btrain.methods.pool import Pool
+from btrain.methods.verified import Verified, Weight, at_random, nearest_right
 from btrain.processes.world import ALONE, World
 from btrain.settings import (
     AllocatorName,
@@ -52,13 +53,16 @@ from btrain.settings.method import (
     OwnAllocatorConfig,
     OwnAttackConfig,
     OwnDefenseConfig,
+    PGDConfig,
     RandomConfig,
     TradesConfig,
     UniformConfig,
+    VerifiedConfig,
 )
+from btrain.settings.names import DefenseName, MixForm
 
 Known = Mapping[str, Any]
-"""What own parts may want to know of the data: `classes`, the number K, and `shape`, (C, H, W)."""
+"""The facts of the data for own parts: `classes`, the number K, and `shape`, (C, H, W)."""
 
 NOTHING: Known = {}
 
@@ -121,6 +125,8 @@ def make_method(
             )
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
+    if isinstance(config.defense, VerifiedConfig):
+        return make_verified(config, config.defense, paths=paths, known=known)
     method = make_bullettrain(
         config, device, plain=plain, share=share, paths=paths, known=known, world=world
     )
@@ -159,6 +165,38 @@ def make_bullettrain(
         return method
     parts = {item.name: getattr(method, item.name) for item in fields(method)}
     return DealtBulletTrain(**parts, world=world)
+
+
+def make_verified(
+    config: Config,
+    defense: VerifiedConfig,
+    *,
+    paths: FastPaths | None = None,
+    known: Known = NOTHING,
+) -> Verified:
+    """Return training by bounds; `bt=` says who is bounded where not everybody is."""
+    bullettrain = config.bt.name is AllocatorName.bullettrain
+
+    @lru_cache(maxsize=1)
+    def attack(share: float) -> Attack:
+        return make_attack(config, share, paths, known)
+
+    return Verified(
+        engine=defense.engine,
+        epsilon=config.attack.epsilon,
+        ramp=defense.ramp,
+        epochs=config.train.epochs,
+        choose=nearest_right(METRICS[config.bt.metric.value]) if bullettrain else at_random,
+        k=defense.k,
+        per_batch=defense.per_batch,
+        convex=defense.form is MixForm.convex,
+        alpha=defense.alpha,
+        weight=Weight(defense.weight_first, defense.weight_last, defense.weight_until),
+        box=defense.box,
+        attack=attack if defense.attacks else None,
+        plain_on_attacked=defense.plain_on_attacked,
+        regulariser=defense.shi_regulariser,
+    )
 
 
 def make_augmix(
@@ -207,6 +245,8 @@ def make_defense(defense: DefenseConfig, known: Known = NOTHING) -> Defense:
         case OwnDefenseConfig():
             made = own.call("defense", defense.factory, defense.settings, **known)
             return checked_defense(made, defense.factory)
+        case VerifiedConfig():
+            return DEFENSES["pgd"]()
         case TradesConfig() | MartConfig():
             return DEFENSES[defense.name.value](beta=defense.beta)
     return DEFENSES[defense.name.value]()
@@ -319,9 +359,12 @@ def probe_factor(config: Config, share: float = 1.0, known: Known = NOTHING) -> 
 
 def plain_defense(config: Config) -> Config:
     """Return the same training with the attack's own number of steps for everybody."""
-    attack, bt = config.attack, config.bt
+    attack, bt, defense = config.attack, config.bt, config.defense
+    if isinstance(defense, VerifiedConfig):  # adversarial training is what it is compared with
+        defense = PGDConfig(DefenseName.pgd)
     common = {item.name: getattr(bt, item.name) for item in fields(BTConfig)}
     common |= {"name": AllocatorName.uniform, "pool": 1}
     if not isinstance(config.defense, AugMixDefenseConfig):
         common |= {"n_b": attack.steps, "step_size_b": attack.step_size}
-    return replace(config, bt=UniformConfig(**common), rival=RivalConfig())
+    uniform = UniformConfig(**common)
+    return replace(config, bt=uniform, rival=RivalConfig(), defense=defense)

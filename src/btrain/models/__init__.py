@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.models import verified
 from btrain.models.check import check
 from btrain.models.libraries import from_library
 from btrain.models.preact_resnet import PreActResNet
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "from_library",
     "normalisation",
+    "verified",
 ]
 
 ARCHITECTURES = ("wide_resnet", "preact_resnet18", "resnet18", "small_cnn")

@@ -6,18 +6,15 @@ templates make, so that a class name or a file name can never become an element.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from btrain.errors import printable
+
 _LONGEST = 1000  # characters of one string; a page stays readable whatever its input
-_UNREADABLE = re.compile(
-    # control characters, lone surrogates (valid in JSON, in no file), reversals of direction
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]"
-)
 
 
 def render(room: str, template: str, **values: Any) -> Markup:
@@ -33,7 +30,7 @@ def readable(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     shown = value if len(value) <= _LONGEST else value[:_LONGEST] + "…"
-    return _UNREADABLE.sub("\ufffd", shown)
+    return printable(shown, kept="\t\n\u00a0", instead="\ufffd")
 
 
 def number(value: float, form: str = ".2f") -> Markup:

@@ -6,6 +6,8 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
 
+from btrain.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,4 +52,6 @@ def drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     """Return a figure as "png" or "svg"; the same figure gives the same bytes."""
     file = io.BytesIO()
     figure.savefig(file, format=kind, metadata=dict.fromkeys(_UNSAID[kind]), **options)
+    if kind == "svg":  # in which texts stand as comments and titles
+        return printable(file.getvalue().decode(), kept="\n").encode()
     return file.getvalue()

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from btrain.errors import printable
 from btrain.pages.html import render
 
 NONE = "–"
@@ -21,7 +22,7 @@ def text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     A row of one cell stands as it is.
     """
-    lines = [head, *rows]
+    lines = [[*map(printable, cells)] for cells in (head, *rows)]
     widths = _widths(lines)
 
     def line(cells: Sequence[str]) -> str:
@@ -41,10 +42,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plain(words: str) -> str:
-    """Return text that no Markdown takes for markup, on one line."""
+    """Return text that no Markdown takes for markup, on one printable line."""
+    words = printable(" ".join(words.split()))
     for character in "\\|<>*`[]":
         words = words.replace(character, f"\\{character}")
-    return " ".join(words.split())
+    return words
 
 
 def comma_separated(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -98,5 +100,8 @@ def _left(cell: str, width: int) -> str:
 
 
 def _harmless(cell: Any) -> Any:
-    """Return a text that a spreadsheet would take for a formula marked as text."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "@", "-") else cell
+    """Return a text that a spreadsheet would take for a formula marked as text, and printable."""
+    if not isinstance(cell, str):
+        return cell
+    shown = printable(cell)
+    return f"'{shown}" if shown[:1] in ("=", "+", "@", "-") else shown

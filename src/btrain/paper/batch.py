@@ -23,11 +23,11 @@ from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.methods.bullettrain import eval_logits
 from btrain.methods.make import make_bullettrain
+from btrain.paper.plan import ALLOCATION
 from btrain.runs.json_fields import is_number
 from btrain.training.epochs import epoch_order
 from btrain.untrusted import read_text
 
-FILE = "allocation.json"
 _NAMES = {BOUNDARY: "boundary", ROBUST: "robust", OUTLIER: "outlier"}
 _N_R = 2  # the paper's
 _ORACLE_STEPS = 10
@@ -76,7 +76,7 @@ def write_allocation(folder: Path) -> Path:
         steps=steps.tolist(),
         robust_fraction=float(robust_fraction),
     )
-    path = folder / FILE
+    path = folder / ALLOCATION
     write_file(path, json.dumps(asdict(batch)).encode() + b"\n")
     return path
 
@@ -84,7 +84,7 @@ def write_allocation(folder: Path) -> Path:
 def read_batch(folder: Path) -> Batch | None:
     """Return what a run's `allocation.json` holds, or None where there is no sound one."""
     try:
-        batch = Batch(**json.loads(read_text(folder / FILE, _LARGEST)))
+        batch = Batch(**json.loads(read_text(folder / ALLOCATION, _LARGEST)))
         sound = (
             len(batch.svar) == len(batch.outcome) == len(batch.steps) > 0
             and all(map(is_number, (*batch.svar, *batch.steps)))

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from btrain.durable import check_places, check_within
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job, check, make_plan, unfinished
-from btrain.paper.plan import Plan
+from btrain.paper.plan import ALLOCATION, Plan
 from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
 from btrain.settings import compose as configs
 from btrain.settings import words
+from btrain.terminal import complain, say, show
 
 Command = Callable[[Sequence[str]], int]
 """Runs `btrain <arguments>` and returns its exit status."""
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str], command: Command) -> None:
         UserError: a target, profile or option is wrong, or runs or a report are missing in the end.
     """
     if {"-h", "--help"} & set(arguments) or not arguments:
-        print(HELP.format(targets=", ".join(names("target"))), end="")
+        show(HELP.format(targets=", ".join(names("target"))), end="")
         return
     targets, given, own = _sorted(arguments)
     planned = given.pop("plan", "false")
@@ -83,9 +84,10 @@ def run(arguments: Sequence[str], command: Command) -> None:
     if planned == "true":
         from btrain.paper.estimate import listing
 
-        print(listing(zip(jobs, plans, strict=True)))
+        show(listing(zip(jobs, plans, strict=True)))
         return
     _check_installed(jobs, plans)
+    check_folders(out, plans)
     for plan in plans:  # all ahead of the first run, so that a watch knows what is to come
         plan.write(out)
     runs = Runs()
@@ -145,6 +147,19 @@ def _check_installed(jobs: Sequence[Job], plans: Sequence[Plan]) -> None:
         from btrain.evaluation.autoattack import library
 
         library()
+
+
+def check_folders(out: Path, plans: Sequence[Plan]) -> None:
+    """Make sure, ahead of the training, that runs and reports are written inside `out`.
+
+    Raises:
+        UserError: a link leads out of it, or no file can take the name of one that is to come.
+    """
+    runs = [out / run for plan in plans for row in plan.rows for run in row.runs.values()]
+    for folder in (out / "report", out / "corrupted", *runs):
+        check_within(folder, out)
+    check_places(out / f"{plan.target}.json" for plan in plans)
+    check_places(run / ALLOCATION for run in runs)
 
 
 def _check_only(jobs: Sequence[Job]) -> None:
@@ -226,7 +241,7 @@ def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Comm
 
             write_allocation(folder)
     except UserError as error:
-        print(f"btrain: {error}", file=sys.stderr)
+        complain(error)
         return False
     return all(done)
 
@@ -277,13 +292,13 @@ def _done(command: Command, *arguments: str) -> bool:
 
 def _guarded(told: str, what: Callable[[], _T]) -> _T | None:
     """Say and do it; a mistake or a defect is told, and is no reason to lose other runs."""
-    print(f"$ {told}", flush=True)
+    say(f"$ {told}", flush=True)
     try:
         return what()
     except (Interrupted, KeyboardInterrupt):
         raise
     except UserError as error:
-        print(f"btrain: {error}", file=sys.stderr)
+        complain(error)
     except Exception as error:
-        print(f"btrain: {type(error).__name__}: {error}", file=sys.stderr)
+        complain(f"{type(error).__name__}: {error}")
     return None

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from btrain.durable import make_folder, write_file
-from btrain.errors import UserError
+from btrain.errors import UserError, printable
 from btrain.paper.target import names
-from btrain.untrusted import read_text
+from btrain.runs.json_fields import Fields
 
-_LARGEST = 4 << 20  # bytes
+KINDS = ("table", "heatmaps", "fractions", "scores", "allocation", "tradeoff")
+"""The ways in which a target is shown."""
+ALLOCATION = "allocation.json"
+"""What `btrain paper` adds to the run of a target of that kind."""
+_SEED_DIGITS = 20
+_LONGEST_PART = 255  # bytes of a folder's name
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Plan:
 
     Attributes:
         target: its name, `table2`.
-        kind: how it is shown: table, heatmaps, fractions, scores, allocation or tradeoff.
+        kind: how it is shown, of `KINDS`.
         title: as in the paper.
         note: what a reader must know beside it.
         profile: the scale: smoke, cpu, gpu or paper.
@@ -112,29 +117,110 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Return what `Plan.write` wrote.
+    """Return what `Plan.write` wrote, each value checked.
 
     Raises:
         UserError: it cannot be read, or is damaged.
     """
     try:
-        content = json.loads(read_text(path, _LARGEST))
-        rows = [Row(**{**row, "runs": _by_seed(row["runs"])}) for row in content.pop("rows")]
-        claims = [Claim(**claim) for claim in content.pop("claims")]
-        return Plan(**content, rows=rows, claims=claims)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no plan of a table or figure.") from error
+        return _plan(Fields.of(path))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
+        if reason == str(error):
+            raise
+        raise UserError(f"{path} is no plan of a table or figure: {reason}") from error
 
 
-def _by_seed(runs: dict[str, str]) -> dict[int, str]:
-    """Return run folders by seed, which is text in JSON; a folder stays inside the plan's."""
-    folders = {int(seed): folder for seed, folder in runs.items()}
-    for folder in folders.values():
-        if Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise ValueError(folder)
-    return folders
+def _plan(fields: Fields) -> Plan:
+    fields.only(*_keys(Plan))
+    if fields.optional("kind") not in KINDS:
+        raise fields.wrong("kind", f"one of {', '.join(KINDS)}")
+    rows = [_row(row) for row in fields.objects("rows")]
+    if len({row.name for row in rows}) != len(rows):
+        raise fields.wrong("rows", "rows of different names")
+    return Plan(
+        target=fields.name("target"),
+        kind=fields.name("kind"),
+        title=fields.text("title"),
+        note=fields.text("note"),
+        profile=fields.text("profile"),
+        baseline=_name_or_none(fields, "baseline"),
+        attacks=fields.names("attacks"),
+        axis=_name_or_none(fields, "axis"),
+        rows=rows,
+        claims=[_claim(claim) for claim in fields.objects("claims")],
+        chosen=fields.names("chosen") if "chosen" in fields.values else [],
+    )
+
+
+def _row(fields: Fields) -> Row:
+    fields.only(*_keys(Row))
+    swept, paper = fields.object("swept"), fields.object("paper")
+    original, runs = fields.object("original"), fields.object("runs")
+    return Row(
+        name=fields.name("name"),
+        label=fields.text("label"),
+        experiment=fields.name("experiment"),
+        swept={printable(key): swept.name(key) for key in swept.values},
+        paper={printable(key): paper.any_number(key) for key in paper.values},
+        original={printable(key): _setting(original, key) for key in original.values},
+        runs={_seed(runs, key): _folder(runs, key) for key in runs.values},
+        attacks=None if fields.optional("attacks") is None else fields.names("attacks"),
+    )
+
+
+def _claim(fields: Fields) -> Claim:
+    fields.only(*_keys(Claim))
+    low, high = (
+        None if fields.optional(key) is None else fields.any_number(key)
+        for key in ("at_least", "at_most")
+    )
+    return Claim(
+        text=fields.text("text"),
+        metric=fields.name("metric"),
+        row=fields.name("row"),
+        than=_name_or_none(fields, "than"),
+        at_least=low,
+        at_most=high,
+    )
+
+
+def _keys(kind: type[Plan | Row | Claim]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _name_or_none(fields: Fields, key: str) -> str | None:
+    return None if fields.optional(key) is None else fields.name(key)
+
+
+def _setting(fields: Fields, key: str) -> Any:
+    """Return a setting's value, as plain as all of them are."""
+    value = fields.optional(key)
+    if isinstance(value, str):
+        return printable(value)
+    if value is not None and not isinstance(value, bool):
+        fields.any_number(key)
+    return value
+
+
+def _seed(fields: Fields, key: str) -> int:
+    """Return a seed, which is text in JSON."""
+    if not (key.isascii() and key.isdecimal() and len(key) <= _SEED_DIGITS):
+        raise fields.wrong(key, "of a seed")
+    return int(key)
+
+
+def _folder(fields: Fields, key: str) -> str:
+    """Return a run's folder, which stays inside the plan's."""
+    folder = fields.name(key)
+    parts = Path(folder).parts
+    if (
+        Path(folder).is_absolute()
+        or ".." in parts
+        or any(len(part.encode()) > _LONGEST_PART for part in parts)
+    ):
+        raise fields.wrong(key, "a folder beside the plan")
+    return folder
 
 
 def find_plans(folder: Path, targets: Sequence[str] | None = None) -> dict[str, Plan]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from btrain.errors import UserError
 
 GRACE_SECONDS = 3.0
-"""So long the other processes keep quiet: torchrun ends them here if the first one has failed."""
+"""The time that other processes keep quiet: torchrun ends them here if the first has failed."""
 
 
 def processes() -> int:

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from btrain.durable import real
 from btrain.errors import UserError
 from btrain.evaluation.result import Result
 from btrain.pages.tables import NONE, markdown
-from btrain.runs.folder import SUMMARY_KEYS, RunFolder, flat
-from btrain.runs.json_fields import Fields
+from btrain.runs.folder import RunFolder, flat
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
@@ -27,7 +27,8 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     Times are compared where device, data, network and epochs are the first row's; elsewhere the
     column says what is not. The other speedups are each run's own, over the plain defense: by
     eq. 7, by counted FLOPs, and measured by its probe. AutoAttack's column is there if it has been
-    run on one of them.
+    run on one of them; where one of them is sparse, all are shown with their counted work and
+    their robust overfitting.
 
     Args:
         runs: run folders, or folders of them, which stand for their runs in the order of time.
@@ -39,7 +40,7 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for folder in (folder for run in runs for folder in _run_folders(Path(run))):
-        path, summary = folder.path.resolve(), _finished(folder)
+        path, summary = real(folder.path), _finished(folder)
         name = re.sub(r"-seed\d+$", "", str(path)) if merge_seeds else str(path)
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:
@@ -49,14 +50,17 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     known = {key for summaries in rows.values() for run in summaries for key in run}
     left_out = set() if merge_seeds else {"seeds"}
     left_out |= set() if _AUTOATTACK in known else {"AutoAttack %"}
+    sparse = "macs_share" in known
     columns = [column for column in _COLUMNS if column[0] not in left_out]
-    return markdown(
+    columns += _SPARSE if sparse else []
+    table = markdown(
         ["run", *(head for head, _ in columns)],
         [
             [_name(name, summaries), *(cell(summaries, baseline) for _, cell in columns)]
             for name, summaries in rows.items()
         ],
     )
+    return f"{table}\n\n{_MASKED_KERNELS}" if sparse else table
 
 
 def _name(path: str, runs: Runs) -> str:
@@ -78,13 +82,6 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     summary = folder.summary()
     if summary is None:
         raise UserError(f"{folder.path} holds no finished run (there is no summary.json).")
-    fields = Fields(folder.path / "summary.json", summary)
-    optional = {"attack_steps_mean", "flops", "speedup_flops", "speedup_measured", "epochs"}
-    for key in (SUMMARY_KEYS - {"device"}) | optional:
-        fields.optional_number(key)
-    fields.number("train_seconds")
-    if not isinstance(summary["device"], str):
-        raise fields.wrong("device", "a name")
     return summary
 
 
@@ -96,6 +93,32 @@ def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
         values = [run.get(key) for run in runs]
         known = [value / divisor for value in values if value is not None]
         return _spread(known, form) + unit if len(known) == len(values) else NONE
+
+    return cell
+
+
+def _less(key: str, other: str) -> _Cell:
+    """Return the cell of a difference of two numbers of each run."""
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        del baseline
+        pairs = [(run.get(key), run.get(other)) for run in runs]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        return _spread(known, ".2f") if len(known) == len(pairs) else NONE
+
+    return cell
+
+
+def _or_dense(key: str, form: str, dense: str | float, divisor: float = 1) -> _Cell:
+    """Return the cell of a number that a dense run lacks: it is another one's, or fixed."""
+    shown = _mean("value", form, divisor=divisor)
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        values = [
+            run[key] if key in run else run.get(dense) if isinstance(dense, str) else dense
+            for run in runs
+        ]
+        return shown([{"value": value} for value in values], baseline)
 
     return cell
 
@@ -151,3 +174,17 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("training s", _mean("train_seconds", ".1f")),
     ("first row's time", _against_first),
 ]
+
+_SPARSE: list[tuple[str, _Cell]] = [
+    ("best PGD %", _mean("best_robust_acc", ".2f")),
+    ("best − final", _less("best_robust_acc", "robust_acc")),
+    ("train − test", _less("train_robust_acc", "robust_acc")),
+    ("density", _or_dense("density", ".3f", 1.0)),
+    ("share of MACs", _or_dense("macs_share", ".3f", 1.0)),
+    ("TFLOP executed", _or_dense("flops_executed", ".3g", "flops", divisor=1e12)),
+    ("TFLOP counted", _or_dense("flops_counted", ".3g", "flops", divisor=1e12)),
+]
+_MASKED_KERNELS = (
+    "Counted TFLOP leave out multiply-adds by weights that are 0; masks of single weights do not "
+    "speed up dense kernels, which execute them."
+)

@@ -10,7 +10,16 @@ import numpy as np
 from markupsafe import Markup
 
 from btrain.durable import write_file
-from btrain.evaluation.result import SEVERITIES, STANDARD, Evaluation, Samples, Sanity, Summary
+from btrain.errors import printable
+from btrain.evaluation.result import (
+    PAGE,
+    SEVERITIES,
+    STANDARD,
+    Evaluation,
+    Samples,
+    Sanity,
+    Summary,
+)
 from btrain.pages import tables
 from btrain.pages.html import number, render
 from btrain.pages.tables import NONE, Cell
@@ -32,7 +41,7 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
         parts.append(_sanity_text(evaluation.sanity))
     notes = dict.fromkeys(str(of.settings["note"]) for of in found if of.settings.get("note"))
     where = f"Written to {evaluation.folder}{f', page {page}' if page else ''}."
-    return "\n\n".join([*parts, "\n".join([*notes, where])])
+    return "\n\n".join([*parts, "\n".join(map(printable, [*notes, where]))])
 
 
 def _line(found: Summary) -> list[str]:
@@ -63,7 +72,8 @@ def _severities(table: dict[str, list[float]], form: str) -> Iterable[list[str]]
 def _sanity_text(sanity: Sanity) -> str:
     width = max(len(check.name) for check in sanity.checks)
     lines = [
-        f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}" for check in sanity.checks
+        printable(f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}")
+        for check in sanity.checks
     ]
     return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines])
 
@@ -79,7 +89,7 @@ def write_page(folder: Path) -> Path:
             written, or matplotlib is missing.
     """
     page = _page(Evaluation.read(folder))
-    path = folder / "index.html"
+    path = folder / PAGE
     write_file(path, page.encode())
     return path
 

@@ -11,6 +11,7 @@ import torch
 from btrain.data import Data
 from btrain.durable import write_file
 from btrain.errors import UserError
+from btrain.runs.json_fields import is_count, is_number, is_percentage
 from btrain.untrusted import tensors
 
 FORMAT = 2
@@ -45,20 +46,27 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable checkpoint; delete it to start over.") from error
     match content:
         case {"format": int() as version, "state": dict() as state} if version == FORMAT:
-            if "optimizer" in state and not _counts_are_numbers(state):
+            if is_resumable(state) and not _counts_are_numbers(state):
                 raise UserError(f"{path} is damaged: it does not say how far its run came.")
             return dict(content)
     raise UserError(f"{path} is not a checkpoint of this version of btrain.")
 
 
-# How far a run came, in its state; the second kind is None where nothing was measured.
-_COUNTS = ("epoch", "batch", "epoch_seconds", "train_seconds", "collapsed")
-_MEASURED = ("best_epoch", "best_val_acc", "watched_acc")
+def is_resumable(state: dict[str, Any]) -> bool:
+    """Return whether a state is one of a run under way, and not of weights alone."""
+    return "optimizer" in state
+
+
+# How far a run came, in its state; the last two kinds are None where nothing was measured.
+_COUNTS, _SECONDS = ("epoch", "batch"), ("epoch_seconds", "train_seconds")
+_EPOCHS, _PERCENTAGES = ("best_epoch",), ("best_val_acc", "watched_acc")
 
 
 def _counts_are_numbers(state: dict[str, Any]) -> bool:
-    def is_number(value: object) -> bool:
-        return isinstance(value, int | float) and 0 <= value < 2**53
-
-    measured = [state[key] for key in _MEASURED if state.get(key) is not None]
-    return all(map(is_number, measured)) and all(is_number(state.get(key)) for key in _COUNTS)
+    return (
+        all(is_count(state.get(key)) for key in _COUNTS)
+        and all(is_number(state.get(key)) and 0 <= state[key] < 2**53 for key in _SECONDS)
+        and type(state.get("collapsed")) is bool
+        and all(state.get(key) is None or is_count(state[key]) for key in _EPOCHS)
+        and all(state.get(key) is None or is_percentage(state[key]) for key in _PERCENTAGES)
+    )

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
-import math
+import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btrain.durable import PARTIAL, append_line, make_folder, write_file
+from btrain.durable import (
+    PARTIAL,
+    append_line,
+    check_places,
+    check_within,
+    make_folder,
+    open_in_place,
+    write_file,
+    written,
+)
 from btrain.errors import Interrupted, UserError
+from btrain.runs.json_fields import Fields, is_number
 from btrain.runs.lengthening import lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import translated
-from btrain.untrusted import read_text
+from btrain.terminal import complain
+from btrain.untrusted import open_plain, read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
+_LONGEST_LINE = 64 << 20  # bytes of metrics.jsonl
 
 # Settings that may differ when a run is taken up again: none changes what is learnt.
 _MAY_DIFFER = (
@@ -38,9 +50,11 @@ _MAY_DIFFER = (
 )
 
 _LOCK = "run.lock"
+_OF_LOGGERS = ("wandb", "tensorboard")
+"""The folders that loggers fill in a run folder."""
 
 FAILED = "failed: "
-"""What the last line of the `train.log` of a run that failed begins with, behind the time."""
+"""The beginning, behind the time, of the last line of a failed run's `train.log`."""
 
 SUMMARY_KEYS = {
     "clean_acc",
@@ -52,7 +66,16 @@ SUMMARY_KEYS = {
     "train_seconds",
     "device",
 }
-"""What `btrain report` reads of a summary; there is more."""
+"""The keys of a summary that `btrain report` reads; there are more."""
+_ALSO_NUMBERS = (
+    *("density", "macs_share", "flops_counted", "flops_executed"),
+    *("train_robust_acc", "best_robust_acc"),
+    "attack_steps_mean",
+    "flops",
+    "speedup_flops",
+    "speedup_measured",
+    "epochs",
+)
 
 
 class RunFolder:
@@ -108,10 +131,22 @@ class RunFolder:
 
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""
-        left = {_LOCK, f"{self._config.name}{PARTIAL}", self.last.parent.name}
-        names = {path.name for path in self.path.iterdir()}
+        left = {_LOCK, self.last.parent.name}
+        names = {path.name for path in self.path.iterdir() if path.suffix != PARTIAL}
         checkpoints = self.last.parent
         return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+    def _check_places(self) -> None:
+        """Make sure, ahead of the work, that all that a run writes can be written, and here.
+
+        Raises:
+            UserError: there is something else of such a name, or a link to another folder.
+        """
+        for name in (self.last.parent.name, "eval", *_OF_LOGGERS):
+            check_within(self.path / name, self.path)
+        checkpoints = (self.last, self.previous, self.damaged, self.best, self.epoch_start)
+        others = (self._config, self._metrics, self._summary, self.provenance, self.nonfinite)
+        check_places([*others, *checkpoints])
 
     def check_resume(self, resume: Resume) -> None:
         """Make sure that `run.resume` allows what is to be done here.
@@ -135,7 +170,8 @@ class RunFolder:
         """
         fresh = not self._config.exists()
         make_folder(self.path, "run.dir")
-        make_folder(self.last.parent)
+        self._check_places()
+        make_folder(self.last.parent, within=self.path)
         with locked(self.path / _LOCK) as lock:
             try:
                 self.check_owner(config)
@@ -182,6 +218,7 @@ class RunFolder:
             content = None
         if not isinstance(content, dict) or not content.keys() >= SUMMARY_KEYS:
             raise UserError(f"{self._summary} is damaged; delete the folder to start over.")
+        _check_summary(Fields(self._summary, content))
         return content
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -198,21 +235,29 @@ class RunFolder:
 
     def keep_metrics(self, epochs: int) -> None:
         """Drop the lines that a resumed run will write again, and what a crash left of a line."""
-        lines = []
-        if self._metrics.is_file():
-            for line in self._metrics.read_bytes().decode("utf-8", "replace").splitlines():
-                try:
-                    if json.loads(line)["epoch"] <= epochs:
-                        lines.append(line + "\n")
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    break
-        _write(self._metrics, "".join(lines))
+        with written(self._metrics) as file:
+            for line, content in self._metric_lines():
+                if content["epoch"] <= epochs:
+                    file.write(line + b"\n")
 
     def logged(self, key: str) -> list[float]:
         """Return the numbers under a key of `metrics.jsonl`, of the epochs that have one."""
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        values = [json.loads(line).get(key) for line in lines]
-        return [value for value in values if isinstance(value, float) and math.isfinite(value)]
+        values = (content.get(key) for _, content in self._metric_lines())
+        return [value for value in values if isinstance(value, float) and is_number(value)]
+
+    def _metric_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Yield the lines of `metrics.jsonl` and what they hold, up to one that is broken."""
+        if not self._metrics.is_file():
+            return
+        with open_plain(self._metrics) as file:
+            while line := file.readline(_LONGEST_LINE):  # of a sparse file, all of it is one
+                try:
+                    content = json.loads(line)
+                except (ValueError, RecursionError):
+                    return
+                if not isinstance(content, dict) or not is_number(content.get("epoch")):
+                    return
+                yield line.rstrip(b"\r\n"), content
 
     @contextmanager
     def log_file(self) -> Iterator[None]:
@@ -259,6 +304,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def _check_summary(fields: Fields) -> None:
+    """Raise UserError for a value that a number is made of and that is none."""
+    for key in (*sorted(SUMMARY_KEYS - {"device"}), *_ALSO_NUMBERS):
+        fields.optional_number(key)
+    fields.number("train_seconds")
+    if not isinstance(fields.values["device"], str):
+        raise fields.wrong("device", "a name")
+
+
 def _ending(error: BaseException) -> str:
     """Return why a run ended, on one line."""
     if isinstance(error, Interrupted):
@@ -278,6 +332,10 @@ class _LogFile(logging.FileHandler):
 
     _failed = False
 
+    def _open(self) -> io.TextIOWrapper:
+        file = open_in_place(self.baseFilename, os.O_WRONLY | os.O_APPEND)
+        return os.fdopen(file, "a", encoding=self.encoding)
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
@@ -287,7 +345,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._failed:
             self._failed = True
-            print(f"btrain: {self.baseFilename} could not be written.", file=sys.stderr)
+            complain(f"{self.baseFilename} could not be written.")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from btrain.durable import open_in_place
 from btrain.errors import UserError
 from btrain.untrusted import read_text
 
@@ -53,7 +54,7 @@ class RunLock:
 
     def _try(self) -> bool:
         """Try to take the lock; return False where the holder removed the file meanwhile."""
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = open_in_place(self._path, os.O_RDWR)
         try:
             seen = _kernel_lock(file)
             if seen == "held" or _lives_elsewhere(self._path, seen):

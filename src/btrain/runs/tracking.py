@@ -16,7 +16,7 @@ from btrain.settings import LoggerConfig, LoggerName
 log = logging.getLogger("btrain")
 
 FINISH_SECONDS = 120.0
-"""How long wandb may upload at the end of a run; what is left then lies in the run folder, for
+"""The time wandb may upload at the end of a run; what is left then lies in the run folder, for
 `wandb sync`.
 """
 

@@ -33,6 +33,7 @@ class BenchConfig:
     checkpoint: str | None = None
     trust_code: bool = False
     repetitions: int = MISSING
+    seconds: float | None = None
     out: str | None = None
     plot: str | None = None
 
@@ -53,6 +54,7 @@ class BenchConfig:
         for size in self.batch_sizes:
             at_least(4, "bench.batch_sizes", size)
         at_least(1, "bench.repetitions", self.repetitions)
+        at_least(0, "bench.seconds", self.seconds)
         for defense, fractions in self.fractions.items():
             self._check_fractions(defense, fractions)
         if self.boundary_fractions == []:

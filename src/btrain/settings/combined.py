@@ -16,6 +16,7 @@ from btrain.settings.method import (
     MMAConfig,
     OracleConfig,
     RivalConfig,
+    VerifiedConfig,
 )
 from btrain.settings.run import (
     DatasetConfig,
@@ -26,6 +27,7 @@ from btrain.settings.run import (
     RunConfig,
     TrainConfig,
 )
+from btrain.settings.sparsity import SparsityConfig
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Config:
     defense: DefenseConfig = MISSING
     bt: BTConfig = MISSING
     rival: RivalConfig = MISSING
+    sparsity: SparsityConfig = MISSING
     recipe: RecipeConfig = MISSING
     logger: LoggerConfig = MISSING
     train: TrainConfig = MISSING
@@ -60,7 +63,7 @@ class Config:
 
     def choices(self) -> list[Choice]:
         """Return what was chosen, each with what it is and what it does not go with."""
-        groups = (self.rival, self.defense, self.attack, self.bt, self.train)
+        groups = (self.rival, self.defense, self.attack, self.bt, self.sparsity, self.train)
         return [choice for group in groups for choice in group.choices()]
 
     def chosen(self, kind: str) -> str | None:
@@ -86,6 +89,12 @@ class Config:
             raise UserError(
                 "defense=augmix makes two views of an image or none: attack.steps must be 2 and "
                 f"bt.n_b 1, not {attack.steps} and {bt.n_b}."
+            )
+        bounded = self.defense.per_batch if isinstance(self.defense, VerifiedConfig) else None
+        if bounded is not None and bounded > self.train.batch_size:
+            raise UserError(
+                f"defense.per_batch must be at most train.batch_size = {self.train.batch_size}, "
+                f"not {bounded}."
             )
         if rival.mode is None:
             return

@@ -21,8 +21,9 @@ from btrain.settings import MISSING, Config
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
-from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS
+from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.run import DATASETS, MODELS
+from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
@@ -42,7 +43,7 @@ TASKS = {
     "corrupt": Task(CorruptConfig, "data corrupt", "make the corrupted test set of a data set"),
     "bench": Task(BenchRun, "bench", "measure how long a training step takes"),
 }
-"""By the file's name."""
+"""The tasks by the name of their file."""
 
 OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "model": ("architecture", MODELS),
@@ -51,8 +52,9 @@ OPTIONS: dict[str, tuple[str, Mapping[Any, type[Any]]]] = {
     "defense": ("name", DEFENSES),
     "rival": ("name", RIVALS),
     "bt": ("name", ALLOCATORS),
+    "sparsity": ("name", SPARSITIES),
 }
-"""By a group whose options have settings of their own: the key that tells the option, and the
+"""The key that tells the option of a group whose options have settings of their own, and the
 schema of each; a YAML file names it as `<option>_schema` in its defaults."""
 
 FREE = "settings"
@@ -136,10 +138,12 @@ def _with_views(augmix: object, views: int, steps: int) -> int:
 def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
-    It is that of both, of TRADES on that data set, of the defense, or TRADES'.
+    It is that of both, of verified training or TRADES on that data set, of the defense, or TRADES'.
     """
     known = _options("recipe")
-    wanted = (f"{defense}_{dataset}", f"trades_{dataset}", defense)
+    schema = next((kind for name, kind in DEFENSES.items() if name.name == defense), None)
+    family = "verified" if schema is VerifiedConfig else "trades"
+    wanted = (f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense)
     return next((name for name in wanted if name in known), "trades")
 
 

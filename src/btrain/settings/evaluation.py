@@ -13,6 +13,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import Config, words
 from btrain.settings.checks import at_least, pixels, seed_in_range
+from btrain.settings.method import ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 NORMS = ("linf", "l2")
@@ -51,7 +52,11 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
-ATTACKS = ("clean", *PRESETS, *AUTOATTACKS, "corruptions", "custom", "all")
+INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
+ATTACKS = (
+    *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
+    *("corruptions", "custom", "all"),
+)
 
 
 @dataclass
@@ -81,10 +86,12 @@ class EvalSettings:
         trust_code: whether own code that the checkpoint names may be imported.
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
+        verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
     """
 
     checkpoint: str = ""
     attacks: list[str] = field(default_factory=lambda: ["pgd20"])
+    verify: list[str] = field(default_factory=list)
     pgd: PgdChanges = field(default_factory=PgdChanges)
     extra_corruptions: bool = False
     corruptions_root: str | None = None
@@ -103,6 +110,7 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         _check_attacks(self.attacks)
+        self._check_bounds()
         if self.norm is not None:
             _one_of("norm", self.norm, NORMS)
         at_least(1, "attack.steps", self.pgd.steps)
@@ -126,8 +134,30 @@ class EvalSettings:
                 "gaussian_noise.npy and the others."
             )
 
+    @property
+    def bounded(self) -> list[str]:
+        """What needs bounds, as it was typed."""
+        interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
+        return [f"verify={engine}" for engine in self.verify] + interval
+
+    def _check_bounds(self) -> None:
+        for engine in self.verify:
+            for name in engine.split("+"):
+                _one_of("verify", name, (*ENGINES, "any"))
+        if len(set(self.verify)) < len(self.verify):
+            raise UserError(f"verify={','.join(self.verify)} must name each engine once.")
+        if self.bounded and self.precision != "float32":
+            raise UserError(
+                f"{self.bounded[0]} does not go with precision={self.precision}: bounds are those "
+                "of float32."
+            )
+
     def check_lengths(self, norm: str) -> None:
         """Raise UserError for an ε or a step size that no attack in this norm can mean."""
+        if self.bounded and norm != "linf":
+            raise UserError(
+                f"{self.bounded[0]} does not go with norm={norm}: bounds are for an L∞ ball."
+            )
         if self.epsilon is not None:
             pixels("epsilon", self.epsilon, norm)
         if self.pgd.step_size is not None:
@@ -161,6 +191,8 @@ checkpoint=RUN             a run folder (its last checkpoint), or a checkpoint f
 attack=NAME[,NAME …]       {" ".join(ATTACKS)} (default pgd20)
 attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
                            PGD of your own; also changes a preset
+verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
+                           which images no attack within epsilon (L∞) can break
 attack.extra_corruptions=true
                            the 4 extra corruptions, too; they are no part of the mean
 dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
@@ -190,7 +222,7 @@ _FIELDS = {
 }
 _WORDS = (
     *("checkpoint", "norm", "epsilon", "seed", "device", "precision", "sanity", "report", "out"),
-    *("trust_code", *_FIELDS),
+    *("trust_code", "verify", *_FIELDS),
 )
 # Words that go to the configuration: what decides test images and network.
 _CONFIG = (
@@ -223,7 +255,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
         elif key in _CONFIG or key in FACTORIES or _FREE.fullmatch(key):
             values["config"][key] = value
         else:
-            values[key] = words.names(text) if key == "attack" else value
+            values[key] = words.names(text) if key in ("attack", "verify") else value
     if "attack" not in given and any(_FIELDS.get(key, "").startswith("pgd.") for key in given):
         values["attack"] = ["custom"]
     return words.filled(EvalSettings, values, _FIELDS)

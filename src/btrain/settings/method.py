@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from btrain.settings.checks import MISSING, at_least, no_null, pixels, require
+from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require
 from btrain.settings.names import (
     AllocatorName,
     AttackMode,
     AttackName,
     DefenseName,
     Metric,
+    MixForm,
     RivalName,
     Start,
 )
@@ -209,11 +210,86 @@ class OwnDefenseConfig(DefenseConfig):
         no_null("defense.factory", self.factory)
 
 
+@dataclass
+class VerifiedConfig(DefenseConfig):
+    """Training by bounds: who is bounded, in which box, by which engine, mixed with what."""
+
+    engine: str = MISSING
+    k: int | None = MISSING
+    per_batch: int | None = MISSING
+    form: MixForm = MISSING
+    alpha: float = MISSING
+    weight_first: float = MISSING
+    weight_last: float = MISSING
+    weight_until: float = MISSING
+    ramp: float = MISSING
+    box: float = MISSING
+    plain_on_attacked: bool = MISSING
+    shi_init: bool = MISSING
+    shi_regulariser: float = MISSING
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"verified", "own_step", "one_pass", "not_pgd"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "l2": "its bounds are for an L∞ ball",
+        "own_ball": "its bounds are for an L∞ ball",
+        "rival": "it has a loss of its own",
+        "own_step": "it has a loss of its own",
+        "epsilon_warmup": "its box grows by defense.ramp",
+        "train_mode": "its attack is in eval mode",
+        "pool": "it bounds the images of one batch",
+        "early_exit": "only bt=random and bt=bullettrain choose who is bounded",
+        "attacks_by_itself": "only bt=random and bt=bullettrain choose who is bounded",
+        "other_choice": "only bt=random and bt=bullettrain choose who is bounded",
+    }
+
+    def __post_init__(self) -> None:
+        for engine in self.engine.split("+"):
+            require(engine in ENGINES, "defense.engine", f"of {', '.join(ENGINES)}", engine)
+        at_least(1, "defense.k", self.k)
+        at_least(1, "defense.per_batch", self.per_batch)
+        only_one = self.k is None or self.per_batch is None
+        require(only_one, "defense.per_batch", f"null with defense.k={self.k}", self.per_batch)
+        require(0 <= self.alpha <= 1, "defense.alpha", "in [0, 1]", self.alpha)
+        positive("defense.weight_first", self.weight_first)
+        positive("defense.weight_last", self.weight_last)
+        for name in ("weight_until", "box"):
+            share = getattr(self, name)
+            require(0 < share <= 1, f"defense.{name}", "in (0, 1]", share)
+        require(0 <= self.ramp <= 1, "defense.ramp", "in [0, 1]", self.ramp)
+        at_least(0, "defense.shi_regulariser", self.shi_regulariser)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether images are attacked."""
+        return self.box < 1 or self.plain_on_attacked
+
+    def choices(self) -> list[Choice]:
+        found = super().choices()
+        if self.k is None and self.per_batch is None:
+            why = "it bounds all images (bt=uniform)"
+            found.append(Choice("defense.per_batch=null", frozenset(), {"chooses": why}))
+        return found
+
+
+ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
+"""The engines of `btrain.verify.bounds`."""
+
 DEFENSES: dict[DefenseName, type[DefenseConfig]] = {
     DefenseName.trades: TradesConfig,
     DefenseName.mart: MartConfig,
     DefenseName.pgd: PGDConfig,
     DefenseName.augmix: AugMixDefenseConfig,
+    **dict.fromkeys(
+        (
+            DefenseName.mixtrain,
+            DefenseName.verified,
+            DefenseName.ibp,
+            DefenseName.crown_ibp,
+            DefenseName.mtl_ibp,
+            DefenseName.sabr,
+        ),
+        VerifiedConfig,
+    ),
     DefenseName.own: OwnDefenseConfig,
 }
 
@@ -461,6 +537,7 @@ class RandomConfig(BulletTrainConfig):
 class GaussianConfig(ChoosingConfig):
     mean_steps: float = MISSING
 
+    kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "other_choice"})
     refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
 
     def __post_init__(self) -> None:
@@ -489,6 +566,8 @@ class OracleConfig(BulletTrainConfig):
 class OwnAllocatorConfig(ChoosingConfig):
     factory: str = MISSING
     settings: dict[str, Any] = field(default_factory=dict)
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "other_choice"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

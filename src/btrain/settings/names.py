@@ -19,6 +19,7 @@ class Architecture(Enum):
     preact_resnet18 = "preact_resnet18"
     resnet18 = "resnet18"
     small_cnn = "small_cnn"
+    by_name = "by_name"
     torchvision = "torchvision"
     timm = "timm"
     own = "own"
@@ -53,6 +54,12 @@ class DefenseName(Enum):
     mart = "mart"
     pgd = "pgd"
     augmix = "augmix"
+    mixtrain = "mixtrain"
+    verified = "verified"
+    ibp = "ibp"
+    crown_ibp = "crown_ibp"
+    mtl_ibp = "mtl_ibp"
+    sabr = "sabr"
     own = "own"
 
 
@@ -75,11 +82,63 @@ class RivalName(Enum):
     mma = "mma"
 
 
+class SparsityName(Enum):
+    none = "none"
+    random = "random"
+    uniform = "uniform"
+    erk = "erk"
+    er = "er"
+    igq = "igq"
+    magnitude = "magnitude"
+    snip = "snip"
+    grasp = "grasp"
+    synflow = "synflow"
+    flying_bird = "flying_bird"
+    flying_bird_plus = "flying_bird_plus"
+    robust_bird = "robust_bird"
+    own = "own"
+
+
+class LayerDensities(Enum):
+    uniform = "uniform"
+    erk = "erk"
+    er = "er"
+    igq = "igq"
+
+
+class Growth(Enum):
+    gradient = "gradient"
+    random = "random"
+
+
+class IntervalUnit(Enum):
+    scaled = "scaled"
+    iterations = "iterations"
+    epochs = "epochs"
+
+
+class SearchName(Enum):
+    plain = "plain"
+    fgsm = "fgsm"
+    pgd = "pgd"
+
+
+class Rewind(Enum):
+    none = "none"
+    init = "init"
+    epoch = "epoch"
+
+
 class Metric(Enum):
     svar = "svar"
     cross_entropy = "cross_entropy"
     grad_norm = "grad_norm"
     margin = "margin"
+
+
+class MixForm(Enum):
+    bernoulli = "bernoulli"
+    convex = "convex"
 
 
 class OptimizerName(Enum):

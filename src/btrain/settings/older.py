@@ -24,10 +24,10 @@ _ONCE_COMMON: dict[str, tuple[Mapping[Any, type], set[str]]] = {
         },
     ),
 }
-"""By a group: its options, and the settings that once stood in every option, read or not."""
+"""The options of a group, and the settings that once stood in all of them, read or not."""
 
 _UNREAD_FILES = {"digits": {"root", "download"}, "imagefolder": {"download"}}
-"""By the data sets that do not read them: settings that once stood in every one."""
+"""The settings that once stood in every data set, by those that do not read them."""
 
 _RECIPES = {
     f"{defense}_{data}": defense

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btrain.durable import real
 from btrain.settings.checks import (
     MISSING,
     at_least,
@@ -87,7 +88,7 @@ class ImageFolderConfig(DatasetConfig):
 
     @property
     def title(self) -> str:
-        return Path(self.root).resolve().name
+        return real(self.root).name
 
 
 @dataclass
@@ -172,6 +173,13 @@ class WideResNetConfig(WidthConfig):
 
 
 @dataclass
+class NamedModelConfig(ModelConfig):
+    """A network of verified training, made as in its paper, for images of one size."""
+
+    network: str = MISSING
+
+
+@dataclass
 class LibraryModelConfig(ModelConfig):
     """A network that a library makes by the settings, with the library's own names for them."""
 
@@ -205,6 +213,7 @@ MODELS: dict[Architecture, type[ModelConfig]] = {
     Architecture.preact_resnet18: PreActResNetConfig,
     Architecture.resnet18: ResNetConfig,
     Architecture.small_cnn: SmallCNNConfig,
+    Architecture.by_name: NamedModelConfig,
     Architecture.torchvision: TorchvisionConfig,
     Architecture.timm: TimmConfig,
     Architecture.own: OwnModelConfig,
@@ -318,8 +327,10 @@ class EvalConfig:
     steps: int = MISSING
     batch_size: int = MISSING
     every_epochs: int = MISSING
+    train_examples: int = 0
 
     def __post_init__(self) -> None:
+        at_least(0, "eval.train_examples", self.train_examples)
         self.epsilon = pixels("eval.epsilon", self.epsilon, "l2")  # see Config for L∞
         self.step_size = pixels("eval.step_size", self.step_size, "l2")
         at_least(0, "eval.steps", self.steps)

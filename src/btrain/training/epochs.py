@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.pgd import evaluation_mode
+from btrain.controllers.base import Controller
 from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
@@ -103,6 +104,7 @@ def train_epoch(
     stopped: Callable[[], bool] = lambda: False,
     guard: InputGuard | None = None,
     world: World = ALONE,
+    controllers: Sequence[Controller] | None = None,
 ) -> Averages | None:
     """Train from `state.batch` to the end of the epoch, to the time limit or until stopped.
 
@@ -114,6 +116,7 @@ def train_epoch(
         stopped: asked ahead of each batch.
         guard: looks at the epoch's last batch.
         world: the processes that train together; they stop together, by the clock of the first.
+        controllers: what acts on the weights; None for all that the state has.
 
     Returns:
         The epoch's averages with the last learning rate, F_R and the seconds spent in the epoch,
@@ -127,7 +130,8 @@ def train_epoch(
     """
     device = split.images.device
     steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
-    order = epoch_order(len(split), plan.seed, state.epoch).to(device)
+    epoch = plan.before + state.epoch
+    order = epoch_order(len(split), plan.seed, epoch).to(device)
     began, worked, before = _clock(device), work_seconds(device), state.train_seconds
     several, first = (None if world.size == 1 else world), world.first
 
@@ -152,13 +156,14 @@ def train_epoch(
         here = stopped() or late
         return here if several is None else several.largest(int(here)) > 0
 
+    acting = state.controllers if controllers is None else controllers
     heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
     state.model.train()
     if state.batch == 0 and plan.skip_nonfinite:
         state.memory["skipped"].zero_()
     drawn = draw(state.batch)
     while state.batch < steps_per_epoch and not over():
-        done = state.epoch * steps_per_epoch + state.batch
+        done = epoch * steps_per_epoch + state.batch
         lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -167,7 +172,7 @@ def train_epoch(
         batch = next(drawn)
         last = state.batch + 1 == steps_per_epoch
         with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(state, method, batch, heartbeat.check, plan, done, see, several)
+            _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
         if first:
             heartbeat.step(state)
         tick()
@@ -199,13 +204,15 @@ def _take(
     done: int,
     see: See,
     several: World | None,
+    controllers: Sequence[Controller],
 ) -> None:
     """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
-    before = Snapshot(state.model, state.optimizer, state.memory) if skip else None
+    memories = [state.memory, *(controller.memory for controller in controllers)]
+    before = Snapshot(state.model, state.optimizer, *memories) if skip else None
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
-        network, state.optimizer, method, batch, state.memory, state.generator, several
+        network, state.optimizer, method, batch, state.memory, state.generator, several, controllers
     )
     bad = check.see(state.batch + 1, stats)
     state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
@@ -214,8 +221,8 @@ def _take(
         check.forget()
         state.memory["skipped"] += bad
         stats = StepStats._make(torch.where(bad, torch.zeros_like(v), v) for v in stats)
-    if state.average is not None:
-        state.average.update(done, skipped=bad if skip else None)
+    for controller in controllers:
+        controller.after_batch(done, stats, bad if skip else None)
     state.add(stats)
     if plan.score_every is not None and (state.batch - 1) % plan.score_every == 0:
         state.remember(stats)
@@ -241,6 +248,9 @@ def check_weights(state: TrainState, split: Split) -> None:
     with evaluation_mode(state.model), torch.no_grad():
         logits = state.model(to_unit(split.images[:_CHECKED]))
     tensors = {**state.model.state_dict(), "the logits": logits}
+    if state.average is not None:
+        averages = state.average.network.state_dict()
+        tensors |= {f"the average of {name}": tensor for name, tensor in averages.items()}
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     if not finite.all():
         name = list(tensors)[finite.tolist().index(False)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
 from btrain.training.state import TrainState
+
+log = logging.getLogger("btrain")
 
 
 def fractions(means: dict[str, Any]) -> str:
@@ -19,6 +23,19 @@ def describe(data: Data, state: TrainState) -> str:
         f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
         f"{len(data.classes)} classes; {where} on {state.device}"
     )
+
+
+def tell_masks(sparsity: Sparsity) -> None:
+    """Log how many weights each layer keeps, and which would have kept none."""
+    kept, weights = sparsity.kept(), sparsity.thinned.weights
+    layers = ", ".join(f"{name} {kept[name]} of {weights[name].numel()}" for name in kept)
+    columns = sparsity.columns()
+    density, share = columns["density"], 100 * columns["macs_share"]
+    log.info("density %.4f, %.1f %% of the multiply-adds; kept: %s", density, share, layers)
+    if sparsity.emptied:
+        log.warning(
+            "The masks would have emptied %s; each keeps one weight.", ", ".join(sparsity.emptied)
+        )
 
 
 def epoch_line(metrics: dict[str, Any]) -> str:
@@ -38,7 +55,7 @@ def epoch_line(metrics: dict[str, Any]) -> str:
 
 
 def measured(numbers: dict[str, Any]) -> str:
-    speedup = numbers["speedup_measured"]
+    speedup = numbers.get("speedup_measured")
     return "" if speedup is None else f", {speedup:.2f} measured"
 
 
@@ -51,8 +68,8 @@ def headline(summary: dict[str, Any]) -> str:
     cut = summary.get("cut")
     return (
         f"{f'cut by {cut}; ' if cut else ''}"
-        f"clean {summary['clean_acc']:.2f} %, {_attack(summary)} {summary['robust_acc']:.2f} %, "
-        f"F_B/F_R/F_O "
+        f"clean {number(summary['clean_acc'])} %, "
+        f"{_attack(summary)} {number(summary['robust_acc'])} %, F_B/F_R/F_O "
         f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
         f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
     )

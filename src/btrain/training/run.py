@@ -13,6 +13,7 @@ from tqdm import tqdm
 from btrain import own
 from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
 from btrain.build import find_device, load_data, meant
+from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import Interrupted
@@ -27,17 +28,38 @@ from btrain.runs.provenance import changed_code, check_same_data, data_hash, ext
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
+from btrain.terminal import say
 from btrain.training.epochs import Averages, check_weights, train_epoch
-from btrain.training.lines import describe, fractions, headline, number
+from btrain.training.lines import describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
-from btrain.training.resume import adopt_best, check_same_folder, load_newest, set_damaged_aside
+from btrain.training.resume import (
+    adopt_best,
+    check_batch,
+    check_same_folder,
+    load_newest,
+    set_damaged_aside,
+)
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.safety.signals import StopRequest, stop_on_signals
 from btrain.training.schedule import make_plan
-from btrain.training.scores import Evaluator, after_epoch, final_accuracies, summarise
-from btrain.training.setup import check_radius, check_shares, known_of, make_state
+from btrain.training.scores import (
+    Evaluator,
+    after_epoch,
+    final_accuracies,
+    sparse_columns,
+    summarise,
+    training_accuracy,
+)
+from btrain.training.search import search
+from btrain.training.setup import (
+    check_radius,
+    check_shares,
+    known_of,
+    make_state,
+    sparsity_of,
+)
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
 from btrain.training.timing.probe import Probe
@@ -103,9 +125,9 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
         return None
     end = "was ended and evaluated" if summary.get("cut") else "is finished already"
     more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
-    print(f"{folder.path} {end}: {headline(summary)}{more}")
+    say(f"{folder.path} {end}: {headline(summary)}{more}")
     for note in changed_code(folder.provenance, _own_parts(config)):
-        print(f"{note} Another run.dir trains it anew.")
+        say(f"{note} Another run.dir trains it anew.")
     return summary
 
 
@@ -132,8 +154,10 @@ def _train(
     notes = []
     if saved is not None:
         state.load_state_dict(saved["state"])
+        check_batch(state, len(batch_slices(len(data.train), config.train.batch_size)), folder)
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
+        state.sparsity = sparsity_of(config, state, data)
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
     recording: AbstractContextManager[Record | None] = nullcontext()
@@ -152,10 +176,11 @@ def _train(
         if record is not None:
             log.info("evaluation on %d test images", len(data.test))
         with _evaluation(config, state, stop):
+            trained = training_accuracy(evaluator, state, data)
             last, best = final_accuracies(evaluator, state, data, folder)
         summary = {}
         if record is not None:
-            summary = summarise(config, state, data, folder, last, best)
+            summary = summarise(config, state, data, folder, last, best) | trained
             summary["data_sha256"] = data_sha256
             record.end(summary)
             log.info("%s: %s", folder.path, headline(summary))
@@ -192,6 +217,8 @@ def _recording(
         log.info("%s: %s", folder.path, describe(data, state))
         for note in notes:
             log.info("%s", note)
+        if state.sparsity is not None:
+            tell_masks(state.sparsity)
         yield Record(config, state, data, folder, tracker, lock)
 
 
@@ -212,6 +239,19 @@ def _train_epochs(
     config = with_graphs_settled(config, state, data.train)
     paths = make_fast_paths(config.train, device)
     method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world)
+    if isinstance(state.sparsity, RobustBird) and state.sparsity.searching:
+        search(
+            config, state, data, paths=paths, world=world, stopped=stop.made,
+            save=record.save if record is not None else lambda: None,
+        )  # fmt: skip
+        if stop.agreed():
+            if record is not None:
+                record.save()
+            stop.obey()
+        if state.sparsity.searching:  # the time is up
+            if record is not None:
+                record.save()
+            return
     batches = len(batch_slices(len(data.train), plan.batch_size))
     unit = forward_flops(state.model, data.shape, device)
     costs = Costs.of(config, known_of(data))
@@ -251,6 +291,7 @@ def _train_epochs(
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None
+            metrics |= sparse_columns(state, metrics, unit)
             complete = state.batch == batches
             if complete:
                 try:

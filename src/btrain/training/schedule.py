@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from btrain.data.augmentation import batch_slices
 from btrain.settings import Config, OnNonfinite, ScheduleName
+from btrain.settings.method import FreeConfig
 
 Schedule = Callable[[float], float]
 """The share of the run that is done, in [0, 1], -> the factor on the initial learning rate."""
@@ -39,6 +41,7 @@ class Plan:
         max_seconds: of training, over all its sessions; None for no limit.
         skip_nonfinite: whether a step with a number that is not finite is undone instead of ending
             the run.
+        before: epochs ahead of those that the run counts, of a search.
         score_every: batches from one whose scores the log shows to the next; None for none.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     max_seconds: float | None
     skip_nonfinite: bool = False
     score_every: int | None = None
+    before: int = 0
 
 
 def make_plan(config: Config) -> Plan:
@@ -75,3 +79,14 @@ def make_plan(config: Config) -> Plan:
         skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
         score_every=config.train.score_every,
     )
+
+
+def updates_per_epoch(config: Config, examples: int) -> int:
+    """Return how often an epoch of so many examples moves the weights: a batch once, but for Free.
+
+    A pool of batches moves them once for each of its batches.
+    """
+    size = config.train.batch_size
+    pools = batch_slices(examples, size * config.bt.pool)
+    batches = sum(len(batch_slices(pool.stop - pool.start, size)) for pool in pools)
+    return batches * (config.rival.replays if isinstance(config.rival, FreeConfig) else 1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from btrain.controllers.sparsity.controller import FlyingBirdPlus
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
 from btrain.evaluation.pgd import threat_of
@@ -23,6 +24,7 @@ from btrain.runs.folder import RunFolder
 from btrain.runs.provenance import device_name, git_commit, git_dirty
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
+from btrain.settings.sparsity import FlyingBirdPlusConfig
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above
@@ -30,6 +32,8 @@ from btrain.training.setup import known_of
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
+
+_PROBE = 1000  # training images that Flying Bird+ is told of where training's accuracy misleads
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,7 @@ def after_epoch(
     so that a signal within leaves it where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
-    some = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
-    batch = Split(data.train.images[some], data.train.labels[some])
+    batch = part_of(data.train, config.seed, config.train.batch_size)
     before, watched = state.watched_acc, evaluator(state.model, batch)
     metrics["pgd_acc_train_batch"] = watched.robust
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
@@ -99,8 +102,20 @@ def after_epoch(
         world.copy_weights(state.evaluated)  # all that the others still need
         state.collapsed = True
         return
-    if data.val is not None and _due(config, state.epoch + 1):
-        _validate(evaluator, state, data, folder, metrics)
+    bird = state.sparsity
+    listens = isinstance(bird, FlyingBirdPlus) and bird.listening
+    due = _due(config, state.epoch + 1)
+    held_out = None
+    if data.val is not None and (due or listens):
+        held_out = evaluator(state.evaluated, data.val)
+        if due:
+            _validate(evaluator, state, held_out, data, folder, metrics)
+    if isinstance(bird, FlyingBirdPlus) and listens:
+        assert held_out is not None
+        assert data.val is not None
+        _listen(evaluator, state, bird, data, held_out, metrics)
+        if not due:
+            bird.spend(len(data.val) * _units(config))
     state.watched_acc = watched.robust
     state.end_epoch()
 
@@ -113,16 +128,17 @@ def _due(config: Config, epoch: int) -> bool:
 def _validate(
     evaluator: Evaluator,
     state: TrainState,
+    accuracy: Accuracy,
     data: Data,
     folder: RunFolder,
     metrics: dict[str, Any],
 ) -> None:
-    """Score the held-out part and keep the best epoch by its robust accuracy.
+    """Keep the best epoch by its robust accuracy on the held-out part.
 
     By its clean accuracy with AugMix, which is not made against attacks.
     """
     assert data.val is not None
-    config, accuracy = evaluator.config, evaluator(state.evaluated, data.val)
+    config = evaluator.config
     metrics |= {"val_clean_acc": accuracy.clean, "val_robust_acc": accuracy.robust}
     if is_above(accuracy, len(data.val)):
         metrics["warnings"].append("held-out PGD accuracy is above the clean accuracy")
@@ -134,6 +150,97 @@ def _validate(
             content = {"state": model, "config": to_dict(config), **checkpoint.of_images(data)}
             checkpoint.save(folder.best, content)
         state.best_epoch, state.best_val_acc = epoch, score
+
+
+def _listen(
+    evaluator: Evaluator,
+    state: TrainState,
+    bird: FlyingBirdPlus,
+    data: Data,
+    held_out: Accuracy,
+    metrics: dict[str, Any],
+) -> None:
+    """Tell Flying Bird+ of the robust generalisation gap and of the held-out adversarial loss.
+
+    The gap's first half is the running accuracy of training, as published, where every example gets
+    the whole attack. Elsewhere it would be that of weaker attacks, so a fixed part of the training
+    images, not augmented, gets the attack of the held-out ones; likewise where that is asked for.
+    """
+    config = evaluator.config
+    assert isinstance(config.sparsity, FlyingBirdPlusConfig)
+    examples, accuracy = config.sparsity.probe_examples, metrics["robust_acc_train"]
+    weaker = config.chosen("chooses") or config.chosen("rival")
+    whole = weaker is None and "attacking" in config.defense.kinds
+    if examples is not None or not whole:
+        probe = part_of(data.train, config.seed, examples or _PROBE)
+        accuracy = evaluator(state.evaluated, probe).robust
+        bird.spend(len(probe) * _units(config))
+    gap = accuracy - held_out.robust
+    bird.heard(gap, held_out.robust_loss)
+    metrics |= {"robust_gap": gap, "val_loss": held_out.robust_loss}
+
+
+def _units(config: Config) -> int:
+    """Return units an example of an evaluation: a clean pass, the attack, and a pass after it."""
+    return 2 * config.eval.steps + 2
+
+
+def sparse_columns(state: TrainState, metrics: dict[str, Any], unit: int) -> dict[str, Any]:
+    """Return what an epoch's line says of sparsity; nothing without it.
+
+    `flops_counted` counts a multiply-add by a weight that is 0 as none, `flops` beside it as any
+    other: dense kernels execute it. `unit` is the floating-point operations of a forward pass.
+    """
+    if state.sparsity is None:
+        return {}
+    counted = float(state.sparsity.memory["epoch_units"])
+    speedup, executed = metrics["speedup_flops"], float(state.epoch_sums[UNITS])
+    return {
+        **state.sparsity.columns(),
+        "flops_counted": counted * unit,
+        "speedup_counted": None if speedup is None else speedup * executed / counted,
+    }
+
+
+def sparse_summary(
+    state: TrainState, speedup: float | None, units: float, unit: int
+) -> dict[str, Any]:
+    """Return what a summary says of sparsity; nothing without it.
+
+    Args:
+        speedup: of the batches' work against the plain defense's.
+        units: of the batches.
+        unit: floating-point operations of a forward pass.
+
+    Returns:
+        `flops_executed` is all work, `flops_counted` the same without multiply-adds by weights that
+        are 0; both with what was spent beside the batches, a search or a probe.
+    """
+    if state.sparsity is None:
+        return {}
+    counted = float(state.sparsity.memory["counted_units"])
+    extra = float(state.sparsity.memory["extra_units"])
+    return {
+        **state.sparsity.columns(),
+        "flops_counted": counted * unit,
+        "flops_executed": (units + extra) * unit,
+        "speedup_counted": speedup * units / counted if speedup and counted else None,
+    }
+
+
+def training_accuracy(evaluator: Evaluator, state: TrainState, data: Data) -> dict[str, float]:
+    """Return the accuracies on some training images, not augmented; nothing where none are due."""
+    some = evaluator.config.eval.train_examples
+    if not some:
+        return {}
+    found = evaluator(state.evaluated, part_of(data.train, evaluator.config.seed, some))
+    return {"train_clean_acc": found.clean, "train_robust_acc": found.robust}
+
+
+def part_of(split: Split, seed: int, examples: int) -> Split:
+    """Return so many examples, the same of the same seed."""
+    some = epoch_order(len(split), seed, 0)[:examples]
+    return Split(split.images[some], split.labels[some])
 
 
 def final_accuracies(
@@ -161,18 +268,20 @@ def summarise(
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
+    unit, units = forward_flops(state.model, data.shape, device), float(sums[UNITS])
     means, measured = averages(sums), folder.logged("speedup_measured")
+    costs = speedups(Costs.of(config, known_of(data)), means)
     summary = {
         "clean_acc": last.clean,
         "robust_acc": last.robust,
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        **speedups(Costs.of(config, known_of(data)), means),
+        **costs,
         "speedup_measured": statistics.fmean(measured) if measured else None,
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
-        "flops": float(sums[UNITS]) * forward_flops(state.model, data.shape, device),
+        "flops": units * unit,
         "train_seconds": state.train_seconds,
         "epochs": state.epoch,
         "cut": _cut(config, state),
@@ -185,6 +294,7 @@ def summarise(
         "git_dirty": git_dirty(),
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
     }
+    summary |= sparse_summary(state, costs["speedup_flops"], units, unit)
     if best is not None:
         summary |= {
             "best_epoch": state.best_epoch,

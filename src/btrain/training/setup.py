@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from btrain.build import check_network, make_model
+from btrain.controllers.sparsity.controller import Sparsity
+from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
@@ -20,7 +22,10 @@ from btrain.settings import (
     RecipeConfig,
 )
 from btrain.settings.checks import no_farther
+from btrain.settings.method import VerifiedConfig
+from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
+from btrain.verify import losses
 
 _NEED_ONE_PROCESS = ("own_step", "graphs")
 """Kinds of `settings.method.Choice`."""
@@ -56,6 +61,8 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     """Return the state of a run that has not begun."""
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
+    if isinstance(config.defense, VerifiedConfig) and config.defense.shi_init:
+        losses.initialise(model)
     check_network(config.model, model, data)
     if config.train.channels_last:
         model = to_channels_last(model)
@@ -64,7 +71,21 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     memory = method.memory(data, device)
     if config.train.on_nonfinite is OnNonfinite.skip:
         memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
-    return TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+    state = TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+    state.sparsity = sparsity_of(config, state, data)
+    return state
+
+
+def sparsity_of(config: Config, state: TrainState, data: Data) -> Sparsity | None:
+    """Return what masks a network whose training has not begun, and mask it."""
+    return make_sparsity(
+        config.sparsity,
+        state.model,
+        data,
+        beside=[] if state.average is None else [state.average.network],
+        length=Length(config.train.epochs, updates_per_epoch(config, len(data.train))),
+        seed=config.seed,
+    )
 
 
 def known_of(data: Data) -> Known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from btrain.controllers.averaging import WeightAverage
+from btrain.controllers.base import Controller
+from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
 from btrain.exchange.read import start_from
+from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats, stacked
+from btrain.untrusted import RefusedError
 
 
 @dataclass
@@ -35,6 +40,7 @@ class TrainState:
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
+        sparsity: what masks the model's weights, unless it is `none`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
         graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
@@ -55,6 +61,7 @@ class TrainState:
     watched_acc: float | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
+    sparsity: Sparsity | None = None
     epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
@@ -90,6 +97,12 @@ class TrainState:
         """Return the network that is scored and handed on: the average, where there is one."""
         return self.model if self.average is None else self.average.network
 
+    @property
+    def controllers(self) -> list[Controller]:
+        """What acts on the weights, masks last: the average is to have them, too."""
+        both: tuple[Controller | None, ...] = (self.average, self.sparsity)
+        return [controller for controller in both if controller is not None]
+
     def start_from(self, path: Path) -> str:
         """Take the weights of a file or a run for a run that has not begun.
 
@@ -121,6 +134,22 @@ class TrainState:
         self.total_sums += self.epoch_sums
         self.epoch_sums.zero_()
         self.batch_sums.clear()
+        if self.sparsity is not None:
+            self.sparsity.end_epoch()
+
+    def end_search_epoch(self) -> None:
+        """Clear the sums of an epoch that is none of the run's."""
+        self.batch = 0
+        self.epoch_seconds = self.epoch_work = 0.0
+        self.epoch_sums.zero_()
+
+    def begin_again(self, memory: Memory) -> None:
+        """Begin with the weights of now, and a method's fresh memory."""
+        self.optimizer.state.clear()
+        for name, tensor in memory.items():
+            self.memory[name].copy_(tensor)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.model.state_dict())
 
     def throw_away_copy(self) -> TrainState:
         """Return a copy of all that training changes, at the beginning of the same epoch."""
@@ -141,6 +170,7 @@ class TrainState:
             "memory": self.memory,
             "batch_sums": self.batch_sums,
             "graphs": self.graphs,
+            **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
         }
 
@@ -158,10 +188,34 @@ class TrainState:
             )
         try:
             self._load(saved)
+        except RefusedError as error:
+            raise UserError(
+                f"The checkpoint does not hold the state of a run like this: {error}."
+            ) from error
         except Exception as error:  # torch's loaders believe what they get
             raise UserError("The checkpoint does not hold the state of a run like this.") from error
 
+    def fits(self, weights: object) -> bool:
+        """Return whether weights from a file are finite and of the shapes of this network's."""
+        own = self.evaluated.state_dict()
+        return (
+            isinstance(weights, dict)
+            and weights.keys() == own.keys()
+            and all(isinstance(theirs, Tensor) for theirs in weights.values())
+            and all(weights[key].shape == ours.shape for key, ours in own.items())
+            and _all_finite(weights)
+        )
+
     def _load(self, saved: dict[str, Any]) -> None:
+        for name in ("model", "trained_model", "optimizer", "memory"):
+            if not _all_finite(saved.get(name)):
+                raise RefusedError(f"not every number of its {name} is finite")
+        for name in ("epoch_sums", "total_sums", "batch_sums"):
+            if not _all_small(saved.get(name)):
+                raise RefusedError(f"a number of its {name} is too large")
+        fraction = saved["memory"]["robust_fraction"]
+        if not bool(((fraction >= 0) & (fraction <= 1)).all()):
+            raise RefusedError("its robust_fraction is no fraction")
         self.evaluated.load_state_dict(saved["model"])
         if self.average is not None:
             self.model.load_state_dict(saved["trained_model"])
@@ -174,6 +228,8 @@ class TrainState:
         for name in _NUMBERS:
             setattr(self, name, saved[name])
         self._load_batch_sums(saved.get("batch_sums", {}))
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(saved["sparsity"])
         self.epoch_work = None if self.batch else 0.0
         self.graphs = saved.get("graphs")
         if self.graphs not in (None, False, True):
@@ -219,6 +275,29 @@ class TrainState:
             raise ValueError("momenta of another optimizer, or of some weights only")
 
 
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """Yield all numbers of containers."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, float):
+        yield torch.tensor(tree, dtype=torch.float64)
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _all_finite(tree: object) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(tree))
+
+
+def _all_small(tree: object) -> bool:
+    """Return whether sums can be added up; NaN stands for what a method does not measure."""
+    return not any(bool((tensor.abs() > _LARGEST_SUM).any()) for tensor in _tensors(tree))
+
+
 def _kinds(group: dict[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in group.items() if key != "params"}
 
@@ -229,6 +308,7 @@ def _copy(saved: Tensor, tensor: Tensor) -> None:
     tensor.copy_(saved)
 
 
+_LARGEST_SUM = 1e30
 _IMPLEMENTATION = {"fused", "foreach", "capturable"}
 _STEP = "step"  # of Adam, a count; all else is one number a weight
 _MOMENTA: dict[type, frozenset[str]] = {

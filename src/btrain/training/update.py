@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.base import Controller
 from btrain.data import Batch
 from btrain.methods.base import Memory, Method
 from btrain.methods.statistics import StepStats, stacked, summed
@@ -19,6 +22,7 @@ def train_batch(
     memory: Memory,
     generator: torch.Generator,
     world: World | None = None,
+    controllers: Sequence[Controller] = (),
 ) -> StepStats:
     """Learn from one batch: one update, or several; the gradients of the last one stay.
 
@@ -27,6 +31,7 @@ def train_batch(
         memory: of the method, which changes it.
         generator: of all random choices, on the device.
         world: the processes that share the batch, if there are several.
+        controllers: what acts on the weights behind each update.
 
     Returns:
         The sums over the batch, of all processes.
@@ -35,6 +40,8 @@ def train_batch(
     for examples in method.examples(network, batch, memory, generator):
         loss, stats, share = method.loss(network, examples, memory, generator)
         descend(optimizer, loss if world is None else world.weighted(loss, share))
+        for controller in controllers:
+            controller.after_update(optimizer)
         if stats is not None:
             shown.append(stats)
     stats = shown[0] if len(shown) == 1 else summed(shown)

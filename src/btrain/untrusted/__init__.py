@@ -1,4 +1,4 @@
-"""Reading files that come from strangers: nothing in them runs, and no number in a header decides
+"""The reading of strangers' files: nothing in them runs, and no number in a header decides
 how much memory is taken before it was held against the file's size.
 
 The functions here raise `RefusedError`, or what the standard library and numpy raise on damaged

@@ -105,7 +105,7 @@ def _check_size(shape: tuple[int, ...], dtype: np.dtype[Any], available: int) ->
         raise RefusedError(f"its header says {needed} bytes, there are {available}")
 
 
-class _Dtype:
+class PickledDtype:
     """A stand-in for `numpy.dtype`: of plain numbers only."""
 
     __slots__ = ("value",)
@@ -136,7 +136,7 @@ class PickledArray:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes):
+        if not isinstance(dtype, PickledDtype) or not isinstance(raw, bytes):
             raise RefusedError("it holds an array of something else than numbers")
         sides_are_whole = isinstance(shape, tuple) and all(
             type(side) is int and side >= 0 for side in shape
@@ -149,12 +149,35 @@ class PickledArray:
         self.array = flat.reshape(shape, order="F" if fortran else "C")
 
 
-_reconstruct = Call(PickledArray)
+def pickled_scalar(dtype: PickledDtype, raw: bytes) -> int | float | bool:
+    """Stand in for the function that makes NumPy's numbers: a plain one of the same value."""
+    if not isinstance(dtype, PickledDtype) or not isinstance(raw, bytes):
+        raise RefusedError("it holds a NumPy value that is no number")
+    if len(raw) != dtype.value.itemsize:
+        raise RefusedError(f"it holds {len(raw)} bytes for a number of type {dtype.value}")
+    number: int | float | bool = np.frombuffer(raw, dtype.value).item()
+    return number
+
+
+def _from_buffer(
+    raw: bytes, dtype: PickledDtype, shape: tuple[int, ...], order: str
+) -> PickledArray:
+    """Stand in for NumPy's function of this name, by which protocol 5 writes arrays."""
+    array = PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(raw)))
+    return array
+
+
+_reconstruct, _scalar, _buffered = Call(PickledArray), Call(pickled_scalar), Call(_from_buffer)
 ARRAY_NAMES: Names = {
-    ("numpy", "dtype"): Call(_Dtype),
+    ("numpy", "dtype"): Call(PickledDtype),
     ("numpy", "ndarray"): None,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _buffered,
+    ("numpy._core.numeric", "_frombuffer"): _buffered,
     ("_codecs", "encode"): Call(encode_latin1),
 }
-"""What a pickle of arrays and plain containers asks for."""
+"""The names that a pickle of arrays, NumPy's numbers and plain containers asks for."""

@@ -27,19 +27,52 @@ _LARGE = 4 << 20  # pixels; of images beyond, one is decoded at a time, whatever
 _large_image = threading.Lock()
 
 
+_BEGINNING = 512  # bytes of a file that tell what it is
+_OTHERS = {
+    b"GIF8": "a GIF",
+    b"%PDF": "a PDF",
+    b"%!PS": "a PostScript file",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file",
+    b"\x00\x00\x01\x00": "an icon",
+    b"version https://git-lfs": "a Git LFS pointer, whose file was never fetched",
+}
+
+
+def _described(beginning: bytes) -> str:
+    """Return what a file is that is none of the formats, as far as its first bytes tell."""
+    if not beginning:
+        return "it is empty"
+    kind = next((name for start, name in _OTHERS.items() if beginning.startswith(start)), None)
+    if beginning[4:8] == b"ftyp":
+        kind = "a HEIC, AVIF or video file"
+    if b"<html" in (lower := beginning.lower()) or lower.lstrip().startswith(b"<!doctype"):
+        kind = "a web page"
+    elif b"<svg" in lower:
+        kind = "an SVG drawing"
+    known = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+    return f"by its content it is {kind}, not {known}" if kind else f"it is damaged, or not {known}"
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image whose size is known to be moderate, without decoding it yet.
 
     Raises:
         RefusedError: it is no plain file (but a pipe or a device) or larger than 128 MiB, or has
-            more than 64 Mi pixels or a side of more than 65,535.
+            more than 64 Mi pixels or a side of more than 65,535, or is of another format, whatever
+            it is called.
         Exception: it is damaged; Pillow raises many kinds.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    content = io.BytesIO(read_bytes(path, _LARGEST))  # which gives no more than it has
-    with Image.open(content, formats=_FORMATS) as image:
+    content = read_bytes(path, _LARGEST)
+    try:
+        opened = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:  # whose text is the object in memory
+        raise RefusedError(_described(content[:_BEGINNING])) from None
+    with opened as image:
         pixels = image.width * image.height
         if pixels > MOST_PIXELS or max(image.size) > _LONGEST_SIDE:
             raise RefusedError(

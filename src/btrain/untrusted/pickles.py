@@ -22,13 +22,18 @@ TENSOR_OPERATIONS = frozenset({
     "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
     "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE",
     "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "REDUCE",
-    "BUILD", "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT",
+    "NEWOBJ", "BUILD", "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT",
 })  # fmt: skip
 # … and what other protocols have for strings, bytes and the memo.
 DATA_OPERATIONS = (TENSOR_OPERATIONS - {"BINPERSID"}) | frozenset({
     "BINSTRING", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
-    "EMPTY_SET", "ADDITEMS", "MEMOIZE", "FRAME", "STACK_GLOBAL",
+    "EMPTY_SET", "ADDITEMS", "MEMOIZE", "FRAME", "STACK_GLOBAL", "BYTEARRAY8",
 })  # fmt: skip
+
+
+class AsksForCodeError(RefusedError):
+    """The fault of a pickle that needs a function or class that its reader does not name."""
+
 
 Names = Mapping[tuple[str, str], Any]
 """(module, name) to what stands in for it. A pickle can set attributes of what it holds, so these
@@ -135,7 +140,7 @@ def _known(names: Names, module: str, name: str) -> Any:
     try:
         return names[module, name]
     except KeyError:
-        raise RefusedError(
+        raise AsksForCodeError(
             f"it asks for {module}.{name}, and only tensors and plain values are loaded, never code"
         ) from None
 

@@ -21,6 +21,7 @@ import torch
 
 from btrain.untrusted import RefusedError, open_plain
 from btrain.untrusted.archive import check_directory
+from btrain.untrusted.arrays import PickledArray, PickledDtype, pickled_scalar
 from btrain.untrusted.pickles import (
     TENSOR_OPERATIONS,
     Call,
@@ -40,7 +41,9 @@ _LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of the format 
 def load(path: Path) -> Any:
     """Load tensors and plain containers, as `torch.save` wrote them, on the CPU.
 
-    Takes about as much memory as the file is long.
+    What people keep beside weights comes as a plain value: NumPy's numbers as Python's, an
+    `argparse.Namespace` and a `defaultdict` as a dictionary, a path as a text. Takes about as much
+    memory as the file is long.
 
     Raises:
         RefusedError: it asks for code, or its sizes contradict each other.
@@ -49,7 +52,7 @@ def load(path: Path) -> Any:
     with open_plain(path) as file:
         _check(file)
         file.seek(0)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             warnings.simplefilter("ignore")  # about odd pickles, which are refused all the same
             return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -204,6 +207,50 @@ class _StateDict(OrderedDict[Any, Any]):
         raise RefusedError("it holds a dictionary of no known kind")
 
 
+class _Namespace(dict[str, Any]):
+    """A stand-in for `argparse.Namespace`: its attributes as a dictionary."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise RefusedError("it holds an argparse.Namespace without attributes")
+        self.update(state)
+
+
+def _default_dict(*_: object) -> dict[Any, Any]:
+    """Stand in for `collections.defaultdict`, whose default is not needed."""
+    return {}
+
+
+def _path(*parts: object) -> str:
+    """Stand in for the classes of `pathlib`."""
+    return str(Path(*(part for part in parts if isinstance(part, str))))
+
+
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+_BESIDE: dict[tuple[str, str], Any] = {
+    ("argparse", "Namespace"): _Namespace,
+    ("collections", "defaultdict"): _default_dict,
+    **{(module, name): _path for module in ("pathlib", "pathlib._local") for name in _PATHS},
+    ("numpy", "dtype"): PickledDtype,
+    ("numpy", "ndarray"): None,
+    **{
+        (f"numpy.{core}.multiarray", name): stand_in
+        for core in ("core", "_core")
+        for name, stand_in in (("scalar", pickled_scalar), ("_reconstruct", PickledArray))
+    },
+    **{
+        (module, name): None  # what a defaultdict makes
+        for module in ("builtins", "__builtin__")
+        for name in ("list", "dict", "tuple", "int", "float", "str", "bool")
+    },
+}
+"""What may stand beside the weights, of which torch knows nothing."""
+
+_STAND_INS: list[Any] = [
+    (stand_in, f"{module}.{name}") for (module, name), stand_in in _BESIDE.items()
+]
 _STORAGES = {
     "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1,
     "Byte": 1, "Bool": 1, "ComplexFloat": 8, "ComplexDouble": 16,
@@ -223,6 +270,10 @@ _NAMES: Names = {
     ("collections", "Counter"): Call(Counter),
     ("_codecs", "encode"): Call(encode_latin1),
     ("__builtin__", "set"): Call(make_set),
+    **{
+        key: stand_in if stand_in in (_Namespace, None) else Call(stand_in)
+        for key, stand_in in _BESIDE.items()
+    },
     ("builtins", "set"): Call(make_set),
     **{("torch", f"{kind}Storage"): _StorageType(size) for kind, size in _STORAGES.items()},
     **{("torch", name): None for name in _DTYPES},

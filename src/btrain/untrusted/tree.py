@@ -9,7 +9,7 @@ from btrain.untrusted import RefusedError
 _DEEPEST = 32
 
 _Measures = dict[int, tuple[int, int]]
-"""Of each container, by its id: how many values it holds, and how many levels of them."""
+"""The number of values and of levels of them in each container, by its id."""
 
 
 def check_tree(content: object, *, most: int) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from btrain.durable import make_folder, write_file
+from btrain.durable import make_folder, real, write_files
 from btrain.errors import UserError
 from btrain.pages import tables
 from btrain.pages.html import render
@@ -37,7 +34,9 @@ from btrain.paper.sheets.table import (
     paper,
     status,
 )
+from btrain.runs.json_fields import dumped
 from btrain.runs.read import Run, Runs
+from btrain.terminal import say, show
 
 _MARKS = {"holds": ("passed", "✓ "), "fails": ("suspicious", "✗ ")}
 """verdict -> class and mark on the page"""
@@ -57,10 +56,10 @@ def show_sheets(
     written = write_sheets(folder, out, targets, read)
     for path in written:
         if path.suffix == ".md":
-            print(path.read_text(encoding="utf-8"))
+            show(path.read_text(encoding="utf-8"))
     if not is_available():
-        print(NO_MATPLOTLIB)
-    print(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
+        show(NO_MATPLOTLIB)
+    say(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
     return written
 
 
@@ -89,7 +88,7 @@ def write_sheets(
     """
     plans = plans_in(folder)
     wanted = list(chosen(plans, targets, folder))
-    if out.resolve() == folder.resolve():
+    if real(out) == real(folder):
         raise UserError(f"out={out} holds the plans, whose files the report's would replace.")
     read = read or Runs().read
     sheets = {target: make_sheet(plan, folder, read) for target, plan in plans.items()}
@@ -101,7 +100,8 @@ def write_sheets(
         for target, sheet in sheets.items()
     ]
     contents["index.html"] = index_page(linked).encode()
-    _replace_all(out, contents)
+    make_folder(out, within=folder if folder in out.parents else None)
+    write_files({out / name: content for name, content in contents.items()})
     for target in wanted:  # of an earlier report, of which it would now tell a lie
         for kind in ("png", "svg"):
             if f"{target}.{kind}" not in contents:
@@ -123,27 +123,6 @@ def sheet_files(sheet: Sheet) -> dict[str, bytes]:
         f"{target}.html": sheet_page(sheet, drawn.get("svg"), missing).encode(),
     }
     return {name: found[name] for name in sorted(found)}
-
-
-def _replace_all(out: Path, contents: dict[str, bytes]) -> None:
-    """Write all under other names, then rename them.
-
-    Raises:
-        UserError: one cannot be written; then those of before are still there.
-    """
-    make_folder(out)
-    staged = {out / name: out / f".{name}.{os.getpid()}.new" for name in contents}
-    try:
-        for path, temporary in staged.items():
-            write_file(temporary, contents[path.name])
-        for path, temporary in staged.items():
-            temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
-    finally:
-        for temporary in staged.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def markdown(sheet: Sheet, picture: str | None = None) -> str:
@@ -264,7 +243,7 @@ def as_json(sheet: Sheet) -> str:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return dumped(value)
 
 
 def _row(line: Line, few: tuple[str, ...] | None) -> dict[str, Any]:

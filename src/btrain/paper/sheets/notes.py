@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.paper.plan import Plan, Row
-from btrain.runs.json_fields import is_number
+from btrain.runs.json_fields import is_count, is_number
 from btrain.runs.read import FAILED, FINISHED, MISSING, RUNNING, UNFINISHED, Run
 from btrain.settings.evaluation import PRESETS
 
@@ -174,9 +174,10 @@ def evaluations(runs: Mapping[int, Run], plan: Plan, row: Row) -> list[str]:
             evaluation[1].get("n")
             for seed, evaluation in found.items()
             if evaluation is not None
+            and is_count(evaluation[1].get("n"))
             and finished[seed].number("test_examples") not in (None, evaluation[1].get("n"))
         }
-        phrases += [f"{attack} on {n:,} test images" for n in sizes if isinstance(n, int)]
+        phrases += [f"{attack} on {n:,} test images" for n in sizes]
     return phrases
 
 

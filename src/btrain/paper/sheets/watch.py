@@ -13,9 +13,9 @@ from btrain.pages import tables
 from btrain.paper.plan import Plan, find_plans
 from btrain.paper.sheets.notes import expected
 from btrain.runs.read import FAILED, FINISHED, RUNNING, Run, Runs
+from btrain.terminal import clear, show
 
 REFRESH_SECONDS = 3.0
-_CLEAR = "\x1b[H\x1b[J"
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,12 @@ def watch(folder: Path, targets: Sequence[str] | None = None) -> None:
     while True:
         plans = find_plans(folder, targets)  # the runner may write plans meanwhile
         found = [progress(plan, folder, runs_of) for plan in plans.values()]
-        print((_CLEAR if live else "") + table(found), flush=True)
+        if live:
+            clear()
+        show(table(found), flush=True)
         if not live or not any(p.left for p in found):
             return
-        print("\nCtrl-C ends this view; the runs go on.", flush=True)
+        show("\nCtrl-C ends this view; the runs go on.", flush=True)
         try:
             time.sleep(REFRESH_SECONDS)
         except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats
 
 
@@ -73,9 +74,10 @@ class Snapshot:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict[str, Tensor]
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *memories: Memory
     ) -> None:
-        self._model, self._optimizer, self._memory = model, optimizer, memory
+        """`memories` are those of the method and of the controllers."""
+        self._model, self._optimizer, self._memories = model, optimizer, memories
         self._before = {name: tensor.clone() for name, tensor in self._tensors()}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -86,8 +88,9 @@ class Snapshot:
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     yield f"optimizer.{i}.{key}", value
-        for name, tensor in self._memory.items():
-            yield f"memory.{name}", tensor
+        for i, memory in enumerate(self._memories):
+            for name, tensor in memory.items():
+                yield f"memory.{i}.{name}", tensor
 
     @torch.no_grad()
     def undo_where(self, bad: Tensor) -> None:

@@ -51,7 +51,7 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Let a signal end work that can be repeated, such as evaluation, where it is.
 
-        Of several processes it ends all where they call `together` next.
+        With several processes it ends all where they call `together` next.
         """
         try:
             if self._world.size == 1:

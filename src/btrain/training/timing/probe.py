@@ -34,7 +34,7 @@ class Probe:
     does. All this takes at most 1 % of the training time so far; until there is room for one step
     to warm up and one to time, nothing is measured.
     Both are the device's own time, on a CPU that of this process.
-    Of several processes each does so for itself, on batches as large as its share and without the
+    With several processes each does so for itself, on batches as large as its share and without the
     others: one that fails or has no time keeps nobody waiting.
     """
 

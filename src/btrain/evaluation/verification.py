@@ -1,0 +1,110 @@
+"""Verified accuracy as a result beside those of attacks, and the check of the one by the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from btrain.errors import UserError
+from btrain.evaluation.attack import Start, Subject, attack_facts, finished, kept
+from btrain.evaluation.examples import batches
+from btrain.evaluation.result import Result, write_json
+from btrain.settings.evaluation import INTERVAL_ATTACKS
+from btrain.verify import accuracy, interval_attack
+from btrain.verify.graph import Graph, trace
+
+PREFIX = "verified-"
+"""Of the results' names; the engine follows."""
+
+_BROKEN = "verified_and_broken.json"
+
+
+def verified(subject: Subject, graph: Graph, engine: str) -> Result:
+    """Return which images an engine verifies at the subject's ε.
+
+    An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified.
+    """
+    name, started = PREFIX + engine.replace("+", "-"), time.perf_counter()
+    facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
+    if (there := kept(subject, name, facts)) is not None:
+        return there
+    sound = torch.zeros_like(subject.correct)
+    right = subject.correct.nonzero().squeeze(1)
+    for some in tqdm(
+        list(batches(right, subject.batch_size)), name, leave=False,
+        disable=not subject.show_progress,
+    ):  # fmt: skip
+        x, labels = subject.examples.batch(some)
+        (verdict,) = accuracy.verify(
+            subject.model, x, labels, epsilon=subject.epsilon, engines=[engine], graph=graph
+        )
+        sound[some] = verdict.verified.cpu()
+    return finished(subject, name, facts, sound, started)
+
+
+def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
+    """Return what stands under the interval attack, CW between its jumps."""
+    started, restarts = time.perf_counter(), INTERVAL_ATTACKS[name]
+    facts = attack_facts(subject, start) | {"restarts": restarts, "loss": "cw", "steps": 40}
+    if (there := kept(subject, name, facts)) is not None:
+        return there
+    stands = start.stands.clone()
+    generator = torch.Generator().manual_seed(subject.seed)
+    for some in tqdm(
+        list(batches(start.stands.nonzero().squeeze(1), subject.batch_size)), name, leave=False,
+        disable=not subject.show_progress,
+    ):  # fmt: skip
+        x, labels = subject.examples.batch(some)
+        found = interval_attack.attack(
+            subject.model, x, labels, epsilon=subject.epsilon, graph=graph, restarts=restarts,
+            generator=generator,
+        )  # fmt: skip
+        stands[some] = _right(subject.model, found, labels)
+    return finished(subject, name, facts, stands, started)
+
+
+@torch.no_grad()
+def _right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    right: Tensor = model(x).argmax(dim=1) == labels
+    return right.cpu()
+
+
+def graph_of(subject: Subject) -> Graph:
+    """Return the network as bounds pass through it.
+
+    Raises:
+        UserError: a layer cannot be bounded.
+    """
+    return trace(subject.model, tuple(subject.examples.batch(torch.tensor([0]))[0].shape[1:]))
+
+
+def compare(subject: Subject, results: Sequence[Result]) -> None:
+    """Compare all verdicts with all attacks, image by image.
+
+    Raises:
+        UserError: an image is verified and broken. The indices are kept in a file: the bounds are
+            wrong, or what was attacked is another network.
+    """
+    verdicts = [r for r in results if r.attack.startswith(PREFIX)]
+    attacks = [r for r in results if not r.attack.startswith(PREFIX) and r.correct.ndim == 1]
+    found: dict[str, list[int]] = {}
+    for verdict in verdicts:
+        for attack in attacks:
+            broken = torch.from_numpy(~attack.correct)
+            try:
+                accuracy.refuse_broken(torch.from_numpy(verdict.correct), broken)
+            except accuracy.VerifiedAndBrokenError as error:
+                found[f"{verdict.attack} and {attack.attack}"] = list(error.indices)
+    if not found or subject.folder is None:
+        return
+    path = subject.folder / _BROKEN
+    write_json(path, {"broken": found} | subject.facts)
+    which, indices = next(iter(found.items()))
+    raise UserError(
+        f"{len(indices)} images are verified and broken by an attack ({which}): the bounds are "
+        f"wrong. {path} names them."
+    )

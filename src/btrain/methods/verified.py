@@ -1,0 +1,257 @@
+"""Training by bounds: MixTrain, and its family of settings.
+
+Which images are bounded, within which box, by which engine, and what their worst-case loss is
+mixed with: MixTrain (Wang et al.) bounds a few images of each batch, Wong & Kolter, IBP and
+CROWN-IBP bound all, SABR bounds small boxes around attacked images, MTL-IBP mixes with the loss of
+attacked images. BulletTrain's rule can choose the few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from btrain import precision
+from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
+from btrain.attacks.attack import Attack
+from btrain.attacks.shadow import bare
+from btrain.data import Batch, Data
+from btrain.errors import UserError
+from btrain.methods.base import Loss, Memory, Reach
+from btrain.methods.statistics import step_stats
+from btrain.verify import bounds, losses
+from btrain.verify.graph import Graph, evaluating, trace
+
+Choose = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
+"""(clean logits (m, K), labels (m,), k', generator) -> rows of the images to bound (k',)"""
+
+
+class Examples(NamedTuple):
+    """A batch, attacked where the loss wants it.
+
+    Attributes:
+        progress: of the training, in [0, 1].
+        x_adv: like x; x itself without an attack.
+    """
+
+    x: Tensor
+    labels: Tensor
+    x_adv: Tensor
+    progress: float
+    units: float
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The worst-case loss's factor, which grows geometrically.
+
+    Attributes:
+        first, last: at the beginning and from `until` on.
+        until: a share of the training, in (0, 1].
+    """
+
+    first: float
+    last: float
+    until: float
+
+    def at(self, progress: float) -> float:
+        """Return the factor at a point of the training, in [0, 1]."""
+        grown: float = (self.last / self.first) ** min(1.0, progress / self.until)
+        return self.first * grown
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The cross-entropy of a batch, and the worst case that bounds allow for some of its images.
+
+    Attributes:
+        epsilon: L∞, in pixel units.
+        ramp: the share of the training in which ε grows from 0.
+        epochs: of the training.
+        choose: who is bounded where not everybody is.
+        k: images bounded in an epoch, spread over its batches; None for `per_batch`.
+        per_batch: images bounded in a batch; None for all.
+        alpha: with `convex` the loss is (1 - α)·CE + α·worst case, else CE + weight·worst case in
+            a share α of the batches, drawn by chance.
+        box: a share of ε: the radius of a box around an attacked image; 1 for the whole box.
+        attack: at a share of ε, for small boxes and for the plain loss on attacked images; or None.
+        plain_on_attacked: whether the cross-entropy is that of attacked images.
+        regulariser: weight of Shi et al.'s, while ε grows.
+    """
+
+    engine: str
+    epsilon: float
+    ramp: float
+    epochs: int
+    choose: Choose
+    k: int | None
+    per_batch: int | None
+    convex: bool
+    alpha: float
+    weight: Weight
+    box: float
+    attack: Callable[[float], Attack] | None
+    plain_on_attacked: bool
+    regulariser: float
+    in_units: ClassVar[bool] = False
+
+    def memory(self, data: Data, device: torch.device) -> Memory:
+        """Return F_R, which stays 0, and how many images were trained on, and how many will be.
+
+        Raises:
+            UserError: more images an epoch are to be bounded than there are.
+        """
+        images = len(data.train)
+        if self.k is not None and self.k > images:
+            raise UserError(
+                f"defense.k={self.k} is more than the {images} images of an epoch; null bounds all."
+            )
+        return {
+            "robust_fraction": torch.zeros((), device=device),
+            "trained": torch.zeros((), dtype=torch.int64),
+            "to_train": torch.tensor(images * self.epochs),
+        }
+
+    def examples(
+        self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
+    ) -> Iterator[Examples]:
+        """Yield the batch once."""
+        x, labels, _ = batch
+        progress = min(1.0, memory["trained"].item() / memory["to_train"].item())
+        x_adv, units = x, 0.0
+        share = self._share(progress)
+        if self.attack is not None and share > 0:
+            attack = self.attack(share)
+            sizes = torch.full((len(x),), attack.step_size_b, device=x.device)
+            noise = attack.noise(x, generator)
+            unread = x.new_empty(len(x), 0)
+            active = [len(x)] * attack.n_b
+            x_adv = attack.evenly(network, x, labels, unread, sizes, active, noise)
+            units = 2.0 * attack.n_b * len(x)
+        yield Examples(x, labels, x_adv, progress, units)
+        memory["trained"] += len(x)
+
+    def loss(
+        self, network: nn.Module, examples: Examples, memory: Memory, generator: torch.Generator
+    ) -> Loss:
+        """Return the mix of cross-entropy and worst case.
+
+        In the statistics the bounded images are boundary, the others robust or outliers; the
+        accuracy under attack is the verified one where everybody is bounded, else unknown.
+        """
+        x, labels, x_adv, progress, units = examples
+        m = len(x)
+        logits = precision.full(network(x_adv if self.plain_on_attacked else x))
+        plain = F.cross_entropy(logits, labels, reduction="none")
+        epsilon = self._share(progress) * self.epsilon
+        rows = self._rows(logits.detach(), labels, memory, generator)
+        loss, upper = plain.mean(), x.new_empty(m, 0)
+        graph = _graph(bare(network), tuple(x.shape[1:]))
+        with evaluating(bare(network)):
+            if len(rows):
+                upper = self._margins(graph, x[rows], x_adv[rows], labels[rows], epsilon)
+                worst = losses.worst_case(upper, labels[rows]).mean()
+                if self.convex:
+                    loss = losses.mixed(loss, worst, share=self.alpha)
+                else:
+                    loss = loss + self.weight.at(progress) * worst
+            if self.regulariser and 0 < progress < self.ramp:
+                box = bounds.box(x, epsilon)
+                penalty = losses.regulariser(box, bounds.before_relus(graph, box))
+                loss = loss + self.regulariser * (1 - progress / self.ramp) * penalty
+        right = logits.detach().argmax(dim=1) == labels
+        classes = torch.where(right, ROBUST, OUTLIER)
+        classes[rows] = BOUNDARY
+        everybody = len(rows) == m
+        stats = step_stats(
+            Allocation(classes, torch.zeros_like(classes)),
+            loss.detach(),
+            logits.detach(),
+            None,
+            x.new_empty(m, 0) if self.plain_on_attacked else logits.detach(),
+            upper.detach() if everybody else x.new_empty(m, 0),
+            labels,
+            units=units + 3.0 * m,
+        )
+        return Loss(loss, stats)
+
+    def _share(self, progress: float) -> float:
+        """Return ε at a point of the training as a share of what it will be."""
+        return min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
+
+    def _rows(
+        self, logits: Tensor, labels: Tensor, memory: Memory, generator: torch.Generator
+    ) -> Tensor:
+        """Return the rows to bound in this batch, (k',)."""
+        m, device = len(labels), labels.device
+        if not self.convex and self.alpha < 1:
+            drawn = torch.rand((), generator=generator, device=device)
+            if drawn.item() >= self.alpha:
+                return torch.empty(0, dtype=torch.int64, device=device)
+        many = m
+        if self.k is not None:
+            an_epoch = memory["to_train"].item() / self.epochs
+            many = max(1, round(self.k * m / an_epoch))
+        elif self.per_batch is not None:
+            many = self.per_batch
+        if many >= m:
+            return torch.arange(m, device=device)
+        return self.choose(logits, labels, many, generator)
+
+    def _margins(
+        self, graph: Graph, x: Tensor, x_adv: Tensor, labels: Tensor, epsilon: float
+    ) -> Tensor:
+        box = (
+            bounds.box(x, epsilon)
+            if self.box == 1
+            else losses.small_box(x, x_adv, epsilon=epsilon, share=self.box)
+        )
+        return bounds.margins(graph, box, labels, engine=self.engine)
+
+    @property
+    def eq7(self) -> bool:
+        """Whether eq. 7 describes what it costs."""
+        return False
+
+    @property
+    def reach(self) -> Reach:
+        """How far from the clean images it trains."""
+        return Reach(self.epsilon)
+
+    def expected_units(self, fractions: tuple[float, float, float]) -> None:
+        """Return None: a bound is no forward pass."""
+        del fractions
+
+
+def at_random(logits: Tensor, labels: Tensor, many: int, generator: torch.Generator) -> Tensor:
+    """Return as many rows by chance, without replacement: the paper's."""
+    del logits
+    return torch.randperm(len(labels), generator=generator, device=labels.device)[:many]
+
+
+def nearest_right(metric: Callable[[Tensor, Tensor], Tensor]) -> Choose:
+    """Return BulletTrain's choice: the right predictions nearest the boundary, by a metric.
+
+    Wrong ones follow where there are too few.
+    """
+
+    def choose(logits: Tensor, labels: Tensor, many: int, generator: torch.Generator) -> Tensor:
+        del generator
+        score = metric(logits, labels)
+        wrong = torch.signbit(score)
+        order = torch.where(wrong, score.abs() + 2, score)  # scores are at most √2
+        return order.argsort()[:many]
+
+    return choose
+
+
+@lru_cache(maxsize=1)
+def _graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
+    """The graph of the network in training, traced once."""
+    return trace(network, shape)

@@ -1,0 +1,539 @@
+"""Sound bounds on a network's logits for all images in a box, by four engines.
+
+All engines enclose each ReLU between two lines and go backward from what is to be bounded to the
+box, adding up what the enclosures may amount to. They differ in the lines and in how the intervals
+before the ReLUs are found:
+
+| engine | intervals before the ReLUs | lines at the end |
+|---|---|---|
+| `ibp` | layer by layer (Gowal et al.) | constants |
+| `symbolic` | backward, parallel lines | parallel lines (Wang et al., Wong & Kolter) |
+| `crown_ibp` | layer by layer | the lower line of slope 0 or 1 (Zhang et al.) |
+| `crown` | backward, slope 0 or 1 | the lower line of slope 0 or 1 (Zhang et al.) |
+
+`symbolic` gives the numbers of symbolic linear relaxation going forward, and of Fast-Lin. Engines
+joined by "+" give the best of their bounds, margin by margin; "any" joins all.
+
+Rounding: each radius grows by 64 units in the last place of its own size and of the largest value
+of its layer. That covers the rounding that sums of thousands of terms show, by a factor of ten and
+more, but is no proof against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from btrain import precision
+from btrain.errors import UserError
+from btrain.verify.coefficients import (
+    Dense,
+    Patches,
+    Relaxation,
+    Rows,
+    Start,
+    added,
+    as_rows,
+    reach,
+    through_relu,
+)
+from btrain.verify.graph import Graph, Input, Operation, Relu, Sum, on_meta, summed
+from btrain.verify.operations import Convolution, Reshape, Scale
+
+ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
+ANY = "any"
+MEMORY = 2 * 2**30
+"""Bytes that bounds may take unless told otherwise."""
+
+_IN_CACHE = 32 * 2**20
+"""Bytes that a processor works on at once without waiting for its memory."""
+
+_ROUNDING = 64  # units in the last place
+
+Lines = Literal["constant", "parallel", "adaptive"]
+_INTERVALS: dict[str, Lines] = {
+    "ibp": "constant", "symbolic": "parallel", "crown_ibp": "constant", "crown": "adaptive",
+}  # fmt: skip
+_AT_THE_END: dict[str, Lines] = {
+    "ibp": "constant", "symbolic": "parallel", "crown_ibp": "adaptive", "crown": "adaptive",
+}  # fmt: skip
+
+
+class Box(NamedTuple):
+    """A box of images, centre and radius of each pixel, both like the images."""
+
+    centre: Tensor
+    radius: Tensor
+
+
+class Interval(NamedTuple):
+    """Lower and upper bounds, both of one shape."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+def box(x: Tensor, epsilon: float | Tensor) -> Box:
+    """All images within ε of x in each pixel and within [0, 1].
+
+    Args:
+        x: images in [0, 1].
+        epsilon: in pixel units, or a tensor that is broadcast to x; 0 gives x alone.
+    """
+    lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+    return Box((lower + upper) / 2, (upper - lower) / 2)
+
+
+def engines(named: str) -> tuple[str, ...]:
+    """The engines of a name like `symbolic`, `symbolic+crown_ibp` or `any`.
+
+    Raises:
+        UserError: there is no such engine.
+    """
+    if named == ANY:
+        return ENGINES
+    names = tuple(dict.fromkeys(named.split("+")))
+    for name in names:
+        if name not in ENGINES:
+            raise UserError(
+                f"There is no engine {name}; there are {', '.join(ENGINES)}, several joined by + "
+                f"and {ANY}."
+            )
+    return names
+
+
+def margins(
+    graph: Graph, images: Box, labels: Tensor, *, engine: str, memory: int = MEMORY
+) -> Tensor:
+    """Upper bounds of all other logits minus the labelled one, over the box.
+
+    The two logits' difference is bounded, not each by itself. An image is verified where all its
+    margins but the labelled one, which is 0, are below 0.
+
+    Args:
+        graph: of the network, from `graph.trace`.
+        images: a box for each image.
+        labels: (m,) int64.
+        engine: one or several, see `engines`.
+        memory: in bytes, about. What does not fit is done in chunks, and in pieces computed twice
+            where gradients are needed.
+
+    Returns:
+        (m, K), with gradients to the network's weights.
+
+    Raises:
+        UserError: no such engine, a layer in training mode, or one image needs more memory.
+    """
+    bounds = [
+        _in_chunks(graph, images, labels, engine=name, memory=memory) for name in engines(engine)
+    ]
+    best = bounds[0]
+    for other in bounds[1:]:
+        best = torch.minimum(best, other)
+    return best
+
+
+def verified(upper: Tensor, labels: Tensor) -> Tensor:
+    """True for images none of whose wrong logits can reach the right one, (m, K), (m,) -> (m,)."""
+    wrong = torch.ones_like(upper, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    return ((upper < 0) | ~wrong).all(dim=1)
+
+
+def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> Interval:
+    """Bounds of each logit by itself over the box, (m, K) each; otherwise like `margins`."""
+    bounds = [
+        _in_chunks(graph, images, None, engine=name, memory=memory) for name in engines(engine)
+    ]
+    lower, upper = bounds[0].chunk(2, dim=1)
+    for other in bounds[1:]:
+        lower, upper = (
+            torch.maximum(lower, other.chunk(2, dim=1)[0]),
+            torch.minimum(upper, other.chunk(2, dim=1)[1]),
+        )
+    return Interval(lower, upper)
+
+
+def before_relus(graph: Graph, images: Box) -> list[Interval]:
+    """Interval bounds before each ReLU in the order of computation, layer by layer (`ibp`)."""
+    with precision.exactly_float32(images.centre.device):
+        operations = graph.operations()
+        spans: list[_Span | None] = []
+        for operation in operations:
+            inputs = [spans[j] for j in operation.inputs]
+            spans.append(_span(operation, inputs, images, everywhere=True))
+        relus = (o.inputs[0] for o in operations if isinstance(o.what, Relu))
+        chosen = [span for i in dict.fromkeys(relus) if (span := spans[i]) is not None]
+        return [Interval(s.centre - s.radius, s.centre + s.radius) for s in chosen]
+
+
+def slopes(
+    graph: Graph, images: Box, labels: Tensor, *, memory: int = MEMORY
+) -> tuple[Tensor, Tensor]:
+    """The symbolic margins' upper bounds and their coefficients on the images.
+
+    With parallel lines the same coefficients belong to the upper and the lower bound: they are
+    the interval gradient. No gradients.
+
+    Returns:
+        (m, K) as from `margins` with `symbolic`, and (m, K, C, H, W) or (m, K, N).
+    """
+    uppers, reached = [], []
+    with torch.no_grad(), precision.exactly_float32(images.centre.device):
+        plan = _plan(graph, "symbolic", labels, memory, images.centre, len(labels))
+        for start in range(0, len(labels), plan.images):
+            chunk = slice(start, start + plan.images)
+            some = Box(images.centre[chunk], images.radius[chunk])
+            state = _State(graph.operations(), some, "symbolic", plan.pieces)
+            uppers.append(state.margins(labels[chunk], keep=True))
+            assert state.reached is not None
+            reached.append(state.reached)
+    return torch.cat(uppers), torch.cat(reached)
+
+
+def _in_chunks(
+    graph: Graph, images: Box, labels: Tensor | None, *, engine: str, memory: int
+) -> Tensor:
+    """One engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits."""
+    count = len(images.centre)
+    if labels is not None and labels.shape != (count,):
+        raise ValueError(f"one label for each of {count} images, not {tuple(labels.shape)}")
+    if images.centre.shape[1:] != graph.shape:
+        shapes = ["×".join(map(str, s)) for s in (graph.shape, images.centre.shape[1:])]
+        raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
+
+    def bound(some: Box, their: Tensor | None, pieces: int) -> Tensor:
+        with precision.exactly_float32(some.centre.device):
+            state = _State(graph.operations(), some, engine, pieces)
+            return state.logits() if their is None else state.margins(their)
+
+    plan = _plan(graph, engine, labels, memory, images.centre, count)
+    parts = []
+    for start in range(0, count, plan.images):
+        chunk = slice(start, start + plan.images)
+        some = Box(images.centre[chunk], images.radius[chunk])
+        their = None if labels is None else labels[chunk]
+        if plan.twice:
+            parts.append(
+                checkpoint(
+                    bound, some, their, plan.pieces, use_reentrant=False, preserve_rng_state=False
+                )
+            )
+        else:
+            parts.append(bound(some, their, plan.pieces))
+    return torch.cat(parts)
+
+
+class _Span(NamedTuple):
+    """An operation's values layer by layer."""
+
+    centre: Tensor
+    radius: Tensor
+    exact: bool
+    """True if each value by itself takes all of its interval."""
+    independent: bool
+    """True if all values together do, as the images' pixels do."""
+
+
+class _State:
+    """One computation of bounds for a chunk of images."""
+
+    def __init__(
+        self, operations: Sequence[Operation], images: Box, engine: str, pieces: int
+    ) -> None:
+        self.operations = operations
+        self.pieces = pieces
+        self.reached: Tensor | None = None
+        """The margins' coefficients on the images."""
+        self._root = _root(operations)
+        uses = [i for i, o in enumerate(operations) if self._root in o.inputs]
+        self._at_last = uses if len(uses) == 1 else []
+        """The only operation on the root, if there is only one."""
+        self._spans: list[_Span | None] = []
+        self._values: list[Tensor] = []
+        """What rows are bounded around: the values at the middle of all relaxations."""
+        self._relaxed: dict[int, Relaxation] = {}
+        self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
+
+    def margins(self, labels: Tensor, *, keep: bool = False) -> Tensor:
+        """(m, K); with `keep`, what they are of the images is in `reached` afterwards."""
+        values = self._values[-1]
+        unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
+        right = unit[labels]
+        start = Dense(unit - right[:, None], self.operations[-1].shape)
+        centre = values - values.gather(1, labels[:, None])
+        moved = self._reach(len(self.operations) - 1, start, keep=keep)
+        return (centre + _with_rounding(moved, values)).masked_fill(right.bool(), 0)
+
+    def logits(self) -> Tensor:
+        """(m, 2·K), lower bounds and then upper ones."""
+        values = self._values[-1]
+        up, down = self._both_reaches(len(self.operations) - 1, one_sided=True)
+        return torch.cat([values - down, values + up], dim=1)
+
+    def _forward(self, images: Box, before: Lines, at_the_end: Lines) -> None:
+        """Values and relaxations, operation by operation."""
+        intervals: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, operation in enumerate(self.operations):
+            spans = [self._spans[j] for j in operation.inputs]
+            self._spans.append(_span(operation, spans, images, everywhere=before == "constant"))
+            match operation.what:
+                case Input():
+                    value = images.centre
+                case Sum():
+                    value = summed([self._values[j] for j in operation.inputs])
+                case Relu():
+                    j = operation.inputs[0]
+                    if j not in intervals:
+                        intervals[j] = self._interval(j, before)
+                    self._relaxed[i] = _relaxation(self._values[j], *intervals[j], at_the_end)
+                    value = self._relaxed[i].middle
+                case affine:
+                    value = affine.forward(self._values[operation.inputs[0]])
+            self._values.append(value)
+
+    def _interval(self, i: int, lines: Lines) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of an operation's values."""
+        span, value = self._spans[i], self._values[i]
+        if span is not None and (span.exact or lines == "constant"):
+            radius = _with_rounding(span.radius, span.centre)
+            return span.centre - radius, span.centre + radius
+        up, down = self._both_reaches(i, one_sided=lines == "adaptive")
+        return value - down.view_as(value), value + up.view_as(value)
+
+    def _both_reaches(self, i: int, *, one_sided: bool) -> tuple[Tensor, Tensor]:
+        """How far an operation's values can rise above and fall below their centre, (m, R)."""
+        shape, value = self.operations[i].shape, self._values[i]
+        step = math.ceil(shape[0] / self.pieces)
+        ups, downs = [], []
+        for first in range(0, shape[0], step):
+            start = Start(shape, first, min(first + step, shape[0]), one_sided, value)
+            if self.pieces > 1 and torch.is_grad_enabled():
+                moved = checkpoint(
+                    self._reach, i, start, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                moved = self._reach(i, start)
+            up, down = moved.chunk(2, dim=1) if one_sided else (moved, moved)
+            ups.append(up)
+            downs.append(down)
+        up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=1)
+        return _with_rounding(up, value), _with_rounding(down, value)
+
+    def _reach(self, i: int, start: Start | Rows, *, keep: bool = False) -> Tensor:
+        """How far rows of an operation's values can rise above their centre, (m, R)."""
+        pending: dict[int, Start | Rows] = {i: start}
+        reaches: list[Tensor] = []
+        while pending:
+            i = max(pending)
+            rows = pending.pop(i)
+            if i == self._root:
+                rows = as_rows(rows)
+                span = self._spans[i]
+                assert span is not None
+                reaches.append(reach(rows, span.radius))
+                if keep:
+                    self._keep(rows)
+                continue
+            operation = self.operations[i]
+            passed: Start | Rows | None = rows
+            match operation.what:
+                case Relu():
+                    by_gaps, passed = through_relu(as_rows(rows), self._relaxed[i])
+                    reaches.append(by_gaps)
+                case Input() | Sum():
+                    pass
+                case Convolution() if i in self._at_last and not keep and isinstance(rows, Dense):
+                    span = self._spans[self._root]
+                    assert span is not None
+                    moved = operation.what.reach(rows, span.radius)
+                    if moved is None:
+                        passed = operation.what.pull(rows)
+                    else:
+                        reaches.append(moved)
+                        passed = None
+                case affine:
+                    passed = affine.pull(rows)
+            if passed is not None:
+                for j in operation.inputs:
+                    pending[j] = added(pending[j], passed) if j in pending else passed
+        return summed(reaches)
+
+    def _keep(self, rows: Rows) -> None:
+        """Remember rows on the root as coefficients on the images."""
+        for operation in reversed(self.operations[1 : self._root + 1]):
+            assert isinstance(operation.what, Scale | Reshape)
+            rows = as_rows(operation.what.pull(rows))
+        dense = rows.dense() if isinstance(rows, Patches) else rows
+        on_images = dense.rows
+        self.reached = on_images.permute(0, 1, 4, 2, 3) if on_images.dim() == 5 else on_images
+
+
+def _root(operations: Sequence[Operation]) -> int:
+    """The last operation whose values fill a box as the images do: value by value from them."""
+    uses = [j for operation in operations for j in operation.inputs]
+    root = 0
+    while (
+        root + 1 < len(operations)
+        and uses.count(root) == 1
+        and operations[root + 1].inputs == (root,)
+        and isinstance(operations[root + 1].what, Scale | Reshape)
+    ):
+        root += 1
+    return root
+
+
+def _span(
+    operation: Operation, inputs: Sequence[_Span | None], images: Box, *, everywhere: bool
+) -> _Span | None:
+    """An operation's values layer by layer; None if not asked for `everywhere` and not exact."""
+    if isinstance(operation.what, Input):
+        return _Span(images.centre, images.radius, exact=True, independent=True)
+    known = [span for span in inputs if span is not None]
+    if len(known) < len(inputs) or not (everywhere or (len(known) == 1 and known[0].independent)):
+        return None
+    first = known[0]
+    match operation.what:
+        case Relu():
+            middle, half = _after_relu(first.centre - first.radius, first.centre + first.radius)
+            return _Span(middle, half, first.exact, first.independent)
+        case Sum():
+            centre = summed([span.centre for span in known])
+            return _Span(
+                centre, summed([span.radius for span in known]), exact=False, independent=False
+            )
+        case affine:
+            return _Span(
+                affine.forward(first.centre),
+                affine.absolute(first.radius),
+                first.independent,
+                first.independent and isinstance(affine, Scale | Reshape),
+            )
+
+
+def _after_relu(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and half width of the interval after a ReLU."""
+    lower, upper = lower.clamp(min=0), upper.clamp(min=0)
+    return (upper + lower) / 2, (upper - lower) / 2
+
+
+def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Relaxation:
+    """The lines around a ReLU on [lower, upper], told from `value`.
+
+    The upper line goes through (lower, 0) and (upper, upper) where the interval holds 0 inside;
+    elsewhere both lines are the ReLU itself.
+    """
+    if lines == "constant":
+        return Relaxation(*_after_relu(lower, upper), None, None)
+    lower, upper = lower.clamp(max=0), upper.clamp(min=0)
+    slope = upper / (upper - lower).clamp(min=torch.finfo(value.dtype).tiny)
+    if lines == "parallel":
+        gap = slope * lower / -2
+        return Relaxation(torch.addcmul(gap, slope, value), gap, slope, None)
+    low = (upper > -lower).to(value.dtype)
+    line, low_line = slope * (value - lower), low * value
+    return Relaxation((line + low_line) / 2, (line - low_line) / 2, slope, low)
+
+
+def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
+    """A radius made larger by what rounding may have taken from it; see the head of this page."""
+    with torch.no_grad():
+        largest = values.abs().flatten(1).amax(dim=1)
+        size = moved.abs() + largest.view(-1, *(1 for _ in moved.shape[1:]))
+        margin = size.mul_(_ROUNDING * torch.finfo(moved.dtype).eps)
+    return moved + margin
+
+
+class _Plan(NamedTuple):
+    """How bounds are computed within their memory."""
+
+    images: int
+    """In a chunk."""
+    pieces: int
+    """Into how many the rows of a layer are split."""
+    twice: bool
+    """True if a chunk is computed once more for its gradients."""
+
+
+def _plan(
+    graph: Graph, engine: str, labels: Tensor | None, memory: int, like: Tensor, count: int
+) -> _Plan:
+    """The largest chunk that fits.
+
+    Raises:
+        UserError: one image needs more, its rows one by one.
+    """
+    with_gradients = torch.is_grad_enabled() and any(w.requires_grad for w in graph.weights())
+    most = max(o.shape[0] for o in graph.nodes)
+    pieces = 1
+    while True:
+        needed = size(graph, engine, joint=labels is not None, like=like, pieces=pieces)
+        at_once = needed.total // pieces if with_gradients else 3 * needed.largest
+        if at_once <= memory:
+            break
+        if pieces >= most:
+            raise UserError(
+                f"Bounds by {engine} need about {at_once / 2**20:.3g} MiB for one image, and may "
+                f"take {memory / 2**20:.3g} MiB."
+            )
+        pieces = min(2 * pieces, most)
+    fitting = max(1, memory // at_once)
+    images = fitting
+    if like.device.type == "cpu":
+        images = min(images, max(1, _IN_CACHE // (3 * needed.largest)))
+    return _Plan(images, pieces, with_gradients and count > fitting)
+
+
+class Size(NamedTuple):
+    """Bytes for one image."""
+
+    largest: int
+    """Of the largest intermediate result."""
+    total: int
+    """Of all intermediate results."""
+
+
+def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
+    """What one image takes, by a computation without numbers; remembered by the graph.
+
+    Args:
+        joint: True for margins, False for logits.
+        like: a tensor of the images' dtype.
+        pieces: into how many the rows of a layer are split.
+    """
+    key = (engine, joint, like.dtype, pieces)
+    if key not in graph.sizes:
+        images = torch.empty((1, *graph.shape), dtype=like.dtype, device="meta")
+        with torch.no_grad(), _Counted() as counted:
+            operations = [on_meta(o) for o in graph.operations()]
+            state = _State(operations, Box(images, images), engine, pieces)
+            if joint:
+                state.margins(torch.zeros(1, dtype=torch.int64, device="meta"))
+            else:
+                state.logits()
+        graph.sizes[key] = (counted.largest, counted.total)
+    return Size(*graph.sizes[key])
+
+
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and func._schema.returns[0].alias_info is None:
+            made = out.numel() * out.element_size()
+            self.largest = max(self.largest, made)
+            self.total += made
+        return out

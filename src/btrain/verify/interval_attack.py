@@ -1,0 +1,144 @@
+"""The interval attack: a first-order attack whose jumps see a whole region at once.
+
+Wang et al., *MixTrain*. A point's gradient says nothing about what lies behind a flat stretch of
+the loss. The coefficients of symbolic bounds on a region around the point do: where the region is
+not verified, the image jumps by the sign of the coefficients of the class that may win there, and
+a gradient attack goes on from where it lands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from btrain import precision
+from btrain.verify import bounds
+from btrain.verify.graph import Graph
+
+_GROWTH = 3.0
+"""How much larger a region becomes each time it was verified."""
+
+_CONFIDENCE = 50.0
+"""Of the CW loss: how far beyond the right logit the best wrong one is still pushed."""
+
+_RESTARTS_WITH_MORE_JUMPS = 2
+
+Ascent = Callable[[Tensor, Tensor], Tensor]
+"""(logits (m, K), labels (m,)) -> what to ascend (m,)"""
+
+
+def cw(logits: Tensor, labels: Tensor) -> Tensor:
+    """The best wrong logit minus the right one, cut at 50, (m,)."""
+    logits = precision.full(logits)
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
+    return (wrong - right).clamp(max=_CONFIDENCE)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """What PGD ascends, (m,)."""
+    return F.cross_entropy(precision.full(logits), labels, reduction="none")
+
+
+LOSSES: dict[str, Ascent] = {"cw": cw, "pgd": cross_entropy}
+
+
+def attack(
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    loss: Literal["cw", "pgd"] = "cw",
+    graph: Graph | None,
+    steps: int = 40,
+    step_size: float | None = None,
+    restarts: int = 1,
+    jumps: int = 3,
+    jump: float = 1.0,
+    radius: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attacked images within ε of x (L∞) and within [0, 1].
+
+    Without a graph it is plain CW or PGD of the same steps and restarts, to compare with.
+
+    Args:
+        network: in evaluation mode.
+        x: (m, C, H, W) in [0, 1].
+        labels: (m,) int64.
+        loss: what the steps between the jumps ascend.
+        graph: of the network; None for no jumps.
+        steps: between two jumps, and after the last.
+        step_size: in pixel units; ε/30 unless given, 0.01 at the ε of 0.3 that it was made for.
+        restarts: the first begins at x, the others at random in the box. What is misclassified is
+            left as it is.
+        jumps: in each of the first two restarts; later ones take one.
+        jump: length in pixel units. At 1, the default, an image lands on a corner of the box.
+        radius: of the first region around a point; it grows threefold while it is verified, up
+            to ε/2.
+
+    Returns:
+        Like x: a misclassified image where one was found, else the last one.
+    """
+    size = epsilon / 30 if step_size is None else step_size
+    lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+    found = x.clone()
+    left = torch.arange(len(x), device=x.device)
+
+    def confined(images: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(images, lower[left]), upper[left])
+
+    for restart in range(restarts):
+        now = x[left]
+        if restart:
+            noise = torch.rand(now.shape, generator=generator, dtype=x.dtype, device="cpu")
+            now = confined(now + (2 * noise.to(x.device) - 1) * epsilon)
+        many = jumps if restart < _RESTARTS_WITH_MORE_JUMPS else min(jumps, 1)
+        for turn in range(many + 1 if graph is not None else 1):
+            if turn:
+                assert graph is not None
+                now = confined(now + jump * _directions(graph, now, labels[left], epsilon, radius))
+            for _ in range(steps):
+                now = confined(now + size * _gradient(network, now, labels[left], loss).sign())
+            found[left] = now
+            kept = _right(network, now, labels[left])
+            left, now = left[kept], now[kept]
+            if len(left) == 0:
+                return found
+    return found
+
+
+def _directions(graph: Graph, x: Tensor, labels: Tensor, epsilon: float, radius: float) -> Tensor:
+    """The sign of the interval gradient of the class that may win around each image.
+
+    0 for images whose largest region is verified.
+    """
+    directions = torch.zeros_like(x)
+    left = torch.arange(len(x), device=x.device)
+    while len(left):
+        region = bounds.box(x[left], min(radius, epsilon / 2))
+        upper, slopes = bounds.slopes(graph, region, labels[left])
+        open_ = upper.argmax(dim=1) != labels[left]
+        winner = upper[open_].argmax(dim=1)
+        directions[left[open_]] = slopes[open_][torch.arange(len(winner)), winner].sign()
+        if radius >= epsilon / 2:
+            break
+        left, radius = left[~open_], radius * _GROWTH
+    return directions
+
+
+def _gradient(network: nn.Module, x: Tensor, labels: Tensor, loss: str) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(LOSSES[loss](network(x), labels).sum(), x)[0]
+
+
+@torch.no_grad()
+def _right(network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    right: Tensor = network(x).argmax(dim=1) == labels
+    return right

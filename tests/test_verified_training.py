@@ -1,0 +1,214 @@
+"""Training by bounds as a method of runs, and verified accuracy as a result of `btrain eval`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from btrain import cli
+from btrain.allocation import signed_prediction_variance
+from btrain.data import Batch, Data
+from btrain.errors import UserError
+from btrain.evaluation.result import Result
+from btrain.methods.make import make_method, make_methods
+from btrain.methods.verified import Verified, Weight, at_random, nearest_right
+from btrain.training.setup import make_state
+from btrain.verify import bounds, losses
+from btrain.verify.graph import evaluating, trace
+from composing import compose
+
+CPU = torch.device("cpu")
+FAMILY = ("mixtrain", "verified", "ibp", "crown_ibp", "mtl_ibp", "sabr")
+SMALL = ["dataset=digits", "model=small_cnn", "model.width=3", "device=cpu", "attack.epsilon=0.1"]
+
+
+def made(*overrides: str) -> Verified:
+    method = make_method(compose([*SMALL, *overrides]), CPU)
+    assert isinstance(method, Verified)
+    return method
+
+
+def batch_of(digits: Data, count: int = 50) -> Batch:
+    images = digits.train.images[:count].float() / 255
+    return Batch(images, digits.train.labels[:count], torch.arange(count))
+
+
+@pytest.mark.parametrize("defense", FAMILY)
+def test_one_step_of_each_is_finite_and_counted(defense: str, digits: Data) -> None:
+    config = compose([*SMALL, f"defense={defense}", "defense.ramp=0"])
+    method = make_method(config, CPU)
+    assert isinstance(method, Verified)
+    state = make_state(config, digits, CPU)
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_of(digits)
+    (examples,) = method.examples(state.model, batch, state.memory, generator)
+    loss = method.loss(state.model, examples, state.memory, generator)
+    loss.value.backward()
+    assert loss.value.isfinite() and state.model.training
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in state.model.parameters())
+    assert state.memory["trained"] == 50
+    assert loss.stats is not None
+    bounded = 50 if defense != "mixtrain" else loss.stats.boundary.item()
+    assert bounded in (0, 1, 50) and loss.stats.boundary.item() == bounded
+    far = (examples.x_adv - batch.x).abs().max().item()
+    assert (0 < far <= 0.1 + 1e-6) if defense in ("mtl_ibp", "sabr") else far == 0
+
+
+def test_the_mix_of_losses_by_hand(digits: Data) -> None:
+    config = compose([*SMALL, "defense=verified", "defense.ramp=0"])
+    network = make_state(config, digits, CPU).model
+    x, labels, _ = batch = batch_of(digits, 8)
+    with evaluating(network):
+        box = bounds.box(x, 0.1)
+        upper = bounds.margins(trace(network, (1, 8, 8)), box, labels, engine="symbolic")
+    worst = losses.worst_case(upper, labels).mean().item()
+    plain = F.cross_entropy(network(x), labels).item()
+    weight = ["defense.weight_first=2", "defense.weight_last=2"]
+    cases = {
+        ("defense.alpha=0",): plain,  # plain training
+        ("defense.alpha=1",): worst,  # verifiable training
+        ("defense.alpha=0.3",): 0.7 * plain + 0.3 * worst,
+        ("defense.form=bernoulli", "defense.alpha=1", *weight): plain + 2 * worst,
+        ("defense.form=bernoulli", "defense.alpha=0", *weight): plain,
+    }
+    for overrides, expected in cases.items():
+        method = made("defense=verified", "defense.ramp=0", *overrides)
+        memory, generator = method.memory(digits, CPU), torch.Generator()
+        (examples,) = method.examples(network, batch, memory, generator)
+        value = method.loss(network, examples, memory, generator).value.item()
+        assert value == pytest.approx(expected, rel=1e-5), overrides
+
+
+def test_schedules() -> None:
+    weight = Weight(0.1, 10.0, 0.5)
+    assert [weight.at(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0.1, 1, 10, 10])
+    method = made("defense=mixtrain", "defense.ramp=0.4")
+    assert [method._share(p) for p in (0, 0.1, 0.4, 0.9)] == pytest.approx([0, 0.25, 1, 1])
+    assert replace(method, ramp=0.0)._share(0) == 1
+
+
+def test_the_few_are_drawn_or_nearest_the_boundary(digits: Data) -> None:
+    logits = torch.tensor([[3.0, 0], [0, 3], [0.5, 0], [0, 1], [2, 0], [1, 0]])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    score = signed_prediction_variance(logits, labels)
+    assert (score < 0).tolist() == [False, True, False, True, False, True]
+    choose = nearest_right(signed_prediction_variance)
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, labels, 2, generator).tolist() == [2, 4]
+    assert set(choose(logits, labels, 4, generator)[:3].tolist()) == {2, 4, 0}
+    drawn = [tuple(at_random(logits, labels, 2, generator).tolist()) for _ in range(200)]
+    assert all(len(set(pair)) == 2 for pair in drawn)
+    assert {row for pair in drawn for row in pair} == set(range(6))
+    assert made("defense=mixtrain").choose is at_random
+    assert made("defense=mixtrain", "bt=bullettrain").choose is not at_random
+
+
+def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
+    """k·b/n a batch: with 1,442 images 288 an epoch are 10 of a batch of 50."""
+    method = made(
+        "defense=mixtrain", "defense.k=288", "defense.per_batch=null", "defense.alpha=1",
+        "defense.ramp=0", "bt=random",
+    )  # fmt: skip
+    network = make_state(compose([*SMALL, "defense=mixtrain"]), digits, CPU).model
+    memory, generator = method.memory(digits, CPU), torch.Generator()
+    (examples,) = method.examples(network, batch_of(digits), memory, generator)
+    stats = method.loss(network, examples, memory, generator).stats
+    assert stats is not None and stats.boundary.item() == 10
+    with pytest.raises(UserError, match=r"defense.k=5000 is more than the 1442 images"):
+        replace(method, k=5000).memory(digits, CPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["defense=mixtrain", "defense.per_batch=51"], "at most train.batch_size = 50, not 51"),
+        (["defense=mixtrain", "defense.alpha=1.5"], r"defense.alpha must be in \[0, 1\]"),
+        (["defense=mixtrain", "defense.engine=symbolic+crwon"], "defense.engine must be of ibp"),
+        (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
+        (["defense=mixtrain", "bt=gaussian"], "only bt=random and bt=bullettrain choose"),
+        (["defense=ibp", "bt=bullettrain"], "it bounds all images"),
+        (["defense=ibp", "attack=l2_pgd"], "its bounds are for an L∞ ball"),
+        (["defense=ibp", "rival=mma"], "does not go with"),
+        (["defense=sabr", "defense.box=0"], r"defense.box must be in \(0, 1\]"),
+    ],
+)
+def test_mistakes(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose([*SMALL, *overrides])
+
+
+def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
+    method = made("defense=mixtrain", "defense.alpha=1")
+    network = torch.nn.Sequential(
+        torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(16, 10)
+    )
+    memory, generator = method.memory(digits, CPU), torch.Generator()
+    (examples,) = method.examples(network, batch_of(digits), memory, generator)
+    with pytest.raises(UserError, match=r"through the layer 0 \(MaxPool2d\)"):
+        method.loss(network, examples, memory, generator)
+
+
+def test_a_run_is_trained_verified_and_attacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CROWN-IBP on digits, from the command line to its verified accuracy."""
+    run = tmp_path / "run"
+    words = ["dataset=digits", "dataset.test_examples=100", "model=small_cnn", "model.width=4",
+             "defense=crown_ibp", "attack.epsilon=0.05", "train.epochs=5", "defense.ramp=0.3",
+             "bt.probe_every=0", "device=cpu"]  # fmt: skip
+    assert cli.main(["train", *words, f"run.dir={run}"]) == 0
+    engines = ["ibp", "crown_ibp", "symbolic", "any"]
+    arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}"]
+    assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 0
+    results = {
+        name: Result.read(run / "eval", name)
+        for name in ("clean", "pgd20", "interval", *(f"verified-{e}" for e in engines))
+    }
+    correct = {name: r.correct for name, r in results.items() if r is not None}
+    assert len(correct) == len(results)
+    share = {name: c.mean() for name, c in correct.items()}
+    assert share["clean"] > 0.5
+    assert share["verified-crown_ibp"] > 0.25
+    for engine in engines:
+        assert not (correct[f"verified-{engine}"] & ~correct["pgd20"]).any()
+        assert not (correct[f"verified-{engine}"] & ~correct["interval"]).any()
+        assert not (correct[f"verified-{engine}"] & ~correct["verified-any"]).any()
+    facts = json.loads((run / "eval" / "verified-symbolic.json").read_text())
+    assert (facts["engine"], facts["norm"], facts["epsilon"]) == ("symbolic", "linf", 0.05)
+    assert "verified-any" in capsys.readouterr().out
+    # A verdict that an attack contradicts ends the command.
+    wrong = results["verified-ibp"]
+    assert wrong is not None
+    replace(wrong, correct=~correct["pgd20"]).write(run / "eval")
+    assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 1
+    assert "verified and broken by an attack" in capsys.readouterr().err
+    assert (run / "eval" / "verified_and_broken.json").is_file()
+
+
+def test_mixtrain_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    words = ["dataset=digits", "dataset.train_examples=100", "model=small_cnn", "model.width=2",
+             "defense=mixtrain", "bt=bullettrain", "train.epochs=2", "bt.probe_every=0",
+             "device=cpu"]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(["train", *words, f"run.dir={whole}"]) == 0
+    assert cli.main(["train", *words, f"run.dir={cut}", "train.max_seconds=0.001"]) == 0
+    assert cli.main(["train", *words, f"run.dir={cut}"]) == 0
+    first, second = (
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, cut)
+    )
+    assert first == second[-len(first) :]
+
+
+def test_methods_of_all_epochs_are_one(digits: Data) -> None:
+    """The schedules follow the images trained on, not the epochs."""
+    from btrain.attacks.fast_paths import make_fast_paths
+
+    config = compose([*SMALL, "defense=mixtrain"])
+    of_epoch = make_methods(config, CPU, paths=make_fast_paths(config.train, CPU))
+    assert of_epoch(0) is of_epoch(7)
