@@ -27,7 +27,7 @@ _TRIED = 8  # images
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU where there is none.
+    """Return the device of a name; `auto` is the first CUDA device, or the CPU where there is none.
 
     Raises:
         UserError: there is no such device.
@@ -46,7 +46,7 @@ def find_device(name: str) -> torch.device:
 
 
 def meant(device: torch.device) -> AbstractContextManager[object]:
-    """Where no GPU is named inside, it is this one: of several processes each has its own."""
+    """Make this the GPU where none is named inside; each of several processes has its own."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -38,7 +38,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Run one command and returns its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         show(USAGE, end="")
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command() -> NoReturn:
-    """Runs the command of this process, and ends the process."""
+    """Run the command of this process, and ends the process."""
     status = main()
     if status and processes() > 1:
         # gloo's threads are left running, for they could not be waited for: another process may
@@ -91,7 +91,7 @@ def run_command() -> NoReturn:
 
 
 def _train(args: list[str]) -> None:
-    """Runs `btrain.training.train`, once a job."""
+    """Run `btrain.training.train`, once a job."""
     from btrain.settings import compose as configs
 
     def run(config: Any) -> None:
@@ -103,7 +103,7 @@ def _train(args: list[str]) -> None:
 
 
 def _data(args: list[str]) -> None:
-    """Runs `btrain.corruptions.generate.corrupt_dataset`, once a job."""
+    """Run `btrain.corruptions.generate.corrupt_dataset`, once a job."""
     if args and args[0] in ("-h", "--help"):
         show("usage: btrain data corrupt [option=value …]; see btrain data corrupt --help.")
         return
@@ -119,7 +119,7 @@ def _data(args: list[str]) -> None:
 
 
 def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> None:
-    """Composes the task's configuration with Hydra and runs it, once a job."""
+    """Compose the task's configuration with Hydra and runs it, once a job."""
     from btrain.settings import compose as configs
 
     args = [configs.with_path_quoted(argument) for argument in args]
@@ -141,8 +141,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     full_error = before == "1"
 
     def job(cfg: Any) -> None:
-        """One job; by joblib's or submitit's launcher it is pickled, and runs in a process of its
-        own."""
+        """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
+        its own."""
         configs.register()
         hydra_config = HydraConfig.get()
         try:
@@ -198,7 +198,7 @@ _OF_A_JOB = "btrain_launcher"
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises, as SIGINT does, so that joblib's launcher ends its processes as well.
+    """Let SIGTERM raise, as SIGINT does, so that joblib's launcher ends its processes as well.
 
     A training has a handler of its own.
     """
@@ -277,7 +277,7 @@ def _export(args: list[str]) -> None:
 
 
 def _bench(args: list[str]) -> None:
-    """Measures training steps."""
+    """Measure training steps."""
     from btrain.bench.command import run
 
     run(args)

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,8 @@ def give(thing: Any) -> str:
     """
     name = getattr(thing, "__name__", type(thing).__name__)
     factory = f"{GIVEN}{name}"
+    while _given.get(factory, thing) is not thing:  # two functions may have one name
+        factory += "_"
     _given[factory] = thing
     allow(factory)
     return factory
@@ -176,7 +179,7 @@ def _said(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The last line of the user's own files on the way to the error."""
+    """Return the last line of the user's own files on the way to the error."""
     own = {getattr(sys.modules.get(name), "__file__", None) for name in _sources}
     if isinstance(error, SyntaxError) and error.filename in own:
         return f" in {Path(str(error.filename)).name}, line {error.lineno}"
@@ -187,12 +190,12 @@ def _where(error: Exception) -> str:
 
 
 def _makes(thing: Any) -> bool:
-    """A class or a function makes something; a network, which can be called, is the thing."""
-    return inspect.isclass(thing) or (callable(thing) and not hasattr(thing, "state_dict"))
+    """Return whether it makes something, as a class or a function does; else it is the thing."""
+    return inspect.isclass(thing) or inspect.isroutine(thing) or isinstance(thing, partial)
 
 
 def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters that take a keyword; None where Python cannot tell."""
+    """Return the parameters that take a keyword; None where Python cannot tell."""
     try:
         return {
             name: parameter
@@ -238,12 +241,12 @@ def _resolved(place: str) -> Path:
 
 
 def _module_name(path: Path) -> str:
-    """The same in every process, so that what is pickled in one is found in another."""
+    """Return the same name in every process, so that what is pickled in one is found in another."""
     return f"btrain_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _file(group: str, factory: str, place: str) -> ModuleType:
-    """The module of a file, executed again where the file has changed since."""
+    """Return the module of a file, executed again where the file has changed since."""
     path = _resolved(place)
     try:
         source = path.read_bytes()

@@ -111,7 +111,7 @@ def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> l
         if not factory:
             raise UserError(f"{setting}: with bench.checkpoint the settings are the run's.")
         factories[group] = factory.strip("'")
-    needed = ("model", "dataset", "bt", "defense", "attack")
+    needed = ("model", "dataset", "bt", "defense", "attack", "sparsity")
     run = read_run(path, trust_code=bench.trust_code, factories=factories, needed=needed)
     config, batch_sizes = run.config, bench.batch_sizes
     if type(config.bt) is not BulletTrainConfig:

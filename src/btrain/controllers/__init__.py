@@ -1,1 +1,1 @@
-"""What acts on the weights around an update."""
+"""Parts that act on the weights behind an update."""

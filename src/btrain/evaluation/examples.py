@@ -33,7 +33,7 @@ class Examples:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The size of an image, (C, H, W)."""
+        """Return the size of an image, (C, H, W)."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 

@@ -358,7 +358,7 @@ LOSSES: dict[str, InnerLoss] = {
     "cw": cw_loss,
     "dlr": dlr_loss,
 }
-"""What an attack can ascend: adversarial (m, K) and clean logits (m, K), labels (m,) -> (m,)."""
+"""Losses to ascend: adversarial (m, K) and clean logits (m, K), labels (m,) -> (m,)."""
 
 
 def _progress(starts: Iterable[int], show: bool) -> Iterable[int]:

@@ -62,7 +62,7 @@ class Summary:
 
     @property
     def norm(self) -> str:
-        """The norm of the ball; older files do not tell, and are of L∞."""
+        """Return the norm of the ball; older files do not tell, and are of L∞."""
         return str(self.settings.get("norm", "linf"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,18 +141,20 @@ class Result:
 
     @property
     def scores(self) -> npt.NDArray[np.float64]:
-        """The share of an example's trials that it came through, (n,); 0 or 1 under one attack."""
+        """Return the share of an example's trials that it came through, (n,); 0 or 1 under one
+        attack.
+        """
         scores: npt.NDArray[np.float64] = self.correct.reshape(-1, len(self.labels)).mean(axis=0)
         return scores
 
     @property
     def accuracy(self) -> float:
-        """The mean of the scores, percent."""
+        """Return the mean of the scores, percent."""
         return 100 * float(self.scores.mean())
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy over other draws of test examples, percent.
+        """Return the 95 % interval of the accuracy over other draws of test examples, percent.
 
         Wilson's interval of a binomial proportion. Under corruptions, where an example is scored
         many times, a normal interval of the mean over examples.
@@ -167,7 +169,9 @@ class Result:
 
     @property
     def per_class(self) -> dict[str, dict[str, float]]:
-        """The accuracy and number of examples of each class that occurs, as `Summary` has it."""
+        """Return the accuracy and number of examples of each class that occurs, as `Summary` has
+        it.
+        """
         return {
             name: {
                 "accuracy": 100 * float(self.scores[self.labels == k].mean()),
@@ -179,7 +183,7 @@ class Result:
 
     @property
     def summary(self) -> Summary:
-        """The result without the answers to single examples."""
+        """Return the result without the answers to single examples."""
         return Summary(
             attack=self.attack,
             accuracy=self.accuracy,
@@ -249,7 +253,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """The outcome in a word."""
+        """Return the outcome in a word."""
         return {True: "passed", False: "suspicious", None: "skipped"}[self.passed]
 
 

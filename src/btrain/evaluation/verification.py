@@ -18,7 +18,7 @@ from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
 
 PREFIX = "verified-"
-"""Of the results' names; the engine follows."""
+"""The beginning of the results' names; the engine follows."""
 
 _BROKEN = "verified_and_broken.json"
 

@@ -75,7 +75,7 @@ class SavedRun:
     shape: tuple[int, int, int]
 
     def network(self) -> nn.Module:
-        """The network with the weights, on the CPU, in eval mode.
+        """Return the network with the weights, on the CPU, in eval mode.
 
         torch's global random state stays as it was.
 
@@ -99,7 +99,7 @@ def load_run(
     trust_code: bool = False,
     factories: Mapping[str, Any] | None = None,
 ) -> tuple[Config, nn.Module]:
-    """The configuration of a run and its network with the weights, on the CPU, in eval mode.
+    """Return the configuration of a run and its network with the weights, on the CPU, in eval mode.
 
     No data are read, and torch's global random state stays as it was.
 
@@ -121,7 +121,7 @@ def read_run(
     factories: Mapping[str, Any] | None = None,
     needed: Sequence[str] = ("model",),
 ) -> SavedRun:
-    """What a run left behind.
+    """Return what a run left behind.
 
     A folder's configuration is its `config.yaml`, which must agree with its checkpoint's on what
     decides an evaluation; a checkpoint file brings its own, so it may lie anywhere. The number of
@@ -169,7 +169,7 @@ def trusted(
     factories: Mapping[str, Any],
     needed: Sequence[str] = (),
 ) -> Config:
-    """The configuration of a run with the user's own parts in the place of those it names.
+    """Return a run's configuration with the user's own parts in the place of those it names.
 
     Raises:
         UntrustedError: a needed part is neither trusted nor named again.
@@ -210,7 +210,7 @@ _DECISIVE = (
 
 
 def agreed(config: Config, brought: Config, run: Path, checkpoint: Path) -> Config:
-    """The configuration of a run folder, if its checkpoint was trained and evaluated by it.
+    """Return a run folder's configuration, if its checkpoint was trained and evaluated by it.
 
     Args:
         config: what `config.yaml` says.
@@ -230,7 +230,7 @@ def agreed(config: Config, brought: Config, run: Path, checkpoint: Path) -> Conf
 
 
 def _value(config: Config, key: str) -> object:
-    """A setting by its dotted key; None where the option has none of that name."""
+    """Return a setting by its dotted key; None where the option has none of that name."""
     group, _, name = key.partition(".")
     return getattr(getattr(config, group), name, None) if name else getattr(config, group)
 
@@ -246,7 +246,7 @@ def outline(
     weights: Mapping[str, Tensor],
     origin: Path,
 ) -> nn.Module:
-    """The network of some settings as shapes without numbers (torch's meta device).
+    """Return the network of some settings as shapes without numbers (torch's meta device).
 
     Settings from elsewhere may ask for a network that no memory holds: compare the weights with
     this before the network is made.
@@ -272,7 +272,7 @@ def outline(
 
 
 def _whole_numbers(settings: Any) -> list[int]:
-    """All of them in plain containers."""
+    """Return all of them in plain containers."""
     match settings:
         case Mapping():
             return [number for value in settings.values() for number in _whole_numbers(value)]
@@ -284,7 +284,7 @@ def _whole_numbers(settings: Any) -> list[int]:
 
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
-    """(C, H, W) of a data set's images, without reading more than it must."""
+    """Return (C, H, W) of a data set's images, without reading more than it must."""
     if dataset.name in _SHAPES:
         return _SHAPES[dataset.name]
     if isinstance(dataset, ImageFolderConfig):
@@ -293,7 +293,7 @@ def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
 
 
 def _checkpoint(path: Path) -> Mapping[str, Any]:
-    """A checkpoint of a run, with its `config` and the weights in its `state`.
+    """Return a checkpoint of a run, with its `config` and the weights in its `state`.
 
     Raises:
         UserError: it is none of ours.
@@ -310,7 +310,7 @@ def _checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def _images(saved: Mapping[str, Any], path: Path) -> tuple[int | None, tuple[int, int, int] | None]:
-    """Classes and shape as a checkpoint says; None and None where it is of an older version.
+    """Return classes and shape as a checkpoint says; None and None in one of an older version.
 
     Raises:
         UserError: it says something impossible.
@@ -325,7 +325,7 @@ def _images(saved: Mapping[str, Any], path: Path) -> tuple[int | None, tuple[int
 
 
 def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
-    """Plain containers, as `config.to_dict` made them, back in the schema with all its checks.
+    """Return plain containers, as `config.to_dict` made them, in the schema with all its checks.
 
     Settings that this version has gained since get what a run of the same options would have today.
 
@@ -360,8 +360,8 @@ _GROUPS = ("dataset", "model", "attack", "bt", "defense", "rival", "sparsity", "
 
 
 def _defaults(saved: Mapping[str, Any]) -> Any:
-    """What the options of a saved configuration come to today, not resolved: a default that follows
-    another setting will follow the saved one.
+    """Return what a saved configuration's options come to today, not resolved: a default that
+    follows another setting will follow the saved one.
     """
     groups = {group: saved.get(group) for group in _GROUPS}
     options = {
@@ -380,7 +380,7 @@ def _defaults(saved: Mapping[str, Any]) -> Any:
 
 
 def _check_plain(saved: Mapping[str, Any], origin: Path) -> None:
-    """Raises UserError for more than numbers, texts and lists of a moderate size.
+    """Raise UserError for more than numbers, texts and lists of a moderate size.
 
     A text with an interpolation in it is none: OmegaConf would look it up or compute it.
     """

@@ -68,7 +68,7 @@ def _ours(name: str) -> str:
 
 
 def _constant(name: str) -> str | None:
-    """`normalise.mean` or `normalise.std` where the name is of one of these constants."""
+    """Return `normalise.mean` or `normalise.std` where the name is of one of these constants."""
     match = _NORMALISATION.fullmatch(name)
     return None if match is None else MEAN if match[1] else STD
 
@@ -113,7 +113,7 @@ def of_a_sequence(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def robustbench(weights: Mapping[str, Tensor], *, sub_block1: bool) -> dict[str, Tensor]:
-    """A WideResNet's weights as `WideResNet` and, with a normalisation inside,
+    """Return a WideResNet's weights as `WideResNet` and, with a normalisation inside,
     `Hendrycks2020AugMixWRNNet` of RobustBench load them with `strict=True`.
 
     Args:

@@ -30,7 +30,7 @@ _AVERAGED = (
     *("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model_ema_state_dict"),
     *("ema_model_state_dict", "net_ema", "params_ema", "ema", "swa_state_dict", "swa_model"),
 )
-"""Where averaged weights lie; they go before raw ones, for they are the ones that are evaluated."""
+"""The keys of averaged weights, which go before raw ones: they are the ones that are evaluated."""
 _RESAVING = 'torch.save(model.state_dict(), "weights.pt")'
 _SHOWN = 3
 _CONSTANTS = (names.MEAN, names.STD)
@@ -39,7 +39,7 @@ _BTRAINS = (WideResNet, PreActResNet, ResNet, SmallCNN)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a file into a network, whatever device that is on.
+    """Load a file into a network, whatever device that is on.
 
     A normalisation in the file (`mu` and `sigma`, or our own) becomes the model's where that has
     none. Where the file has none the model keeps its own: that is how to read weights whose images
@@ -53,7 +53,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
-    """`load_weights` with the weights that were read from the path."""
+    """Do as `load_weights` with the weights that were read from the path."""
     if not isinstance(model, _BTRAINS):
         fit(model, weights, path)
         return
@@ -68,7 +68,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
 
 
 def start_from(model: nn.Module, path: Path) -> str:
-    """Loads a file or a run into a network that is to be trained, but for a head of other classes.
+    """Load a file or a run into a network to be trained, but for a head of other classes.
 
     The head is the network's last linear layer.
 
@@ -106,7 +106,7 @@ def start_from(model: nn.Module, path: Path) -> str:
 
 
 def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
-    """Whether weights are a network's, whatever either normalises with.
+    """Raise UserError unless weights are a network's, whatever either normalises with.
 
     Args:
         outline: the network, maybe without numbers.
@@ -124,7 +124,7 @@ def check_architecture(outline: nn.Module, weights: Mapping[str, Tensor], origin
 def _agreed_normalisation(
     model: nn.Module, weights: Mapping[str, Tensor], origin: Path
 ) -> nn.Module:
-    """The model's own normalisation if the file has none or the same, else the file's."""
+    """Return the model's own normalisation if the file has none or the same, else the file's."""
     own, mean, std = model.normalise, weights.get(names.MEAN), weights.get(names.STD)
     assert isinstance(own, nn.Module)
     channels = model.get_parameter("conv1.weight").shape[1]
@@ -150,7 +150,7 @@ def _agreed_normalisation(
 
 
 def _same_constants(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for rounding; one value stands for all channels."""
+    """Return whether they are equal but for rounding; one value stands for all channels."""
     sizes = {ours.numel(), theirs.numel()}
     return len(sizes - {1}) <= 1 and bool((ours - theirs).abs().max() < 1e-5)
 
@@ -160,7 +160,7 @@ def _values(constants: Tensor) -> str:
 
 
 def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The weights in a file by the names of a network.
+    """Return the weights in a file by the names of a network.
 
     Names that are the network's own stay as they are, with `network.` before them where the file is
     of a network that the model normalises for; otherwise they are read as `read_weights` does.
@@ -195,7 +195,7 @@ def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a file, on the CPU, by the names of btrain's networks.
+    """Return the weights in a file, on the CPU, by the names of btrain's networks.
 
     Understands a state dict, bare or wrapped (`state_dict`, `model_state_dict`, `model`, `net`, …,
     our own checkpoints, or the only one there is), and `*.safetensors`; averaged weights are taken
@@ -208,14 +208,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _by_architecture(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by our names where other projects name the layers of this network otherwise."""
+    """Return the weights by our names where other projects name this network's layers otherwise."""
     if isinstance(network, PreActResNet | ResNet):
         return names.of_residual_networks(weights)
     return names.of_a_sequence(weights) if isinstance(network, SmallCNN) else weights
 
 
 def _saved_weights(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
-    """The weights in a file by its own names, and which were taken where there are several."""
+    """Return the weights in a file by its own names, and which were taken of several."""
     found = _find(read_plain(path))
     if found is None:
         raise UserError(
@@ -250,7 +250,7 @@ def _renamed(saved: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def read_plain(path: Path) -> Any:
-    """Tensors and plain containers, as `torch.save` or safetensors wrote them.
+    """Return tensors and plain containers, as `torch.save` or safetensors wrote them.
 
     Raises:
         UserError: there is no such file, it is damaged, or it asks for code.
@@ -288,11 +288,13 @@ def _reason(error: Exception) -> str:
 
 
 _Found = tuple[str, Mapping[str, Tensor], str | None]
-"""Where a state dict lies, that, and where raw weights lie beside averaged ones."""
+"""A state dict with its key, and the key of raw weights beside averaged ones."""
 
 
 def _find(content: object) -> _Found | None:
-    """The state dict in a checkpoint: averaged weights, else raw ones, else the only one there."""
+    """Return the state dict in a checkpoint: averaged weights, else raw ones, else the only one
+    there.
+    """
     if is_state_dict(content):
         return "", content, None
     if not isinstance(content, Mapping):
@@ -309,7 +311,7 @@ def _find(content: object) -> _Found | None:
 def _first(
     content: Mapping[Any, Any], wrappers: tuple[str, ...]
 ) -> tuple[str, Mapping[str, Tensor]] | None:
-    """The first state dict under one of these names, or under one that is found there."""
+    """Return the first state dict under one of these names, or under one that is found there."""
     for name in wrappers:
         inner = content.get(name)
         if is_state_dict(inner):
@@ -322,7 +324,7 @@ def _first(
 
 
 def is_state_dict(content: object) -> TypeGuard[Mapping[str, Tensor]]:
-    """Whether it maps names to tensors, at least one."""
+    """Return whether it maps names to tensors, at least one."""
     return (
         isinstance(content, Mapping)
         and bool(content)
@@ -331,7 +333,7 @@ def is_state_dict(content: object) -> TypeGuard[Mapping[str, Tensor]]:
 
 
 def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
-    """Loads weights by our names; only BatchNorm's batch counters may be missing.
+    """Load weights by our names; only BatchNorm's batch counters may be missing.
 
     Args:
         model: the network; its classifier is what it registers last.
@@ -349,7 +351,7 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
-    """The weights, completed by BatchNorm's batch counters, if they are the model's.
+    """Return the weights, completed by BatchNorm's batch counters, if they are the model's.
 
     Raises:
         UserError: names, shapes or types differ.

@@ -146,10 +146,10 @@ def make_bullettrain(
     world: World = ALONE,
 ) -> BulletTrain:
     """Return Algorithm 2 with the configuration's defense, attack and allocator."""
-    bt = config.bt
+    bt, defense = config.bt, make_defense(config.defense, known)
     method = BulletTrain(
-        defense=make_defense(config.defense, known),
-        attack=make_attack(config, share, paths, known),
+        defense=defense,
+        attack=make_attack(config, share, paths, known, defense),
         allocator=make_allocator(bt, device, plain=plain, share=share, known=known),
         metric=METRICS[bt.metric.value],
         gamma=bt.gamma,
@@ -175,7 +175,7 @@ def make_verified(
     known: Known = NOTHING,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
-    bullettrain = config.bt.name is AllocatorName.bullettrain
+    bullettrain = type(config.bt) is BulletTrainConfig
 
     @lru_cache(maxsize=1)
     def attack(share: float) -> Attack:
@@ -244,7 +244,7 @@ def make_defense(defense: DefenseConfig, known: Known = NOTHING) -> Defense:
     match defense:
         case OwnDefenseConfig():
             made = own.call("defense", defense.factory, defense.settings, **known)
-            return checked_defense(made, defense.factory)
+            return checked_defense(made, defense.factory, known)
         case VerifiedConfig():
             return DEFENSES["pgd"]()
         case TradesConfig() | MartConfig():
@@ -253,18 +253,23 @@ def make_defense(defense: DefenseConfig, known: Known = NOTHING) -> Defense:
 
 
 def make_attack(
-    config: Config, share: float, paths: FastPaths | None, known: Known = NOTHING
+    config: Config,
+    share: float,
+    paths: FastPaths | None,
+    known: Known = NOTHING,
+    defense: Defense | None = None,
 ) -> Attack:
-    """Return the attack at a share of its lengths."""
+    """Return the attack at a share of its lengths, on the inner loss of the defense."""
     attack, bt = config.attack, config.bt
+    defense = defense or make_defense(config.defense, known)
     made = Attack(
         ball=make_ball(attack, share, known),
-        inner_loss=make_defense(config.defense, known).inner_loss,
+        inner_loss=defense.inner_loss,
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
         start=make_start(attack),
         train_mode=attack.mode is AttackMode.train,
-        probe=probe_factor(config, share, known),
+        probe=probe_factor(config, share, known, defense),
     )
     return made if paths is None else replace(made, pgd=paths.pgd, multiple=paths.multiple)
 
@@ -335,7 +340,9 @@ def _three(fractions: list[float]) -> tuple[float, float, float]:
 _PROBE = 0.3  # ε
 
 
-def probe_factor(config: Config, share: float = 1.0, known: Known = NOTHING) -> float | None:
+def probe_factor(
+    config: Config, share: float = 1.0, known: Known = NOTHING, defense: Defense | None = None
+) -> float | None:
     """Return how much further than the start the first gradient is taken in bf16, for a KL.
 
     Next to x, where TRADES starts (noise of 0.001), the two sides of the divergence differ by less
@@ -346,7 +353,7 @@ def probe_factor(config: Config, share: float = 1.0, known: Known = NOTHING) -> 
     attack = config.attack
     if (
         config.train.precision is Precision.float32
-        or not make_defense(config.defense, known).inner_reads_clean
+        or not (defense or make_defense(config.defense, known)).inner_reads_clean
         or attack.start is not StartName.normal
         or not 0 < attack.start_std < _PROBE * share * attack.epsilon
     ):

@@ -18,7 +18,7 @@ from btrain.errors import UserError, first_line
 _M, _K, _SHAPE = 4, 3, (1, 4, 4)
 
 
-def checked_defense(made: Any, factory: str) -> Defense:
+def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defense:
     """Return the losses of an object with `inner_loss` and `outer_loss`, tried on a few logits.
 
     `inner_reads_clean` and `outer_reads_clean` say which of them read the clean logits; both do
@@ -38,8 +38,9 @@ def checked_defense(made: Any, factory: str) -> Defense:
         outer_reads_clean=bool(getattr(made, "outer_reads_clean", True)),
     )
     generator = torch.Generator().manual_seed(0)
-    clean, adv = (torch.randn(_M, _K, generator=generator) for _ in range(2))
-    labels = torch.arange(_M) % _K
+    classes = known.get("classes", _K)
+    clean, adv = (torch.randn(_M, classes, generator=generator) for _ in range(2))
+    labels = torch.arange(_M) % classes
     unread = clean[:, :0]
     with _tried(where, "inner_loss"):
         at = adv.clone().requires_grad_()
@@ -67,6 +68,9 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     if not isinstance(made, Ball):
         kind = type(made).__name__
         raise UserError(f"{where} returns a {kind}; a ball is a subclass of btrain.attacks.Ball.")
+    if not isinstance(getattr(made, "epsilon", None), float | int):
+        raise UserError(f"{where}: its epsilon is no number; call super().__init__(epsilon).")
+    made.epsilon = float(made.epsilon)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(_M, *known.get("shape", _SHAPE), generator=generator)
     gradient = torch.randn(x.shape, generator=generator)

@@ -216,12 +216,12 @@ class Verified:
 
     @property
     def eq7(self) -> bool:
-        """Whether eq. 7 describes what it costs."""
+        """Return whether eq. 7 describes what it costs."""
         return False
 
     @property
     def reach(self) -> Reach:
-        """How far from the clean images it trains."""
+        """Return how far from the clean images it trains."""
         return Reach(self.epsilon)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> None:
@@ -253,5 +253,5 @@ def nearest_right(metric: Callable[[Tensor, Tensor], Tensor]) -> Choose:
 
 @lru_cache(maxsize=1)
 def _graph(network: nn.Module, shape: tuple[int, ...]) -> Graph:
-    """The graph of the network in training, traced once."""
+    """Return the graph of the network in training, traced once."""
     return trace(network, shape)

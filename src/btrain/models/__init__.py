@@ -61,7 +61,7 @@ class Normalised(nn.Module):
 def normalisation(
     channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Normalise | None:
-    """The normalisation of images with so many channels; None where none is asked for.
+    """Return the normalisation of images with so many channels; None where none is asked for.
 
     Raises:
         UserError: there is not one value or one a channel.
@@ -86,7 +86,7 @@ def build(
     std: Sequence[float] | None = None,
     activation: str = "relu",
 ) -> nn.Module:
-    """A freshly initialised network, drawn from torch's global random state.
+    """Return a freshly initialised network, drawn from torch's global random state.
 
     Args:
         architecture: one of `ARCHITECTURES`.

@@ -1,4 +1,4 @@
-"""What training and attacks assume of a network, tried on one batch."""
+"""Checks on one batch of what training and attacks assume of a network."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_eval_mode(network: nn.Module, x: Tensor, classes: int, what: str) -> 
 
 
 def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:
-    """Of a sum that weighs classes differently, for that of all probabilities is a constant."""
+    """Return the gradient of a sum that weighs classes differently, for that of all is constant."""
     weights = torch.arange(1, logits.shape[1] + 1, device=logits.device)
     (found,) = torch.autograd.grad((logits * weights).sum(), images, allow_unused=True)
     return found

@@ -22,7 +22,7 @@ for."""
 def from_library(
     library: str, settings: Mapping[str, Any], classes: int, channels: int
 ) -> nn.Module:
-    """A freshly initialised network of a library, drawn from torch's global random state.
+    """Return a freshly initialised network of a library, drawn from torch's global random state.
 
     Args:
         library: torchvision or timm.

@@ -57,14 +57,14 @@ def build(name: str, *, shape: Shape, classes: int) -> nn.Sequential:
 
 
 def _small(shape: Shape, classes: int) -> list[nn.Module]:
-    """Two 4×4 convolutions of stride 2, then 100 hidden units."""
+    """Return two 4×4 convolutions of stride 2, then 100 hidden units."""
     layers = [*_convolution(shape[0], 16, 4, 2), *_convolution(16, 32, 4, 2)]
     pixels = (shape[1] // 4) * (shape[2] // 4)
     return [*_fan_out(layers), nn.Flatten(), *_hidden(32 * pixels, 100), nn.Linear(100, classes)]
 
 
 def _large(shape: Shape, classes: int) -> list[nn.Module]:
-    """Four convolutions, every second of stride 2, then twice 512 hidden units."""
+    """Return four convolutions, every second of stride 2, then twice 512 hidden units."""
     layers = [
         *_convolution(shape[0], 32, 3, 1), *_convolution(32, 32, 4, 2),
         *_convolution(32, 64, 3, 1), *_convolution(64, 64, 4, 2),
@@ -77,7 +77,7 @@ def _large(shape: Shape, classes: int) -> list[nn.Module]:
 
 
 def _wong_resnet(shape: Shape, classes: int) -> list[nn.Module]:
-    """Four residual blocks after a 3×3 convolution; the last two make the map smaller."""
+    """Return four residual blocks after a 3×3 convolution; the last two make the map smaller."""
     layers = [
         *_convolution(shape[0], 16, 3, 1),
         Residual(16, 16, smaller=False), Residual(16, 16, smaller=False),
@@ -88,7 +88,7 @@ def _wong_resnet(shape: Shape, classes: int) -> list[nn.Module]:
 
 
 def _wang_resnet(shape: Shape, classes: int) -> list[nn.Module]:
-    """Four residual blocks after a 7×7 convolution of stride 2; three make the map smaller."""
+    """Return four residual blocks, three of which halve the map, after a 7×7 convolution."""
     layers = [
         nn.Conv2d(shape[0], 16, 7, 2, 3), nn.ReLU(),
         Residual(16, 16, smaller=True), Residual(16, 16, smaller=False),
@@ -99,7 +99,7 @@ def _wang_resnet(shape: Shape, classes: int) -> list[nn.Module]:
 
 
 def _cnn7(shape: Shape, classes: int) -> list[nn.Module]:
-    """Five 3×3 convolutions, the third of stride 2, and 512 hidden units, all normalised.
+    """Return five 3×3 convolutions, the third of stride 2, and 512 hidden units, all normalised.
 
     Shi et al., *Fast Certified Robust Training with Short Warmup*.
     """
@@ -122,7 +122,7 @@ def _hidden(units: int, out: int) -> list[nn.Module]:
 
 
 def _fan_out(layers: list[nn.Module]) -> list[nn.Module]:
-    """Convolutions drawn from N(0, 2/(k·k·out)), without bias, as both papers' code does."""
+    """Draw convolutions from N(0, 2/(k·k·out)), without bias, as both papers' code does."""
     for layer in layers:
         for part in layer.modules():
             if isinstance(part, nn.Conv2d):

@@ -40,7 +40,7 @@ class Job:
 
     @property
     def sweeps(self) -> list[Sweep]:
-        """The target's sweeps with what the profile leaves out left out."""
+        """Return the target's sweeps with what the profile leaves out left out."""
         values = self.profile.sweep.get(self.target.name, {})
         return [
             replace(sweep, values={key: values.get(key, own) for key, own in sweep.values.items()})
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def settings(self) -> list[str]:
-        """The settings of every training, but for its experiment, seed and swept values."""
+        """Return the settings of every training, but for its experiment, seed and swept values."""
         return merged(self.profile.settings(self.target.name), self.extra)
 
     def wanted(self, experiments: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from btrain.runs.json_fields import Fields
 KINDS = ("table", "heatmaps", "fractions", "scores", "allocation", "tradeoff")
 """The ways in which a target is shown."""
 ALLOCATION = "allocation.json"
-"""What `btrain paper` adds to the run of a target of that kind."""
+"""The settings that `btrain paper` adds to the run of a target of that kind."""
 _SEED_DIGITS = 20
 _LONGEST_PART = 255  # bytes of a folder's name
 

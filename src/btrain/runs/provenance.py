@@ -87,12 +87,12 @@ def extended(
     jobs: int | None = None,
     own_parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return `provenance.json` after this session: the data's hash, and who trained from where.
+    """Return `provenance.json` of a run now: its data's hash, and who trained from where.
 
     Args:
         path: of the file as earlier sessions left it.
         data_sha256: of the data now.
-        epoch: epochs completed when this session began.
+        epoch: epochs completed when the run began or went on.
         processes: how many train together.
         jobs: runs that share the machine, or None.
         own_parts: `own.facts` of the user's own parts, by their group.

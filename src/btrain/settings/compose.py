@@ -418,7 +418,11 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
     changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
-    parts = [data, config.model.name, config.defense.name.name, config.bt.name.name]
+    options = [config.model.name, config.defense.name.name, config.bt.name.name]
+    for i, group in enumerate(("model", "defense", "bt")):
+        if hasattr(getattr(config, group), "factory") and group in last:
+            options[i] = last[group].partition("=")[2]  # of several own options, each by its file
+    parts = [data, *options]
     name = "-".join([*parts, *sorted(changed), f"seed{config.seed}"])
     name = re.sub(r"[^\w.-]+", "_", name)
     encoded = name.encode()

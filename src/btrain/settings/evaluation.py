@@ -136,7 +136,7 @@ class EvalSettings:
 
     @property
     def bounded(self) -> list[str]:
-        """What needs bounds, as it was typed."""
+        """Return what needs bounds, as it was typed."""
         interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
         return [f"verify={engine}" for engine in self.verify] + interval
 

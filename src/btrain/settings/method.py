@@ -260,7 +260,7 @@ class VerifiedConfig(DefenseConfig):
 
     @property
     def attacks(self) -> bool:
-        """Whether images are attacked."""
+        """Return whether images are attacked."""
         return self.box < 1 or self.plain_on_attacked
 
     def choices(self) -> list[Choice]:
@@ -568,6 +568,7 @@ class OwnAllocatorConfig(ChoosingConfig):
     settings: dict[str, Any] = field(default_factory=dict)
 
     kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "other_choice"})
+    refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
 
     def __post_init__(self) -> None:
         super().__post_init__()

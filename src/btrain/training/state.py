@@ -99,7 +99,7 @@ class TrainState:
 
     @property
     def controllers(self) -> list[Controller]:
-        """What acts on the weights, masks last: the average is to have them, too."""
+        """Return what acts on the weights, masks last: the average is to have them, too."""
         both: tuple[Controller | None, ...] = (self.average, self.sparsity)
         return [controller for controller in both if controller is not None]
 

@@ -26,11 +26,11 @@ class Verification:
     verified: Tensor
     """(m,) bool; never true for a misclassified image."""
     seconds: float
-    """Of all threads together, on a CPU."""
+    """The seconds of all threads together, on a CPU."""
 
     @property
     def accuracy(self) -> float:
-        """The verified images' share of all."""
+        """Return the verified images' share of all."""
         return self.verified.double().mean().item()
 
 

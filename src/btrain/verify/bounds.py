@@ -80,7 +80,7 @@ class Interval(NamedTuple):
 
 
 def box(x: Tensor, epsilon: float | Tensor) -> Box:
-    """All images within ε of x in each pixel and within [0, 1].
+    """Return all images within ε of x in each pixel and within [0, 1].
 
     Args:
         x: images in [0, 1].
@@ -91,7 +91,7 @@ def box(x: Tensor, epsilon: float | Tensor) -> Box:
 
 
 def engines(named: str) -> tuple[str, ...]:
-    """The engines of a name like `symbolic`, `symbolic+crown_ibp` or `any`.
+    """Return the engines of a name like `symbolic`, `symbolic+crown_ibp` or `any`.
 
     Raises:
         UserError: there is no such engine.
@@ -175,7 +175,7 @@ def before_relus(graph: Graph, images: Box) -> list[Interval]:
 def slopes(
     graph: Graph, images: Box, labels: Tensor, *, memory: int = MEMORY
 ) -> tuple[Tensor, Tensor]:
-    """The symbolic margins' upper bounds and their coefficients on the images.
+    """Return the symbolic margins' upper bounds and their coefficients on the images.
 
     With parallel lines the same coefficients belong to the upper and the lower bound: they are
     the interval gradient. No gradients.
@@ -256,7 +256,7 @@ class _State:
         """The only operation on the root, if there is only one."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
-        """What rows are bounded around: the values at the middle of all relaxations."""
+        """Return the values at the middle of all relaxations, around which rows are bounded."""
         self._relaxed: dict[int, Relaxation] = {}
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
@@ -307,7 +307,7 @@ class _State:
         return value - down.view_as(value), value + up.view_as(value)
 
     def _both_reaches(self, i: int, *, one_sided: bool) -> tuple[Tensor, Tensor]:
-        """How far an operation's values can rise above and fall below their centre, (m, R)."""
+        """Return how far an operation's values rise above and fall below their centre, (m, R)."""
         shape, value = self.operations[i].shape, self._values[i]
         step = math.ceil(shape[0] / self.pieces)
         ups, downs = [], []
@@ -326,7 +326,7 @@ class _State:
         return _with_rounding(up, value), _with_rounding(down, value)
 
     def _reach(self, i: int, start: Start | Rows, *, keep: bool = False) -> Tensor:
-        """How far rows of an operation's values can rise above their centre, (m, R)."""
+        """Return how far rows of an operation's values can rise above their centre, (m, R)."""
         pending: dict[int, Start | Rows] = {i: start}
         reaches: list[Tensor] = []
         while pending:
@@ -375,7 +375,7 @@ class _State:
 
 
 def _root(operations: Sequence[Operation]) -> int:
-    """The last operation whose values fill a box as the images do: value by value from them."""
+    """Return the last operation whose values fill a box as the images do, value by value."""
     uses = [j for operation in operations for j in operation.inputs]
     root = 0
     while (
@@ -391,7 +391,9 @@ def _root(operations: Sequence[Operation]) -> int:
 def _span(
     operation: Operation, inputs: Sequence[_Span | None], images: Box, *, everywhere: bool
 ) -> _Span | None:
-    """An operation's values layer by layer; None if not asked for `everywhere` and not exact."""
+    """Return an operation's values layer by layer; None if not asked for `everywhere` and not
+    exact.
+    """
     if isinstance(operation.what, Input):
         return _Span(images.centre, images.radius, exact=True, independent=True)
     known = [span for span in inputs if span is not None]
@@ -423,7 +425,7 @@ def _after_relu(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Relaxation:
-    """The lines around a ReLU on [lower, upper], told from `value`.
+    """Return the lines around a ReLU on [lower, upper], told from `value`.
 
     The upper line goes through (lower, 0) and (upper, upper) where the interval holds 0 inside;
     elsewhere both lines are the ReLU itself.
@@ -441,7 +443,9 @@ def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Re
 
 
 def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
-    """A radius made larger by what rounding may have taken from it; see the head of this page."""
+    """Return a radius made larger by what rounding may have taken from it; see the head of this
+    page.
+    """
     with torch.no_grad():
         largest = values.abs().flatten(1).amax(dim=1)
         size = moved.abs() + largest.view(-1, *(1 for _ in moved.shape[1:]))
@@ -450,7 +454,7 @@ def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """How bounds are computed within their memory."""
+    """The way in which bounds are computed within their memory."""
 
     images: int
     """In a chunk."""
@@ -463,7 +467,7 @@ class _Plan(NamedTuple):
 def _plan(
     graph: Graph, engine: str, labels: Tensor | None, memory: int, like: Tensor, count: int
 ) -> _Plan:
-    """The largest chunk that fits.
+    """Return the largest chunk that fits.
 
     Raises:
         UserError: one image needs more, its rows one by one.
@@ -493,13 +497,13 @@ class Size(NamedTuple):
     """Bytes for one image."""
 
     largest: int
-    """Of the largest intermediate result."""
+    """The bytes of the largest intermediate result."""
     total: int
-    """Of all intermediate results."""
+    """The bytes of all intermediate results."""
 
 
 def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
-    """What one image takes, by a computation without numbers; remembered by the graph.
+    """Return what one image takes, by a computation without numbers; the graph remembers it.
 
     Args:
         joint: True for margins, False for logits.

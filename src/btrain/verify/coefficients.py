@@ -38,15 +38,15 @@ class Start:
     end: int
     negated: bool
     like: Tensor
-    """Of the dtype and on the device that the coefficients are to have."""
+    """A tensor of the dtype and on the device that the coefficients are to have."""
 
     def matrix(self, of: Tensor) -> Tensor:
-        """The chosen rows of a matrix or kernel whose first dimension are the values."""
+        """Return the chosen rows of a matrix or kernel whose first dimension are the values."""
         rows = of[self.first : self.end]
         return torch.cat([rows, -rows]) if self.negated else rows
 
     def written_out(self) -> Rows:
-        """The same in the form of a vector's or a map's coefficients."""
+        """Return the same in the form of a vector's or a map's coefficients."""
         like = self.like
         rows = self.matrix(torch.eye(self.shape[0], dtype=like.dtype, device=like.device))
         if len(self.shape) == 1:
@@ -85,7 +85,9 @@ class Patches:
         return self.rows.shape[3], self.rows.shape[4]
 
     def overhang(self) -> tuple[int, int, int, int]:
-        """How far the windows reach beyond the map: left, right, top, bottom; may be negative."""
+        """Return how far the windows reach beyond the map: left, right, top, bottom; may be
+        negative.
+        """
         (top, left), (height, width) = self.padding, self.shape[1:]
         reach_h, reach_w = (
             (n - 1) * s + k for n, s, k in zip(self.grid, self.stride, self.window, strict=True)
@@ -93,21 +95,23 @@ class Patches:
         return left, reach_w - left - width, top, reach_h - top - height
 
     def windows(self, values: Tensor) -> Tensor:
-        """The window of each position, (B, H, W, C) -> (B, L, h, w, C), zero outside the map."""
+        """Return the window of each position, (B, H, W, C) -> (B, L, h, w, C), zero outside the
+        map.
+        """
         padded = F.pad(values, (0, 0, *self.overhang()))
         (h, w), (dy, dx) = self.window, self.stride
         seen = padded.unfold(1, h, dy).unfold(2, w, dx)
         return seen.permute(0, 1, 2, 4, 5, 3).flatten(1, 2)
 
     def confined(self) -> Patches:
-        """The same, with zeros outside the map."""
+        """Return the same, with zeros outside the map."""
         if self.inside or max(self.overhang()) <= 0:
             return replace(self, inside=True)
         mask = self.windows(self.rows.new_ones(1, *self.shape[1:], 1))
         return replace(self, rows=self.rows * mask[:, :, None], inside=True)
 
     def dense(self) -> Dense:
-        """The same with a coefficient for each value of the map; rows ordered (o, i, j)."""
+        """Return the same with a coefficient for each value of the map; rows ordered (o, i, j)."""
         rows = self.rows
         (h, w), (gh, gw), (dy, dx) = self.window, self.grid, self.stride
         left, right, top, bottom = (max(0, n) for n in self.overhang())
@@ -135,7 +139,7 @@ def as_rows(rows: Start | Rows) -> Rows:
 
 
 def added(a: Start | Rows, b: Start | Rows) -> Rows:
-    """The sum of two sets of coefficients on the same layer for the same rows."""
+    """Return the sum of two sets of coefficients on the same layer for the same rows."""
     a, b = as_rows(a), as_rows(b)
     if isinstance(a, Patches) and isinstance(b, Patches):
         if a.stride == b.stride:
@@ -146,7 +150,7 @@ def added(a: Start | Rows, b: Start | Rows) -> Rows:
 
 
 def _added_patches(a: Patches, b: Patches) -> Patches:
-    """The sum on the smallest window that holds both."""
+    """Return the sum on the smallest window that holds both."""
     padding = (max(a.padding[0], b.padding[0]), max(a.padding[1], b.padding[1]))
     window = tuple(
         p + max(k - q for k, q in ((a.window[i], a.padding[i]), (b.window[i], b.padding[i])))
@@ -180,7 +184,7 @@ class Relaxation:
 
 
 def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | None]:
-    """What the gaps of a layer add to each row's upper bound, and the coefficients before it.
+    """Return what the gaps of a layer add to each row's bound, and the coefficients before it.
 
     Returns:
         (B, R), and coefficients on the values before the ReLU; None if it lets none pass.
@@ -196,7 +200,7 @@ def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | Non
 
 
 def reach(rows: Rows, radii: Tensor) -> Tensor:
-    """How far each row moves at most, (B, R), when each value moves by its radius at most."""
+    """Return how far each row moves at most, (B, R), when each value moves by its radius."""
     return _in_order(_reach(*_place_by_place(rows, radii)), rows, len(radii))
 
 
@@ -236,7 +240,7 @@ _AT_ONCE = 2**19
 
 
 def _slices(rows: Tensor, places: int) -> list[slice]:
-    """Of (b, R, M): large tensors cost a CPU more time to be made than to be filled.
+    """Yield slices of (b, R, M): large tensors cost a CPU more time to be made than filled.
 
     What is needed on the way is made for one slice and written over by the next.
     """
@@ -281,7 +285,7 @@ class _Reach(torch.autograd.Function):
 
 
 def _through_abs(rows: Tensor, for_moved: Tensor, radii: Tensor) -> Tensor:
-    """The gradient to rows of Σ_m |rows_m|·radii_m."""
+    """Return the gradient to rows of Σ_m |rows_m|·radii_m."""
     if len(rows) == 1:
         return rows.sign().mul_(for_moved.t() @ radii)
     for_rows = torch.empty_like(rows)

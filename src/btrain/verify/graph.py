@@ -74,13 +74,13 @@ class Graph:
     evaluated: tuple[tuple[str, nn.Module], ...]
     """Name and module of the layers that must be in evaluation mode."""
     weights: Callable[[], Iterator[nn.Parameter]]
-    """What gives the network's parameters."""
+    """A function that gives the network's parameters."""
     sizes: dict[Hashable, tuple[int, int]] = field(default_factory=dict, compare=False)
     """A place where the bounds remember what memory they need."""
 
     @property
     def shape(self) -> Shape:
-        """Of an image."""
+        """Return the shape of an image."""
         return self.nodes[0].shape
 
     @property
@@ -90,11 +90,11 @@ class Graph:
 
     @property
     def relus(self) -> int:
-        """The number of neurons with a ReLU."""
+        """Return the number of neurons with a ReLU."""
         return sum(math.prod(node.shape) for node in self.nodes if isinstance(node.make(), Relu))
 
     def operations(self) -> list[Operation]:
-        """The operations with the network's present weights.
+        """Return the operations with the network's present weights.
 
         Raises:
             UserError: a layer is in training mode, in which it is no function of one image.
@@ -110,7 +110,7 @@ class Graph:
 
 
 def trace(network: nn.Module, shape: Shape) -> Graph:
-    """The graph of a network for images of a shape, (C, H, W) or (N,).
+    """Return the graph of a network for images of a shape, (C, H, W) or (N,).
 
     Computed once more by the graph and compared, so that nothing misread is ever bounded. The
     network's mode and statistics stay as they are.
@@ -194,7 +194,7 @@ def _compare(graph: Graph, network: nn.Module, shape: Shape) -> None:
 
 
 def on_meta(operation: Operation) -> Operation:
-    """The same operation with weights that have sizes alone."""
+    """Return the same operation with weights that have sizes alone."""
     what: Any = operation.what
     weights = {f.name: getattr(what, f.name) for f in fields(what)}
     moved = {name: w.to("meta") for name, w in weights.items() if isinstance(w, Tensor)}
@@ -202,7 +202,7 @@ def on_meta(operation: Operation) -> Operation:
 
 
 def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
-    """The logits of images, by the operations."""
+    """Return the logits of images, by the operations."""
     values: list[Tensor] = []
     for operation in operations:
         match operation.what:
@@ -218,7 +218,7 @@ def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
 
 
 def summed(values: Sequence[Tensor]) -> Tensor:
-    """The sum of one or more tensors."""
+    """Return the sum of one or more tensors."""
     total = values[0]
     for value in values[1:]:
         total = total + value
@@ -234,7 +234,7 @@ class _Reader:
     image: Shape
     nodes: list[Node] = field(default_factory=list)
     place: dict[fx.Node, int] = field(default_factory=dict)
-    """Of each node's values in `nodes`."""
+    """The shape of each node's values in `nodes`."""
     evaluated: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     def graph(self) -> Graph:
@@ -421,7 +421,7 @@ class _Reader:
         self.nodes.append(Node(make, (at,), (shape[0], *out)))
 
     def _mean(self, node: fx.Node) -> None:
-        """The mean over a map, with or without its two dimensions left at 1."""
+        """Return the mean over a map, with or without its two dimensions left at 1."""
         at = self._at(node)
         shape, out = self.nodes[at].shape, self.outcomes[node].shape
         given = _bound(node, "mean")
@@ -478,7 +478,7 @@ class _Reader:
         self._scale(node, node.args[i], factor=(lambda: 1 / constant()) if inverse else constant)
 
     def _value(self, node: fx.Node, i: int) -> int | Callable[[], Any]:
-        """The place of an argument, or what computes it if it does not depend on the images."""
+        """Return an argument's place, or what computes it if it does not depend on the images."""
         value = (*node.args, *node.kwargs.values())[i]
         if isinstance(value, fx.Node) and value in self.place:
             return self.place[value]
@@ -488,7 +488,7 @@ class _Reader:
         return constant
 
     def _constant(self, value: Any) -> Callable[[], Any] | None:
-        """What computes a value from the network's weights alone; None if it needs the images."""
+        """Return what computes a value from the weights alone; None if it needs the images."""
         if not isinstance(value, fx.Node):
             return lambda: value
         nodes: list[fx.Node] = []
@@ -522,7 +522,7 @@ class _Reader:
         return compute
 
     def _like(self) -> Callable[[], Tensor]:
-        """What gives a tensor of the network's dtype and on its device."""
+        """Return a function that gives a tensor of the network's dtype and on its device."""
         parameter = next(self.network.parameters(), None)
         return lambda: torch.empty(0) if parameter is None else parameter
 
@@ -590,7 +590,7 @@ def _fused(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _joined(before: Node, scale: Node) -> Node | None:
-    """An affine operation and the scale after it as one node, if that is possible."""
+    """Return an affine operation and the scale after it as one node, if that is possible."""
     first, second = before.make(), scale.make()
     if not isinstance(second, Scale) or isinstance(first, Input | Relu | Sum):
         return None
@@ -621,7 +621,7 @@ _PRODUCTS = {
 
 
 def _bound(node: fx.Node, name: str) -> dict[str, Any]:
-    """A call's arguments by name."""
+    """Return a call's arguments by name."""
     names = {
         "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode",
                        "count_include_pad", "divisor_override"),
@@ -639,7 +639,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _where(node: fx.Node) -> str:
-    """The module in whose forward pass an operation stands, to be part of a sentence."""
+    """Return the module in whose forward pass an operation stands, to be part of a sentence."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

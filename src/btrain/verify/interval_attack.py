@@ -32,7 +32,7 @@ Ascent = Callable[[Tensor, Tensor], Tensor]
 
 
 def cw(logits: Tensor, labels: Tensor) -> Tensor:
-    """The best wrong logit minus the right one, cut at 50, (m,)."""
+    """Return the best wrong logit minus the right one, cut at 50, (m,)."""
     logits = precision.full(logits)
     right = logits.gather(1, labels[:, None]).squeeze(1)
     wrong = logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
@@ -40,7 +40,7 @@ def cw(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """What PGD ascends, (m,)."""
+    """Return the cross-entropy, which PGD ascends, (m,)."""
     return F.cross_entropy(precision.full(logits), labels, reduction="none")
 
 
@@ -114,7 +114,7 @@ def attack(
 
 
 def _directions(graph: Graph, x: Tensor, labels: Tensor, epsilon: float, radius: float) -> Tensor:
-    """The sign of the interval gradient of the class that may win around each image.
+    """Return the sign of the interval gradient of the class that may win around each image.
 
     0 for images whose largest region is verified.
     """

@@ -26,7 +26,7 @@ _ENOUGH = 0.5
 
 
 def worst_case(margins: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of the worst logits that bounds allow, example by example.
+    """Return the cross-entropy of the worst logits that bounds allow, example by example.
 
     An upper bound of the cross-entropy at every image of the box (Wong & Kolter, Theorem 2).
 
@@ -52,7 +52,8 @@ def mixed(attacked: Tensor, verified: Tensor, *, share: float) -> Tensor:
 
 
 def small_box(x: Tensor, attacked: Tensor, *, epsilon: float, share: float) -> Box:
-    """A box of radius share·ε around an attacked image, moved to lie within ε of x and [0, 1].
+    """Return a box of radius share·ε around an attacked image, moved to lie within ε of x and [0,
+    1].
 
     SABR of Müller et al., section 3: `share` 1 gives the whole box, 0 the attacked image alone.
 
@@ -107,7 +108,7 @@ def regulariser(images: Box, before_relus: Sequence[Interval]) -> Tensor:
 
 
 def _balance(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller of two positive numbers over the larger; 1 where one is missing."""
+    """Return the smaller of two positive numbers over the larger; 1 where one is missing."""
     if a.item() == 0 or b.item() == 0:
         return a.new_ones(())
     return torch.minimum(a / b, b / a)

@@ -26,7 +26,7 @@ Pair = tuple[int, int]
 
 
 class Affine(Protocol):
-    """What is done with one example's values, an affine map."""
+    """An affine map of one example's values."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 
@@ -105,7 +105,8 @@ class Convolution:
         return self._pull_dense(rows)
 
     def reach(self, dense: Dense, radii: Tensor) -> Tensor | None:
-        """How far rows on the outcome move at most when what comes in moves by `radii` at most.
+        """Return how far rows on the outcome move at most when what comes in moves by `radii` at
+        most.
 
         The same as from `pull`, but the coefficients are left in the order in which a convolution
         with a channel for each phase of the stride gives them: on images, which have few channels,
@@ -176,7 +177,9 @@ class Convolution:
         )
 
     def _table(self, window: Pair, reached: Pair) -> Tensor:
-        """The matrix from a window's values to those of the window it reaches, both (h, w, C)."""
+        """Return the matrix from a window's values to those of the window it reaches, both (h, w,
+        C).
+        """
         weight, device = self.weight, self.weight.device
         kernel = weight.shape[2:]
         place = torch.zeros((), dtype=torch.int64, device=device)
@@ -287,7 +290,9 @@ class Reshape:
         return Dense(values, self.shape)
 
     def _of_map(self, start: Start) -> Start | None:
-        """The start of a vector as that of the map that was flattened, if it has whole channels."""
+        """Return the start of a vector as that of the map that was flattened, if it has whole
+        channels.
+        """
         if len(self.shape) == 1 or len(self.out) == 3:
             return None
         pixels = self.shape[1] * self.shape[2]

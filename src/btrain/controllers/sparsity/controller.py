@@ -34,7 +34,7 @@ class Thinned:
 
     @property
     def size(self) -> int:
-        """How many weights could be masked."""
+        """Return how many weights could be masked."""
         return sum(weight.numel() for weight in self.weights.values())
 
 
@@ -130,7 +130,7 @@ class Sparsity:
 
     @property
     def density(self) -> float:
-        """The share of the weights that could be masked and are not."""
+        """Return the share of the weights that could be masked and are not."""
         return sum(self.kept().values()) / self.thinned.size
 
     def _recount(self) -> None:
@@ -182,12 +182,12 @@ class Sparsity:
 
 
 def binary(mask: Tensor) -> bool:
-    """Whether a mask from a file holds nothing but zeros and ones."""
+    """Return whether a mask from a file holds nothing but zeros and ones."""
     return mask.dtype is torch.bool and int(mask.view(torch.uint8).max()) <= 1
 
 
 class Counts(NamedTuple):
-    """How many weights of a layer a mask update drops and grows."""
+    """The numbers of weights of a layer that a mask update drops and grows."""
 
     drop: int
     grow: int
@@ -195,7 +195,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Flight:
-    """How Flying Bird changes its masks.
+    """The way in which Flying Bird changes its masks.
 
     Attributes:
         steps: updates of the weights in the run.
@@ -306,7 +306,7 @@ class FlyingBirdPlus(FlyingBird):
 
     @property
     def listening(self) -> bool:
-        """Whether the epoch that just ended is to be heard."""
+        """Return whether the epoch that just ended is to be heard."""
         return self.steps > self.rule.listen
 
     def heard(self, gap: float, loss: float) -> None:

@@ -60,7 +60,7 @@ _BATCH = 128  # of images that are scored
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is.
+    """The length of the run.
 
     Attributes:
         epochs: of the run.
@@ -72,7 +72,7 @@ class Length:
 
     @property
     def steps(self) -> int:
-        """Updates of the weights in the run."""
+        """Return updates of the weights in the run."""
         return self.epochs * self.updates
 
 

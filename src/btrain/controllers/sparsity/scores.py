@@ -1,4 +1,4 @@
-"""How much a network would miss each of its weights: scores for masks ahead of training."""
+"""Scores of how much a network would miss each of its weights, for masks ahead of training."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ IMAGES = {
     "mnist": (60_000, 10_000),
     "digits": (1_442, 355),
 }
-"""How many for training and for the test."""
+"""The numbers for training and for the test."""
 
 
 _WORDS = {

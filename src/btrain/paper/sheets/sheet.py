@@ -53,7 +53,7 @@ class Line:
 
     @property
     def finished(self) -> int:
-        """The number of seeds whose run is finished."""
+        """Return the number of seeds whose run is finished."""
         return sum(run.state == FINISHED for run in self.runs.values())
 
 
@@ -88,14 +88,15 @@ class Sheet:
 
     @property
     def pgd_steps(self) -> int | None:
-        """The steps of the PGD at the end of every run; None where they differ."""
+        """Return the steps of the PGD at the end of every run; None where they differ."""
         runs = (run for line in self.lines for run in line.runs.values() if run.config)
         steps = {run.config.get("eval.steps") for run in runs}
         return steps.pop() if len(steps) == 1 else None
 
     @property
     def attacks(self) -> list[str]:
-        """The attacks with columns of their own: those evaluated, and those the paper tells of.
+        """Return the attacks with columns of their own: those evaluated, and those the paper tells
+        of.
 
         PGD-20 needs none where the runs end with it anyway.
         """

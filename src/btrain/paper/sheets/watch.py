@@ -42,7 +42,7 @@ class Progress:
 
     @property
     def left(self) -> int:
-        """The number of runs that are neither done nor failed."""
+        """Return the number of runs that are neither done nor failed."""
         return self.runs - self.done - self.failed
 
 
