@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from btrain.data import load
+from btrain.settings.compose import compose
 from btrain.training import epochs
 from btrain.training.setup import make_state
 from btrain.training.update import train_batch
-from composing import compose
 from steps import epoch_of
 
 OTHER = "other"

@@ -30,12 +30,12 @@ from btrain.methods.statistics import StepStats
 from btrain.report.compare import compare
 from btrain.runs import checkpoint
 from btrain.settings import Config
+from btrain.settings.compose import compose
 from btrain.training import train
 from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan, updates_per_epoch
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
-from composing import compose
 
 CPU = torch.device("cpu")
 TINY = [

@@ -17,10 +17,10 @@ from btrain.errors import UserError
 from btrain.evaluation.result import Result
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import Verified, Weight, at_random, nearest_right
+from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.verify import bounds, losses
 from btrain.verify.graph import evaluating, trace
-from composing import compose
 
 CPU = torch.device("cpu")
 FAMILY = ("mixtrain", "verified", "ibp", "crown_ibp", "mtl_ibp", "sabr")
