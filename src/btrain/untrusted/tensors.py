@@ -246,7 +246,7 @@ _BESIDE: dict[tuple[str, str], Any] = {
         for name in ("list", "dict", "tuple", "int", "float", "str", "bool")
     },
 }
-"""What may stand beside the weights, of which torch knows nothing."""
+"""The things beside the weights of which torch knows nothing."""
 
 _STAND_INS: list[Any] = [
     (stand_in, f"{module}.{name}") for (module, name), stand_in in _BESIDE.items()

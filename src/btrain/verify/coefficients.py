@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Shape = tuple[int, ...]
-"""Of one example's values at a layer: (C, H, W) or (N,)."""
+"""The shape of one example's values at a layer: (C, H, W) or (N,)."""
 
 
 def map_size(shape: Shape) -> tuple[int, int]:

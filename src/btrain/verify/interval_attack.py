@@ -20,10 +20,10 @@ from btrain.verify import bounds
 from btrain.verify.graph import Graph
 
 _GROWTH = 3.0
-"""How much larger a region becomes each time it was verified."""
+"""The factor by which a region grows each time it was verified."""
 
 _CONFIDENCE = 50.0
-"""Of the CW loss: how far beyond the right logit the best wrong one is still pushed."""
+"""The CW loss' margin: so far beyond the right logit the best wrong one is still pushed."""
 
 _RESTARTS_WITH_MORE_JUMPS = 2
 
