@@ -42,6 +42,10 @@ class Net(nn.Module):
 
 def broken(classes):
     raise RuntimeError("no such thing")
+
+class Dropping(Net):  # draws torch's own random numbers
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.2, self.training)
 """
 DATA = """\
 from sklearn.datasets import load_digits
@@ -234,7 +238,8 @@ def test_a_part_is_named_again_only_where_the_run_has_one(here: Path) -> None:
 def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["recipe.ema=0.9", "dataset.val_examples=50", "recipe.schedule=step", "run.dir=cut"]
+    extra = ["model.factory=nets.py:Dropping", "recipe.ema=0.9", "dataset.val_examples=50",
+             "recipe.schedule=step", "run.dir=cut"]  # fmt: skip
     last = here / "cut" / "checkpoints" / "last.pt"
     for thousandths in range(5, 100, 5):  # on a loaded machine the first are over before a batch
         assert main([*RUN, *extra, f"train.max_seconds={thousandths / 1000}"]) == 0
@@ -243,7 +248,7 @@ def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     assert checkpoint.load(last)["state"]["epoch"] < 2
     (here / "nets.py").write_text(NETS + "# another line\n")
     assert main([*RUN, *extra]) == 0
-    changed = "The code of model.factory=nets.py:Net has changed since this run was last trained."
+    changed = "The code of model.factory=nets.py:Dropping has changed since this run was last trained."
     assert (here / "cut" / "train.log").read_text().count(changed) == 1
     assert main([*RUN, *extra[:-1], "run.dir=whole"]) == 0
     assert same(weights("cut"), weights("whole"))
@@ -336,6 +341,19 @@ def test_a_folder_of_options_stands_anywhere_and_is_listed(
     assert ", my_net, own, " in message
     assert main(["train", "dataset=digits", "--config-dir", "yours"]) == 1
     assert said(capsys) == "btrain: --config-dir yours is no folder.\n"
+
+
+def test_an_own_defenses_recipe_is_found_in_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for group, text in (("defense", "- own\n\nfactory: hat.py:Hat"), ("recipe", "- mart\n\nlr: 7")):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+        (tmp_path / "mine" / group / "hat.yaml").write_text(f"defaults:\n  {text}\n")
+    for words, lr in ((["--help"], "7"), (["--cfg", "job"], "7"),
+                      (["recipe=trades_digits", "--help"], "0.05")):  # fmt: skip
+        assert main(["train", "--config-dir", "mine", "defense=hat", "dataset=digits", *words]) == 0
+        assert f"\n  lr: {lr}\n" in capsys.readouterr().out
 
 
 # From Python

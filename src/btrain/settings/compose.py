@@ -138,12 +138,18 @@ def _with_views(augmix: object, views: int, steps: int) -> int:
 def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
-    It is that of both, of verified training or TRADES on that data set, of the defense, or TRADES'.
+    It is that of both, of an option of the user's, of verified training or TRADES on that data set,
+    of the defense, or TRADES'.
     """
-    known = _options("recipe")
-    schema = next((kind for name, kind in DEFENSES.items() if name.name == defense), None)
-    family = "verified" if schema is VerifiedConfig else "trades"
-    wanted = (f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense)
+    from hydra.core.global_hydra import GlobalHydra
+
+    # Of Hydra, for it knows the user's folder, too.
+    known = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    schemas = {name.name: kind for name, kind in DEFENSES.items()}
+    family = "verified" if schemas.get(defense) is VerifiedConfig else "trades"
+    wanted = [f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense]
+    if defense not in schemas:  # whose recipe is no one's for other data
+        wanted.insert(1, defense)
     return next((name for name in wanted if name in known), "trades")
 
 
@@ -165,8 +171,11 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     return config
 
 
-def composed(overrides: Sequence[str], task: str) -> Any:
+def composed(overrides: Sequence[str], task: str, folder: str | None = None) -> Any:
     """Return what Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+
+    Args:
+        folder: of more options, as --config-dir gives.
 
     Raises:
         UserError: an unknown key or option, a wrong type.
@@ -179,9 +188,23 @@ def composed(overrides: Sequence[str], task: str) -> Any:
     register()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+            if folder is not None:
+                _add_options(folder)
             return hydra_compose(task, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         raise explain(error, overrides, task) from error
+
+
+def _add_options(folder: str) -> None:
+    """Let Hydra look for options in a folder, too, ahead of btrain's own."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.global_hydra import GlobalHydra
+
+    instance = GlobalHydra.instance()
+    path = instance.config_loader().get_search_path()
+    path.prepend("command-line", f"file://{Path(folder).resolve()}")
+    assert instance.hydra is not None
+    instance.hydra.config_loader = ConfigLoaderImpl(path)
 
 
 def quoted(text: str) -> str:
@@ -254,9 +277,7 @@ def help_text(arguments: Sequence[str], task: str = "train") -> str:
 
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     folder = user_folder(arguments)
-    if folder is not None:
-        overrides.append(f"hydra.searchpath=[{quoted(folder)}]")
-    settings = OmegaConf.to_yaml(composed(overrides, task))
+    settings = OmegaConf.to_yaml(composed(overrides, task, folder))
     defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
     groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
     options = "\n".join(f"{group}: {', '.join(_options(group, folder))}" for group in groups)
