@@ -248,7 +248,9 @@ def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     assert checkpoint.load(last)["state"]["epoch"] < 2
     (here / "nets.py").write_text(NETS + "# another line\n")
     assert main([*RUN, *extra]) == 0
-    changed = "The code of model.factory=nets.py:Dropping has changed since this run was last trained."
+    changed = (
+        "The code of model.factory=nets.py:Dropping has changed since this run was last trained."
+    )
     assert (here / "cut" / "train.log").read_text().count(changed) == 1
     assert main([*RUN, *extra[:-1], "run.dir=whole"]) == 0
     assert same(weights("cut"), weights("whole"))
@@ -347,10 +349,13 @@ def test_an_own_defenses_recipe_is_found_in_the_same_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for group, text in (("defense", "- own\n\nfactory: hat.py:Hat"), ("recipe", "- mart\n\nlr: 7")):
+    for group, text in (
+        ("defense", "- own\n\nfactory: hat.py:Hat"),
+        ("recipe", "- mart\n\nlr: 7.5"),
+    ):
         (tmp_path / "mine" / group).mkdir(parents=True)
         (tmp_path / "mine" / group / "hat.yaml").write_text(f"defaults:\n  {text}\n")
-    for words, lr in ((["--help"], "7"), (["--cfg", "job"], "7"),
+    for words, lr in ((["--help"], "7.5"), (["--cfg", "job"], "7.5"),
                       (["recipe=trades_digits", "--help"], "0.05")):  # fmt: skip
         assert main(["train", "--config-dir", "mine", "defense=hat", "dataset=digits", *words]) == 0
         assert f"\n  lr: {lr}\n" in capsys.readouterr().out
