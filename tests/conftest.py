@@ -39,7 +39,7 @@ def _no_handlers_of_other_tests() -> None:
 
 @pytest.fixture(scope="session")
 def digits() -> Data:
-    """scikit-learn's handwritten digits on the CPU."""
+    """The 1,797 handwritten digits on the CPU."""
     return load("digits", Path("unused"), device=torch.device("cpu"))
 
 
