@@ -54,8 +54,9 @@ bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENC
 bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight minutes
 	btrain bench gpu
 
+# A core takes one file after another, in the order that tests/conftest.py gives them.
 test: lint typecheck  ## lint, type check and run all tests, on every core
-	python -m pytest --numprocesses=auto --dist=loadfile
+	python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
 	python scripts/same_bits.py $(SAME)
