@@ -23,7 +23,7 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
-from torchrun import ENVIRONMENT, torchrun
+from torchrun import ENVIRONMENT, forked
 
 NETS = """\
 import torch
@@ -276,9 +276,10 @@ def test_ways_to_train_an_own_network(here: Path, extra: list[str]) -> None:
 
 
 def test_on_two_processes(here: Path) -> None:
-    child = torchrun(2, "-m", "btrain", *RUN, "run.dir=two", stderr=subprocess.PIPE)
-    _, errors = child.communicate(timeout=200)
-    assert child.returncode == 0, errors
+    said = here / "said"
+    run = forked(2, *RUN, "run.dir=two", said=said)
+    run.join(200)
+    assert run.exitcode == 0, said.read_text()
     (session,) = json.loads((here / "two" / "provenance.json").read_text())["sessions"]
     assert session["processes"] == 2
     assert session["own_parts"].keys() == {"model", "dataset"}
