@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck clean
+.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -80,6 +80,11 @@ format: setup  ## reformat the sources
 
 typecheck: setup  ## mypy, strict
 	mypy
+
+dist: setup  ## wheel and source archive under dist/, checked as an index would
+	rm -rf dist
+	python -m build --outdir dist
+	twine check --strict dist/*
 
 clean:  ## remove everything that make made; runs and data stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

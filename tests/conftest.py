@@ -23,9 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 DEAREST = (
-    "test_config.py", "test_launchers.py", "test_training.py", "test_bench.py", "test_parallel.py",
-    "test_reliability.py", "test_cli.py", "test_torchrun.py", "test_estimate.py",
-    "test_eval_order.py", "test_kill.py", "test_own_parts.py", "test_parallel_runs.py",
+    "test_paper.py", "test_config.py", "test_launchers.py", "test_training.py", "test_bench.py",
+    "test_own_parts.py", "test_parallel.py", "test_reliability.py", "test_eval_autoattack.py",
+    "test_torchrun.py", "test_estimate.py", "test_eval_order.py", "test_cli.py", "test_kill.py",
+    "test_parallel_runs.py", "test_extending.py",
 )  # fmt: skip
 """The files that take longest, in that order."""
 
