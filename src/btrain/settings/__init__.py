@@ -23,6 +23,7 @@ from btrain.settings.names import (
     Resume,
     RivalName,
     ScheduleName,
+    Shortcut,
     Start,
     WandbMode,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "RivalName",
     "RunConfig",
     "ScheduleName",
+    "Shortcut",
     "Start",
     "TrainConfig",
     "WandbMode",

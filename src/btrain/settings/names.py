@@ -30,6 +30,11 @@ class Activation(Enum):
     silu = "silu"
 
 
+class Shortcut(Enum):
+    activated = "activated"
+    input = "input"
+
+
 class AttackName(Enum):
     linf_pgd = "linf_pgd"
     madry = "madry"
