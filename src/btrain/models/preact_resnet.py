@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class PreActBlock(nn.Module):
     """Two pre-activated 3×3 convolutions; a 1×1 shortcut where the shape changes."""
 
+    inner_channels = (("conv1", "bn2", "conv2"),)
+
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)

@@ -206,8 +206,7 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
     for experiment in sweep.experiments:
         for swept in (swept for name, swept in sweep.rows() if name == experiment):
             folders = {
-                seed: job.out / run_name(row_name(experiment, swept), seed)
-                for seed in job.seeds
+                seed: job.out / run_name(row_name(experiment, swept), seed) for seed in job.seeds
             }
             ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]
             config = config_of(job, experiment, swept) if ended else None
