@@ -101,6 +101,8 @@ class SparsityName(Enum):
     flying_bird = "flying_bird"
     flying_bird_plus = "flying_bird_plus"
     robust_bird = "robust_bird"
+    channel_static = "channel_static"
+    channel_flying_bird = "channel_flying_bird"
     own = "own"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from btrain.controllers.averaging import WeightAverage
 from btrain.controllers.base import Controller
+from btrain.controllers.sparsity.channels import Channels, Trained
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
 from btrain.exchange.read import start_from
@@ -153,6 +155,20 @@ class TrainState:
             self.memory[name].copy_(tensor)
         if self.average is not None:
             self.average.network.load_state_dict(self.model.state_dict())
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Have the network that is trained in the place of the whole one, where channels lack."""
+        if not isinstance(self.sparsity, Channels):
+            yield
+            return
+        whole = Trained(self.model, self.optimizer, self.average)
+        try:
+            with self.sparsity.at_work(whole) as small:
+                self.model, self.optimizer, self.average = small
+                yield
+        finally:
+            self.model, self.optimizer, self.average = whole
 
     def throw_away_copy(self) -> TrainState:
         """Return a copy of all that training changes, at the beginning of the same epoch."""
