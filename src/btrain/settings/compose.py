@@ -357,9 +357,21 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
-    if isinstance(config, Config) and config.run.dir is None:
-        config.run.dir = str(Path("runs") / run_name(config, overrides))
+    if isinstance(config, Config):
+        _reject_unread(config, overrides)
+        if config.run.dir is None:
+            config.run.dir = str(Path("runs") / run_name(config, overrides))
     return config
+
+
+def _reject_unread(config: Config, overrides: Sequence[str]) -> None:
+    """Raise UserError for a setting that was typed and that training by bounds does not read."""
+    if not isinstance(config.defense, VerifiedConfig):
+        return
+    unread = config.defense.unread(config.bt)
+    for key in (override.partition("=")[0].lstrip("+") for override in overrides):
+        if key in unread:
+            raise UserError(f"{key} has no meaning with {unread[key]}.")
 
 
 def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:

@@ -148,6 +148,11 @@ class MixForm(Enum):
     convex = "convex"
 
 
+class MixDynamic(Enum):
+    schedule = "schedule"
+    feedback = "feedback"
+
+
 class OptimizerName(Enum):
     sgd = "sgd"
     adam = "adam"

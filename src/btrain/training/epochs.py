@@ -18,6 +18,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Method
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
+from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
@@ -193,6 +194,8 @@ def train_epoch(
     }
     if plan.score_every is not None:
         means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
+    if MIX in state.memory:
+        means[MIX] = float(state.memory[MIX])
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
