@@ -222,13 +222,19 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
     return Allocation(classify(score, robust_fraction), steps.long())
 
 
-def step_sizes(steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float) -> Tensor:
+FAR = 1.7
+"""The length of all steps of a short attack together, in ε (Section 4)."""
+
+
+def step_sizes(
+    steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float, way: float = FAR
+) -> Tensor:
     """Return the step sizes of Section 4: 1.7·ε/N for an example with N < N_B steps.
 
     With N_B steps it takes them like the plain defense, so that equal budgets are the plain defense
     exactly. (m,) -> (m,) float32
     """
-    return torch.where(steps == n_b, step_size_b, 1.7 * epsilon / steps.clamp(min=1))
+    return torch.where(steps == n_b, step_size_b, way * epsilon / steps.clamp(min=1))
 
 
 class Scored(NamedTuple):

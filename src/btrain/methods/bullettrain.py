@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from btrain.allocation import Allocation, Allocator, Scored, filled_up, update_robust_fraction
 from btrain.attacks.attack import Attack
+from btrain.attacks.kept import Kept
 from btrain.attacks.pgd import by_steps
 from btrain.attacks.shadow import attacked
 from btrain.data import Batch, Data
@@ -60,6 +61,7 @@ class BulletTrain:
         share_clean_forward: whether line 11 and the loss share one clean forward, in train mode.
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
+        kept: the store of the perturbations that attacks start from; None where they do not.
     """
 
     defense: Defense
@@ -71,21 +73,22 @@ class BulletTrain:
     share_clean_forward: bool = False
     forward_unperturbed: bool = False
     regulariser: tuple[Regulariser, float] | None = None
+    kept: Kept | None = None
     in_units: ClassVar[bool] = True
 
     def memory(self, data: Data, device: torch.device) -> Memory:
-        """Return F_R before the first batch."""
-        del data
-        return {"robust_fraction": torch.zeros((), device=device)}  # line 8
+        """Return F_R before the first batch, and stores that are empty."""
+        kept = {} if self.kept is None else self.kept.memory(data, device)
+        return {"robust_fraction": torch.zeros((), device=device)} | kept  # line 8
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once, attacked; one copy to the host, of the step counts."""
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
         score = self.score(z, labels)
-        noise = self.attack.noise(x, generator)
+        noise = self.start(batch, memory, generator)
 
         def attacked_logits(steps: int, step_size: float) -> Tensor:
             return self.attacked_logits(network, x, labels, z, noise, steps, step_size)
@@ -94,12 +97,16 @@ class BulletTrain:
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
         parts, clean_logits, allocation, active = self.in_order(
-            [x, labels, z, score, noise], clean_logits, allocation
+            [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
+            clean_logits,
+            allocation,
         )
-        x, labels, z, score, noise = parts
+        x, labels, z, score, noise, rows = parts
         x_adv, allocation, forwarded = self.attack(  # line 13
             network, x, labels, z, allocation, active, noise
         )
+        if self.kept is not None:
+            self.keep(self.kept, memory, batch, rows, x_adv - x, allocation.steps > 0)
         m, overhead = len(x), allocation.overhead
         units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
         units += m * (2 * overhead + 1) if overhead else 0
@@ -179,13 +186,33 @@ class BulletTrain:
         x_adv = self.attack.evenly(network, x, labels, z, sizes, [len(x)] * steps, noise)
         return eval_logits(network, x_adv)
 
+    def start(self, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+        """Return what is added to the images before the first step, like them."""
+        noise = self.attack.noise(batch.x, generator)
+        if self.kept is None:
+            return noise
+        return self.kept.starts(memory, batch, noise, self.reach.radius or 0.0)
+
+    def keep(
+        self,
+        kept: Kept,
+        memory: Memory,
+        batch: Batch,
+        rows: Tensor,
+        delta: Tensor,
+        attacked: Tensor,
+    ) -> None:
+        """Remember where the attacks of these rows ended, (k,)."""
+        new = kept.encoded(delta, self.reach.radius or 1.0)
+        kept.keep(memory, batch, rows, new, attacked)
+
     def in_order(
         self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
     ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
         """Put the batch in descending order of steps, with groups rounded up as the attack wants.
 
         Args:
-            parts: images, labels, z, score and noise, (m, …) each.
+            parts: images, labels, z, score, noise and the numbers of the rows, (m, …) each.
             clean_logits: of a shared clean forward, (m, K), or None.
 
         Returns:
@@ -221,7 +248,7 @@ class BulletTrain:
     @property
     def eq7(self) -> bool:
         """Return whether eq. 7 describes what it costs."""
-        return self.regulariser is None
+        return self.regulariser is None and self.kept is None
 
     @property
     def reach(self) -> Reach:

@@ -122,7 +122,7 @@ class Verified:
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once."""
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         progress = min(1.0, memory["trained"].item() / memory["to_train"].item())
         x_adv, units = x, 0.0
         share = self._share(progress)

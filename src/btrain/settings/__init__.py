@@ -24,6 +24,7 @@ from btrain.settings.names import (
     RivalName,
     ScheduleName,
     Start,
+    Store,
     WandbMode,
 )
 from btrain.settings.run import (
@@ -77,6 +78,7 @@ __all__ = [
     "RunConfig",
     "ScheduleName",
     "Start",
+    "Store",
     "TrainConfig",
     "WandbMode",
     "WideResNetConfig",

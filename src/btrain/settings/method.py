@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require
@@ -20,6 +20,7 @@ from btrain.settings.names import (
     MixForm,
     RivalName,
     Start,
+    Store,
 )
 
 
@@ -67,6 +68,8 @@ class AttackConfig:
     step_size: Any = MISSING
     start: Start = MISSING
     start_std: Any = MISSING
+    store: Store = Store.int8
+    checkpoint_store: bool = True
     epsilon_warmup_epochs: int = 0
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
@@ -85,6 +88,10 @@ class AttackConfig:
         """Return ε and step sizes of an epoch, from 0, as a share of what they will be."""
         return min(1.0, (epoch + 1) / (self.epsilon_warmup_epochs + 1))
 
+    def unkept(self) -> AttackConfig:
+        """Return the same attack from a start of its own, for work that keeps none."""
+        return replace(self, start=Start.uniform) if self.start is Start.kept else self
+
     def choices(self) -> list[Choice]:
         views = self.augmix is not None
         found = [
@@ -99,10 +106,25 @@ class AttackConfig:
             found.append(Choice("attack.mode=train", frozenset({"train_mode"}), {"chooses": why}))
         if self.start is Start.clean:
             found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
+        if self.start is Start.kept:
+            coarse = {} if self.store is Store.bf16 else _TOO_COARSE
+            found.append(Choice("attack.start=kept", frozenset({"kept"}), _NO_KEPT | coarse))
         if self.epsilon_warmup_epochs:
             written = f"attack.epsilon_warmup_epochs={self.epsilon_warmup_epochs}"
             found.append(Choice(written, frozenset({"epsilon_warmup"})))
         return found
+
+
+_NO_KEPT = {
+    "augmix": "there is no attack",
+    "rival": "a rival is run as published",
+    "verified": "most of its images are not attacked",
+    "pool": "the pool is attacked ahead of the weights that its batches leave",
+    "attacks_by_itself": "its own attack is to find what one from the image finds",
+}
+_TOO_COARSE = dict.fromkeys(
+    ("l2", "own_ball"), "a pixel moves by less than 1/127 of ε there (attack.store=bf16)"
+)
 
 
 @dataclass

@@ -238,6 +238,7 @@ class RecipeConfig:
     flip: bool = MISSING
     early_stop_on_collapse: bool = False
     ema: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         at_least(1, "recipe.epochs", self.epochs)
@@ -261,6 +262,8 @@ class RecipeConfig:
         require(rolls or not self.nesterov, "recipe.nesterov", "false without SGD's momentum", True)
         at_least(0, "recipe.crop_padding", self.crop_padding)
         require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
+        if self.clip_norm is not None:
+            positive("recipe.clip_norm", self.clip_norm)
 
 
 @dataclass

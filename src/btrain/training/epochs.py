@@ -70,7 +70,7 @@ class Heartbeat:
         return means
 
     def _stop(self, state: TrainState, step: int, what: str) -> None:
-        x, labels, indices = self.draw(step, self.random_states[step])
+        x, labels, indices = self.draw(step, self.random_states[step])[:3]
         raise NotFiniteError(
             f"There is a number that is not finite in {what} in epoch {state.epoch + 1}, step "
             f"{step}; a smaller recipe.lr may help.",
@@ -212,8 +212,9 @@ def _take(
     before = Snapshot(state.model, state.optimizer, *memories) if skip else None
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
-        network, state.optimizer, method, batch, state.memory, state.generator, several, controllers
-    )
+        network, state.optimizer, method, batch, state.memory, state.generator, several,
+        controllers, plan.clip_norm,
+    )  # fmt: skip
     bad = check.see(state.batch + 1, stats)
     state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
     if before is not None:

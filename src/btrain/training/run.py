@@ -59,6 +59,7 @@ from btrain.training.setup import (
     known_of,
     make_state,
     sparsity_of,
+    store_size,
 )
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
@@ -158,6 +159,9 @@ def _train(
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
         state.sparsity = sparsity_of(config, state, data)
+    if size := store_size(config, data):
+        saves = config.attack.checkpoint_store
+        notes.append(f"attack.start=kept {size}, {'and in' if saves else 'none in'} checkpoints")
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
     recording: AbstractContextManager[Record | None] = nullcontext()

@@ -43,6 +43,7 @@ class Plan:
             the run.
         before: epochs ahead of those that the run counts, of a search.
         score_every: batches from one whose scores the log shows to the next; None for none.
+        clip_norm: the longest gradient that an update follows; None for any.
     """
 
     seed: int
@@ -56,6 +57,7 @@ class Plan:
     skip_nonfinite: bool = False
     score_every: int | None = None
     before: int = 0
+    clip_norm: float | None = None
 
 
 def make_plan(config: Config) -> Plan:
@@ -78,6 +80,7 @@ def make_plan(config: Config) -> Plan:
         max_seconds=config.train.max_seconds,
         skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
         score_every=config.train.score_every,
+        clip_norm=recipe.clip_norm,
     )
 
 
