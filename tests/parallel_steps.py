@@ -71,6 +71,8 @@ CASES = {
         MIXED,
         51,
     ),
+    "a share of the robust": (["bt.robust_share=0.5"], MIXED, 51),
+    "a share of the robust, mart": (["defense=mart", "bt.robust_share=0.5"], MIXED, 51),
     "pool": (["bt.pool=3", "train.batch_size=17"], MIXED, 51),
     "pool, an empty group": (["bt.pool=3", "train.batch_size=17"], ONE_PERTURBED, 50),
     "augmix": (AUGMIX, MIXED, 51),

@@ -194,6 +194,22 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
     return allocation.ordered(torch.randperm(m, generator=generator, device=device))
 
 
+def thinned(
+    allocation: Allocation, share: float, generator: torch.Generator
+) -> tuple[Allocation, Tensor]:
+    """Take the steps of robust examples, each with probability 1 − share.
+
+    Returns:
+        The allocation, and how many examples each stands for, (m,): of the robust ones 1/share
+        where they keep their steps and 0 where not, so that no sum over them is biased; else 1.
+    """
+    robust = allocation.classes == ROBUST
+    drawn = torch.rand(len(robust), generator=generator, device=robust.device)
+    spared = robust & (drawn >= share)
+    weight = torch.where(robust, 1 / share, 1.0).masked_fill(spared, 0.0)
+    return allocation._replace(steps=allocation.steps.masked_fill(spared, 0)), weight
+
+
 def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor:
     """Give any examples classes in the shares F_B, F_R, F_O, rounded. (m,) -> (m,) int64"""
     m = len(score)

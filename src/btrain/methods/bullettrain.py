@@ -8,18 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from btrain.allocation import Allocation, Allocator, Scored, filled_up, update_robust_fraction
+from btrain.allocation import (
+    Allocation,
+    Allocator,
+    Expected,
+    Scored,
+    filled_up,
+    thinned,
+    update_robust_fraction,
+)
 from btrain.attacks.attack import Attack
 from btrain.attacks.kept import Kept
 from btrain.attacks.pgd import by_steps
 from btrain.attacks.shadow import attacked
 from btrain.data import Batch, Data
-from btrain.defenses import Defense
+from btrain.defenses import Defense, Weights
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 
@@ -37,6 +46,8 @@ class Examples(NamedTuple):
         perturbed: how many examples took a step.
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
+        indices: where the examples stand in the training set, (m,).
+        weights: how often each counts; None for once.
     """
 
     x: Tensor
@@ -49,6 +60,8 @@ class Examples(NamedTuple):
     perturbed: int
     units: float
     share: float = 1.0
+    indices: Tensor | None = None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,9 @@ class BulletTrain:
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
         kept: the store of the perturbations that attacks start from; None where they do not.
+        robust_share: of the robust examples, that are attacked and count for the others.
+        scores_kept: whether each example's score at its last visit is remembered, for an epoch to
+            leave out some.
     """
 
     defense: Defense
@@ -74,12 +90,21 @@ class BulletTrain:
     forward_unperturbed: bool = False
     regulariser: tuple[Regulariser, float] | None = None
     kept: Kept | None = None
+    robust_share: float = 1.0
+    scores_kept: bool = False
     in_units: ClassVar[bool] = True
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R before the first batch, and stores that are empty."""
-        kept = {} if self.kept is None else self.kept.memory(data, device)
-        return {"robust_fraction": torch.zeros((), device=device)} | kept  # line 8
+        memory = {"robust_fraction": torch.zeros((), device=device)}  # line 8
+        if self.kept is not None:
+            memory |= self.kept.memory(data, device)
+        if self.scores_kept:
+            memory |= {
+                "score": torch.zeros(len(data.train), device=device),
+                "weight": torch.ones(len(data.train), device=device),
+            }
+        return memory
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
@@ -96,6 +121,7 @@ class BulletTrain:
         allocation = self.allocator(  # line 12
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
+        allocation, weights = self.weighted(allocation, batch.weight, generator)
         parts, clean_logits, allocation, active = self.in_order(
             [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
             clean_logits,
@@ -113,13 +139,16 @@ class BulletTrain:
         yield Examples(
             x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
             share=m / len(batch.x),
+            indices=batch.indices[rows],
+            weights=None if weights is None else Weights(*(weight[rows] for weight in weights)),
         )  # fmt: skip
 
     def loss(
         self, network: nn.Module, examples: Examples, memory: Memory, generator: torch.Generator
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
-        x, labels, x_adv, clean_logits, z, score, allocation, perturbed, units, share = examples
+        x, labels, x_adv, clean_logits, z, score = examples[:6]
+        allocation, perturbed, units, share, _, weights = examples[6:]
         m = len(x)
         if self.defense.outer_reads_clean:  # line 14
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -134,18 +163,48 @@ class BulletTrain:
             labels,
             momentum=self.momentum,
             gamma=self.gamma,
-            mean=self.mean,
+            mean=partial(self.mean, weight=None if weights is None else weights.adv),
         )
-        loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+        if weights is None:
+            loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+        else:
+            assert self.defense.weighted_loss is not None
+            loss = self.defense.weighted_loss(clean_logits, adv_logits, labels, weights=weights)
+        if self.scores_kept:
+            self.remember(memory, examples, clean_logits, adv_logits)
         units += 3 * trained
         if self.regulariser is not None:
             regulariser, cost = self.regulariser
             loss = loss + regulariser(network, x, labels, generator)
             units += cost * m
         stats = step_stats(
-            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
-        )
+            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units,
+            weights=weights,
+        )  # fmt: skip
         return Loss(loss, stats, share)
+
+    def weighted(
+        self, allocation: Allocation, weight: Tensor | None, generator: torch.Generator
+    ) -> tuple[Allocation, Weights | None]:
+        """Spare robust examples the attack, and return how often each example counts.
+
+        Args:
+            weight: of the batch, whose examples may stand for others, (m,); or None.
+        """
+        if self.robust_share == 1:
+            return allocation, None if weight is None else Weights(weight, weight)
+        allocation, adv = thinned(allocation, self.robust_share, generator)
+        clean = torch.ones_like(adv) if weight is None else weight
+        return allocation, Weights(clean, clean * adv)
+
+    def remember(
+        self, memory: Memory, examples: Examples, clean_logits: Tensor, adv_logits: Tensor
+    ) -> None:
+        """Remember the scores of the batch: of z, or of what was forwarded instead."""
+        assert examples.indices is not None
+        seen = (logits for logits in (examples.z, clean_logits, adv_logits) if logits.shape[1])
+        score = self.metric(next(seen).detach(), examples.labels)
+        memory["score"][examples.indices] = score.to(memory["score"].dtype)
 
     def forward_clean(self, network: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the clean logits for the loss, if they are shared, and z.
@@ -241,14 +300,17 @@ class BulletTrain:
             return allocation, active
         return filled_up(allocation, order, active, self.attack.multiple)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the batch. (m,) -> ()"""
-        return values.mean()
+    def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mean over the batch, by weight (m,) if there is one. (m,) -> ()"""
+        if weight is None:
+            return values.mean()
+        return (weight * values).sum() / weight.sum().clamp(min=1)
 
     @property
     def eq7(self) -> bool:
         """Return whether eq. 7 describes what it costs."""
-        return self.regulariser is None and self.kept is None
+        plain = self.kept is None and self.robust_share == 1 and not self.scores_kept
+        return plain and self.regulariser is None
 
     @property
     def reach(self) -> Reach:
@@ -258,9 +320,9 @@ class BulletTrain:
         return Reach(epsilon, self.attack.ball.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
-        """Return units an example; None where the allocator cannot tell."""
-        expected = self.allocator.expected(fractions)
-        if expected is None:
+        """Return units an example; None where the allocator, or who is left out, cannot tell."""
+        expected = self.expected(fractions)
+        if expected is None or self.scores_kept:
             return None
         needs_z = self.defense.inner_reads_clean or self.allocator.needs_scores
         scoring = 1 if needs_z and not self.shares_clean_forward else 0
@@ -269,6 +331,14 @@ class BulletTrain:
         choosing = 2 * expected.overhead + 1 if expected.overhead else 0
         penalty = self.regulariser[1] if self.regulariser is not None else 0
         return 2 * expected.steps + scoring + training + choosing + penalty
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
+        """Return the attack of an average batch, with a share of the robust examples."""
+        of_all = self.allocator.expected(fractions)
+        if of_all is None or self.robust_share == 1:
+            return of_all
+        boundary, robust, outlier = fractions
+        return self.allocator.expected((boundary, self.robust_share * robust, outlier))
 
 
 def eval_logits(network: nn.Module, x: Tensor) -> Tensor:

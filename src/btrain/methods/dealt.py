@@ -81,6 +81,9 @@ class DealtBulletTrain(BulletTrain):
         new = self.world.gathered(new.view(torch.int8), m).view(kept.dtype).view(m, *shape)
         kept.keep(memory, batch, rows, new, attacked > 0)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the whole batch. (n,) -> ()"""
-        return self.world.mean(values)
+    def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mean over the whole batch, by weight (n,) if there is one. (n,) -> ()"""
+        if weight is None:
+            return self.world.mean(values)
+        sums = self.world.sum(torch.stack([(weight * values).sum(), weight.sum()]))
+        return sums[0] / sums[1].clamp(min=1)

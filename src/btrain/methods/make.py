@@ -159,6 +159,8 @@ def make_bullettrain(
         share_clean_forward=bt.share_clean_forward,
         forward_unperturbed=bt.forward_unperturbed,
         kept=make_store(config.attack),
+        robust_share=bt.robust_share if isinstance(bt, BulletTrainConfig) else 1.0,
+        scores_kept=config.train.skip > 0,
     )
     if isinstance(config.rival, GradAlignConfig):
         weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
@@ -386,4 +388,11 @@ def plain_defense(config: Config) -> Config:
     if not isinstance(config.defense, AugMixDefenseConfig):
         common |= {"n_b": attack.steps, "step_size_b": attack.step_size}
     uniform = UniformConfig(**common)
-    return replace(config, bt=uniform, rival=RivalConfig(), defense=defense, attack=attack.unkept())
+    return replace(
+        config,
+        bt=uniform,
+        rival=RivalConfig(),
+        defense=defense,
+        attack=attack.unkept(),
+        train=replace(config.train, skip=0.0),
+    )

@@ -228,6 +228,8 @@ class OwnDefenseConfig(DefenseConfig):
     factory: str = MISSING
     settings: dict[str, Any] = field(default_factory=dict)
 
+    kinds: ClassVar[frozenset[str]] = DefenseConfig.kinds | {"own_defense"}
+
     def __post_init__(self) -> None:
         no_null("defense.factory", self.factory)
 
@@ -476,6 +478,12 @@ _NO_POOL = {
     "train_mode": "the batches would share BatchNorm's statistics",
     "shared": "the loss needs the logits of newer weights",
 }
+WEIGHTED = {
+    "own_step": "its loss counts every example once",
+    "own_defense": "its loss is one number for the whole batch",
+    "augmix": "its loss counts every example once",
+    "pool": "its batches are weighed one by one",
+}
 _NEEDS_ATTACK = {"augmix": "it needs an attack"}
 _VIEWS_NEAR_THE_BOUNDARY = {"augmix": "it makes views of boundary examples alone"}
 _ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"}
@@ -507,23 +515,30 @@ class ChoosingConfig(BTConfig):
 class BulletTrainConfig(ChoosingConfig):
     n_r: int = MISSING
     n_o: int = MISSING
+    robust_share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "bt.n_o", self.n_o)
         at_least(0, "bt.n_r", self.n_r)
+        require(0 < self.robust_share <= 1, "bt.robust_share", "in (0, 1]", self.robust_share)
 
     def choices(self) -> list[Choice]:
         found = super().choices()
         for key, steps in (("bt.n_r", self.n_r), ("bt.n_o", self.n_o)):
             if steps:
                 found.append(Choice(f"{key}={steps}", frozenset(), _VIEWS_NEAR_THE_BOUNDARY))
+        if self.robust_share < 1:
+            written = f"bt.robust_share={self.robust_share:g}"
+            found.append(Choice(written, frozenset({"weighted"}), WEIGHTED))
         return found
 
     def check_order(self) -> None:
         """Raise UserError unless N_O ≤ N_R ≤ N_B."""
         require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
         require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+        share = "1 where robust examples take no step (bt.n_r=0)"
+        require(self.n_r > 0 or self.robust_share == 1, "bt.robust_share", share, self.robust_share)
 
 
 @dataclass

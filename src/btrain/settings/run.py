@@ -17,7 +17,7 @@ from btrain.settings.checks import (
     positive,
     require,
 )
-from btrain.settings.method import Choice
+from btrain.settings.method import WEIGHTED, Choice
 from btrain.settings.names import (
     Activation,
     Architecture,
@@ -282,6 +282,8 @@ class TrainConfig:
     max_seconds: float | None = None
     checkpoint_every: int = 1
     score_every: int | None = None
+    skip: float = 0.0
+    skip_last: float = 0.15
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     deterministic: bool = False
     precision: Precision = Precision.float32
@@ -294,11 +296,16 @@ class TrainConfig:
         at_least(2, "train.batch_size", self.batch_size)
         at_least(1, "train.checkpoint_every", self.checkpoint_every)
         at_least(1, "train.score_every", self.score_every)
+        require(0 <= self.skip < 1, "train.skip", "in [0, 1)", self.skip)
+        require(0 <= self.skip_last <= 1, "train.skip_last", "in [0, 1]", self.skip_last)
         if self.max_seconds is not None:
             positive("train.max_seconds", self.max_seconds)
 
     def choices(self) -> list[Choice]:
         found = []
+        if self.skip:
+            written = f"train.skip={self.skip:g}"
+            found.append(Choice(written, frozenset({"skips"}), WEIGHTED | _NO_SKIPPING))
         if self.compile:
             found.append(Choice("train.compile=true", frozenset({"compile"}), _NO_COMPILER))
         if self.cuda_graphs is not CudaGraphs.never:
@@ -307,6 +314,7 @@ class TrainConfig:
         return found
 
 
+_NO_SKIPPING = {"moving_masks": "the masks change after so many batches"}
 _NO_COMPILER = {
     "own_step": "its step has another attack",
     "augmix": "there is no attack",

@@ -89,6 +89,8 @@ class FlyingBirdConfig(StaticConfig):
     late_from: float = MISSING
     interval_unit: IntervalUnit = MISSING
 
+    kinds: ClassVar[frozenset[str]] = frozenset({"sparse", "moving_masks"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("first_drop_rate", "last_drop_rate", "late_from"):

@@ -29,7 +29,7 @@ from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
 from btrain.terminal import say
-from btrain.training.epochs import Averages, check_weights, train_epoch
+from btrain.training.epochs import Averages, batches_in, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
 from btrain.training.resume import (
@@ -296,7 +296,7 @@ def _train_epochs(
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None
             metrics |= sparse_columns(state, metrics, unit)
-            complete = state.batch == batches
+            complete = state.batch == batches_in(state, len(data.train), plan)
             if complete:
                 try:
                     with _evaluation(config, state, stop):

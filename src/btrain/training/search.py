@@ -106,6 +106,7 @@ def search_plan(config: Config, wanted: RobustBirdConfig) -> Plan:
         epochs=wanted.search_epochs,
         schedule=step_decay(milestones, factors),
         score_every=None,
+        skip=0.0,
     )
 
 

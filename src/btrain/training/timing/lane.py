@@ -71,7 +71,12 @@ class Lane:
     stats: list[StepStats] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = replace(self.config, attack=self.config.attack.unkept())  # it visits once
+        # Its batches are visited once.
+        self.config = replace(
+            self.config,
+            attack=self.config.attack.unkept(),
+            train=replace(self.config.train, skip=0.0),
+        )
         self.model = copy.deepcopy(self.workload.network).to(self.device).train()
         if self.config.train.channels_last:
             self.model = to_channels_last(self.model)
