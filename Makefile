@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
+.PHONY: help setup paper $(PAPER) cheapest_table demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smok
 
 $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 	$(call reproduce,$@)
+
+cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
+	$(call reproduce,cheapest_table cheapest_mnist)
 
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)

@@ -22,6 +22,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
+from btrain.settings.names import Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
@@ -117,9 +118,16 @@ def _scale(length: object, factor: float, divisor: float) -> float:
     return factor * _length(length) / max(divisor, 1)
 
 
-def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
-    """Return the step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return _length(step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+def _full_step(
+    n_b: int, steps: int, step_size: object, epsilon: object, start: object = None
+) -> float:
+    """Return the step size of an example with N_B steps: the plain attack's where N_B is its N.
+
+    Else all steps together are 1.7·ε long, from a start that was kept ε.
+    """
+    if n_b == steps:
+        return _length(step_size)
+    return _scale(epsilon, 1.0 if start in (Start.kept, Start.kept.name) else 1.7, n_b)
 
 
 def _length(value: object) -> float:

@@ -47,6 +47,12 @@ class Start(Enum):
     normal = "normal"
     uniform = "uniform"
     clean = "clean"
+    kept = "kept"
+
+
+class Store(Enum):
+    int8 = "int8"
+    bf16 = "bf16"
 
 
 class AttackMode(Enum):

@@ -46,6 +46,8 @@ class TrainState:
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
         graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
+        unsaved: names of the memory that a checkpoint leaves out; a run that goes on begins there
+            as a new one does.
 
     torch's own random numbers, which an own network with dropout draws, are of the process and
     stand in a checkpoint, too; of several processes the first one's.
@@ -70,6 +72,7 @@ class TrainState:
     epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
+    unsaved: tuple[str, ...] = ()
 
     @staticmethod
     def fresh(
@@ -187,7 +190,7 @@ class TrainState:
             "generator": self.generator.get_state(),
             "torch_generators": _torch_generators(self.device),
             "device": self.device.type,
-            "memory": self.memory,
+            "memory": {k: v for k, v in self.memory.items() if k not in self.unsaved},
             "batch_sums": self.batch_sums,
             "graphs": self.graphs,
             **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
@@ -244,7 +247,8 @@ class TrainState:
         for name, random in saved.get("torch_generators", {}).items():  # older ones have none
             _of_torch(self.device)[name].set_state(random.cpu())
         for name, tensor in self.memory.items():
-            _copy(saved["memory"][name], tensor)
+            if name not in self.unsaved:
+                _copy(saved["memory"][name], tensor)
         for name in _TENSORS:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
