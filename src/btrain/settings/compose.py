@@ -275,42 +275,11 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def help_text(arguments: Sequence[str], task: str = "train") -> str:
-    """Return a command's --help: the options of each group and the settings they come to.
-
-    Raises:
-        UserError: an override is wrong.
-    """
-    from omegaconf import OmegaConf
-
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-    folder = user_folder(arguments)
-    settings = OmegaConf.to_yaml(composed(overrides, task, folder))
-    defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
-    groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
-    options = "\n".join(f"{group}: {', '.join(_options(group, folder))}" for group in groups)
-    command, summary = TASKS[task].command, TASKS[task].summary
-    return _HELP.format(command=command, summary=summary, options=options, settings=settings)
-
-
-def _options(group: str, folder: str | None = None) -> list[str]:
+def options(group: str, folder: str | None = None) -> list[str]:
     """Return the options of a group, with those of the user's folder."""
     folders = [config_dir(), *([] if folder is None else [folder])]
     files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
     return sorted({file.stem for file in files})
-
-
-_HELP = """\
-btrain {command} [option=value …]    {summary}
-
-== Options (group=option) ==
-{options}
-
-== Settings (key=value) ==
-{settings}
---multirun sweeps over comma-separated values; --cfg job shows the settings, --info defaults
-where they come from; --config-dir DIR adds a folder of your own options.
-"""
 
 
 def jobs_at_once() -> int | None:
@@ -502,7 +471,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     if key:
         return UserError(f"{key.group(1)}: {_first_line(cause)}")
     for group, _, value in (override.partition("=") for override in overrides):
-        known = _options(group, folder) if group else []
+        known = options(group, folder) if group else []
         if known and not value.startswith("_") and value not in known:
             return UserError(_unknown_option(group, value, folder))
     return UserError(_first_line(cause))
@@ -554,7 +523,7 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
             f"hydra/launcher={option} is not installed; pip install 'btrain[sweep]' brings joblib, "
             "submitit_local and submitit_slurm."
         )
-    return f"{group}={option} is no option; there are: {', '.join(_options(group, folder))}."
+    return f"{group}={option} is no option; there are: {', '.join(options(group, folder))}."
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
