@@ -8,7 +8,7 @@ from pathlib import Path
 
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row
-from btrain.paper.sheets import notes
+from btrain.paper.sheets import notes, sparse
 from btrain.paper.sheets.arithmetic import (
     UNDECIDED,
     Paired,
@@ -148,6 +148,8 @@ def _line(
     claimed = [claim.metric for claim in plan.claims if row.name in (claim.row, claim.than)]
     metrics = [m for m in dict.fromkeys([*SUMMARY, *claimed]) if m not in (FLOPS, MEASURED)]
     values = {metric: _values(ours, metric) for metric in dict.fromkeys([*metrics, *attacks])}
+    if plan.kind == "sparse":
+        values |= sparse.values(ours, theirs)
     values[MEASURED], refused = measured_speedup(ours, theirs)
     values[FLOPS] = flops_speedup(ours, theirs) if theirs else _values(ours, FLOPS)
     if refused is not None and values[MEASURED]:
