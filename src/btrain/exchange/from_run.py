@@ -225,8 +225,8 @@ def trusted(
 _DECISIVE = (
     *("dataset.name", "dataset.image_size", "dataset.test_examples", "dataset.factory"),
     *("dataset.settings", "model.architecture", "model.width", "model.depth", "model.activation"),
-    *("model.factory", "model.settings", "model.mean", "model.std", "attack.epsilon"),
-    *("attack.norm", "attack.factory", "attack.settings"),
+    *("model.network", "model.shortcut", "model.factory", "model.settings", "model.mean"),
+    *("model.std", "attack.epsilon", "attack.norm", "attack.factory", "attack.settings"),
     *("eval.epsilon", "eval.step_size", "seed"),
 )
 

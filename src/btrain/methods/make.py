@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from btrain import allocation, own
-from btrain.allocation import METRICS, Allocator
+from btrain.allocation import FAR, METRICS, Allocator
 from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
 from btrain.attacks.balls import BALLS, Ball
 from btrain.attacks.fast_paths import FastPaths
+from btrain.attacks.kept import Kept
 from btrain.attacks.views import augmix
+from btrain.data import Split
 from btrain.defenses import DEFENSES, Defense
 from btrain.methods import gradalign
 from btrain.methods.augmix import AugMix
@@ -38,6 +40,7 @@ from btrain.settings import (
     DefenseConfig,
     Precision,
     RivalConfig,
+    Store,
 )
 from btrain.settings import Start as StartName
 from btrain.settings.method import (
@@ -59,7 +62,7 @@ from btrain.settings.method import (
     UniformConfig,
     VerifiedConfig,
 )
-from btrain.settings.names import DefenseName, MixForm
+from btrain.settings.names import DefenseName, MixDynamic, MixForm
 
 Known = Mapping[str, Any]
 """The facts of the data for own parts: `classes`, the number K, and `shape`, (C, H, W)."""
@@ -74,18 +77,23 @@ def make_methods(
     paths: FastPaths,
     known: Known = NOTHING,
     world: World = ALONE,
+    held_out: Split | None = None,
 ) -> Callable[[int], Method]:
     """Return the method of each epoch, from 0: the first epochs may differ.
 
     In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
     length of the attack is a share of what it will be.
+
+    Args:
+        held_out: images that no batch is drawn from, for a weight by feedback.
     """
 
     @lru_cache(maxsize=1)
     def made(plain: bool, share: float) -> Method:
         return make_method(
-            config, device, plain=plain, share=share, paths=paths, known=known, world=world
-        )
+            config, device, plain=plain, share=share, paths=paths, known=known, world=world,
+            held_out=held_out,
+        )  # fmt: skip
 
     def of_epoch(epoch: int) -> Method:
         return made(epoch < config.bt.plain_epochs, config.attack.share(epoch))
@@ -102,6 +110,7 @@ def make_method(
     paths: FastPaths | None = None,
     known: Known = NOTHING,
     world: World = ALONE,
+    held_out: Split | None = None,
 ) -> Method:
     """Return what a configuration does with a batch.
 
@@ -109,6 +118,7 @@ def make_method(
         plain: whether every example gets N_B steps, whatever the allocator.
         share: of ε and of the step sizes.
         paths: ways to see and attack the network; None for the plain ones.
+        held_out: images that no batch is drawn from, for a weight by feedback.
     """
     match config.rival:
         case FreeConfig() as rival:
@@ -126,7 +136,7 @@ def make_method(
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
     if isinstance(config.defense, VerifiedConfig):
-        return make_verified(config, config.defense, paths=paths, known=known)
+        return make_verified(config, config.defense, paths=paths, known=known, held_out=held_out)
     method = make_bullettrain(
         config, device, plain=plain, share=share, paths=paths, known=known, world=world
     )
@@ -156,6 +166,9 @@ def make_bullettrain(
         momentum=bt.momentum,
         share_clean_forward=bt.share_clean_forward,
         forward_unperturbed=bt.forward_unperturbed,
+        kept=make_store(config.attack),
+        robust_share=bt.robust_share if isinstance(bt, BulletTrainConfig) else 1.0,
+        scores_kept=config.train.skip > 0,
     )
     if isinstance(config.rival, GradAlignConfig):
         weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
@@ -173,6 +186,7 @@ def make_verified(
     *,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
+    held_out: Split | None = None,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
     bullettrain = type(config.bt) is BulletTrainConfig
@@ -196,6 +210,8 @@ def make_verified(
         attack=attack if defense.attacks else None,
         plain_on_attacked=defense.plain_on_attacked,
         regulariser=defense.shi_regulariser,
+        feedback=defense.dynamic is MixDynamic.feedback,
+        held_out=held_out,
     )
 
 
@@ -268,6 +284,7 @@ def make_attack(
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
         start=make_start(attack),
+        way=1.0 if attack.start is StartName.kept else FAR,
         train_mode=attack.mode is AttackMode.train,
         probe=probe_factor(config, share, known, defense),
     )
@@ -279,8 +296,16 @@ def make_start(attack: AttackConfig) -> Start:
     return {
         StartName.clean: at_the_image,
         StartName.uniform: within_the_ball,
+        StartName.kept: within_the_ball,  # of an example that has none yet
         StartName.normal: nearby(attack.start_std),
     }[attack.start]
+
+
+def make_store(attack: AttackConfig) -> Kept | None:
+    """Return what keeps the starts of the attack; None where they are not kept."""
+    if attack.start is not StartName.kept:
+        return None
+    return Kept(torch.int8 if attack.store is Store.int8 else torch.bfloat16)
 
 
 def make_ball(attack: AttackConfig, share: float = 1.0, known: Known = NOTHING) -> Ball:
@@ -374,4 +399,11 @@ def plain_defense(config: Config) -> Config:
     if not isinstance(config.defense, AugMixDefenseConfig):
         common |= {"n_b": attack.steps, "step_size_b": attack.step_size}
     uniform = UniformConfig(**common)
-    return replace(config, bt=uniform, rival=RivalConfig(), defense=defense)
+    return replace(
+        config,
+        bt=uniform,
+        rival=RivalConfig(),
+        defense=defense,
+        attack=attack.unkept(),
+        train=replace(config.train, skip=0.0),
+    )

@@ -30,6 +30,11 @@ class Activation(Enum):
     silu = "silu"
 
 
+class Shortcut(Enum):
+    activated = "activated"
+    input = "input"
+
+
 class AttackName(Enum):
     linf_pgd = "linf_pgd"
     madry = "madry"
@@ -42,6 +47,12 @@ class Start(Enum):
     normal = "normal"
     uniform = "uniform"
     clean = "clean"
+    kept = "kept"
+
+
+class Store(Enum):
+    int8 = "int8"
+    bf16 = "bf16"
 
 
 class AttackMode(Enum):
@@ -141,6 +152,11 @@ class Metric(Enum):
 class MixForm(Enum):
     bernoulli = "bernoulli"
     convex = "convex"
+
+
+class MixDynamic(Enum):
+    schedule = "schedule"
+    feedback = "feedback"
 
 
 class OptimizerName(Enum):

@@ -89,6 +89,8 @@ class FlightConfig(SparsityConfig):
     late_from: float = MISSING
     interval_unit: IntervalUnit = MISSING
 
+    kinds: ClassVar[frozenset[str]] = frozenset({"sparse", "moving_masks"})
+
     def check_flight(self) -> None:
         """Raise UserError for a number that is out of range."""
         for key in ("first_drop_rate", "last_drop_rate", "late_from"):

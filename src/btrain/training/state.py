@@ -46,6 +46,11 @@ class TrainState:
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
         graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
+        unsaved: names of the memory that a checkpoint leaves out; a run that goes on begins there
+            as a new one does.
+
+    torch's own random numbers, which an own network with dropout draws, are of the process and
+    stand in a checkpoint, too; of several processes the first one's.
     """
 
     model: nn.Module
@@ -67,6 +72,7 @@ class TrainState:
     epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
+    unsaved: tuple[str, ...] = ()
 
     @staticmethod
     def fresh(
@@ -182,8 +188,9 @@ class TrainState:
             **({} if self.average is None else {"trained_model": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "torch_generators": _torch_generators(self.device),
             "device": self.device.type,
-            "memory": self.memory,
+            "memory": {k: v for k, v in self.memory.items() if k not in self.unsaved},
             "batch_sums": self.batch_sums,
             "graphs": self.graphs,
             **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
@@ -237,8 +244,11 @@ class TrainState:
             self.model.load_state_dict(saved["trained_model"])
         self._load_optimizer(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
+        for name, random in saved.get("torch_generators", {}).items():  # older ones have none
+            _of_torch(self.device)[name].set_state(random.cpu())
         for name, tensor in self.memory.items():
-            _copy(saved["memory"][name], tensor)
+            if name not in self.unsaved:
+                _copy(saved["memory"][name], tensor)
         for name in _TENSORS:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
@@ -289,6 +299,19 @@ class TrainState:
             held.add(frozenset(state))
         if held not in ({frozenset()}, {_MOMENTA[type(self.optimizer)]}):
             raise ValueError("momenta of another optimizer, or of some weights only")
+
+
+def _of_torch(device: torch.device) -> dict[str, torch.Generator]:
+    """Return the generators that torch's functions draw from when they are given none."""
+    found = {"cpu": torch.default_generator}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found["cuda"] = torch.cuda.default_generators[index]
+    return found
+
+
+def _torch_generators(device: torch.device) -> dict[str, Tensor]:
+    return {name: generator.get_state() for name, generator in _of_torch(device).items()}
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
