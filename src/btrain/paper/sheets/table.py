@@ -219,13 +219,14 @@ def legend(sheet: Sheet) -> list[str]:
         "the mean over corruptions" if sheet.robust == "corruptions" else "accuracy under PGD-20"
     )
     sentences = ["Numbers are means ± sample standard deviations over seeds."]
-    if sheet.plan.kind == "sparse":
-        sentences.append(sparse.LEGEND)
     baselines = list(dict.fromkeys(line.baseline for line in sheet.lines if line.baseline))
-    if baselines:
-        labels = {line.row.name: line.row.label for line in sheet.lines}
+    labels = {line.row.name: line.row.label for line in sheet.lines}
+    named = f"Baseline: {' and '.join(labels[name] for name in baselines)}."
+    if sheet.plan.kind == "sparse":
+        sentences += [named, sparse.LEGEND]
+    elif baselines:
         sentences.append(
-            f"Baseline: {' and '.join(labels[name] for name in baselines)}. Speedups by FLOPs and "
+            f"{named} Speedups by FLOPs and "
             "by time are the baseline's over the row's own, seed by seed, of an epoch over as many "
             "images: counted FLOPs, seconds of training on the same machine, as many runs at a "
             "time where their folders tell that."
@@ -285,7 +286,7 @@ def claim_text(sheet: Sheet, verdict: Verdict) -> str:
     limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
     if found is None:
         return f"{what}, {limits}"
-    mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}"
+    mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}".replace("-", "−")
     each = ", ".join(f"{value:.2f}".replace("-", "−") for value in verdict.differences.values())
     span = f", 95 % interval {signed(ends[0])} to {signed(ends[1])}" if ends else ""
     return f"{what}, {limits}: {mean}{span} (by seed: {each})"
