@@ -107,7 +107,7 @@ class SavedRun:
         """Return a network with as many channels as there are weights for."""
         try:
             smaller = Cut.of(network, inner_channels(network)).like(network, self.weights)
-        except (ValueError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{self.path}: the network's inner_channels are wrong.") from error
         if smaller is None:
             raise UserError(f"{self.path} is no compact form of its network.")
