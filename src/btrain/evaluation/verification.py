@@ -13,12 +13,9 @@ from btrain.errors import UserError
 from btrain.evaluation.attack import Start, Subject, attack_facts, finished, kept
 from btrain.evaluation.examples import batches
 from btrain.evaluation.result import Result, write_json
-from btrain.settings.evaluation import INTERVAL_ATTACKS
+from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
 from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
-
-PREFIX = "verified-"
-"""The beginning of the results' names; the engine follows."""
 
 _BROKEN = "verified_and_broken.json"
 
@@ -28,7 +25,7 @@ def verified(subject: Subject, graph: Graph, engine: str) -> Result:
 
     An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified.
     """
-    name, started = PREFIX + engine.replace("+", "-"), time.perf_counter()
+    name, started = VERIFIED + engine.replace("+", "-"), time.perf_counter()
     facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
     if (there := kept(subject, name, facts)) is not None:
         return there
@@ -89,8 +86,8 @@ def compare(subject: Subject, results: Sequence[Result]) -> None:
         UserError: an image is verified and broken. The indices are kept in a file: the bounds are
             wrong, or what was attacked is another network.
     """
-    verdicts = [r for r in results if r.attack.startswith(PREFIX)]
-    attacks = [r for r in results if not r.attack.startswith(PREFIX) and r.correct.ndim == 1]
+    verdicts = [r for r in results if r.attack.startswith(VERIFIED)]
+    attacks = [r for r in results if not r.attack.startswith(VERIFIED) and r.correct.ndim == 1]
     found: dict[str, list[int]] = {}
     for verdict in verdicts:
         for attack in attacks:

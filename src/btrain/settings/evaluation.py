@@ -52,6 +52,8 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
+VERIFIED = "verified-"
+"""The beginning of the names of verified accuracies; the engine follows."""
 INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
 ATTACKS = (
     *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
@@ -139,6 +141,14 @@ class EvalSettings:
         """Return what needs bounds, as it was typed."""
         interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
         return [f"verify={engine}" for engine in self.verify] + interval
+
+    @property
+    def results(self) -> list[str]:
+        """Return the names of the results, but for the clean accuracy, which always is there."""
+        pgd = (*PRESETS, "custom")
+        attacks = [self.pgd_attack(name)[0] if name in pgd else name for name in self.attacks]
+        verified = [f"{VERIFIED}{engine.replace('+', '-')}" for engine in self.verify]
+        return [name for name in attacks if name != "clean"] + verified
 
     def _check_bounds(self) -> None:
         for engine in self.verify:
