@@ -276,10 +276,10 @@ def _curves(
         known = {"linf": "largest change of a pixel", "l2": "length of the change"}
         label = f"ε ({known.get(norm, norm)}, pixels in [0, 1])"
         named = {f"verified, {engine}": points for engine, points in verified.items()}
-        lines = ({"attacked": attacked} if attacked else {}) | named
+        lines = ({"attacked" if verified else "": attacked} if attacked else {}) | named
         drawn.append(_curve(lines, "ε", label, mark=mark))
     if points := curves.get("steps"):
-        steps = {"attacked": points}
+        steps = {"": points}
         drawn.append(_curve(steps, "steps", "attack steps (log scale)", logarithmic=True))
     return drawn
 
@@ -295,7 +295,7 @@ def _curve(
     """Return a drawing of lines by their names, and a table of their points."""
     lines = {line: sorted(points) for line, points in lines.items()}
     ends = [
-        f"{f'{line} ' if len(lines) > 1 else ''}{accuracy:.1f} % at {x:g}"
+        f"{f'{line} ' if line else ''}{accuracy:.1f} % at {x:g}"
         for line, points in lines.items()
         for x, accuracy in (points[0], points[-1])
     ]
@@ -306,7 +306,7 @@ def _curve(
         mark=mark,
         description=f"Accuracy against {name}: {', '.join(ends)}",
     )
-    if len(lines) == 1:
+    if not any(lines):
         rows = [[f"{x:.4g}", number(y)] for points in lines.values() for x, y in points]
         return drawing, tables.html([name, "accuracy (%)"], rows, "lines narrow", named=False)
     by_x = {line: dict(points) for line, points in lines.items()}

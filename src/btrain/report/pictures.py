@@ -66,7 +66,7 @@ def accuracy_curve(
     """Return accuracy (percent, 0 to 100) over x as an <svg> that follows the page's colours.
 
     Args:
-        lines: by their names, (x, accuracy) in any order; several are told apart in a legend.
+        lines: by their names, (x, accuracy) in any order; those with a name have a legend.
         logarithmic: x is a count that grows by factors; 0 is allowed.
         mark: an x to point out, and what to write there.
         description: for those who cannot see it.
@@ -105,7 +105,7 @@ def accuracy_curve(
                 *zip(*sorted(points), strict=True), color=colour, linewidth=2, marker=marker,
                 markersize=5, linestyle=style, clip_on=False, label=name,
             )  # fmt: skip
-        if len(lines) > 1:
+        if any(lines):
             axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93), frameon=False)
         return _svg(figure, description)
 
