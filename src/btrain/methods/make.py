@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from btrain import allocation, own
-from btrain.allocation import METRICS, Allocator
+from btrain.allocation import FAR, METRICS, Allocator
 from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
 from btrain.attacks.balls import BALLS, Ball
 from btrain.attacks.fast_paths import FastPaths
+from btrain.attacks.kept import Kept
 from btrain.attacks.views import augmix
 from btrain.data import Split
 from btrain.defenses import DEFENSES, Defense
@@ -39,6 +40,7 @@ from btrain.settings import (
     DefenseConfig,
     Precision,
     RivalConfig,
+    Store,
 )
 from btrain.settings import Start as StartName
 from btrain.settings.method import (
@@ -164,6 +166,9 @@ def make_bullettrain(
         momentum=bt.momentum,
         share_clean_forward=bt.share_clean_forward,
         forward_unperturbed=bt.forward_unperturbed,
+        kept=make_store(config.attack),
+        robust_share=bt.robust_share if isinstance(bt, BulletTrainConfig) else 1.0,
+        scores_kept=config.train.skip > 0,
     )
     if isinstance(config.rival, GradAlignConfig):
         weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
@@ -279,6 +284,7 @@ def make_attack(
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
         start=make_start(attack),
+        way=1.0 if attack.start is StartName.kept else FAR,
         train_mode=attack.mode is AttackMode.train,
         probe=probe_factor(config, share, known, defense),
     )
@@ -290,8 +296,16 @@ def make_start(attack: AttackConfig) -> Start:
     return {
         StartName.clean: at_the_image,
         StartName.uniform: within_the_ball,
+        StartName.kept: within_the_ball,  # of an example that has none yet
         StartName.normal: nearby(attack.start_std),
     }[attack.start]
+
+
+def make_store(attack: AttackConfig) -> Kept | None:
+    """Return what keeps the starts of the attack; None where they are not kept."""
+    if attack.start is not StartName.kept:
+        return None
+    return Kept(torch.int8 if attack.store is Store.int8 else torch.bfloat16)
 
 
 def make_ball(attack: AttackConfig, share: float = 1.0, known: Known = NOTHING) -> Ball:
@@ -385,4 +399,11 @@ def plain_defense(config: Config) -> Config:
     if not isinstance(config.defense, AugMixDefenseConfig):
         common |= {"n_b": attack.steps, "step_size_b": attack.step_size}
     uniform = UniformConfig(**common)
-    return replace(config, bt=uniform, rival=RivalConfig(), defense=defense)
+    return replace(
+        config,
+        bt=uniform,
+        rival=RivalConfig(),
+        defense=defense,
+        attack=attack.unkept(),
+        train=replace(config.train, skip=0.0),
+    )

@@ -132,7 +132,7 @@ class Verified:
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once."""
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         progress = min(1.0, memory["trained"].item() / memory["to_train"].item())
         an_epoch = memory["to_train"].item() / self.epochs
         if self.held_out is not None and self.feedback and memory["trained"] % an_epoch == 0:

@@ -30,12 +30,13 @@ _T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 _OWN = ("profile", "out", "only", "corruptions_root", "plan")
-_OF_A_TARGET = re.compile(r"(table|figure|mixtrain_|sparse_)\w*\.")
+_OF_A_TARGET = re.compile(r"(table|figure|cheapest_|mixtrain_|sparse_)\w*\.")
+_OF_THE_PAPER = re.compile(r"(table|figure)\d")
 
 HELP = """\
 usage: btrain paper TARGET [TARGET …] [profile=smoke|cpu|gpu|paper] [option=value …]
 
-TARGET is one of {targets}, or all.
+TARGET is one of {targets}, or all tables and figures of the paper.
 
 profile=smoke            the scale: a file in configs/paper/profile
 out=DIR                  default runs/paper/<profile>; targets share the runs they have in common
@@ -112,7 +113,8 @@ def _sorted(
     if not targets:
         raise UserError("paper needs a target; see btrain paper --help.")
     given = dict(_pairs([argument for argument in arguments if "=" in argument]))
-    chosen = names("target") if "all" in targets else list(dict.fromkeys(targets))
+    of_the_paper = [name for name in names("target") if _OF_THE_PAPER.match(name)]
+    chosen = of_the_paper if "all" in targets else list(dict.fromkeys(targets))
     own: dict[str, dict[str, str]] = {}
     for key in [key for key in given if _OF_A_TARGET.match(key)]:
         target, _, option = key.partition(".")
