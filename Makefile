@@ -10,10 +10,10 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) cheapest_table demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
+.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing btrain into $(VENV) (a minute or two) …"
@@ -54,6 +54,12 @@ $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 
 cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
 	$(call reproduce,cheapest_table cheapest_mnist)
+
+mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper)
+	$(call reproduce,mixtrain_table mixtrain_front)
+
+mixtrain_choice: $(VENV)/.installed-paper  ## BulletTrain's choice of the images that MixTrain bounds, beside chance (PROFILE=cpu: 5 seeds)
+	$(call reproduce,mixtrain_choice1 mixtrain_choice5)
 
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)

@@ -51,6 +51,13 @@ def pictured(folder: Path, kind: str) -> Plan:
                 finished(folder / path, robust=45.0 + number, **best)
                 (folder / path / "metrics.jsonl").write_text(metrics)
         return plan(rows, kind=kind, target=kind)
+    if kind in ("verified", "front"):
+        rows = [row("base", 2), *(row(f"ibp{i}", 2, label=f"IBP, α = {i}") for i in range(3))]
+        for number, of in enumerate(rows):
+            for path in of.runs.values():
+                finished(folder / path, clean=90.0 - 3 * number, robust=70.0)
+                evaluated(folder / path, "verified-ibp", [1] * number + [0] * (8 - number))
+        return plan(rows, kind=kind, target=kind, attacks=["verified-ibp"])
     for seed in range(2):
         path = begun(folder / f"a-seed{seed}", epochs=5)
         batch = {
@@ -64,7 +71,8 @@ def pictured(folder: Path, kind: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "kind", ["heatmaps", "tradeoff", "fractions", "scores", "allocation", "sparse"]
+    "kind",
+    ["heatmaps", "tradeoff", "fractions", "scores", "allocation", "sparse", "verified", "front"],
 )
 def test_every_kind_has_its_picture(tmp_path: Path, kind: str) -> None:
     pictured(tmp_path, kind).write(tmp_path)

@@ -340,3 +340,21 @@ def test_sparse_rows_tell_overfitting_gap_and_three_costs(tmp_path: Path) -> Non
     (verdict,) = sheet.verdicts
     assert verdict.differences == pytest.approx({0: 20 / 50, 1: 20 / 49})
     assert verdict.verdict == "holds"
+
+
+def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: Path) -> None:
+    for name, seconds in (("plain", 10.0), ("mix", 40.0)):
+        run = finished(tmp_path / f"{name}-seed0", seconds=seconds)
+        evaluated(run, "verified-ibp", [0, 1, 0, 0])
+        evaluated(run, "verified-crown_ibp", [0, 1, 1, 1])
+        evaluated(run, "interval", [1, 0, 1, 0])
+        evaluated(run, "pgd40x1-cw", [1, 1, 1, 0])
+    attacks = ["interval", "pgd40x1-cw", "verified-ibp", "verified-crown_ibp"]
+    sheet = make_sheet(plan([row("plain"), row("mix")], kind="verified", attacks=attacks), tmp_path)
+    values = line(sheet, "mix").values
+    assert values["epoch_seconds"] == {0: 4.0}  # of ten epochs
+    assert values["times_plain"] == {0: 4.0} and values["time_doublings"] == {0: 2.0}
+    assert values["verified_best"] == {0: 75.0} and values["stands_by_interval"] == {0: -25.0}
+    shown = cells(sheet, "mix")
+    assert shown["verified, crown_ibp %"] == "75.00" and shown["× baseline's time"] == "4.0"
+    assert not any("speedup" in head for head in shown)

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 _OWN = ("profile", "out", "only", "corruptions_root", "plan")
-_OF_A_TARGET = re.compile(r"(table|figure|cheapest_)\w*\.")
+_OF_A_TARGET = re.compile(r"(table|figure|cheapest_|mixtrain_|sparse_)\w*\.")
 _OF_THE_PAPER = re.compile(r"(table|figure)\d")
 
 HELP = """\

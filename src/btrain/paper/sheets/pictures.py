@@ -13,7 +13,7 @@ from btrain.pages.pictures import drawn, look
 from btrain.paper.batch import Batch, read_batch
 from btrain.paper.sheets.arithmetic import Spread, spread
 from btrain.paper.sheets.notes import IMAGES, data_name, model_name
-from btrain.paper.sheets.sheet import Line, Sheet
+from btrain.paper.sheets.sheet import BEST, Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
 
@@ -57,6 +57,8 @@ def draw(sheet: Sheet) -> dict[str, bytes]:
         "scores": scores,
         "allocation": allocation,
         "sparse": sparse,
+        "verified": _verified,
+        "front": _front,
     }
     with styled():
         figure = kinds.get(sheet.plan.kind, _table)(sheet)
@@ -100,6 +102,74 @@ def _table(sheet: Sheet) -> Figure | None:
     axes.plot([], [], "o", color=BLUE, label="ours: mean ± standard deviation, | a seed")
     if any(paper(line, sheet.robust) is not None for line in sheet.lines):
         axes.plot([], [], "D", color=VERMILLION, fillstyle="none", label="the paper")
+    _legend_above(axes)
+    return figure
+
+
+def _verified(sheet: Sheet) -> Figure | None:
+    """Draw each row's clean accuracy, that under PGD, and the verified one, which enclose truth."""
+    if not any(line.values.get("clean_acc") for line in sheet.lines):
+        return None
+    shown = (
+        ("clean_acc", "clean", VERMILLION, "s"),
+        (sheet.robust, metric_name(sheet, sheet.robust), BLUE, "o"),
+        (BEST, metric_name(sheet, BEST), GREEN, "^"),
+    )
+    below = scale_words(sheet)
+    figure = _new(8.6, 1.6 + 0.3 * len(sheet.lines), sheet.plan.title, below)
+    axes = figure.add_subplot()
+    for y, line in enumerate(sheet.lines):
+        means = []
+        for metric, _, colour, marker in shown:
+            if (found := spread(line.values.get(metric, {}))) is not None:
+                means.append(found.mean)
+                axes.errorbar(
+                    found.mean, y, xerr=found.sd, fmt=marker, color=colour, capsize=2.5,
+                    markersize=5.5, elinewidth=1,
+                )  # fmt: skip
+        if means:
+            axes.plot([min(means), max(means)], [y, y], color=RULE, linewidth=1.2, zorder=0)
+    for _, name, colour, marker in shown:
+        axes.plot([], [], marker, color=colour, label=name)
+    axes.set_yticks(range(len(sheet.lines)), [line.row.label for line in sheet.lines])
+    axes.set_ylim(len(sheet.lines) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("accuracy (%): mean ± standard deviation over seeds")
+    _legend_above(axes)
+    return figure
+
+
+def _front(sheet: Sheet) -> Figure | None:
+    """Draw verified over clean accuracy, a line for each method's settings."""
+    methods: dict[str, list[tuple[Spread, Spread, str]]] = {}
+    for line in sheet.lines:
+        x, y = spread(line.values["clean_acc"]), spread(line.values.get(BEST, {}))
+        if x is not None and y is not None:
+            name, _, value = line.row.label.partition(", ")
+            methods.setdefault(name, []).append((x, y, value))
+    if not methods:
+        return None
+    figure = _new(8, 5.4, sheet.plan.title, scale_words(sheet))
+    axes = figure.add_subplot()
+    colours = (BLUE, VERMILLION, GREEN, "#cc79a7", "#e69f00", INK)
+    for (name, points), colour, marker in zip(methods.items(), colours, "osD^vP", strict=False):
+        points.sort(key=lambda point: point[0].mean)
+        axes.errorbar(
+            [x.mean for x, _, _ in points], [y.mean for _, y, _ in points],
+            xerr=[x.sd or 0 for x, _, _ in points], yerr=[y.sd or 0 for _, y, _ in points],
+            color=colour, marker=marker, linestyle="-", linewidth=1.4, elinewidth=0.8, capsize=2,
+            markersize=6, label=name,
+        )  # fmt: skip
+        for x, y, value in points:
+            axes.annotate(
+                value, (x.mean, y.mean), textcoords="offset points", xytext=(5, 5), fontsize=7.5,
+                color=SOFT,
+            )  # fmt: skip
+    axes.set(xlabel="clean accuracy (%)", ylabel="verified accuracy (%), best engine")
+    axes.grid()
+    axes.margins(0.1)
     _legend_above(axes)
     return figure
 

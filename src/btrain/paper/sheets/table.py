@@ -8,9 +8,22 @@ from typing import Any
 from btrain.pages.tables import NONE
 from btrain.paper.sheets import sparse
 from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
-from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
+from btrain.paper.sheets.sheet import (
+    BEST,
+    BY_BOUNDS,
+    DOUBLINGS,
+    EPOCH,
+    FLOPS,
+    GAINED,
+    MEASURED,
+    TIMES,
+    Line,
+    Sheet,
+    Verdict,
+)
 from btrain.runs.json_fields import is_number
 from btrain.runs.read import FINISHED
+from btrain.settings.evaluation import VERIFIED
 
 PAPER, GAP = "paper", "ours − paper"  # heads of columns that belong to the one before
 _STEPS = {"bt.n_b": "N_B", "bt.n_o": "N_O", "bt.n_r": "N_R"}  # in the order of Figure 2
@@ -25,6 +38,13 @@ _NAMES = {
     FLOPS: "speedup, FLOPs",
     MEASURED: "speedup, measured",
     "train_seconds": "training time",
+    "interval": "interval attack",
+    "pgd40x1-cw": "CW-40",
+    EPOCH: "s an epoch",
+    TIMES: "× baseline's time",
+    DOUBLINGS: "time over the baseline's, doublings",
+    GAINED: "interval attack − CW-40, points",
+    BEST: "verified, best engine",
     **sparse.METRICS,
 }
 
@@ -34,8 +54,9 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
     columns += _sparse(sheet) if sheet.plan.kind == "sparse" else _of_a_table(sheet)
-    seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
-    columns.append(("training s", [text(found, ".1f") for found in seconds]))
+    if sheet.plan.kind not in BY_BOUNDS:
+        seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
+        columns.append(("training s", [text(found, ".1f") for found in seconds]))
     head = [name for name, _ in columns]
     return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
 
@@ -47,6 +68,8 @@ def _of_a_table(sheet: Sheet) -> list[tuple[str, list[str]]]:
         columns += _accuracy(sheet, metric)
         if metric == sheet.robust and any(line.test for line in sheet.lines):
             columns.append(("p", [_p(line) for line in sheet.lines]))
+    if sheet.plan.kind in BY_BOUNDS:
+        return columns + _bounded(sheet)
     columns += _fractions(sheet)
     for metric in ("theoretical_speedup", FLOPS, MEASURED):
         columns += _speedup(sheet, metric)
@@ -75,6 +98,8 @@ def metric_name(sheet: Sheet, metric: str) -> str:
         return f"final, {_NAMES['pgd20'] if sheet.pgd_steps == 20 else 'PGD'}"
     if metric == "robust_acc":
         return "PGD" if sheet.pgd_steps is None else f"PGD-{sheet.pgd_steps}"
+    if metric.startswith(VERIFIED):
+        return f"verified, {metric.removeprefix(VERIFIED)}"
     return _NAMES.get(metric, metric)
 
 
@@ -132,6 +157,20 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
     columns = [("F_B / F_R / F_O", [NONE if cell == empty else cell for cell in ours])]
     if set(theirs) != {empty}:
         columns.append((PAPER, [NONE if cell == empty else cell for cell in theirs]))
+    return columns
+
+
+def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    """Return the columns of training by bounds behind the accuracies: who is bounded, and time."""
+    columns = []
+    for metric, form in (("f_b", ".2f"), (EPOCH, ".1f"), (TIMES, ".1f")):
+        found = [spread(line.values[metric]) for line in sheet.lines]
+        name = "share bounded" if metric == "f_b" else metric_name(sheet, metric)
+        cells = [text(ours, form) for ours in found]
+        if metric == TIMES:
+            cells = [line.refused or cell if cell == NONE else cell
+                     for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
+        columns.append((name, cells))
     return columns
 
 
@@ -224,6 +263,13 @@ def legend(sheet: Sheet) -> list[str]:
     named = f"Baseline: {' and '.join(labels[name] for name in baselines)}."
     if sheet.plan.kind == "sparse":
         sentences += [named, sparse.LEGEND]
+    elif baselines and sheet.plan.kind in BY_BOUNDS:
+        sentences.append(
+            f"{named} Times are those of an epoch over as many images, seconds of "
+            "training on the same machine, as many runs at a time where their folders tell that; "
+            "seed by seed over the baseline's. Verified is the share of test images that no change "
+            "within ε can have misclassified, by the bounds of one engine."
+        )
     elif baselines:
         sentences.append(
             f"{named} Speedups by FLOPs and "
