@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) cheapest_table demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck clean
+.PHONY: help setup paper $(PAPER) cheapest_table demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -57,8 +57,9 @@ bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENC
 bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight minutes
 	btrain bench gpu
 
+# A core takes one file after another, in the order that tests/conftest.py gives them.
 test: lint typecheck  ## lint, type check and run all tests, on every core
-	python -m pytest --numprocesses=auto --dist=loadfile
+	python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
 	python scripts/same_bits.py $(SAME)
@@ -82,6 +83,11 @@ format: setup  ## reformat the sources
 
 typecheck: setup  ## mypy, strict
 	mypy
+
+dist: setup  ## wheel and source archive under dist/, checked as an index would
+	rm -rf dist
+	python -m build --outdir dist
+	twine check --strict dist/*
 
 clean:  ## remove everything that make made; runs and data stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

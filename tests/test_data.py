@@ -960,7 +960,7 @@ def wrong(**parts: Any) -> tuple[Any, ...]:
         (wrong(y=np.zeros(5, int)), "holds 6 images for 5 labels"),
         (wrong(y=np.arange(6) - 1), "holds labels from -1 to 4"),
         (wrong(y_test=np.full(6, 2)), "holds labels from 2 to 2; right would be 0 to 1"),
-        (wrong(y=np.arange(6) * 100), "y must count the classes from 0, but goes to 500"),
+        (wrong(y=np.arange(6) * 100), "y must count the classes from 0, but goes from 0 to 500"),
         ((Examples([], []), Examples([], [])), "a data set is empty"),
         ((Examples([np.zeros((1, 2, 2)), np.zeros((1, 3, 3))], [0, 1]),) * 2, "several sizes"),
         ((Examples([1, 2, 3], "abc"),) * 2, "reading the images fails: ValueError: inv"),

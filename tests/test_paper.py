@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -121,12 +122,21 @@ def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
+ONLY_SWEPT = ["paper", "table2", "figure7", "only=table2_bt_nr2", *SMALLER]
+
+
+@pytest.fixture(scope="module")
+def swept_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two targets, of which one row is trained."""
+    out = tmp_path_factory.mktemp("swept") / "out"
+    assert cli.main([*ONLY_SWEPT, f"out={out}"]) == 0
+    return out
+
+
 def test_runs_lie_where_the_plan_says_and_are_not_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    swept_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
-    assert cli.main(command) == 0
+    out, command = swept_runs, [*ONLY_SWEPT, f"out={swept_runs}"]
     plan = read_plan(out / "figure7.json")
     folders = [
         out / f for r in plan.rows if r.experiment == "table2_bt_nr2" for f in r.runs.values()
@@ -143,10 +153,13 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
 
 
-def test_only_what_is_left_is_launched(tmp_path: Path) -> None:
+def test_only_what_is_left_is_launched(swept_runs: Path, tmp_path: Path) -> None:
     of = job("figure7", "smoke", tmp_path, SMALLER)
     unswept, swept = of.sweeps
     assert unfinished(of, swept) == (swept, [0, 1])
+    shutil.copytree(swept_runs, tmp_path, dirs_exist_ok=True)
+    assert unfinished(of, swept) is None
+    assert unfinished(of, unswept) == (Sweep(["table2_trades", "table2_bt_nr0"], {}), [0, 1])
     assert cli.main(["paper", "figure7", f"out={tmp_path}", *SMALLER]) == 0
     assert unfinished(of, swept) is None and unfinished(of, unswept) is None
     assert (

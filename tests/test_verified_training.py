@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from btrain import cli
 from btrain.allocation import signed_prediction_variance
-from btrain.data import Batch, Data
+from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.evaluation.result import Result
 from btrain.methods.make import make_method, make_methods
-from btrain.methods.verified import Verified, Weight, at_random, nearest_right
+from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.verify import bounds, losses
@@ -92,6 +92,44 @@ def test_schedules() -> None:
     assert replace(method, ramp=0.0)._share(0) == 1
 
 
+def test_the_mix_follows_the_errors_on_held_out_images(digits: Data) -> None:
+    """Ahead of each epoch: the images not verified among those and the misclassified, an EMA."""
+    some = [*SMALL, "defense=mixtrain", "defense.dynamic=feedback", "dataset.val_examples=80",
+            "defense.ramp=0", "defense.engine=crown_ibp"]  # fmt: skip
+    config = compose([*some, "train.epochs=3"])
+    held_out = Split(digits.test.images[:80], digits.test.labels[:80])
+    method = make_method(config, CPU, held_out=held_out)
+    assert isinstance(method, Verified)
+    state, generator = make_state(config, digits, CPU), torch.Generator().manual_seed(0)
+    network, memory, batch = state.model, state.memory, batch_of(digits)
+    for _ in range(30):  # a network that is right often, and verified nowhere
+        F.cross_entropy(network(batch.x), batch.labels).backward()
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight -= 0.1 * weight.grad
+        network.zero_grad()
+    x, labels = held_out.images.float() / 255, held_out.labels
+    with evaluating(network), torch.no_grad():
+        wrong = (network(x).argmax(dim=1) != labels).double().mean().item()
+        upper = bounds.margins(
+            trace(network, (1, 8, 8)), bounds.box(x, 0.1), labels, engine="crown_ibp"
+        )
+        unverified = 1 - bounds.verified(upper, labels).double().mean().item()
+    share = unverified / (unverified + wrong)
+    assert 0.5 < share < 0.95
+    next(method.examples(network, batch, memory, generator))
+    assert memory[MIX] == pytest.approx(share)
+    memory["trained"] += 50
+    next(method.examples(network, batch, memory, generator))  # within the epoch
+    assert memory[MIX] == pytest.approx(share)
+    memory["trained"].fill_(len(digits.train))
+    memory[MIX].fill_(0.2)
+    next(method.examples(network, batch, memory, generator))
+    mixed = (0.2 + share) / 2
+    assert memory[MIX] == pytest.approx(mixed)
+    assert method._mix(memory, 0.5) == pytest.approx((mixed, mixed / (1 - mixed)))
+
+
 def test_the_few_are_drawn_or_nearest_the_boundary(digits: Data) -> None:
     logits = torch.tensor([[3.0, 0], [0, 3], [0.5, 0], [0, 1], [2, 0], [1, 0]])
     labels = torch.tensor([0, 0, 0, 0, 0, 1])
@@ -132,6 +170,16 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
         (["defense=mixtrain", "bt=gaussian"], "only bt=random and bt=bullettrain choose"),
         (["defense=ibp", "bt=bullettrain"], "it bounds all images"),
+        (["defense=mixtrain", "bt=uniform"], "defense.per_batch=1 does not go with bt=uniform"),
+        (["defense=mixtrain", "bt.n_r=2"], "bt.n_r has no meaning with defense=mixtrain"),
+        (["defense=ibp", "bt.gamma=.3"], "bt.gamma has no meaning with defense=ibp"),
+        (["defense=ibp", "bt.n_b=3"], "bt.n_b has no meaning with defense=ibp"),
+        (["defense=mixtrain", "bt.metric=margin"], "bt.metric has no meaning with bt=random"),
+        (["defense=sabr", "defense.weight_last=3"], "has no meaning with defense.form=convex"),
+        (
+            ["defense=mixtrain", "defense.dynamic=feedback", "defense.weight_last=3"],
+            "set dataset.val_examples",
+        ),
         (["defense=ibp", "attack=l2_pgd"], "its bounds are for an L∞ ball"),
         (["defense=ibp", "rival=mma"], "does not go with"),
         (["defense=sabr", "defense.box=0"], r"defense.box must be in \(0, 1\]"),

@@ -19,10 +19,11 @@ from btrain.settings import (
     Config,
     ModelConfig,
     OwnModelConfig,
+    Shortcut,
     WideResNetConfig,
     WidthConfig,
 )
-from btrain.settings.run import LibraryModelConfig, NamedModelConfig
+from btrain.settings.run import LibraryModelConfig, NamedModelConfig, PreActResNetConfig
 
 _TRIED = 8  # images
 
@@ -91,9 +92,11 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
             network = models.from_library(name, model.settings, classes, shape[0])
         case _:
             assert isinstance(model, WidthConfig)
-            depth, activation = None, Activation.relu
+            depth, activation, shortcut = None, Activation.relu, Shortcut.activated
             if isinstance(model, WideResNetConfig):
                 depth, activation = model.depth, model.activation
+            if isinstance(model, PreActResNetConfig):
+                shortcut = model.shortcut
             return models.build(
                 model.architecture.value,
                 width=model.width,
@@ -103,6 +106,7 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
                 mean=model.mean,
                 std=model.std,
                 activation=activation.value,
+                shortcut=shortcut.value,
             )
     normalise = models.normalisation(shape[0], model.mean, model.std)
     return network if normalise is None else models.Normalised(normalise, network)

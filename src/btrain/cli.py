@@ -11,12 +11,20 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
-from btrain.processes.launched import check_alone, first_complains, is_first, processes
+from btrain.processes.launched import (
+    by_torchrun,
+    check_alone,
+    check_variables,
+    first_complains,
+    is_first,
+    processes,
+)
+from btrain.processes.parent import not_outliving
 from btrain.terminal import complain, say, show
 
 USAGE = """\
@@ -50,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"there is no command {args[0]}; see btrain --help.")
         return 2
     try:
+        check_variables()
         if args[0] != "train":
             check_alone(f"btrain {args[0]}")
-        COMMANDS[args[0]](args[1:])
+        with not_outliving(os.getppid()) if by_torchrun() else nullcontext():
+            COMMANDS[args[0]](args[1:])
     except UserError as error:
         complain(error)
         return 1
@@ -127,7 +137,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
-        show(configs.help_text(args, task))
+        from btrain.settings.help import help_text
+
+        show(help_text(args, task), end="")
         return
     configs.user_folder(args)
 
@@ -138,7 +150,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     from omegaconf.errors import OmegaConfBaseException
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-    full_error = before == "1"
+    full_error, sweep = before == "1", os.getpid()
 
     def job(cfg: Any) -> None:
         """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
@@ -151,7 +163,10 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
             with first_complains():
                 config = configs.from_hydra(cfg, hydra_config.overrides.task)
             own.allow_parts(config)
-            run(config)
+            of_joblib = hydra_config.runtime.choices["hydra/launcher"] == "joblib"
+            alone = not of_joblib or os.getpid() == sweep
+            with nullcontext() if alone else not_outliving(sweep):
+                run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):

@@ -18,6 +18,7 @@ from btrain.attacks.balls import BALLS, Ball
 from btrain.attacks.fast_paths import FastPaths
 from btrain.attacks.kept import Kept
 from btrain.attacks.views import augmix
+from btrain.data import Split
 from btrain.defenses import DEFENSES, Defense
 from btrain.methods import gradalign
 from btrain.methods.augmix import AugMix
@@ -61,7 +62,7 @@ from btrain.settings.method import (
     UniformConfig,
     VerifiedConfig,
 )
-from btrain.settings.names import DefenseName, MixForm
+from btrain.settings.names import DefenseName, MixDynamic, MixForm
 
 Known = Mapping[str, Any]
 """The facts of the data for own parts: `classes`, the number K, and `shape`, (C, H, W)."""
@@ -76,18 +77,23 @@ def make_methods(
     paths: FastPaths,
     known: Known = NOTHING,
     world: World = ALONE,
+    held_out: Split | None = None,
 ) -> Callable[[int], Method]:
     """Return the method of each epoch, from 0: the first epochs may differ.
 
     In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
     length of the attack is a share of what it will be.
+
+    Args:
+        held_out: images that no batch is drawn from, for a weight by feedback.
     """
 
     @lru_cache(maxsize=1)
     def made(plain: bool, share: float) -> Method:
         return make_method(
-            config, device, plain=plain, share=share, paths=paths, known=known, world=world
-        )
+            config, device, plain=plain, share=share, paths=paths, known=known, world=world,
+            held_out=held_out,
+        )  # fmt: skip
 
     def of_epoch(epoch: int) -> Method:
         return made(epoch < config.bt.plain_epochs, config.attack.share(epoch))
@@ -104,6 +110,7 @@ def make_method(
     paths: FastPaths | None = None,
     known: Known = NOTHING,
     world: World = ALONE,
+    held_out: Split | None = None,
 ) -> Method:
     """Return what a configuration does with a batch.
 
@@ -111,6 +118,7 @@ def make_method(
         plain: whether every example gets N_B steps, whatever the allocator.
         share: of ε and of the step sizes.
         paths: ways to see and attack the network; None for the plain ones.
+        held_out: images that no batch is drawn from, for a weight by feedback.
     """
     match config.rival:
         case FreeConfig() as rival:
@@ -128,7 +136,7 @@ def make_method(
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
     if isinstance(config.defense, VerifiedConfig):
-        return make_verified(config, config.defense, paths=paths, known=known)
+        return make_verified(config, config.defense, paths=paths, known=known, held_out=held_out)
     method = make_bullettrain(
         config, device, plain=plain, share=share, paths=paths, known=known, world=world
     )
@@ -178,6 +186,7 @@ def make_verified(
     *,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
+    held_out: Split | None = None,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
     bullettrain = type(config.bt) is BulletTrainConfig
@@ -201,6 +210,8 @@ def make_verified(
         attack=attack if defense.attacks else None,
         plain_on_attacked=defense.plain_on_attacked,
         regulariser=defense.shi_regulariser,
+        feedback=defense.dynamic is MixDynamic.feedback,
+        held_out=held_out,
     )
 
 

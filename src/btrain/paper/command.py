@@ -194,7 +194,7 @@ def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int,
             failed += not _done(command, "train", *_training(job, *left))
     wanted = set(job.wanted(row.experiment for row in plan.rows))
     runs = [
-        _evaluate(job, plan, row.experiment, job.out / folder, command)
+        _evaluate(job, plan, row.name, job.out / folder, command)
         for row in plan.rows
         if row.experiment in wanted
         for folder in row.runs.values()
@@ -211,7 +211,11 @@ def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int,
 
 def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     """Return the arguments of the multirun that makes a sweep's runs, a seed after the other."""
-    name = row_name("${hydra:runtime.choices.experiment}", {k: f"${{{k}}}" for k in sweep.values})
+    swept = {
+        key: f"${{{key}}}" if "." in key else f"${{hydra:runtime.choices.{key}}}"
+        for key in sweep.values
+    }
+    name = row_name("${hydra:runtime.choices.experiment}", swept)
     return [
         "--multirun",
         f"seed={','.join(map(str, seeds))}",
@@ -224,7 +228,7 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Command) -> bool:
+def _evaluate(job: Job, plan: Plan, row: str, folder: Path, command: Command) -> bool:
     """Make a run's evaluations; return whether it is trained and all of them are there."""
     if not (folder / "summary.json").is_file():
         return False
@@ -236,7 +240,7 @@ def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Comm
                 f"checkpoint={folder}",
                 *_corruptions(job, folder, settings, command),
             )
-            for settings in job.profile.evaluations(job.target, experiment)
+            for settings in job.profile.evaluations(job.target, row)
         ]
         if plan.kind == "allocation":
             from btrain.paper.batch import write_allocation

@@ -69,7 +69,7 @@ def cost(job: Job, row: Row) -> Cost:
     training = None if units is None else units * images * config.train.epochs * unit
     own = 2 * config.eval.steps + 2
     passes = own * (tested + config.train.batch_size * config.train.epochs)
-    for attacks in job.profile.evaluations(job.target, row.experiment):
+    for attacks in job.profile.evaluations(job.target, row.name):
         given = dict(setting.split("=", 1) for setting in attacks)
         n = int(given.get("dataset.test_examples", tested))
         passes += n * sum(map(_attack_units, given["attack"].split(",")))

@@ -228,7 +228,7 @@ _WORDS = (
 _CONFIG = (
     *("dataset", "dataset.root", "dataset.download", "dataset.image_size"),
     *("dataset.test_examples", "model", "model.width", "model.depth", "model.activation"),
-    *("model.mean", "model.std"),
+    *("model.mean", "model.std", "model.shortcut"),
 )
 _FREE = re.compile(r"(dataset|model)\.settings\.[\w.]+")  # settings of own code
 FACTORIES = tuple(f"{group}.factory" for group in ("model", "dataset", "defense", "attack", "bt"))

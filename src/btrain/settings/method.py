@@ -17,6 +17,7 @@ from btrain.settings.names import (
     AttackName,
     DefenseName,
     Metric,
+    MixDynamic,
     MixForm,
     RivalName,
     Start,
@@ -251,6 +252,7 @@ class VerifiedConfig(DefenseConfig):
     plain_on_attacked: bool = MISSING
     shi_init: bool = MISSING
     shi_regulariser: float = MISSING
+    dynamic: MixDynamic = MixDynamic.schedule
 
     kinds: ClassVar[frozenset[str]] = frozenset({"verified", "own_step", "one_pass", "not_pgd"})
     refuses: ClassVar[Mapping[str, str]] = {
@@ -292,7 +294,35 @@ class VerifiedConfig(DefenseConfig):
         if self.k is None and self.per_batch is None:
             why = "it bounds all images (bt=uniform)"
             found.append(Choice("defense.per_batch=null", frozenset(), {"chooses": why}))
+        else:
+            few = "k" if self.per_batch is None else "per_batch"
+            why = "bt=random or bt=bullettrain choose the few that it bounds (null bounds all)"
+            written = f"defense.{few}={getattr(self, few)}"
+            found.append(Choice(written, frozenset(), {"alike": why}))
         return found
+
+    def unread(self, bt: BTConfig) -> dict[str, str]:
+        """Return the settings that nothing reads here, each with the choice that leaves it unread.
+
+        Both as a user writes them.
+        """
+        defense, form = f"defense={self.name.name}", f"defense.form={self.form.name}"
+        unread = [*_NEVER_READ, *(() if self.attacks else ("bt.n_b", "bt.step_size_b"))]
+        found = dict.fromkeys(unread, defense)
+        if type(bt) is not BulletTrainConfig:
+            found["bt.metric"] = f"bt={bt.name.name}"
+        if self.form is MixForm.convex:
+            found |= dict.fromkeys(_WEIGHTS, form)
+        if self.dynamic is MixDynamic.feedback:
+            fixed = _WEIGHTS if self.form is MixForm.bernoulli else ("defense.alpha",)
+            found |= dict.fromkeys(fixed, "defense.dynamic=feedback")
+        return found
+
+
+_NEVER_READ = (
+    *("bt.gamma", "bt.momentum", "bt.n_r", "bt.n_o", "bt.fractions", "bt.warmup_epochs"),
+)
+_WEIGHTS = ("defense.weight_first", "defense.weight_last", "defense.weight_until")
 
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
@@ -491,7 +521,7 @@ _ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"
 
 @dataclass
 class UniformConfig(BTConfig):
-    pass
+    kinds: ClassVar[frozenset[str]] = frozenset({"alike"})
 
 
 @dataclass

@@ -30,6 +30,11 @@ class Activation(Enum):
     silu = "silu"
 
 
+class Shortcut(Enum):
+    activated = "activated"
+    input = "input"
+
+
 class AttackName(Enum):
     linf_pgd = "linf_pgd"
     madry = "madry"
@@ -102,6 +107,8 @@ class SparsityName(Enum):
     flying_bird = "flying_bird"
     flying_bird_plus = "flying_bird_plus"
     robust_bird = "robust_bird"
+    channel_static = "channel_static"
+    channel_flying_bird = "channel_flying_bird"
     own = "own"
 
 
@@ -145,6 +152,11 @@ class Metric(Enum):
 class MixForm(Enum):
     bernoulli = "bernoulli"
     convex = "convex"
+
+
+class MixDynamic(Enum):
+    schedule = "schedule"
+    feedback = "feedback"
 
 
 class OptimizerName(Enum):

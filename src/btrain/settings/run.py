@@ -29,6 +29,7 @@ from btrain.settings.names import (
     Precision,
     Resume,
     ScheduleName,
+    Shortcut,
     WandbMode,
 )
 
@@ -156,7 +157,13 @@ class SmallCNNConfig(WidthConfig):
 
 @dataclass
 class PreActResNetConfig(WidthConfig):
-    """The pre-activation ResNet-18."""
+    """The pre-activation ResNet-18.
+
+    Attributes:
+        shortcut: what a block's 1×1 convolution takes, the activated input or the input itself.
+    """
+
+    shortcut: Shortcut = Shortcut.activated
 
 
 @dataclass

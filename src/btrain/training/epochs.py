@@ -18,6 +18,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Method
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
+from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
@@ -201,26 +202,27 @@ def train_epoch(
         here = stopped() or late
         return here if several is None else several.largest(int(here)) > 0
 
-    acting = state.controllers if controllers is None else controllers
-    heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
-    state.model.train()
-    if state.batch == 0 and plan.skip_nonfinite:
-        state.memory["skipped"].zero_()
-    drawn = draw(state.batch)
-    while state.batch < steps_per_epoch and not over():
-        done = epoch * steps_per_epoch + state.batch
-        lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        if first:
-            heartbeat.random_states[state.batch + 1] = state.generator.get_state()
-        batch = next(drawn)
-        last = state.batch + 1 == steps_per_epoch
-        with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
-        if first:
-            heartbeat.step(state)
-        tick()
+    with state.at_work():
+        acting = state.controllers if controllers is None else controllers
+        heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
+        state.model.train()
+        if state.batch == 0 and plan.skip_nonfinite:
+            state.memory["skipped"].zero_()
+        drawn = draw(state.batch)
+        while state.batch < steps_per_epoch and not over():
+            done = epoch * steps_per_epoch + state.batch
+            lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            if first:
+                heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+            batch = next(drawn)
+            last = state.batch + 1 == steps_per_epoch
+            with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
+                _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
+            if first:
+                heartbeat.step(state)
+            tick()
     elapsed = world.told(_clock(device) - began)
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
@@ -237,6 +239,8 @@ def train_epoch(
     }
     if plan.score_every is not None:
         means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
+    if MIX in state.memory:
+        means[MIX] = float(state.memory[MIX])
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 

@@ -242,7 +242,8 @@ def _train_epochs(
         log.warning("%s", hint)
     config = with_graphs_settled(config, state, data.train)
     paths = make_fast_paths(config.train, device)
-    method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world)
+    method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world,
+                             held_out=data.val)  # fmt: skip
     if isinstance(state.sparsity, RobustBird) and state.sparsity.searching:
         search(
             config, state, data, paths=paths, world=world, stopped=stop.made,

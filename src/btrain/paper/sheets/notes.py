@@ -15,7 +15,7 @@ DATA = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "mnist": "MNIST",
-    "digits": "scikit-learn's digits",
+    "digits": "UCI's digits",
 }
 
 IMAGES = {
