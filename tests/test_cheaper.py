@@ -17,6 +17,7 @@ from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
 from btrain.defenses import DEFENSES, Weights, trades_loss
 from btrain.errors import UserError
+from btrain.methods.bullettrain import BulletTrain
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.processes.world import World
@@ -361,3 +362,13 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert many_outliers(config, line | {"epoch": 4}) is None
     assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
     assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
+
+
+def test_in_bf16_a_first_attack_begins_where_a_divergence_has_a_gradient() -> None:
+    settings = ["dataset=digits", "model=small_cnn", *KEPT]
+    for precision, length in (("float32", 0.001), ("bf16", 0.3 * 0.15)):
+        method = make_method(compose([*settings, f"train.precision={precision}"]), CPU)
+        assert isinstance(method, BulletTrain)
+        noise = method.attack.noise(torch.zeros(50, 1, 8, 8), generator())
+        assert float(noise.std()) == pytest.approx(length, rel=0.05)
+        assert method.attack.probe is None  # which would move kept starts, too
