@@ -91,7 +91,7 @@ class AttackConfig:
 
     def unkept(self) -> AttackConfig:
         """Return the same attack from a start of its own, for work that keeps none."""
-        return replace(self, start=Start.uniform) if self.start is Start.kept else self
+        return replace(self, start=Start.normal) if self.start is Start.kept else self
 
     def choices(self) -> list[Choice]:
         views = self.augmix is not None
