@@ -96,18 +96,23 @@ def step_stats(
         "loss": loss * examples,
         "steps": steps.sum() + overhead * examples,
         "units": torch.full_like(loss, units),
-        **_summed(groups),
+        **_summed(groups, loss.dtype),
     }
     if score is not None:
         scores = {"score_wrong": wrong, "score_fell": fell, "score_stood": stood}
-        sums |= _summed({name: score * group for name, group in scores.items()})
+        of_groups = {name: score * group for name, group in scores.items()}
+        sums |= _summed(of_groups, score.dtype)
     unknown = dict.fromkeys(StepStats._fields, torch.full_like(loss, math.nan))
     return StepStats(**(unknown | sums))
 
 
-def _summed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
-    return dict(zip(rows, torch.stack([*rows.values()]).sum(dim=1).unbind(), strict=True))
+def _summed(rows: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()
+
+    Counts are floating point from here on, exact below 2^24: a GPU would convert each by itself.
+    """
+    sums = torch.stack([*rows.values()]).sum(dim=1, dtype=dtype)
+    return dict(zip(rows, sums.unbind(), strict=True))
 
 
 def summed(several: Sequence[StepStats]) -> StepStats:
@@ -116,10 +121,7 @@ def summed(several: Sequence[StepStats]) -> StepStats:
 
 
 def stacked(stats: StepStats) -> Tensor:
-    """Return the statistics in one tensor of float64, in the order of the fields.
-
-    On the way integers become float32, which holds a batch's sums, below 2^24, exactly.
-    """
+    """Return the statistics in one tensor of float64, in the order of the fields."""
     return torch.stack(stats).double()
 
 
