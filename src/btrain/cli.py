@@ -129,13 +129,12 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     if {"-h", "--help"} & set(args):
         show(configs.help_text(args, task))
         return
+    configs.check_words(args, task)
     configs.user_folder(args)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf.errors import OmegaConfBaseException
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error = before == "1"
@@ -149,7 +148,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
             if hydra_config.mode is not RunMode.RUN:
                 check_alone("a sweep")
             with first_complains():
-                config = configs.from_hydra(cfg, hydra_config.overrides.task)
+                config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
             own.allow_parts(config)
             run(config)
         except Exception as error:
@@ -168,23 +167,23 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     try:
         with _interrupted_by_sigterm():
             main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-        if full_error or _OF_A_JOB in vars(error):
-            raise
-        with first_complains():
-            raise configs.explain(error, args, task) from None
-    except UserError as error:
-        # Where jobs write to files of their own, what the job has said was not heard here.
-        if full_error or str(vars(error).get(_OF_A_JOB)).startswith("submitit"):
-            raise
-        sys.exit(1)
     except Exception as error:
-        if full_error or type(error).__name__ not in _NO_RESULT:
+        of_a_job = vars(error).get(_OF_A_JOB)
+        # A folder that cannot be written has an errno; Hydra's errors of files have none.
+        if full_error or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise UserError(
-            "a job of the sweep ended without a result, killed perhaps; the same command goes on "
-            "from what is done."
-        ) from None
+        if type(error).__name__ in _NO_RESULT:
+            raise UserError(
+                "a job of the sweep ended without a result, killed perhaps; the same command goes "
+                "on from what is done."
+            ) from None
+        if of_a_job is None:
+            with first_complains():
+                raise configs.explain(error, args, task) from None
+        # Where jobs write to files of their own, what the job has said was not heard here.
+        if isinstance(error, UserError) and not str(of_a_job).startswith("submitit"):
+            sys.exit(1)
+        raise
     finally:
         sys.argv = argv
         del os.environ["HYDRA_FULL_ERROR"]
