@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
 from btrain.processes.launched import check_alone, first_complains, is_first, processes
-from btrain.terminal import complain, say, show
+from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
 usage: btrain <command> …
@@ -78,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command() -> NoReturn:
-    """Run the command of this process, and ends the process."""
+    """Run the command of this process, and end the process."""
+    spell_out()
     status = main()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be told
     if status and processes() > 1:
         # gloo's threads are left running, for they could not be waited for: another process may
         # have failed. In an interpreter that takes itself apart they now and then abort.
@@ -142,6 +145,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     def job(cfg: Any) -> None:
         """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
         its own."""
+        spell_out()
         configs.register()
         hydra_config = HydraConfig.get()
         try:
