@@ -291,7 +291,15 @@ def _export(args: list[str]) -> None:
     """Write a trained network in another project's format."""
     from btrain.exchange.command import run
 
-    run(args)
+    made = run(args)
+    if made is not None and made[0].model_card:
+        from pathlib import Path
+
+        from btrain.report.card import write_card
+
+        export, saved = made
+        for path in write_card(Path(export.out), saved, export.format, Path(export.checkpoint)):
+            say(f"Written to {path}.")
 
 
 def _bench(args: list[str]) -> None:
