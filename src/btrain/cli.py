@@ -7,6 +7,7 @@ at once.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -111,6 +112,10 @@ def _train(args: list[str]) -> None:
         from btrain.training import train
 
         train(config, jobs=configs.jobs_at_once())
+        if is_first() and not configs.is_sweep():
+            say(
+                f"Next: btrain eval checkpoint={shlex.quote(config.run.dir)} attack=all report=true"
+            )
 
     _run_with_hydra("train", args, run)
 

@@ -311,6 +311,14 @@ def options_of(group: str, folder: str | None = None) -> list[str]:
     return sorted({file.stem for file in files})
 
 
+def is_sweep() -> bool:
+    """Return whether the current job is one of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return bool(HydraConfig.get().mode is RunMode.MULTIRUN)
+
+
 def jobs_at_once() -> int | None:
     """Return how many jobs the current job's launcher has at a time on this machine.
 
