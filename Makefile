@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
+.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck docs dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -96,6 +96,10 @@ format: setup  ## reformat the sources
 
 typecheck: setup  ## mypy, strict
 	mypy
+
+docs: setup  ## the documentation as a site under build/site, strict: no link is broken
+	$(PIP) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 dist: setup  ## wheel and source archive under dist/, checked as an index would
 	rm -rf dist
