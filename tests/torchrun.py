@@ -23,9 +23,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 PRELOADED = ["torch._dynamo", "torch.distributed.run", "torch.distributed.nn.functional",
              "torch.utils.flop_counter", "hydra.main", "hydra._internal.hydra",
              "hydra.core.override_parser.overrides_parser", "omegaconf.grammar_parser",
-             "sklearn.datasets", "tqdm.contrib.logging", "btrain.cli", "btrain.training",
+             "tqdm.contrib.logging", "btrain.cli", "btrain.training",
              "btrain.data.digits", "pytest"]  # fmt: skip
-"""`sklearn.datasets` for `dataset=digits`, `pytest` as it is the main module of who starts."""
+"""`pytest` as it is the main module of who starts."""
 
 
 def torchrun(processes: int, *command: str, **how: Any) -> subprocess.Popen[str]:

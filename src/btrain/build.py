@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -49,6 +50,18 @@ def find_device(name: str) -> torch.device:
 def meant(device: torch.device) -> AbstractContextManager[object]:
     """Make this the GPU where none is named inside; each of several processes has its own."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a device can still hand out; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(available[0]) if available else None
 
 
 def load_data(config: Config, device: torch.device) -> Data:

@@ -137,7 +137,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
-        show(configs.help_text(args, task))
+        from btrain.settings.help import help_text
+
+        show(help_text(args, task), end="")
         return
     configs.user_folder(args)
 

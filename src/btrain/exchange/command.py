@@ -14,7 +14,7 @@ from btrain.settings.checks import require
 from btrain.settings.evaluation import FACTORIES
 from btrain.terminal import say, show
 
-FORMATS = ("robustbench", "safetensors", "onnx", "state_dict")
+FORMATS = ("robustbench", "safetensors", "onnx", "state_dict", "compact")
 
 USAGE = """\
 btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for other projects
@@ -24,6 +24,7 @@ btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for oth
                 safetensors   the weights by btrain's names; FILE ends in .safetensors
                 onnx          the network, batches of any size; FILE ends in .onnx
                 state_dict    the weights by btrain's names, for torch.load and load_state_dict
+                compact       a checkpoint for btrain without channels that nothing reads
   out=          the file to write
   which=        last (default) or best, of a run folder
   sub_block1=   true adds TRADES' unused stage to format=robustbench (default: false)
@@ -124,6 +125,8 @@ def run(arguments: Sequence[str]) -> None:
         shape=shape,
         sub_block1=export.sub_block1,
         overwrite=export.overwrite,
+        config=run.config,
+        classes=run.classes,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(

@@ -12,6 +12,8 @@ class PreActBlock(nn.Module):
     It takes the activated input, as He et al.'s and AWP's; of FastAT's network the input itself.
     """
 
+    inner_channels = (("conv1", "bn2", "conv2"),)
+
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, *, of_input: bool = False
     ) -> None:

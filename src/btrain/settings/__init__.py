@@ -25,6 +25,7 @@ from btrain.settings.names import (
     ScheduleName,
     Shortcut,
     Start,
+    Store,
     WandbMode,
 )
 from btrain.settings.run import (
@@ -79,6 +80,7 @@ __all__ = [
     "ScheduleName",
     "Shortcut",
     "Start",
+    "Store",
     "TrainConfig",
     "WandbMode",
     "WideResNetConfig",

@@ -7,9 +7,13 @@ from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
+from btrain.settings import Config
+from btrain.settings.method import BulletTrainConfig
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
+
+_MANY = 0.5
 
 
 def fractions(means: dict[str, Any]) -> str:
@@ -51,6 +55,20 @@ def epoch_line(metrics: dict[str, Any]) -> str:
         f"F_B/F_R/F_O {fractions(metrics)}, "
         f"speedup {number(metrics['theoretical_speedup'])} (eq. 7){measured(metrics)}, "
         f"{metrics['train_seconds']:.1f} s"
+    )
+
+
+def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
+    """Return a warning, half-way through a run, if most examples are outliers and not attacked."""
+    bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
+    half_way = metrics["epoch"] == (epochs + 1) // 2
+    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0
+    if not (half_way and spared and share is not None and share > _MANY):
+        return None
+    return (
+        f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples count as "
+        "outliers and are not attacked, which can cost robust accuracy; bt.n_o=1 would attack "
+        "them, and more epochs make them fewer."
     )
 
 

@@ -73,6 +73,12 @@ class Lane:
     stats: list[StepStats] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        # Its batches are visited once.
+        self.config = replace(
+            self.config,
+            attack=self.config.attack.unkept(),
+            train=replace(self.config.train, skip=0.0),
+        )
         self.model = copy.deepcopy(self.workload.network).to(self.device).train()
         if self.config.train.channels_last:
             self.model = to_channels_last(self.model)
@@ -108,7 +114,10 @@ class Lane:
             self.memory["classes"] = classify(score, self.memory["robust_fraction"])
 
         pool = self.config.bt.pool
-        return Batch._make(torch.cat([part] * pool) for part in batch) if pool > 1 else batch
+        if pool == 1:
+            return batch
+        x, labels, indices = (torch.cat([part] * pool) for part in batch[:3])
+        return Batch(x, labels, indices)
 
     def run(self, batch: Batch) -> None:
         """Take one training step."""
