@@ -77,7 +77,7 @@ test: lint typecheck  ## lint, type check and run all tests, on every core
 test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
 	python scripts/same_bits.py $(SAME)
 
-test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
+test-kill: setup  ## kill 100 short runs, sweeps, parents and workers at random moments, resume them (an hour)
 	python -m pytest -m slow tests/test_kill.py -s
 
 test-soak: setup  ## 2,000 tiny epochs: memory, open files and step time stay flat (some minutes)
