@@ -33,8 +33,12 @@ $(VENV)/.installed-paper: $(VENV)/.installed
 
 setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
 
-demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real digits, compare them
-	scripts/demo.sh
+$(VENV)/.installed-report: $(VENV)/.installed
+	$(PIP) --editable ".[report]"
+	@touch $@
+
+demo: $(VENV)/.installed-report  ## TRADES with and without BulletTrain on a part of MNIST, three seeds (two minutes on two cores)
+	python scripts/demo.py
 
 # One thread a run: small networks gain nothing by more, and JOBS runs go side by side.
 define reproduce

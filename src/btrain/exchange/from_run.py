@@ -51,6 +51,7 @@ _SHAPES = {
     DatasetName.cifar100: (3, 32, 32),
     DatasetName.mnist: (1, 28, 28),
     DatasetName.digits: (1, 8, 8),
+    DatasetName.mnist_sample: (1, 28, 28),
 }
 
 
