@@ -311,6 +311,37 @@ def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
     )
 
 
+def test_sparse_rows_tell_overfitting_gap_and_three_costs(tmp_path: Path) -> None:
+    paper = {"best_robust_acc": 51.1, "robust_acc": 43.6, "overfitting": 7.5, "counted": 0.31}
+    rows = [row("dense", 2), row("bird", 2, paper=paper)]
+    claim = Claim("half the gap", "gap_share", "bird", None, None, 0.5)
+    for seed in range(2):
+        finished(tmp_path / f"dense-seed{seed}", robust=40.0 + seed, flops=10.0,
+                 best_robust_acc=46.0, train_robust_acc=90.0)  # fmt: skip
+        finished(tmp_path / f"bird-seed{seed}", robust=46.0, flops=10.0, best_robust_acc=45.0,
+                 train_robust_acc=66.0, density=0.2, macs_share=0.5, flops_counted=5.0,
+                 flops_executed=12.0)  # fmt: skip
+        config = (tmp_path / f"bird-seed{seed}" / "config.yaml").read_text()
+        (tmp_path / f"bird-seed{seed}" / "config.yaml").write_text(
+            f"{config}sparsity: {{name: flying_bird}}\n"
+        )
+    sheet = make_sheet(plan(rows, [claim], kind="sparse"), tmp_path)
+    found = cells(sheet, "bird")
+    assert found["best %"] == "45.00 ± 0.00"
+    assert found["best % | paper"] == "51.10"
+    assert found["final, PGD-20 %"] == "46.00 ± 0.00"
+    assert found["best − final %"] == "−1.00 ± 0.00"
+    assert found["train − test %"] == "20.00 ± 0.00"
+    assert (found["density"], found["φ"]) == ("0.200 ± 0.000", "0.500 ± 0.000")
+    assert (found["counted work"], found["executed work"]) == ("0.500 ± 0.000", "1.200 ± 0.000")
+    assert found["counted work | paper"] == "0.310"
+    base = cells(sheet, "dense")
+    assert (base["best − final %"], base["φ"]) == ("5.50 ± 0.71", "1.000 ± 0.000")
+    (verdict,) = sheet.verdicts
+    assert verdict.differences == pytest.approx({0: 20 / 50, 1: 20 / 49})
+    assert verdict.verdict == "holds"
+
+
 def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: Path) -> None:
     for name, seconds in (("plain", 10.0), ("mix", 40.0)):
         run = finished(tmp_path / f"{name}-seed0", seconds=seconds)

@@ -19,7 +19,7 @@ from btrain.settings import Config
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 
 _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
-           "digits": (1, 8, 8)}  # fmt: skip
+           "mnist_sample": (1, 28, 28), "digits": (1, 8, 8)}  # fmt: skip
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 # Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.

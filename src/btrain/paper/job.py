@@ -166,7 +166,8 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
 
 def _is_there(claim: Mapping[str, Any], rows: Sequence[Row]) -> bool:
     """Return whether a claim's rows are some at this scale."""
-    return {claim["row"], claim.get("than", claim["row"])} <= {row.name for row in rows}
+    there = {None, *(row.name for row in rows)}
+    return claim["row"] in there and claim.get("than") in there
 
 
 def _scale(config: Config) -> dict[str, Any]:

@@ -147,12 +147,13 @@ def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
     It is that of both, of an option of the user's, of verified training or TRADES on that data set,
-    of the defense, or TRADES'.
+    of the defense, or TRADES'. A part of a data set, `mnist_sample`, has the recipes of the whole.
     """
     from hydra.core.global_hydra import GlobalHydra
 
     # Of Hydra, for it knows the user's folder, too.
     known = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    dataset = dataset.removesuffix("_sample")
     schemas = {name.name: kind for name, kind in DEFENSES.items()}
     family = "verified" if schemas.get(defense) is VerifiedConfig else "trades"
     wanted = [f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense]

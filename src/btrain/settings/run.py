@@ -113,6 +113,7 @@ DATASETS: dict[DatasetName, type[DatasetConfig]] = {
     DatasetName.cifar100: FilesConfig,
     DatasetName.mnist: FilesConfig,
     DatasetName.digits: DatasetConfig,
+    DatasetName.mnist_sample: DatasetConfig,
     DatasetName.imagefolder: ImageFolderConfig,
     DatasetName.own: OwnDatasetConfig,
 }

@@ -11,9 +11,10 @@ import numpy as np
 
 from btrain.pages.pictures import drawn, look
 from btrain.paper.batch import Batch, read_batch
+from btrain.paper.sheets import bounded
 from btrain.paper.sheets.arithmetic import Spread, spread
 from btrain.paper.sheets.notes import IMAGES, data_name, model_name
-from btrain.paper.sheets.sheet import BEST, Line, Sheet
+from btrain.paper.sheets.sheet import Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
 
@@ -56,6 +57,7 @@ def draw(sheet: Sheet) -> dict[str, bytes]:
         "fractions": fractions,
         "scores": scores,
         "allocation": allocation,
+        "sparse": sparse,
         "verified": _verified,
         "front": _front,
     }
@@ -112,7 +114,7 @@ def _verified(sheet: Sheet) -> Figure | None:
     shown = (
         ("clean_acc", "clean", VERMILLION, "s"),
         (sheet.robust, metric_name(sheet, sheet.robust), BLUE, "o"),
-        (BEST, metric_name(sheet, BEST), GREEN, "^"),
+        (bounded.BEST, metric_name(sheet, bounded.BEST), GREEN, "^"),
     )
     below = scale_words(sheet)
     figure = _new(8.6, 1.6 + 0.3 * len(sheet.lines), sheet.plan.title, below)
@@ -144,7 +146,7 @@ def _front(sheet: Sheet) -> Figure | None:
     """Draw verified over clean accuracy, a line for each method's settings."""
     methods: dict[str, list[tuple[Spread, Spread, str]]] = {}
     for line in sheet.lines:
-        x, y = spread(line.values["clean_acc"]), spread(line.values.get(BEST, {}))
+        x, y = spread(line.values["clean_acc"]), spread(line.values.get(bounded.BEST, {}))
         if x is not None and y is not None:
             name, _, value = line.row.label.partition(", ")
             methods.setdefault(name, []).append((x, y, value))
@@ -541,6 +543,78 @@ def _steps(axes: Axes, batch: Batch) -> None:
     steps.spines["right"].set_visible(True)
     axes.set_zorder(steps.get_zorder() + 1)
     axes.patch.set_visible(False)
+
+
+def sparse(sheet: Sheet) -> Figure | None:
+    """Draw train and held-out robust accuracy over the epochs, and the best and the last epoch.
+
+    The courses are those of the rows that the paper has, of the baseline's data.
+    """
+    lines = [line for line in sheet.lines if any(run.metrics for run in line.runs.values())]
+    own = [line for line in lines if line.baseline == sheet.plan.baseline]
+    courses = [line for line in own if line.row.paper][: len(_COURSES)]
+    if not courses:
+        return None
+    below = "dashed: running accuracy on training batches, solid: held-out images, means over "
+    below += f"seeds; bands: lowest to highest; {scale_words(sheet)}"
+    figure = _new(11, 1.6 + max(4.0, 0.36 * len(lines)), sheet.plan.title, below)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    for line, (colour, marker) in zip(courses, _COURSES, strict=False):
+        _course(left, line, "robust_acc_train", colour, marker, "--")
+        _course(left, line, "val_robust_acc", colour, marker, "-")
+    left.set(xlabel="epoch", ylabel="robust accuracy (%)")
+    left.set_title("(a) over training", pad=40)
+    left.grid(axis="y")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3, fontsize=9)
+    _best_and_last(right, sheet, lines)
+    return figure
+
+
+_COURSES = ((VERMILLION, "o"), (GREEN, "^"), (BLUE, "s"), ("#cc79a7", "D"))
+"""Colours and markers of the courses."""
+
+
+def _course(axes: Axes, line: Line, key: str, colour: str, marker: str, style: str) -> None:
+    points = _by_epoch(line, key, 1)
+    x = sorted(points)
+    if not x:
+        return
+    held_out = style == "-"
+    axes.plot(
+        x, [np.mean(points[place]) for place in x], color=colour, linestyle=style, linewidth=1.7,
+        marker=marker if held_out else None, markersize=4.5, markevery=max(1, len(x) // 8),
+        label=line.row.label if held_out else None,
+    )  # fmt: skip
+    if held_out:
+        low, high = ([of(points[place]) for place in x] for of in (min, max))
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _best_and_last(axes: Axes, sheet: Sheet, lines: list[Line]) -> None:
+    """Draw a row's robust accuracy at its best and at its last epoch, and the seeds of the last."""
+    known = [line for line in lines if line.values.get("best_robust_acc")]
+    if not known:
+        axes.set_visible(False)
+        return
+    for y, line in enumerate(known):
+        best, last = (spread(line.values[key]) for key in ("best_robust_acc", "robust_acc"))
+        if best is None or last is None:
+            continue
+        values = list(line.values["robust_acc"].values())
+        axes.plot([best.mean, last.mean], [y, y], "-", color=GREY, linewidth=1.2)
+        axes.plot(values, [y] * len(values), "|", color=BLUE, markersize=8, alpha=0.6)
+        axes.plot(best.mean, y, "o", color=INK, fillstyle="none", markersize=7)
+        axes.plot(last.mean, y, "o", color=BLUE, markersize=6)
+    axes.set_yticks(range(len(known)), [line.row.label for line in known], fontsize=8.5)
+    axes.set_ylim(len(known) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.margins(x=0.06)
+    axes.set_xlabel(f"robust accuracy on the test set (%), PGD-{sheet.pgd_steps or '?'}")
+    axes.plot([], [], "o", color=INK, fillstyle="none", label="best epoch")
+    axes.plot([], [], "o", color=BLUE, label="last epoch, | a seed")
+    axes.set_title("(b) best and last epoch", pad=40)
+    _legend_above(axes)
 
 
 def _new(width: float, height: float, title: str, below: str) -> Figure:
