@@ -17,12 +17,14 @@ from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
 from btrain.defenses import DEFENSES, Weights, trades_loss
 from btrain.errors import UserError
+from btrain.methods.bullettrain import BulletTrain
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins
+from btrain.training.lines import many_outliers
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_shares, make_state
 from btrain.training.update import descend, shorten
@@ -344,3 +346,29 @@ def test_several_processes_leave_nobody_out() -> None:
     config = compose(["dataset=digits", "model=small_cnn", "train.skip=0.5"])
     with pytest.raises(UserError, match=r"train\.skip=0\.5 needs one process"):
         check_shares(config, 1442, World(0, 2))
+
+
+# Outliers
+
+
+def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
+    settings = ["dataset=digits", "model=small_cnn", "train.epochs=5"]
+    config = compose(settings)
+    line = {"epoch": 3, "f_o": 0.7}
+    warned = many_outliers(config, line)
+    assert warned is not None
+    assert "70 % of the examples count as outliers" in warned
+    assert many_outliers(config, line | {"f_o": 0.4}) is None
+    assert many_outliers(config, line | {"epoch": 4}) is None
+    assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
+    assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
+
+
+def test_in_bf16_a_first_attack_begins_where_a_divergence_has_a_gradient() -> None:
+    settings = ["dataset=digits", "model=small_cnn", *KEPT]
+    for precision, length in (("float32", 0.001), ("bf16", 0.3 * 0.15)):
+        method = make_method(compose([*settings, f"train.precision={precision}"]), CPU)
+        assert isinstance(method, BulletTrain)
+        noise = method.attack.noise(torch.zeros(50, 1, 8, 8), generator())
+        assert float(noise.std()) == pytest.approx(length, rel=0.05)
+        assert method.attack.probe is None  # which would move kept starts, too

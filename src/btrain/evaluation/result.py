@@ -22,7 +22,7 @@ from btrain import __version__
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.runs.json_fields import Fields, dumped, is_number
-from btrain.settings.evaluation import CHAIN
+from btrain.settings.evaluation import CHAIN, words_for
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", *CHAIN)
@@ -507,7 +507,7 @@ def read_result(folder: Path, attack: str) -> Result:
     if others := sorted(map(str, elsewhere)):
         how = f"please name one of other conditions: {', '.join(others)}"
     elif (folder / "config.yaml").is_file():
-        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} attack={attack}"
+        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} {words_for(attack)}"
     else:
         how = "btrain eval makes one in a run folder"
     raise UserError(f"{folder} holds no finished evaluation {attack}{have}; {how}.")

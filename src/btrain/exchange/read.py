@@ -16,7 +16,7 @@ from btrain.models.preact_resnet import PreActResNet
 from btrain.models.resnet import ResNet
 from btrain.models.small_cnn import SmallCNN
 from btrain.models.wide_resnet import WideResNet
-from btrain.untrusted import RefusedError, tensors
+from btrain.untrusted import RefusedError, check_hash, tensors
 from btrain.untrusted.pickles import AsksForCodeError
 
 log = logging.getLogger("btrain")
@@ -275,6 +275,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f'{path} needs the package safetensors: pip install "btrain[export]".'
         ) from error
     try:
+        check_hash(path)
         return dict(load_file(path))
     except Exception as error:  # its own kind, and OSError
         raise UserError(f"{path} is not a readable checkpoint{_reason(error)}.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain.durable import replacing
 from btrain.errors import UserError
@@ -43,19 +43,28 @@ def write(
         path: the file to write.
         format: `state_dict` and `safetensors` hold our key names, `robustbench` its; `onnx` is the
             whole network, from `images` (batch, C, H, W) in [0, 1] to `logits` (batch, K);
-            `compact` a checkpoint of the network without channels that nothing reads.
+            `checkpoint` is one for btrain, which knows its network and data, without what training
+            needs; `compact` the same without channels that nothing reads.
         shape: (C, H, W) of the images.
         sub_block1: of format robustbench, see `names.robustbench`.
         overwrite: whether a file that is there already may be replaced.
-        config, classes: the run's and K, of format compact.
+        config, classes: the run's and K, of formats checkpoint and compact.
 
     Raises:
         UserError: the network does not go into that format, a package is missing, the file is there
             already or cannot be written.
     """
-    if format == "compact":
+    if format in ("checkpoint", "compact"):
         assert config is not None
-        content = compact(model, config, classes, shape)
+        weights = compact(model) if format == "compact" else model.state_dict()
+        content = {
+            "format": FORMAT,
+            "state": {"model": weights},
+            "config": to_dict(config),
+            "classes": classes,
+            "shape": list(shape),
+            **({"compact": True} if format == "compact" else {}),
+        }
         write_to: Callable[[IO[bytes]], Any] = partial(torch.save, content)
     else:
         write_to = _writer(model, format, shape, sub_block1)
@@ -65,6 +74,7 @@ def write(
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
     try:
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)  # of the file before
         with replacing(path) as file:
             write_to(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -72,10 +82,8 @@ def write(
         raise UserError(f"{path} could not be written ({reason}).") from error
 
 
-def compact(
-    model: nn.Module, config: Config, classes: int | None, shape: tuple[int, int, int]
-) -> dict[str, Any]:
-    """Return a checkpoint of a network without the channels that nothing reads.
+def compact(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a network without the channels that nothing reads.
 
     Raises:
         UserError: it has none that could be left out.
@@ -86,15 +94,7 @@ def compact(
         raise UserError(f"This network's inner_channels are wrong: {error}.") from error
     if not cut.inner:
         raise UserError("format=compact is for networks with inner channels; this one has none.")
-    small = cut.compact(model, cut.read(model))
-    return {
-        "format": FORMAT,
-        "state": {"model": small.state_dict()},
-        "config": to_dict(config),
-        "classes": classes,
-        "shape": list(shape),
-        "compact": True,
-    }
+    return dict(cut.compact(model, cut.read(model)).state_dict())
 
 
 def _writer(

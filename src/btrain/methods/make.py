@@ -278,26 +278,31 @@ def make_attack(
     """Return the attack at a share of its lengths, on the inner loss of the defense."""
     attack, bt = config.attack, config.bt
     defense = defense or make_defense(config.defense, known)
+    probe, kept = probe_factor(config, share, known, defense), attack.start is StartName.kept
     made = Attack(
         ball=make_ball(attack, share, known),
         inner_loss=defense.inner_loss,
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
-        start=make_start(attack),
+        start=make_start(attack, probe or 1.0 if kept else 1.0),
         way=1.0 if attack.start is StartName.kept else FAR,
         train_mode=attack.mode is AttackMode.train,
-        probe=probe_factor(config, share, known, defense),
+        probe=None if kept else probe,
     )
     return made if paths is None else replace(made, pgd=paths.pgd, multiple=paths.multiple)
 
 
-def make_start(attack: AttackConfig) -> Start:
-    """Return where the attack starts."""
+def make_start(attack: AttackConfig, longer: float = 1.0) -> Start:
+    """Return where the attack starts, near the image so many times as far off as asked.
+
+    With kept starts that is where an example's first attack does.
+    """
+    near = nearby(longer * attack.start_std)
     return {
         StartName.clean: at_the_image,
         StartName.uniform: within_the_ball,
-        StartName.kept: within_the_ball,  # of an example that has none yet
-        StartName.normal: nearby(attack.start_std),
+        StartName.normal: near,
+        StartName.kept: near,
     }[attack.start]
 
 
@@ -379,7 +384,7 @@ def probe_factor(
     if (
         config.train.precision is Precision.float32
         or not (defense or make_defense(config.defense, known)).inner_reads_clean
-        or attack.start is not StartName.normal
+        or attack.start not in (StartName.normal, StartName.kept)
         or not 0 < attack.start_std < _PROBE * share * attack.epsilon
     ):
         return None

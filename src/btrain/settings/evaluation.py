@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings import Config, words
+from btrain.settings import Config, hints, words
 from btrain.settings.checks import at_least, pixels, seed_in_range
 from btrain.settings.method import ENGINES
 
@@ -41,6 +41,22 @@ class PgdSettings:
         last = "-last" if self.last_iterate else ""
         return f"pgd{self.steps}x{self.restarts}-{self.loss}{size}{last}"
 
+
+def words_for(attack: str) -> str:
+    """Return the words of `btrain eval` that make an attack of this name: `attack.steps=50`."""
+    own = _OWN_PGD.fullmatch(attack)
+    if own is None:
+        return f"attack={attack}"
+    usual = {"steps": "20", "restarts": "1", "loss": "ce", "step_size": None}
+    changes = [f"attack.{key}={own[key]}" for key in usual if own[key] not in (usual[key], None)]
+    preset = ["attack=pgd20"] if attack.endswith("-last") else []
+    return " ".join([*preset, *changes]) or "attack=custom"
+
+
+_OWN_PGD = re.compile(
+    r"pgd(?P<steps>\d+)x(?P<restarts>\d+)-(?P<loss>[a-z]+)(-step(?P<step_size>[\d.e-]+))?(-last)?"
+)
+"""A name as `PgdSettings.name` makes it."""
 
 PRESETS = {
     "pgd20": PgdSettings(20, last_iterate=True),  # as published with TRADES
@@ -269,7 +285,10 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
         UserError: an argument is no key=value, a key is unknown, or a value wrong.
     """
     known = (*_WORDS, *_CONFIG, *FACTORIES)
-    given = words.once(words.parse(arguments, _PATHS), known, "btrain eval", free=_FREE)
+    if arguments and not any("=" in word or word.startswith("-") for word in arguments):
+        raise UserError(f"{arguments[-1]} is no setting; did you mean checkpoint={arguments[-1]}?")
+    pairs = words.parse(arguments, _PATHS, known, "btrain eval")
+    given = words.once(pairs, known, "btrain eval", free=_FREE)
     if "checkpoint" not in given:
         raise UserError("eval needs checkpoint=, a run folder or a file; see btrain eval --help.")
     values: dict[str, Any] = {"config": {}, "factories": {}}
@@ -294,10 +313,21 @@ def parse_compare(arguments: Sequence[str]) -> tuple[Path, Path, str]:
     Raises:
         UserError: there are not two folders, or there is another setting.
     """
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("-")
+        if argument.startswith("-") or (key != "attack" and hints.meant(key, ["attack"])):
+            raise UserError(
+                f"{argument} is no folder, and the one setting of compare is attack=NAME."
+            )
     folders = [argument for argument in arguments if not argument.startswith("attack=")]
     attack = [argument.removeprefix("attack=") for argument in arguments if argument not in folders]
     if len(folders) != 2 or len(attack) > 1:
         raise UserError("compare needs two folders: btrain eval compare A B [attack=pgd20].")
+    if attack and attack[0] in ("all", "custom"):
+        raise UserError(
+            f"attack={attack[0]} names no result; compare takes the name of its file in RUN/eval, "
+            "like pgd20 or pgd50x1-ce."
+        )
     return Path(folders[0]), Path(folders[1]), attack[0] if attack else "pgd20"
 
 
@@ -360,9 +390,9 @@ def _check_attacks(names: Sequence[str]) -> None:
 
 
 def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
-    from difflib import get_close_matches
-
     if value not in options:
-        close = get_close_matches(value, options, n=1)
-        meant = f" Did you mean {close[0]}?" if close else ""
+        if key == "attack" and _OWN_PGD.fullmatch(value):
+            raise UserError(f"attack={value} is the name of a result; write {words_for(value)}.")
+        close = hints.meant(value, options)
+        meant = f" Did you mean {close}?" if close else ""
         raise UserError(f"{key}={value} is no option; there are: {', '.join(options)}.{meant}")

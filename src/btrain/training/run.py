@@ -267,8 +267,8 @@ def _train_epochs(
 
         def show(means: Averages) -> None:
             bar.set_postfix_str(
-                f"loss {means['loss']:.3f}, F_B/F_R/F_O {fractions(means)}, "
-                f"speedup {number(speedups(costs, means)['theoretical_speedup'])}",
+                f"loss {means['loss']:.3f}, boundary/robust/outlier {fractions(means)}, "
+                f"speedup {number(speedups(costs, means)['speedup_flops'])}",
                 refresh=False,
             )
 

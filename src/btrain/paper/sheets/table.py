@@ -37,8 +37,9 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
     columns += _sparse(sheet) if sheet.plan.kind == "sparse" else _of_a_table(sheet)
-    seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
-    columns.append(("training s", [text(found, ".1f") for found in seconds]))
+    if sheet.plan.kind not in bounded.KINDS:
+        seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
+        columns.append(("training s", [text(found, ".1f") for found in seconds]))
     head = [name for name, _ in columns]
     return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
 
