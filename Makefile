@@ -48,8 +48,9 @@ paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smok
 $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 	$(call reproduce,$@)
 
-cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
-	$(call reproduce,cheapest_table cheapest_mnist)
+cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu COLOUR=dataset.root=PATH MNIST=dataset.root=PATH)
+	$(call reproduce,cheapest_table) out=runs/cheapest/$(PROFILE) $(COLOUR)
+	$(call reproduce,cheapest_mnist) out=runs/cheapest/$(PROFILE)-mnist $(MNIST)
 
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)
