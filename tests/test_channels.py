@@ -159,7 +159,15 @@ def test_an_exchange_changes_outputs_by_what_it_drops_alone(more: list[str], few
         assert (read.reshape(len(made), -1)[new] == 0).all()
 
 
-@pytest.mark.parametrize("more", [[], ["recipe.ema=0.9", "bt.pool=2"], PREACT])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["recipe.ema=0.9", "bt.pool=2"],
+        ["defense=pgd", "rival=free", "rival.replays=3"],
+        [*PREACT, "train.precision=bf16"],
+    ],
+)
 def test_what_is_missing_is_zero_between_epochs(more: list[str], few: Data) -> None:
     config = tiny(*BIRD, *more, "train.epochs=3")
     state = make_state(config, few, CPU)
@@ -292,10 +300,9 @@ def test_a_compact_file_of_other_channels_is_refused(tmp_path: Path, few: Data) 
 class Tapped(nn.Module):
     """A network whose hidden units are read by more than the layer that it names."""
 
-    inner_channels = (("a", None, "b"),)
-
-    def __init__(self) -> None:
+    def __init__(self, told: tuple[object, ...]) -> None:
         super().__init__()
+        self.inner_channels = (told,)
         self.a, self.b, self.c = nn.Linear(64, 20), nn.Linear(20, 10), nn.Linear(20, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,7 +326,9 @@ def test_networks_that_cannot_be_cut_are_named(few: Data) -> None:
     with pytest.raises(UserError, match="7 is no convolution or linear layer"):
         made(row, "sparsity.exclude=['7']")
     with pytest.raises(UserError, match="computes something else than with zeros"):
-        made(Tapped())
+        made(Tapped(("a", None, "b")))
+    with pytest.raises(UserError, match="inner_channels are wrong"):
+        made(Tapped(("a", "b")))
     with pytest.raises(UserError, match=r"macs_share=0\.001 is out of reach"):
         made(row, "sparsity.macs_share=0.001")
 

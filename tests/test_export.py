@@ -291,7 +291,7 @@ def test_a_file_is_replaced_only_when_told_to(run: Path, tmp_path: Path, capsys:
         (["seed=1"], "There is no setting seed. btrain export --help lists them."),
         (["out=a.pt", "out=b.pt"], "out is given twice."),
         (["format=tflite"], "format must be one of robustbench, safetensors, onnx, state_dict, "
-         "not tflite."),
+         "compact, not tflite."),
         (["which=first"], "which must be one of last, best, not first."),
         (["overwrite=yes"], "overwrite must be one of true, false, not yes."),
         (["checkpoint=x", "format=onnx"], "out is missing; please give out=…, see btrain export "

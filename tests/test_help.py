@@ -40,7 +40,7 @@ def schema_of(group: str, option: str) -> type:
 
 @pytest.mark.parametrize("group", [*configs.OPTIONS, *SINGLE])
 def test_every_setting_of_every_option_has_a_meaning(group: str) -> None:
-    for option in configs.options(group):
+    for option in configs.options_of(group):
         told = comments(group, option, None, "train")
         names = {field.name for field in dataclasses.fields(schema_of(group, option))}
         for name in names - {"name", "architecture", "network"}:

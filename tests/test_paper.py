@@ -13,11 +13,12 @@ import pytest
 from btrain import cli
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import LIBRARIES
-from btrain.paper.job import Job, check, make_plan, unfinished
+from btrain.paper.job import Job, check, config_of, make_plan, unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
 from btrain.settings.compose import config_dir
+from btrain.settings.names import SparsityName
 
 TARGETS = names("target")
 
@@ -28,7 +29,9 @@ def job(target: str, profile: str, out: Path = Path("runs"), extra: list[str] | 
 
 def test_every_table_and_figure_of_the_experiments_is_there() -> None:
     figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
-    assert ["cheapest_mnist", "cheapest_table", *figures, *tables] == TARGETS
+    cheap = ("cheapest_mnist", "cheapest_table")
+    bounds = ("mixtrain_choice1", "mixtrain_choice5", "mixtrain_front", "mixtrain_table")
+    assert [*cheap, *figures, *bounds, "sparse_table", *tables] == TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -49,7 +52,8 @@ def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
-    for experiment, paper in read_target(target).paper.items():
+    for row, paper in read_target(target).paper.items():
+        experiment = row.partition("-")[0]
         file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
         header = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
         assert f"experiment={experiment}" in header
@@ -94,6 +98,22 @@ def measured_seconds(experiment: str) -> list[float]:
                 found |= {(row["name"], seed): value for seed, value in seeds.items()}
     alone = [value for (name, _), value in found.items() if name == experiment]
     return alone or list(found.values())
+
+
+def test_a_target_sweeps_groups_and_a_profile_has_seeds_and_rows_of_its_own() -> None:
+    of = job("sparse_table", "cpu", extra=["dataset.root=unused"])
+    assert (of.seeds, job("table2", "cpu").seeds) == ([*range(10)], [0, 1, 2])
+    rows = {row.name: row for row in make_plan(of).rows}
+    assert not any("cifar100" in name for name in rows)
+    bird = "sparse_cifar10-sparsity_flying_bird-sparsity.density_0.1"
+    config = config_of(of, "sparse_cifar10", rows[bird].swept)
+    assert (config.sparsity.name, config.sparsity.density) == (SparsityName.flying_bird, 0.1)
+    assert rows[bird].label == "Flying Bird, 90 %"
+    assert rows[bird].paper == {}
+    assert rows[bird.replace("0.1", "0.2")].paper["gap"] == 28.9
+    assert rows[bird].attacks == []
+    assert rows["sparse_cifar10"].attacks == ["autoattack"]
+    assert all(len(sweep.values.get("sparsity", [0])) == 1 for sweep in of.sweeps)
 
 
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:

@@ -489,21 +489,23 @@ def test_the_optimizer_makes_torch_s_plain_updates(
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "[wandb,tensorboard]"])
 def test_other_loggers_write_beside_the_jsonl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    offline = ["logger.mode=offline"] if logger == "wandb" else []
+    offline = ["logger.mode=offline"] if "wandb" in logger else []
     groups = ["logger.group=row-of-a-table", "logger.tags=[of-a-target]"]
     train(tiny(tmp_path, "train.epochs=1", f"logger={logger}", *offline, *groups))
     assert len(metrics(tmp_path)) == 1
     pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/*.wandb"}
-    (file,) = tmp_path.glob(pattern[logger])
-    if logger == "wandb":
+    for name in logger.strip("[]").split(","):
+        (file,) = tmp_path.glob(pattern[name])
         content = file.read_bytes()
-        assert b"row-of-a-table" in content
-        assert b"of-a-target" in content
+        assert b"robust_acc" in content
+        if name == "wandb":
+            assert b"row-of-a-table" in content
+            assert b"of-a-target" in content
 
 
 def test_the_commit_is_this_repository_s_or_unknown() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,15 @@ from btrain import cli
 from btrain.allocation import signed_prediction_variance
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
+from btrain.evaluation.attack import Subject, clean_correct
+from btrain.evaluation.examples import Examples
 from btrain.evaluation.result import Result
+from btrain.evaluation.verification import verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.settings.compose import compose
 from btrain.training.setup import make_state
-from btrain.verify import bounds, losses
+from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
 
 CPU = torch.device("cpu")
@@ -211,7 +214,8 @@ def test_a_run_is_trained_verified_and_attacked(
              "bt.probe_every=0", "device=cpu"]  # fmt: skip
     assert cli.main(["train", *words, f"run.dir={run}"]) == 0
     engines = ["ibp", "crown_ibp", "symbolic", "any"]
-    arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}"]
+    arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}",
+                 "verify.epsilon=0.02,8/255"]  # fmt: skip
     assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 0
     results = {
         name: Result.read(run / "eval", name)
@@ -228,6 +232,8 @@ def test_a_run_is_trained_verified_and_attacked(
         assert not (correct[f"verified-{engine}"] & ~correct["verified-any"]).any()
     facts = json.loads((run / "eval" / "verified-symbolic.json").read_text())
     assert (facts["engine"], facts["norm"], facts["epsilon"]) == ("symbolic", "linf", 0.05)
+    assert [epsilon for epsilon, _ in facts["shares"]] == [0.02, 8 / 255, 0.05]
+    assert facts["shares"][-1][1] == facts["accuracy"] == 100 * share["verified-symbolic"]
     assert "verified-any" in capsys.readouterr().out
     # A verdict that an attack contradicts ends the command.
     wrong = results["verified-ibp"]
@@ -260,3 +266,61 @@ def test_methods_of_all_epochs_are_one(digits: Data) -> None:
     config = compose([*SMALL, "defense=mixtrain"])
     of_epoch = make_methods(config, CPU, paths=make_fast_paths(config.train, CPU))
     assert of_epoch(0) is of_epoch(7)
+
+
+class CutError(Exception):
+    """An interruption."""
+
+
+@dataclass(frozen=True)
+class Counted(Examples):
+    """Examples that count how often they are asked for, and may be cut off."""
+
+    asked: list[int] = field(default_factory=list)
+    most: int = 10**6
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(self.asked) == self.most:
+            raise CutError
+        self.asked.append(len(indices))
+        return super().batch(indices)
+
+
+def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
+    tmp_path: Path, digits: Data
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(),
+                                  torch.nn.Linear(12, 10))  # fmt: skip
+    x, labels = digits.test.images[:60].float() / 255, digits.test.labels[:60]
+    for _ in range(80):
+        F.cross_entropy(network(x), labels).backward()
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight -= 0.3 * weight.grad
+        network.zero_grad()
+    graph, names = trace(network, (1, 8, 8)), tuple("0123456789")
+
+    def subject(folder: Path, most: int = 10**6) -> Subject:
+        examples = Counted(x, labels, names, CPU, most=most)
+        correct = clean_correct(network, Examples(x, labels, names, CPU), batch_size=60)
+        return Subject(network, examples, correct, 0.03, 0.01, 0, 20, folder=folder)
+
+    radii = [0.01, 0.02, 0.05]
+    whole = subject(tmp_path / "whole")
+    result = verified(whole, graph, "ibp", radii)
+    shares = dict(map(tuple, result.settings["shares"]))
+    assert list(shares) == [0.01, 0.02, 0.03, 0.05]
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    for epsilon, share in shares.items():  # by intervals, which grow with the box, all at once
+        (alone,) = accuracy.verify(network, x, labels, epsilon=epsilon, engines=["ibp"])
+        assert share == pytest.approx(100 * alone.accuracy)
+    assert 100 > shares[0.01] > shares[0.05] and result.accuracy == shares[0.03]
+    cut = subject(tmp_path / "cut", most=5)
+    with pytest.raises(CutError):
+        verified(cut, graph, "ibp", radii)
+    again = subject(tmp_path / "cut")
+    assert verified(again, graph, "ibp", radii).settings["shares"] == result.settings["shares"]
+    counted = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
+    assert counted[1] == counted[0] - 5
+    assert not list((tmp_path / "cut").glob("*.partial.npz"))

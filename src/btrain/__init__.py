@@ -33,9 +33,14 @@ def train(overrides: Sequence[str] = (), *, model: Any = None, data: Any = None)
             stop.
     """
     from btrain import own
+    from btrain.errors import UserError
     from btrain.settings import compose as configs
     from btrain.training import train as run
 
+    if isinstance(overrides, str):
+        raise UserError(
+            f"overrides must be a list of words like {overrides.split()[:3]}, not one text."
+        )
     words = [configs.with_path_quoted(word) for word in overrides]
     for group, thing in (("model", model), ("dataset", data)):
         if thing is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -25,7 +28,11 @@ from btrain.settings import (
 )
 from btrain.settings.run import LibraryModelConfig, NamedModelConfig, PreActResNetConfig
 
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _TRIED = 8  # images
+_USUAL = 100  # channels, or layers; no network that has been published is wider and deeper
+_DEEPEST = 10_000  # layers; the modules alone take longer to make than anyone waits
+_BYTES = 8  # of memory that a weight takes at the least, with its gradient
 
 
 def find_device(name: str) -> torch.device:
@@ -36,10 +43,12 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not _DEVICE.fullmatch(name):
+        raise UserError(
+            f"device={name} is no device; there are: auto, cpu, cuda, cuda:0, cuda:1, …."
+        )
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
@@ -62,6 +71,40 @@ def free_memory(device: torch.device) -> int | None:
         return None
     available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return 1024 * int(available[0]) if available else None
+
+
+def check_size(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> None:
+    """Make sure, ahead of making it, that a network of btrain's own is one that a machine can hold.
+
+    Raises:
+        UserError: `model.width` or `model.depth` is beyond that.
+    """
+    depth = model.depth if isinstance(model, WideResNetConfig) else 0
+    if not isinstance(model, WidthConfig) or max(model.width, depth) <= _USUAL:
+        return  # the first network without numbers that a process makes takes two seconds
+    if depth > _DEEPEST:
+        raise UserError(f"model.depth must be at most {_DEEPEST}, not {depth}.")
+    size = "×".join(map(str, shape))
+    named = f"model.width={model.width} makes a network for {size} images"
+    try:
+        with torch.device("meta"):
+            network = make_model(model, classes, shape)
+        weights = sum(parameter.numel() for parameter in network.parameters())
+    except (RuntimeError, TypeError, OverflowError) as error:  # beyond 64 bits
+        raise UserError(f"{named} that no memory holds.") from error
+    needed, there = _BYTES * weights, _memory()
+    if needed > there:
+        raise UserError(
+            f"{named} with {weights:,} weights, which need {needed / 2**30:,.0f} GiB with their "
+            f"gradients; this machine has {there / 2**30:,.0f} GiB."
+        )
+
+
+def _memory() -> float:
+    """Return the bytes of memory that this machine has; infinity where it does not tell."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_data(config: Config, device: torch.device) -> Data:

@@ -25,7 +25,7 @@ from btrain.processes.launched import (
     processes,
 )
 from btrain.processes.parent import not_outliving
-from btrain.terminal import complain, say, show
+from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
 usage: btrain <command> …
@@ -88,8 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command() -> NoReturn:
-    """Run the command of this process, and ends the process."""
+    """Run the command of this process, and end the process."""
+    spell_out()
     status = main()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be told
     if status and processes() > 1:
         # gloo's threads are left running, for they could not be waited for: another process may
         # have failed. In an interpreter that takes itself apart they now and then abort.
@@ -141,13 +144,12 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
 
         show(help_text(args, task), end="")
         return
+    configs.check_words(args, task)
     configs.user_folder(args)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf.errors import OmegaConfBaseException
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error, sweep = before == "1", os.getpid()
@@ -155,13 +157,14 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     def job(cfg: Any) -> None:
         """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
         its own."""
+        spell_out()
         configs.register()
         hydra_config = HydraConfig.get()
         try:
             if hydra_config.mode is not RunMode.RUN:
                 check_alone("a sweep")
             with first_complains():
-                config = configs.from_hydra(cfg, hydra_config.overrides.task)
+                config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
             own.allow_parts(config)
             of_joblib = hydra_config.runtime.choices["hydra/launcher"] == "joblib"
             alone = not of_joblib or os.getpid() == sweep
@@ -183,23 +186,23 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     try:
         with _interrupted_by_sigterm():
             main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-        if full_error or _OF_A_JOB in vars(error):
-            raise
-        with first_complains():
-            raise configs.explain(error, args, task) from None
-    except UserError as error:
-        # Where jobs write to files of their own, what the job has said was not heard here.
-        if full_error or str(vars(error).get(_OF_A_JOB)).startswith("submitit"):
-            raise
-        sys.exit(1)
     except Exception as error:
-        if full_error or type(error).__name__ not in _NO_RESULT:
+        of_a_job = vars(error).get(_OF_A_JOB)
+        # A folder that cannot be written has an errno; Hydra's errors of files have none.
+        if full_error or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise UserError(
-            "a job of the sweep ended without a result, killed perhaps; the same command goes on "
-            "from what is done."
-        ) from None
+        if type(error).__name__ in _NO_RESULT:
+            raise UserError(
+                "a job of the sweep ended without a result, killed perhaps; the same command goes "
+                "on from what is done."
+            ) from None
+        if of_a_job is None:
+            with first_complains():
+                raise configs.explain(error, args, task) from None
+        # Where jobs write to files of their own, what the job has said was not heard here.
+        if isinstance(error, UserError) and not str(of_a_job).startswith("submitit"):
+            sys.exit(1)
+        raise
     finally:
         sys.argv = argv
         del os.environ["HYDRA_FULL_ERROR"]

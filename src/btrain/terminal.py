@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import sys
 
 from btrain.errors import printable
+
+_PLAIN = {
+    "…": "...", "–": "-", "−": "-", "“": '"', "”": '"', "’": "'", "→": "->", "×": "x", "±": "+-",
+    "·": "*", "≤": "<=", "≥": ">=", "≠": "!=", "√": "sqrt", "∞": "inf", "²": "^2", "°": " deg",
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "eps", "κ": "kappa",
+    "λ": "lambda", "σ": "sigma", "τ": "tau",
+}  # fmt: skip
+"""The signs of our sentences and tables in ASCII."""
+
+
+def spell_out() -> None:
+    """Let this process spell out, in what it prints, the characters that its terminal lacks.
+
+    Under LC_ALL=C a ± is +- and an ö its escape, and nothing ends in a UnicodeEncodeError.
+    """
+    codecs.register_error("btrain", _spelt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="btrain")
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for the characters that an encoding lacks, and where they end."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    shown = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
+    return "".join(shown), error.end
 
 
 def say(message: str, *, flush: bool = False) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
 from btrain.settings import compose as configs
+from btrain.settings import hints
 from btrain.settings.bench import BenchConfig, BenchRun
 from btrain.terminal import overwrite, show
 
@@ -65,9 +67,17 @@ def parse(args: Sequence[str]) -> tuple[BenchConfig, list[str]]:
     Raises:
         UserError: a setting of the bench is unknown, of another type or out of range.
     """
-    for argument in args:
+    keys = [f"bench.{item.name}" for item in fields(BenchConfig)]
+    if split := hints.several_words(args):
+        raise UserError(split)
+    for position, argument in enumerate(args):
+        key = argument.partition("=")[0]
+        if argument.startswith("-"):
+            raise UserError(hints.option(args[position:], keys, "btrain bench"))
         if "=" not in argument:
             raise UserError(f"{argument} is not of the form key=value; see btrain bench --help.")
+        if f"bench.{key}" in keys and key != "trust_code":
+            raise UserError(f"There is no setting {key}. Did you mean bench.{key}?")
     args = [configs.with_path_quoted(argument) for argument in args]
     args = [f"bench.{word}" if word.startswith("trust_code=") else word for word in args]
     own = [argument for argument in args if argument.lstrip("+~").startswith("bench.")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from btrain.attacks.fast_paths import check_fast_paths
-from btrain.build import load_data, make_model
+from btrain.build import check_size, load_data, make_model
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import SavedRun, image_shape, read_run
@@ -186,6 +186,7 @@ def _workload(case: Case, bench: BenchConfig, device: torch.device) -> Workload:
     if case.run is not None:
         return _trained(case.run, config.train.batch_size, device)
     shape = image_shape(config.dataset)
+    check_size(config.model, CLASSES, shape)
     torch.manual_seed(config.seed)
     network = make_model(config.model, CLASSES, shape)
     x = torch.rand(config.train.batch_size, *shape).to(device)

@@ -22,7 +22,7 @@ from btrain import __version__
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.runs.json_fields import Fields, dumped, is_number
-from btrain.settings.evaluation import CHAIN
+from btrain.settings.evaluation import CHAIN, words_for
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", *CHAIN)
@@ -30,6 +30,8 @@ STANDARD = ("clean", *CHAIN)
 CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
 PAGE = "index.html"
 SEVERITIES = 5
+SHARES = "shares"
+"""The setting of a verified accuracy that holds points (ε, percent)."""
 _LARGEST = 256 << 20  # bytes of the arrays
 _ARRAYS = ("clean", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
 _OWN = ("attack", "accuracy", "ci95", "n", "per_class", "seconds")
@@ -100,6 +102,8 @@ class Summary:
             fields.optional_number(key)
         for key in _COUNTS:
             fields.optional_count(key)
+        if fields.optional(SHARES) is not None:
+            _curve(fields, SHARES)
         for key in ("table", "extra_table"):
             table = Fields(path, fields.optional(key) or {}, f"{key}.")
             for name in table.values:
@@ -345,7 +349,7 @@ def _curve(fields: Fields, key: str) -> list[tuple[float, float]]:
         and point[1] <= 100
         for point in points
     ):
-        raise fields.wrong(key, f"a list of [{key}, accuracy]")
+        raise fields.wrong(key, f"a list of [{'ε' if key == SHARES else key}, accuracy]")
     return [(float(x), float(y)) for x, y in points]
 
 
@@ -503,7 +507,7 @@ def read_result(folder: Path, attack: str) -> Result:
     if others := sorted(map(str, elsewhere)):
         how = f"please name one of other conditions: {', '.join(others)}"
     elif (folder / "config.yaml").is_file():
-        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} attack={attack}"
+        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} {words_for(attack)}"
     else:
         how = "btrain eval makes one in a run folder"
     raise UserError(f"{folder} holds no finished evaluation {attack}{have}; {how}.")

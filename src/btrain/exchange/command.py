@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Export:
     paths = ("checkpoint", "out", *FACTORIES)
     known = [item.name for item in fields(Export) if item.name != "factories"]
     try:
-        pairs = words.parse(arguments, paths)
+        pairs = words.parse(arguments, paths, known, "btrain export")
     except UserError as error:
         raise UserError(f"{str(error).removesuffix('.')}; see btrain export --help.") from error
     given = words.once(pairs, [*known, *FACTORIES], "btrain export")

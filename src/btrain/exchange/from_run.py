@@ -51,6 +51,7 @@ _SHAPES = {
     DatasetName.cifar100: (3, 32, 32),
     DatasetName.mnist: (1, 28, 28),
     DatasetName.digits: (1, 8, 8),
+    DatasetName.mnist_sample: (1, 28, 28),
 }
 
 
@@ -106,7 +107,7 @@ class SavedRun:
         """Return a network with as many channels as there are weights for."""
         try:
             smaller = Cut.of(network, inner_channels(network)).like(network, self.weights)
-        except (ValueError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{self.path}: the network's inner_channels are wrong.") from error
         if smaller is None:
             raise UserError(f"{self.path} is no compact form of its network.")

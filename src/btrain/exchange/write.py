@@ -80,10 +80,12 @@ def compact(
     Raises:
         UserError: it has none that could be left out.
     """
-    inner = inner_channels(model)
-    if not inner:
+    try:
+        cut = Cut.of(model, inner_channels(model))
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"This network's inner_channels are wrong: {error}.") from error
+    if not cut.inner:
         raise UserError("format=compact is for networks with inner channels; this one has none.")
-    cut = Cut.of(model, inner)
     small = cut.compact(model, cut.read(model))
     return {
         "format": FORMAT,

@@ -107,22 +107,28 @@ def step_stats(
         "loss": loss * examples,
         "steps": steps.sum() + overhead * examples,
         "units": torch.full_like(loss, units),
-        **_summed(groups, weights),
+        **_summed(groups, loss.dtype, weights),
     }
     if score is not None:
         scores = {"score_wrong": wrong, "score_fell": fell, "score_stood": stood}
-        sums |= _summed({name: score * group for name, group in scores.items()}, weights)
+        of_groups = {name: score * group for name, group in scores.items()}
+        sums |= _summed(of_groups, score.dtype, weights)
     unknown = dict.fromkeys(StepStats._fields, torch.full_like(loss, math.nan))
     return StepStats(**(unknown | sums))
 
 
-def _summed(rows: dict[str, Tensor], weights: Weights | None) -> dict[str, Tensor]:
-    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
+def _summed(
+    rows: dict[str, Tensor], dtype: torch.dtype, weights: Weights | None
+) -> dict[str, Tensor]:
+    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()
+
+    Counts are floating point from here on, exact below 2^24: a GPU would convert each by itself.
+    """
     values = torch.stack([*rows.values()])
     if weights is not None:
         of = [weights.adv if name in _OF_ATTACKS else weights.clean for name in rows]
         values = values * torch.stack(of)
-    return dict(zip(rows, values.sum(dim=1).unbind(), strict=True))
+    return dict(zip(rows, values.sum(dim=1, dtype=dtype).unbind(), strict=True))
 
 
 def summed(several: Sequence[StepStats]) -> StepStats:
@@ -131,10 +137,7 @@ def summed(several: Sequence[StepStats]) -> StepStats:
 
 
 def stacked(stats: StepStats) -> Tensor:
-    """Return the statistics in one tensor of float64, in the order of the fields.
-
-    On the way integers become float32, which holds a batch's sums, below 2^24, exactly.
-    """
+    """Return the statistics in one tensor of float64, in the order of the fields."""
     return torch.stack(stats).double()
 
 

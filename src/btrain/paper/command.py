@@ -19,8 +19,8 @@ from btrain.paper.plan import ALLOCATION, Plan
 from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
+from btrain.settings import Config, hints, words
 from btrain.settings import compose as configs
-from btrain.settings import words
 from btrain.terminal import complain, say, show
 
 Command = Callable[[Sequence[str]], int]
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 _OWN = ("profile", "out", "only", "corruptions_root", "plan")
-_OF_A_TARGET = re.compile(r"(table|figure|cheapest_)\w*\.")
+_OF_A_TARGET = re.compile(r"(table|figure|cheapest_|mixtrain_|sparse_)\w*\.")
 _OF_THE_PAPER = re.compile(r"(table|figure)\d")
 
 HELP = """\
@@ -107,6 +107,12 @@ def _sorted(
     arguments: Sequence[str],
 ) -> tuple[list[str], dict[str, str], dict[str, dict[str, str]]]:
     """Return targets, each once, options by key, and options of one target by target and key."""
+    if split := hints.several_words(arguments):
+        raise UserError(split)
+    for key in (argument.partition("=")[0] for argument in arguments if "=" in argument):
+        is_known = "." in key or key in (*_OWN, *Config.__annotations__)
+        if not is_known and (meant := hints.meant(key, _OWN)):
+            raise UserError(f"There is no setting {key}. Did you mean {meant}?")
     targets = [argument for argument in arguments if "=" not in argument]
     if wrong := [target for target in targets if target.startswith("-")]:
         raise UserError(f"paper has no option {wrong[0]}; see btrain paper --help.")

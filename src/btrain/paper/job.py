@@ -14,8 +14,15 @@ from btrain.paper.target import Profile, Sweep, Target, merged, row_name, run_na
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings import compose as configs
+from btrain.settings.evaluation import EvalSettings, parse
 
-_SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
+_SYMBOLS = {
+    "attack.epsilon": "ε",
+    "bt.gamma": "γ",
+    "bt.n_b": "N_B",
+    "bt.n_r": "N_R",
+    "bt.n_o": "N_O",
+}
 _PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")
 """How the keys begin that change nothing of what is learnt."""
 _OURS = ("experiment", "seed", "run.dir", "logger.group", "logger.tags")
@@ -158,8 +165,9 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
 
 
 def _is_there(claim: Mapping[str, Any], rows: Sequence[Row]) -> bool:
-    """Return whether a claim's row is one at this scale."""
-    return claim["row"] in {row.name for row in rows}
+    """Return whether a claim's rows are some at this scale."""
+    there = {None, *(row.name for row in rows)}
+    return claim["row"] in there and claim.get("than") in there
 
 
 def _scale(config: Config) -> dict[str, Any]:
@@ -188,9 +196,13 @@ def _attacks(job: Job, rows: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for row in rows:
         for settings in job.profile.evaluations(job.target, row):
-            given = dict(setting.split("=", 1) for setting in settings)
-            names |= dict.fromkeys(given["attack"].split(","))
+            names |= dict.fromkeys(asked(settings).results)
     return list(names)
+
+
+def asked(settings: Sequence[str]) -> EvalSettings:
+    """Return what an evaluation's settings ask for, of no run, and of no folder of corruptions."""
+    return parse(["checkpoint=.", "dataset.corruptions_root=.", *settings])
 
 
 def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:

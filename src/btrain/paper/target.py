@@ -16,7 +16,8 @@ from btrain.settings import compose as configs
 class Sweep:
     """Runs that one `btrain train --multirun` makes: every experiment with every value and seed.
 
-    A key without a dot is that of a group, whose options are swept.
+    A key without a dot is that of a group, with one of its options, for Hydra would not take the
+    settings of one in a sweep over several.
     """
 
     experiments: list[str]
@@ -108,7 +109,7 @@ def read_target(name: str) -> Target:
             note=content["note"],
             baseline=content.get("baseline"),
             axis=content.get("axis"),
-            sweeps=[_sweep(run) for run in content["runs"]],
+            sweeps=[sweep for run in content["runs"] for sweep in _sweeps(run)],
             labels={row: fields["label"] for row, fields in rows.items()},
             paper={row: fields.get("paper", {}) for row, fields in rows.items()},
             evaluate=content.get("evaluate", []),
@@ -179,11 +180,16 @@ def merged(*settings: Sequence[str]) -> list[str]:
     return list(by_key.values())
 
 
-def _sweep(run: Mapping[str, Any]) -> Sweep:
-    values = run.get("sweep", {})
-    return Sweep(
-        list(run["experiments"]), {key: [str(v) for v in some] for key, some in values.items()}
-    )
+def _sweeps(run: Mapping[str, Any]) -> list[Sweep]:
+    """Return a sweep for each combination of the groups' options."""
+    values = {key: [str(v) for v in some] for key, some in run.get("sweep", {}).items()}
+    groups = [key for key in values if "." not in key]
+    return [
+        Sweep(
+            list(run["experiments"]), values | {k: [v] for k, v in zip(groups, some, strict=True)}
+        )
+        for some in itertools.product(*(values[key] for key in groups))
+    ]
 
 
 def _read(group: str, name: str) -> tuple[dict[str, Any], Path]:

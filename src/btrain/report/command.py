@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btrain.errors import UserError
-from btrain.settings import words
+from btrain.settings import hints, words
 
 HELP = """\
 usage: btrain report [--merge-seeds] RUN [RUN …]
@@ -53,6 +53,12 @@ class Arguments:
         Raises:
             UserError: there are several, or an option was given that goes with runs.
         """
+        if len(self.folders) > 1 and (self.out or self.targets is not None):
+            option = "out=" if self.out else "target="
+            raise UserError(
+                f"report {option} goes with one folder of the plans that btrain paper writes, not "
+                "with runs; their table is shown here: please leave it out."
+            )
         if len(self.folders) > 1:
             raise UserError(
                 f"report takes one folder of plans at a time, not also {self.folders[1]}."
@@ -71,6 +77,15 @@ def parse(args: Sequence[str]) -> Arguments:
     for flag in args:
         if flag.startswith("-") and flag not in _FLAGS:
             raise UserError(f"report has no option {flag}; see btrain report --help.")
+    if split := hints.several_words(args):
+        raise UserError(split)
+    for argument in args:
+        key = argument.partition("=")[0]
+        is_folder = Path(argument).expanduser().exists()
+        if "=" in argument and not is_folder and key not in _OPTIONS:
+            meant = hints.meant(key, _OPTIONS)
+            hint = f"Did you mean {meant}?" if meant else "btrain report --help lists them."
+            raise UserError(f"{argument} is neither a folder nor an option of report. {hint}")
     pairs = [argument for argument in args if argument.startswith(tuple(f"{o}=" for o in _OPTIONS))]
     given = dict(words.parse(pairs, paths=["out"]))
     watch = given.get("report.watch", "false")

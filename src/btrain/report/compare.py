@@ -39,8 +39,12 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
         UserError: a folder holds no finished run.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
+    seen: set[Path] = set()
     for folder in (folder for run in runs for folder in _run_folders(Path(run))):
         path, summary = real(folder.path), _finished(folder)
+        if path in seen:
+            raise UserError(f"{folder.path} is given twice.")
+        seen.add(path)
         name = re.sub(r"-seed\d+$", "", str(path)) if merge_seeds else str(path)
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:

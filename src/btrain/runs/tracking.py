@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,10 @@ class Tracker:
 def open_tracker(
     logger: LoggerConfig, run_dir: Path, settings: dict[str, Any], *, resumed: bool = False
 ) -> Iterator[Tracker]:
-    """Open the logger that the configuration names, and close it at the end.
+    """Open the loggers that the configuration names, and close them at the end.
 
-    Once it has started, whatever it raises becomes one warning and ends it, not the run.
+    Once one has started, whatever it raises becomes one warning and ends it, not the run nor the
+    others.
 
     Args:
         settings: the whole configuration as plain containers, shown beside the run.
@@ -44,31 +45,51 @@ def open_tracker(
             either.
 
     Raises:
-        UserError: the package is missing, or the service does not answer.
+        UserError: a package is missing, or a service does not answer.
     """
-    opened = {
+    openers = {
         LoggerName.wandb: lambda: _wandb(logger, run_dir, settings),
         LoggerName.tensorboard: lambda: _tensorboard(run_dir),
-    }.get(logger.name, lambda: nullcontext(_nowhere()))()
+    }
+    with ExitStack() as stack:
+        trackers = [
+            stack.enter_context(_open(openers[name], name.name, resumed=resumed))
+            for name in logger.names
+            if name in openers
+        ]
+
+        def log(metrics: dict[str, Any], epoch: int) -> None:
+            for tracker in trackers:
+                tracker.log(metrics, epoch)
+
+        def summarise(summary: dict[str, Any]) -> None:
+            for tracker in trackers:
+                tracker.summarise(summary)
+
+        yield Tracker(log, summarise)
+
+
+@contextmanager
+def _open(
+    opener: Callable[[], AbstractContextManager[Tracker]], name: str, *, resumed: bool
+) -> Iterator[Tracker]:
+    """Open one logger, guarded."""
+    opened = opener()
     try:
         tracker = opened.__enter__()
     except UserError as error:
         if not resumed:
             raise
         log.warning("%s The run goes on without it.", error)
-        yield _nowhere()
+        yield Tracker(lambda metrics, epoch: None, lambda summary: None)
         return
-    guarded = _Guarded(tracker, logger.name.name)
+    guarded = _Guarded(tracker, name)
     try:
         yield Tracker(guarded.log, guarded.summarise)
     except BaseException as error:
         guarded.attempt(partial(opened.__exit__, type(error), error, error.__traceback__))
         raise
     guarded.attempt(partial(opened.__exit__, None, None, None))
-
-
-def _nowhere() -> Tracker:
-    return Tracker(lambda metrics, epoch: None, lambda summary: None)
 
 
 class _Guarded:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import difflib
 import hashlib
 import math
 import os
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
 from btrain import own
 from btrain.errors import UserError
-from btrain.settings import MISSING, Config
+from btrain.settings import MISSING, Config, hints
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number
 from btrain.settings.corrupt import CorruptConfig
@@ -28,6 +28,8 @@ from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
+_DEEPEST = 50  # lists in lists of an override, of which Python's parser takes some hundreds
+_LONGEST_NUMBER = 1000  # digits; Python reads 4,300
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    from btrain.settings import user_files
+
     store = ConfigStore.instance().store
     store(name="schema", node=Config)
     store(name="corrupt_schema", node=CorruptConfig)
@@ -82,6 +86,7 @@ def register() -> None:
     for group, (_, options) in OPTIONS.items():
         for option, schema in options.items():
             store(group=group, name=f"{option.name}_schema", node=_with_free_settings(schema))
+    user_files.check_all()
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
@@ -147,12 +152,13 @@ def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
     It is that of both, of an option of the user's, of verified training or TRADES on that data set,
-    of the defense, or TRADES'.
+    of the defense, or TRADES'. A part of a data set, `mnist_sample`, has the recipes of the whole.
     """
     from hydra.core.global_hydra import GlobalHydra
 
     # Of Hydra, for it knows the user's folder, too.
     known = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    dataset = dataset.removesuffix("_sample")
     schemas = {name.name: kind for name, kind in DEFENSES.items()}
     family = "verified" if schemas.get(defense) is VerifiedConfig else "trades"
     wanted = [f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense]
@@ -190,8 +196,6 @@ def composed(overrides: Sequence[str], task: str, folder: str | None = None) -> 
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     register()
     try:
@@ -199,7 +203,7 @@ def composed(overrides: Sequence[str], task: str, folder: str | None = None) -> 
             if folder is not None:
                 _add_options(folder)
             return hydra_compose(task, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
+    except Exception as error:  # of libraries that have read what a user wrote
         raise explain(error, overrides, task) from error
 
 
@@ -259,6 +263,31 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     return [*options, *settings]
 
 
+def check_words(arguments: Sequence[str], task: str) -> None:
+    """Raise UserError for words that are no settings, and for options that Hydra does not have."""
+    from hydra._internal.utils import get_args_parser
+
+    command = f"btrain {TASKS[task].command}"
+    if split := hints.several_words(_settings_among(arguments)):
+        raise UserError(split)
+
+    class Parser(argparse.ArgumentParser):
+        """Hydra's options, a mistake with which is one sentence."""
+
+        def error(self, message: str) -> NoReturn:
+            message = message.removeprefix("argument ").replace("(choose from", "(there are:")
+            message = message.replace("expected one argument", "a value is missing")
+            raise UserError(f"{message}; see {command} --help.")
+
+    parser = Parser(parents=[get_args_parser()], add_help=False)
+    wanted = [word for word in arguments if word not in ("--version", "--hydra-help")]
+    _, unknown = parser.parse_known_args(wanted)
+    for position, argument in enumerate(arguments):
+        if argument in unknown and argument.startswith("-"):
+            keys = _all_keys(TASKS[task].schema, "")
+            raise UserError(hints.option(arguments[position:], keys, command))
+
+
 def user_folder(arguments: Sequence[str]) -> str | None:
     """Return the folder of options that `--config-dir` adds, if any.
 
@@ -275,7 +304,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def options(group: str, folder: str | None = None) -> list[str]:
+def options_of(group: str, folder: str | None = None) -> list[str]:
     """Return the options of a group, with those of the user's folder."""
     folders = [config_dir(), *([] if folder is None else [folder])]
     files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
@@ -298,6 +327,25 @@ def jobs_at_once() -> int | None:
         return None
     jobs = hydra.launcher.n_jobs or 1
     return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
+
+
+def resolved(overrides: Any) -> list[str]:
+    """Return the overrides of a job, which Hydra keeps beside what they refer to.
+
+    Raises:
+        UserError: one refers to what is not there.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    typed = cast(list[str], OmegaConf.to_container(overrides, resolve=False))
+    found = []
+    for i, override in enumerate(typed):
+        try:
+            found.append(str(overrides[i]))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{override}: {_reason(error)}.") from error
+    return found
 
 
 def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
@@ -325,6 +373,8 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
+    if removed := _removed(overrides, OmegaConf.get_type(cfg)):
+        raise UserError(f"{removed} takes away what every run needs.")
     try:
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
@@ -443,12 +493,24 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
 
 
 def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> UserError:
-    """Return one sentence for what Hydra or OmegaConf raised in composing a configuration."""
-    if override := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
-        return UserError(f"{override.group(1)} gives several values; a sweep needs --multirun.")
+    """Return one sentence for what was raised in composing a configuration.
+
+    Args:
+        overrides: the words of the command line; its options may be among them.
+    """
+    cause: BaseException = error.__cause__ or error
+    for known in (error, cause):
+        if isinstance(known, UserError):  # of a resolver, or of a file of the user's
+            return known
+    folder, overrides = user_folder(overrides), _settings_among(overrides)
+    if several := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
+        return UserError(f"{several.group(1)} gives several values; a sweep needs --multirun.")
     if type(error).__name__ == "OverrideParseException":
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
-    cause, folder = error.__cause__ or error, user_folder(overrides)
+    if removed := _removed(overrides, TASKS[task].schema):
+        return UserError(f"{removed} takes away what every run needs.")
+    if part := _of_null(overrides, task) if isinstance(cause, AssertionError) else None:
+        return UserError(part)
     unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
         r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
         str(cause).split("\n")[0] + "\n",
@@ -468,23 +530,82 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(
             f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
         )
-    if key:
-        return UserError(f"{key.group(1)}: {_first_line(cause)}")
+    if key and not key.group(1).startswith("["):
+        return UserError(f"{key.group(1)}: {_reason(cause)}.")
     for group, _, value in (override.partition("=") for override in overrides):
-        known = options(group, folder) if group else []
-        if known and not value.startswith("_") and value not in known:
+        known_options = options_of(group, folder) if group else []
+        if known_options and not value.startswith("_") and value not in known_options:
             return UserError(_unknown_option(group, value, folder))
-    return UserError(_first_line(cause))
+    for override in overrides:
+        if override.count("[") + override.count("{") > _DEEPEST:
+            return UserError(f"{override.partition('=')[0]} is nested too deeply.")
+        if re.search(rf"\d{{{_LONGEST_NUMBER}}}", override):
+            return UserError(f"{override.partition('=')[0]} has too many digits.")
+    if isinstance(cause, RecursionError):
+        return UserError("Options name each other in their defaults, without end.")
+    return UserError(f"{_reason(cause)}.")
+
+
+def _settings_among(arguments: Sequence[str]) -> list[str]:
+    """Return the words that set, add or remove something, without Hydra's options."""
+    words, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in _WITH_A_VALUE and rest and "=" not in rest[0]:
+            rest.pop(0)
+        elif not argument.startswith("-"):
+            words.append(argument)
+    return words
+
+
+def _removed(overrides: Sequence[str], schema: type | None) -> str | None:
+    """Return the override that removes what every run has, or None."""
+    kept = schema.__annotations__ if schema is not None else {}
+    for override in overrides:
+        group, _, rest = override[1:].partition("=")[0].partition(".")
+        if override[:1] == "~" and group in kept and not rest.startswith(f"{FREE}."):
+            return override
+    return None
+
+
+def _of_null(overrides: Sequence[str], task: str) -> str | None:
+    """Return a sentence on an override of what is in a part that is null, None without one."""
+    for override in overrides:
+        parts = override.lstrip("+~").partition("=")[0].split(".")
+        if len(parts) > 2 and parts[0] in OPTIONS and task == "train":
+            group, part, *_ = parts
+            files = {
+                name: Path(config_dir()) / group / f"{name}.yaml" for name in options_of(group)
+            }
+            having = [name for name, file in files.items() if read_yaml(file).get(part)]
+            if having:
+                return f"{override}: {group}.{part} is null here; {group}={having[0]} has it."
+    return None
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def _reason(error: BaseException) -> str:
+    """Return the line of a library's message that says what is wrong, without a full stop.
+
+    That is the first one, or the next where the first one ends in a colon.
+    """
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    line = lines[0]
+    if line.endswith(":") and len(lines) > 1:
+        line = f"{line} {lines[1]}"
+    line = re.sub(r"\w+ raised while (resolving interpolation|composing config): ", "", line)
+    if re.match(r"(mismatched|extraneous|missing|token|no viable) ", line):  # of its grammar
+        return "what stands in ${…} cannot be read"
+    return re.sub(r"^_(\w+\(\))", r"\1", line).strip('"').rstrip(".")
+
+
 def _unknown_key(key: str, schema: type) -> str:
-    close = difflib.get_close_matches(key, _all_keys(schema, ""), n=1)
+    meant = hints.meant(key, _all_keys(schema, ""))
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
-    hint = f"Did you mean {close[0]}?" if close else f"`btrain {command} --help` lists them."
+    hint = f"Did you mean {meant}?" if meant else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
 
 
@@ -523,17 +644,26 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
             f"hydra/launcher={option} is not installed; pip install 'btrain[sweep]' brings joblib, "
             "submitit_local and submitit_slurm."
         )
-    return f"{group}={option} is no option; there are: {', '.join(options(group, folder))}."
+    if group == "hydra/sweeper":
+        return (
+            f"hydra/sweeper={option} is not installed; there is basic, which tries every "
+            f"combination. `pip install hydra-{option}-sweeper` may bring it."
+        )
+    return f"{group}={option} is no option; there are: {', '.join(options_of(group, folder))}."
 
 
 def _all_keys(node: type, prefix: str) -> list[str]:
-    """Return the keys of a schema with those of every option of its groups, each once."""
-    keys = []
+    """Return the keys that can be given: of a schema and of every option of its groups, each once.
+
+    A group without options has settings alone.
+    """
+    keys = [] if prefix or node is not Config else ["experiment"]
     for name, kind in get_type_hints(node).items():
         if get_origin(kind) is ClassVar:
             continue
-        keys.append(prefix + name)
         options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
+        if not dataclasses.is_dataclass(kind) or (not prefix and options_of(name)):
+            keys.append(prefix + name)
         for option in options:
             if dataclasses.is_dataclass(option):
                 keys += _all_keys(cast(type, option), f"{prefix}{name}.")

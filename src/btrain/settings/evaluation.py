@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
-from btrain.settings import Config, words
+from btrain.settings import Config, hints, words
 from btrain.settings.checks import at_least, pixels, seed_in_range
 from btrain.settings.method import ENGINES
 
@@ -42,6 +42,22 @@ class PgdSettings:
         return f"pgd{self.steps}x{self.restarts}-{self.loss}{size}{last}"
 
 
+def words_for(attack: str) -> str:
+    """Return the words of `btrain eval` that make an attack of this name: `attack.steps=50`."""
+    own = _OWN_PGD.fullmatch(attack)
+    if own is None:
+        return f"attack={attack}"
+    usual = {"steps": "20", "restarts": "1", "loss": "ce", "step_size": None}
+    changes = [f"attack.{key}={own[key]}" for key in usual if own[key] not in (usual[key], None)]
+    preset = ["attack=pgd20"] if attack.endswith("-last") else []
+    return " ".join([*preset, *changes]) or "attack=custom"
+
+
+_OWN_PGD = re.compile(
+    r"pgd(?P<steps>\d+)x(?P<restarts>\d+)-(?P<loss>[a-z]+)(-step(?P<step_size>[\d.e-]+))?(-last)?"
+)
+"""A name as `PgdSettings.name` makes it."""
+
 PRESETS = {
     "pgd20": PgdSettings(20, last_iterate=True),  # as published with TRADES
     "pgd100x10": PgdSettings(100, restarts=10),
@@ -52,6 +68,8 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
+VERIFIED = "verified-"
+"""The beginning of the names of verified accuracies; the engine follows."""
 INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
 ATTACKS = (
     *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
@@ -87,11 +105,13 @@ class EvalSettings:
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
         verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
+        verify_epsilon: other radii at which each engine verifies, as they were typed.
     """
 
     checkpoint: str = ""
     attacks: list[str] = field(default_factory=lambda: ["pgd20"])
     verify: list[str] = field(default_factory=list)
+    verify_epsilon: list[str] = field(default_factory=list)
     pgd: PgdChanges = field(default_factory=PgdChanges)
     extra_corruptions: bool = False
     corruptions_root: str | None = None
@@ -140,7 +160,27 @@ class EvalSettings:
         interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
         return [f"verify={engine}" for engine in self.verify] + interval
 
+    @property
+    def results(self) -> list[str]:
+        """Return the names of the results, but for the clean accuracy, which always is there."""
+        pgd = (*PRESETS, "custom")
+        attacks = [self.pgd_attack(name)[0] if name in pgd else name for name in self.attacks]
+        return [name for name in attacks if name != "clean"] + self.verified
+
+    @property
+    def verified(self) -> list[str]:
+        """Return the names of the verified accuracies."""
+        return [f"{VERIFIED}{engine.replace('+', '-')}" for engine in self.verify]
+
+    @property
+    def radii(self) -> list[float]:
+        """Return the other radii at which is verified, rising."""
+        key = "verify.epsilon"
+        return sorted({pixels(key, typed, "linf") for typed in self.verify_epsilon})
+
     def _check_bounds(self) -> None:
+        if self.radii and not self.verify:
+            raise UserError("verify.epsilon goes with verify=, which names the engines.")
         for engine in self.verify:
             for name in engine.split("+"):
                 _one_of("verify", name, (*ENGINES, "any"))
@@ -193,6 +233,7 @@ attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
                            PGD of your own; also changes a preset
 verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
                            which images no attack within epsilon (L∞) can break
+verify.epsilon=E[,E …]     the same at other radii, for the page's curves
 attack.extra_corruptions=true
                            the 4 extra corruptions, too; they are no part of the mean
 dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
@@ -217,6 +258,7 @@ _FIELDS = {
     "attack": "attacks",
     **{f"attack.{key}": f"pgd.{key}" for key in PgdChanges.__annotations__},
     "attack.extra_corruptions": "extra_corruptions",
+    "verify.epsilon": "verify_epsilon",
     "dataset.corruptions_root": "corruptions_root",
     "eval.batch_size": "batch_size",
 }
@@ -224,6 +266,7 @@ _WORDS = (
     *("checkpoint", "norm", "epsilon", "seed", "device", "precision", "sanity", "report", "out"),
     *("trust_code", "verify", *_FIELDS),
 )
+_LISTS = ("attack", "verify", "verify.epsilon")
 # Words that go to the configuration: what decides test images and network.
 _CONFIG = (
     *("dataset", "dataset.root", "dataset.download", "dataset.image_size"),
@@ -242,7 +285,10 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
         UserError: an argument is no key=value, a key is unknown, or a value wrong.
     """
     known = (*_WORDS, *_CONFIG, *FACTORIES)
-    given = words.once(words.parse(arguments, _PATHS), known, "btrain eval", free=_FREE)
+    if arguments and not any("=" in word or word.startswith("-") for word in arguments):
+        raise UserError(f"{arguments[-1]} is no setting; did you mean checkpoint={arguments[-1]}?")
+    pairs = words.parse(arguments, _PATHS, known, "btrain eval")
+    given = words.once(pairs, known, "btrain eval", free=_FREE)
     if "checkpoint" not in given:
         raise UserError("eval needs checkpoint=, a run folder or a file; see btrain eval --help.")
     values: dict[str, Any] = {"config": {}, "factories": {}}
@@ -255,7 +301,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
         elif key in _CONFIG or key in FACTORIES or _FREE.fullmatch(key):
             values["config"][key] = value
         else:
-            values[key] = words.names(text) if key in ("attack", "verify") else value
+            values[key] = words.names(text) if key in _LISTS else value
     if "attack" not in given and any(_FIELDS.get(key, "").startswith("pgd.") for key in given):
         values["attack"] = ["custom"]
     return words.filled(EvalSettings, values, _FIELDS)
@@ -267,10 +313,21 @@ def parse_compare(arguments: Sequence[str]) -> tuple[Path, Path, str]:
     Raises:
         UserError: there are not two folders, or there is another setting.
     """
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("-")
+        if argument.startswith("-") or (key != "attack" and hints.meant(key, ["attack"])):
+            raise UserError(
+                f"{argument} is no folder, and the one setting of compare is attack=NAME."
+            )
     folders = [argument for argument in arguments if not argument.startswith("attack=")]
     attack = [argument.removeprefix("attack=") for argument in arguments if argument not in folders]
     if len(folders) != 2 or len(attack) > 1:
         raise UserError("compare needs two folders: btrain eval compare A B [attack=pgd20].")
+    if attack and attack[0] in ("all", "custom"):
+        raise UserError(
+            f"attack={attack[0]} names no result; compare takes the name of its file in RUN/eval, "
+            "like pgd20 or pgd50x1-ce."
+        )
     return Path(folders[0]), Path(folders[1]), attack[0] if attack else "pgd20"
 
 
@@ -333,9 +390,9 @@ def _check_attacks(names: Sequence[str]) -> None:
 
 
 def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
-    from difflib import get_close_matches
-
     if value not in options:
-        close = get_close_matches(value, options, n=1)
-        meant = f" Did you mean {close[0]}?" if close else ""
+        if key == "attack" and _OWN_PGD.fullmatch(value):
+            raise UserError(f"attack={value} is the name of a result; write {words_for(value)}.")
+        close = hints.meant(value, options)
+        meant = f" Did you mean {close}?" if close else ""
         raise UserError(f"{key}={value} is no option; there are: {', '.join(options)}.{meant}")

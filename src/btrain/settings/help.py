@@ -68,7 +68,7 @@ def _section(
         return _row(f"{key}={_shown(cfg, key, node)}", told.get(key, "")) + "\n"
     lines = [""]
     if is_group:
-        options = configs.options(key, folder)
+        options = configs.options_of(key, folder)
         chosen = _chosen(node, options)
         lines.append(f"{key}={chosen or '…'}")
         told = comments(key, chosen or "", folder, task)
@@ -238,6 +238,8 @@ _OF_THE_SCHEMA = {
     "recipe.early_stop_on_collapse": "end ahead of an epoch in which PGD accuracy collapsed",
     "recipe.ema": "decay of the weights' moving average, which is then what is evaluated; 0: none",
     "recipe.clip_norm": "longest gradient of all weights together; null: any",
+    "logger.wandb": "whether it is one of the loggers: logger=[wandb,tensorboard]",
+    "logger.tensorboard": "whether it is one of the loggers",
     "logger.mode": "of wandb alone",
     "logger.project": "of wandb alone",
     "logger.group": "of wandb alone: runs of one row of a table",

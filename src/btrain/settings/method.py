@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from btrain.errors import UserError
 from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require
 from btrain.settings.names import (
     AllocatorName,
@@ -566,7 +567,11 @@ class BulletTrainConfig(ChoosingConfig):
     def check_order(self) -> None:
         """Raise UserError unless N_O ≤ N_R ≤ N_B."""
         require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
-        require(self.n_r <= self.n_b, "bt.n_r", f"at most bt.n_b = {self.n_b}", self.n_r)
+        if self.n_r > self.n_b:
+            raise UserError(
+                f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a robust "
+                "example gets no more steps than a boundary one."
+            )
         share = "1 where robust examples take no step (bt.n_r=0)"
         require(self.n_r > 0 or self.robust_share == 1, "bt.robust_share", share, self.robust_share)
 

@@ -10,6 +10,7 @@ class DatasetName(Enum):
     cifar100 = "cifar100"
     mnist = "mnist"
     digits = "digits"
+    mnist_sample = "mnist_sample"
     imagefolder = "imagefolder"
     own = "own"
 

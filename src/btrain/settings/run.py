@@ -113,6 +113,7 @@ DATASETS: dict[DatasetName, type[DatasetConfig]] = {
     DatasetName.cifar100: FilesConfig,
     DatasetName.mnist: FilesConfig,
     DatasetName.digits: DatasetConfig,
+    DatasetName.mnist_sample: DatasetConfig,
     DatasetName.imagefolder: ImageFolderConfig,
     DatasetName.own: OwnDatasetConfig,
 }
@@ -275,11 +276,21 @@ class RecipeConfig:
 
 @dataclass
 class LoggerConfig:
+    """The loggers of a run: `name`, and each whose own option was chosen beside it."""
+
     name: LoggerName = MISSING
+    wandb: bool = False
+    tensorboard: bool = False
     mode: WandbMode = WandbMode.online
     project: str = "btrain"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[LoggerName]:
+        """Return all of them, each once."""
+        beside = {LoggerName.wandb: self.wandb, LoggerName.tensorboard: self.tensorboard}
+        return [name for name in LoggerName if name is self.name or beside.get(name)]
 
 
 @dataclass

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from btrain.errors import UserError
+from btrain.settings import hints
 from btrain.settings.checks import number
 
 _T = TypeVar("_T")
 
 
-def parse(arguments: Sequence[str], paths: Collection[str] = ()) -> list[tuple[str, str]]:
+def parse(
+    arguments: Sequence[str],
+    paths: Collection[str] = (),
+    known: Collection[str] = (),
+    command: str = "",
+) -> list[tuple[str, str]]:
     """Return key and value of every argument, in order, by the grammar of Hydra's overrides.
 
     A value is text as it was typed, without the quotation marks around all of it.
 
     Args:
         paths: keys whose values, unless they are quoted, are taken whatever they contain.
+        known: the keys that the command has, for hints.
+        command: whose --help lists them.
 
     Raises:
         UserError: an argument is not of the form key=value, or a value is empty.
     """
+    for position, argument in enumerate(arguments if known else ()):
+        if argument.startswith("-"):
+            raise UserError(hints.option(arguments[position:], known, command))
+    if split := hints.several_words(arguments):
+        raise UserError(split)
     return [_parsed(argument, paths) for argument in arguments]
 
 
@@ -38,7 +50,7 @@ def _parsed(argument: str, paths: Collection[str]) -> tuple[str, str]:
     if key not in paths or is_quoted:
         try:
             value = OverridesParser.create().parse_override(argument).value()
-        except HydraException as error:
+        except (HydraException, RecursionError, ValueError) as error:
             raise UserError(f"{argument} is not of the form key=value.") from error
         typed = value if is_quoted and isinstance(value, str) else typed
     if not typed:
@@ -70,8 +82,8 @@ def once(
     given: dict[str, str] = {}
     for key, value in pairs:
         if key not in known and not (free and free.fullmatch(key)):
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"{command} --help lists them."
+            meant = hints.meant(key, known)
+            hint = f"Did you mean {meant}?" if meant else f"{command} --help lists them."
             raise UserError(f"There is no setting {key}. {hint}")
         if key in given:
             raise UserError(f"{key} is given twice.")

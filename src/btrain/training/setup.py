@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from btrain.attacks.kept import KNOWN, STORE
-from btrain.build import check_network, free_memory, make_model
+from btrain.build import check_network, check_size, free_memory, make_model
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
@@ -60,6 +60,7 @@ def check_radius(config: Config, data: Data) -> None:
 
 def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
     """Return the state of a run that has not begun."""
+    check_size(config.model, len(data.classes), data.shape)
     torch.manual_seed(config.seed)
     model = make_model(config.model, len(data.classes), data.shape).to(device)
     if isinstance(config.defense, VerifiedConfig) and config.defense.shi_init:

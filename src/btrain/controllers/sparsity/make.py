@@ -144,20 +144,20 @@ def make_channels(
     written = f"sparsity={sparsity.name.name}"
     thin(sparsity.exclude, model, data, beside)  # for names that are none
     thinned = thin([], model, data, beside)
-    inner = [
-        one
-        for one in inner_channels(model, sparsity.exclude)
-        if one.maker in thinned.weights and one.reader in thinned.weights
-    ]
-    if not inner:
+    try:
+        trained = [
+            inner
+            for inner in inner_channels(model, sparsity.exclude)
+            if inner.maker in thinned.weights and inner.reader in thinned.weights
+        ]
+        cut = Cut.of(model, trained)
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{written}: this network's inner_channels are wrong: {error}.") from error
+    if not cut.inner:
         raise UserError(
             f"{written}: there are no channels in this network that could be taken out; a module "
             "tells of its own by inner_channels, and sparsity.exclude leaves some."
         )
-    try:
-        cut = Cut.of(model, inner)
-    except (ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"{written}: this network's inner_channels are wrong: {error}.") from error
     share = share_for(cut, thinned, sparsity.macs_share)
     if share is None:
         raise UserError(

@@ -15,6 +15,7 @@ DATA = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "mnist": "MNIST",
+    "mnist_sample": "MNIST",
     "digits": "UCI's digits",
 }
 
@@ -22,6 +23,7 @@ IMAGES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "mnist": (60_000, 10_000),
+    "mnist_sample": (10_000, 2_000),
     "digits": (1_442, 355),
 }
 """The numbers for training and for the test."""
