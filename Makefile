@@ -52,8 +52,9 @@ paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smok
 $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 	$(call reproduce,$@)
 
-cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
-	$(call reproduce,cheapest_table cheapest_mnist)
+cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu COLOUR=dataset.root=PATH MNIST=dataset.root=PATH)
+	$(call reproduce,cheapest_table) out=runs/cheapest/$(PROFILE) $(COLOUR)
+	$(call reproduce,cheapest_mnist) out=runs/cheapest/$(PROFILE)-mnist $(MNIST)
 
 mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper)
 	$(call reproduce,mixtrain_table mixtrain_front)
