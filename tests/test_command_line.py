@@ -10,12 +10,12 @@ import btrain
 from btrain.cli import main
 from btrain.errors import UserError
 from btrain.settings import hints
-from btrain.settings.compose import TASKS, _all_keys, check_words
+from btrain.settings.compose import TASKS, check_words, keys_of
 from btrain.settings.evaluation import CUSTOM, PRESETS, parse, parse_compare, words_for
 from btrain.settings.user_files import CheckedFiles
 
 Capture = pytest.CaptureFixture[str]
-KEYS = {task: _all_keys(of.schema, "") for task, of in TASKS.items()}
+KEYS = {task: keys_of(of.schema) for task, of in TASKS.items()}
 
 
 def one_sentence(capsys: Capture, *arguments: str) -> str:

@@ -33,7 +33,8 @@ commands:
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
-`btrain <command> --help` tells more, `btrain --version` the version.
+`btrain <command> --help` tells more, `btrain --version` the version;
+`eval "$(btrain --completion bash)"`, or zsh or fish, completes these words at Tab.
 """
 
 
@@ -46,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         show(f"btrain {__version__}")
         return 0
+    if args[0] == "--complete":  # as the shells' scripts ask
+        from btrain.completion import candidates
+
+        show("".join(f"{word}\n" for word in candidates(args[1:])), end="")
+        return 0
+    if args[0] == "--completion":
+        return _completion(args[1:])
     if args[0] not in COMMANDS:
         complain(f"there is no command {args[0]}; see btrain --help.")
         return 2
@@ -91,6 +99,18 @@ def run_command() -> NoReturn:
             sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _completion(args: list[str]) -> int:
+    """Show what makes a shell complete the words of btrain."""
+    from btrain.completion import script
+
+    try:
+        show(script(" ".join(args)), end="")
+    except UserError as error:
+        complain(error)
+        return 1
+    return 0
 
 
 def _train(args: list[str]) -> None:

@@ -251,8 +251,10 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     wanted = [word for word in arguments if word not in ("--version", "--hydra-help")]
     _, unknown = parser.parse_known_args(wanted)
     for position, argument in enumerate(arguments):
+        if argument in ("--shell-completion", "-sc"):
+            raise UserError('Tab completion comes by eval "$(btrain --completion bash)".')
         if argument in unknown and argument.startswith("-"):
-            keys = _all_keys(TASKS[task].schema, "")
+            keys = keys_of(TASKS[task].schema)
             raise UserError(hints.option(arguments[position:], keys, command))
 
 
@@ -590,7 +592,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    meant = hints.meant(key, _all_keys(schema, ""))
+    meant = hints.meant(key, keys_of(schema))
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {meant}?" if meant else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
@@ -639,7 +641,7 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
     return f"{group}={option} is no option; there are: {', '.join(_options(group, folder))}."
 
 
-def _all_keys(node: type, prefix: str) -> list[str]:
+def keys_of(node: type, prefix: str = "") -> list[str]:
     """Return the keys that can be given: of a schema and of every option of its groups, each once.
 
     A group without options has settings alone.
@@ -653,5 +655,5 @@ def _all_keys(node: type, prefix: str) -> list[str]:
             keys.append(prefix + name)
         for option in options:
             if dataclasses.is_dataclass(option):
-                keys += _all_keys(cast(type, option), f"{prefix}{name}.")
+                keys += keys_of(cast(type, option), f"{prefix}{name}.")
     return list(dict.fromkeys(keys))
