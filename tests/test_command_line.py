@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 import btrain
 from btrain.cli import main
 from btrain.errors import UserError
 from btrain.settings import hints
-from btrain.settings.compose import TASKS, check_words, keys_of
+from btrain.settings.compose import TASKS, check_search, check_words, keys_of
 from btrain.settings.evaluation import CUSTOM, PRESETS, parse, parse_compare, words_for
 from btrain.settings.user_files import CheckedFiles
+from composing import compose
 
 Capture = pytest.CaptureFixture[str]
 KEYS = {task: keys_of(of.schema) for task, of in TASKS.items()}
@@ -171,7 +175,7 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         (["data", "corrupt", "--seed", "3"], "without dashes: corrupt.seed=3."),
         (
             ["train", "hydra/sweeper=optuna"],
-            "hydra/sweeper=optuna is not installed; there is basic",
+            "is not installed; pip install 'btrain[optuna]'",
         ),
         (["train", "bt.n_b=0"], "bt.n_r must be at most bt.n_b = 0, not 2; set both"),
         (["train", "attack.augmix.width=3"], "attack.augmix is null here; attack=augmix has it."),
@@ -206,6 +210,20 @@ def test_a_command_says_in_one_sentence_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     assert told in one_sentence(capsys, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+@pytest.mark.parametrize("held_out", [0, 100])
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_a_sweep_that_chooses_needs_held_out_images(
+    sweeper: str, held_out: int, mode: RunMode
+) -> None:
+    config = compose([f"dataset.val_examples={held_out}"])
+    hydra = OmegaConf.create({"mode": mode, "runtime": {"choices": {"hydra/sweeper": sweeper}}})
+    refused = sweeper == "optuna" and not held_out and mode is RunMode.MULTIRUN
+    told = pytest.raises(UserError, match=r"please give dataset\.val_examples=N")
+    with told if refused else nullcontext():
+        check_search(config, hydra)
 
 
 def test_from_python_a_text_is_no_list() -> None:

@@ -117,10 +117,11 @@ def _train(args: list[str]) -> None:
     """Run `btrain.training.train`, once a job."""
     from btrain.settings import compose as configs
 
-    def run(config: Any) -> None:
+    def run(config: Any) -> float | None:
         from btrain.training import train
 
-        train(config, jobs=configs.jobs_at_once())
+        summary = train(config, jobs=configs.jobs_at_once())
+        return summary.get("best_val_acc")  # what a sweeper that searches goes by
 
     _run_with_hydra("train", args, run)
 
@@ -141,7 +142,7 @@ def _data(args: list[str]) -> None:
     _run_with_hydra("corrupt", args[1:], run)
 
 
-def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> None:
+def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) -> None:
     """Compose the task's configuration with Hydra and runs it, once a job."""
     from btrain.settings import compose as configs
 
@@ -162,9 +163,11 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error = before == "1"
 
-    def job(cfg: Any) -> None:
-        """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
-        its own."""
+    def job(cfg: Any) -> object:
+        """Run one job, and return what it came to.
+
+        By joblib's or submitit's launcher it is pickled, and runs in a process of its own.
+        """
         spell_out()
         configs.register()
         hydra_config = HydraConfig.get()
@@ -174,7 +177,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
             with first_complains():
                 config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
             own.allow_parts(config)
-            run(config)
+            configs.check_search(config, hydra_config)
+            return run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):

@@ -332,6 +332,22 @@ def jobs_at_once() -> int | None:
     return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
 
 
+def check_search(config: Any, hydra_config: Any) -> None:
+    """Raise UserError for a sweep that chooses values by what came out, without held-out images.
+
+    The test set chooses nothing.
+    """
+    sweeper = hydra_config.runtime.choices["hydra/sweeper"]
+    is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    if is_sweep and sweeper != "basic":
+        held_out = config.dataset.val_examples if isinstance(config, Config) else 0
+        if not held_out:
+            raise UserError(
+                f"hydra/sweeper={sweeper} goes by the accuracy on held-out images; please give "
+                "dataset.val_examples=N."
+            )
+
+
 def resolved(overrides: Any) -> list[str]:
     """Return the overrides of a job, which Hydra keeps beside what they refer to.
 
@@ -534,7 +550,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
             return UserError(f"{override.partition('=')[0]} has too many digits.")
     if isinstance(cause, RecursionError):
         return UserError("Options name each other in their defaults, without end.")
-    return UserError(f"{_reason(cause)}.")
+    return UserError(f"{_reason(cause) or type(cause).__name__}.")
 
 
 def _settings_among(arguments: Sequence[str]) -> list[str]:
@@ -635,8 +651,8 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
         )
     if group == "hydra/sweeper":
         return (
-            f"hydra/sweeper={option} is not installed; there is basic, which tries every "
-            f"combination. `pip install hydra-{option}-sweeper` may bring it."
+            f"hydra/sweeper={option} is not installed; pip install 'btrain[optuna]' brings optuna. "
+            "Without hydra/sweeper= every combination is tried."
         )
     return f"{group}={option} is no option; there are: {', '.join(_options(group, folder))}."
 
