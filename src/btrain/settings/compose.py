@@ -19,7 +19,7 @@ from btrain import own
 from btrain.errors import UserError
 from btrain.settings import MISSING, Config, hints
 from btrain.settings.bench import BenchRun
-from btrain.settings.checks import number
+from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.run import DATASETS, MODELS
@@ -403,6 +403,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
+    within_64_bits(dataclasses.asdict(config))
     if isinstance(config, Config) and config.run.dir is None:
         config.run.dir = str(Path("runs") / run_name(config, overrides))
     return config
@@ -654,7 +655,8 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
             f"hydra/sweeper={option} is not installed; pip install 'btrain[optuna]' brings optuna. "
             "Without hydra/sweeper= every combination is tried."
         )
-    return f"{group}={option} is no option; there are: {', '.join(_options(group, folder))}."
+    there = ", ".join(_options(group, folder))
+    return f"{group}={option} is no option{f'; there are: {there}' if there else ''}."
 
 
 def keys_of(node: type, prefix: str = "") -> list[str]:
