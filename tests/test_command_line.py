@@ -322,17 +322,13 @@ def test_a_run_with_such_a_file_says_so(
     ("overrides", "told"),
     [
         (["model.width=9223372036854775807"], "makes a network for 1×8×8 images that no memory"),
-        (["model.width=99999999999999999999999"], "that no memory holds."),
+        (["model.width=99999999999999999999999"], "model.width must be below 2^63"),
         (
             ["model.width=1000000"],
             "weights, which need 238,425 GiB with their gradients; this mach",
         ),
         (
             ["model=wrn_40_2", "model.depth=9223372036854775804"],
-            "model.depth must be at most 10000",
-        ),
-        (
-            ["model=wrn_40_2", "model.depth=9223372036854775808"],
             "model.depth must be at most 10000",
         ),
         (["device=gpu"], "device=gpu is no device; there are: auto, cpu, cuda, cuda:0, cuda:1, …."),

@@ -395,7 +395,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     if removed := _removed(overrides, OmegaConf.get_type(cfg)):
         raise UserError(f"{removed} takes away what every run needs.")
     try:
-        config = OmegaConf.to_object(cfg)
+        config: Any = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} has no default; please give {error.full_key}=…."
