@@ -6,14 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7
+PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) demo bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck clean
+.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing btrain into $(VENV) (a minute or two) …"
@@ -33,8 +33,12 @@ $(VENV)/.installed-paper: $(VENV)/.installed
 
 setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
 
-demo: $(VENV)/.installed  ## train TRADES with and without BulletTrain on real digits, compare them
-	scripts/demo.sh
+$(VENV)/.installed-report: $(VENV)/.installed
+	$(PIP) --editable ".[report]"
+	@touch $@
+
+demo: $(VENV)/.installed-report  ## TRADES with and without BulletTrain on a part of MNIST, three seeds (two minutes on two cores)
+	python scripts/demo.py
 
 # One thread a run: small networks gain nothing by more, and JOBS runs go side by side.
 define reproduce
@@ -48,14 +52,27 @@ paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smok
 $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 	$(call reproduce,$@)
 
+cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
+	$(call reproduce,cheapest_table cheapest_mnist)
+
+mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper)
+	$(call reproduce,mixtrain_table mixtrain_front)
+
+mixtrain_choice: $(VENV)/.installed-paper  ## BulletTrain's choice of the images that MixTrain bounds, beside chance (PROFILE=cpu: 5 seeds)
+	$(call reproduce,mixtrain_choice1 mixtrain_choice5)
+
+hero: $(VENV)/.installed-report  ## the README's picture, from results/
+	python scripts/hero.py
+
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)
 
 bench-gpu: $(VENV)/.installed  ## the fixed set for one CUDA device, under eight minutes
 	btrain bench gpu
 
+# A core takes one file after another, in the order that tests/conftest.py gives them.
 test: lint typecheck  ## lint, type check and run all tests, on every core
-	python -m pytest --numprocesses=auto --dist=loadfile
+	python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
 	python scripts/same_bits.py $(SAME)
@@ -79,6 +96,11 @@ format: setup  ## reformat the sources
 
 typecheck: setup  ## mypy, strict
 	mypy
+
+dist: setup  ## wheel and source archive under dist/, checked as an index would
+	rm -rf dist
+	python -m build --outdir dist
+	twine check --strict dist/*
 
 clean:  ## remove everything that make made; runs and data stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 `main` is for a process of its own, for it forks: each run is a child of a parent that has imported
 torch and computed nothing. It prints a JSON object; an AssertionError names the point that failed.
+So does `families`, for runs of several processes, of which one is killed; those are forks, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from btrain.runs import checkpoint
 from btrain.training import train
 from btrain.training.state import TrainState
 from composing import compose
+from torchrun import launched, unasked_for
 
 EPOCHS, BATCHES, EVERY = 6, 5, 2
 SETTINGS = [
@@ -189,3 +192,113 @@ def main(folder: Path, points: int, kind: str, how: signal.Signals) -> None:
         "seconds of an uninterrupted run": round(seconds, 2),
     }
     print(json.dumps(figures))
+
+
+WORKERS = 2
+_ENDS_WITHIN = 30.0  # seconds, of what was started, after the kill
+
+
+def joblib_sweep(folder: Path) -> Callable[[], int]:
+    """A sweep on two workers of joblib's, which are forks rather than new interpreters."""
+    compose()
+
+    def work() -> int:
+        from joblib.externals.loky.backend.context import set_start_method
+
+        set_start_method("fork", force=True)
+        os.setsid()
+        os.chdir(folder)
+        jobs = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={WORKERS}"]
+        seeds = f"seed={','.join(map(str, SEEDS))}"
+        return cli.main(["train", "--multirun", *SETTINGS, *jobs, seeds])
+
+    return work
+
+
+def torchrun_run(folder: Path) -> Callable[[], int]:
+    """A run on two processes under torchrun's agent."""
+    compose()
+
+    def work() -> int:
+        os.setsid()
+        os.chdir(folder)
+        launched(WORKERS, unasked_for, ("train", *SETTINGS, "run.dir=run"))
+        return 0
+
+    return work
+
+
+def families(folder: Path, points: int, kind: str) -> None:
+    """Kills the parent of joblib's workers, one of these, or torchrun's agent, with SIGKILL.
+
+    Then all that was started must end by itself, and the same command end like an unkilled one.
+    """
+    make = torchrun_run if kind == "torchrun" else joblib_sweep
+    torch.set_num_threads(1)
+    count_batches()
+    for name in ("warm", "whole"):
+        (folder / name).mkdir()
+        began = time.perf_counter()
+        log = folder / f"{name}.log"
+        assert end(start(make(folder / name), log)) == 0, log.read_text()
+        seconds = time.perf_counter() - began
+    whole, everything = outcomes(folder / "whole"), batches_done()
+    draw, killed, slowest = random.Random(0), 0, 0.0
+    for point in range(points):
+        here, log = folder / str(point), folder / f"{point}.log"
+        here.mkdir()
+        child = start(make(here), log)
+        moment = draw.uniform(0, seconds)
+        if point % 2:
+            until = time.monotonic() + 60
+            batches = draw.randint(1, everything * 3 // 4)
+            while batches_done() < batches and time.monotonic() < until:
+                time.sleep(0.001)
+            moment = draw.uniform(0, seconds / everything)
+        time.sleep(moment)
+        victims = forks_of(child) if kind == "worker" else [child]
+        if victims:
+            with suppress(ProcessLookupError):
+                os.kill(draw.choice(victims), signal.SIGKILL)
+        began = time.monotonic()
+        status = end(child)
+        killed += status != 0
+        assert status in ((0, 1) if kind == "worker" else (0, -signal.SIGKILL)), (point, status)
+        while left := session_of(child):
+            assert time.monotonic() - began < _ENDS_WITHIN, (point, left, log.read_text())
+            time.sleep(0.02)
+        slowest = max(slowest, time.monotonic() - began)
+        assert end(start(make(here), log)) == 0, (point, log.read_text())
+        assert_same(outcomes(here), whole)
+        shutil.rmtree(here)
+        log.unlink()
+    figures = {
+        "points": points,
+        "killed before the end": killed,
+        "equal to the uninterrupted run": points,
+        "seconds until nothing was left, most": round(slowest, 1),
+        "seconds of an uninterrupted run": round(seconds, 2),
+    }
+    print(json.dumps(figures))
+
+
+def forks_of(parent: int) -> list[int]:
+    """The children of a process that run the same program."""
+    found = []
+    with suppress(OSError):
+        program = Path(f"/proc/{parent}/cmdline").read_bytes()
+        for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if Path(f"/proc/{number}/cmdline").read_bytes() == program:
+                found.append(int(number))
+    return found
+
+
+def session_of(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found

@@ -59,6 +59,20 @@ CASES = {
     "shared, an empty group": (["bt.share_clean_forward=true"], ONE_PERTURBED, 51),
     "shared by random groups": (["bt=random", "bt.share_clean_forward=true"], MIXED, 51),
     "shared, mart": (["defense=mart", "bt.share_clean_forward=true"], MIXED, 51),
+    "kept starts": (["attack.start=kept", "bt.n_b=2", "bt.n_r=1"], MIXED, 51),
+    "kept starts in bf16, shared": (
+        [
+            "attack.start=kept",
+            "attack.store=bf16",
+            "bt.n_b=1",
+            "bt.n_r=1",
+            "bt.share_clean_forward=true",
+        ],
+        MIXED,
+        51,
+    ),
+    "a share of the robust": (["bt.robust_share=0.5"], MIXED, 51),
+    "a share of the robust, mart": (["defense=mart", "bt.robust_share=0.5"], MIXED, 51),
     "pool": (["bt.pool=3", "train.batch_size=17"], MIXED, 51),
     "pool, an empty group": (["bt.pool=3", "train.batch_size=17"], ONE_PERTURBED, 50),
     "augmix": (AUGMIX, MIXED, 51),
@@ -125,6 +139,7 @@ def run(
         fractions.append(memory["robust_fraction"].double())
         stats.append(stacked(sums))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {name: memory[name] for name in memory if name.startswith("kept")}
     return {**state, "F_R": torch.stack(fractions), "stats": torch.stack(stats)}
 
 

@@ -80,7 +80,8 @@ def begun(
         (folder / "provenance.json").write_text(json.dumps({"sessions": [session]}))
     lines = [
         {"epoch": e + 1, "f_b": 0.3, "f_r": 0.1 * e, "f_o": 0.7 - 0.1 * e, "score_boundary": 0.01,
-         "score_robust": 0.05, "score_outlier": -0.01 * e}
+         "score_robust": 0.05, "score_outlier": -0.01 * e, "robust_acc_train": 40.0 + 5 * e,
+         **({"val_robust_acc": 40.0 + e} if e % 2 else {})}
         for e in range(epochs)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

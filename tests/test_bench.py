@@ -29,6 +29,7 @@ from btrain.data import Batch, Data
 from btrain.errors import UserError, first_reason
 from btrain.methods.base import Method
 from btrain.methods.make import make_bullettrain
+from btrain.models.preact_resnet import PreActBlock
 from btrain.settings import Config, CudaGraphs, Precision
 from btrain.settings.bench import Contender
 from btrain.training import train
@@ -317,6 +318,32 @@ def test_a_lane_with_recorded_steps_measures_its_rounded_groups() -> None:
     assert int(lane.stats[0].boundary) == n_b  # by the rule, as before
 
 
+def test_a_lane_s_memory_counts_a_short_copy_and_what_recorded_steps_keep() -> None:
+    plain = lanes("trades")[Contender.bullettrain]
+    config = replace(plain.config.train, batch_size=32)
+    bytes_of = {}
+    for name, settings in {
+        "plain": config,
+        "bf16": replace(config, precision=Precision.bf16),
+        "graphs": replace(config, cuda_graphs=CudaGraphs.always),
+    }.items():
+        changed = replace(plain.config, train=settings)
+        lane = Lane(changed, Contender.bullettrain, plain.workload, CPU)
+        lane.run(lane.prepare(0))
+        bytes_of[name] = lane.state_bytes
+    model = plain.model
+    weights = sum(p.nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert bytes_of["plain"] == weights + buffers + weights  # the last are momenta
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    folded = sum(m.bn2.bias.numel() for m in model.modules() if isinstance(m, PreActBlock))
+    short = sum(p.numel() for layer in layers for p in layer.parameters())
+    assert bytes_of["bf16"] == bytes_of["plain"] + 2 * (short + folded)
+    pixels = plain.workload.images(0)[0].numel()
+    a_row = 4 * (4 * pixels + 1 + 10) + 8  # images, at, two bounds; step size, clean logits; label
+    assert bytes_of["graphs"] == bytes_of["plain"] + 33 * a_row
+
+
 def test_nothing_is_recorded_while_a_batch_is_timed(
     digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,6 +607,9 @@ def test_the_gpu_s_set_in_miniature_on_the_cpu(tmp_path: Path) -> None:
     assert [row["model"] for row in result["evaluation_seconds"]] == models
     assert all(row["seconds"] > 0 for row in result["evaluation_seconds"])
     assert all(row["images"] == 6 for row in result["evaluation_seconds"])
+    for row in result["evaluation_seconds"]:
+        a_batch = (row["batch_seconds"], row["batch_seconds_channels_last"])
+        assert a_batch[row["channels_last"]] == min(a_batch) > 0
     assert result["left_out"] == []
     for row, epoch in zip(result["rows"], result["epoch_seconds"], strict=True):
         assert epoch["seconds"] == row["seconds_per_batch"] * 6250  # 50,000 / 8

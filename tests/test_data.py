@@ -960,7 +960,7 @@ def wrong(**parts: Any) -> tuple[Any, ...]:
         (wrong(y=np.zeros(5, int)), "holds 6 images for 5 labels"),
         (wrong(y=np.arange(6) - 1), "holds labels from -1 to 4"),
         (wrong(y_test=np.full(6, 2)), "holds labels from 2 to 2; right would be 0 to 1"),
-        (wrong(y=np.arange(6) * 100), "y must count the classes from 0, but goes to 500"),
+        (wrong(y=np.arange(6) * 100), "y must count the classes from 0, but goes from 0 to 500"),
         ((Examples([], []), Examples([], [])), "a data set is empty"),
         ((Examples([np.zeros((1, 2, 2)), np.zeros((1, 3, 3))], [0, 1]),) * 2, "several sizes"),
         ((Examples([1, 2, 3], "abc"),) * 2, "reading the images fails: ValueError: inv"),
@@ -1182,6 +1182,13 @@ def test_augmentation_is_a_function_of_the_generators_seed(split: Split) -> None
     assert not torch.equal(images(1), images(2))
 
 
+def test_the_sample_of_mnist_is_balanced() -> None:
+    data = load("mnist_sample", Path("unused"), device=CPU)
+    assert data.shape == (1, 28, 28)
+    for split, each in ((data.train, 1000), (data.test, 200)):
+        assert torch.bincount(split.labels).tolist() == [each] * 10
+
+
 # Real data, where the environment names it
 
 
@@ -1208,6 +1215,14 @@ def test_real_mnist_has_the_published_statistics(real_data: Path) -> None:
     assert mean == pytest.approx(0.1307, abs=1e-4)
     assert variance**0.5 == pytest.approx(0.3081, abs=1e-4)
     assert data.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+
+
+def test_the_sample_is_a_part_of_real_mnist(real_data: Path) -> None:
+    sample = load("mnist_sample", Path("unused"), device=CPU)
+    part = load("mnist", real_data, device=CPU, train_examples=10_000, test_examples=2_000)
+    for ours, theirs in ((sample.train, part.train), (sample.test, part.test)):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
 
 
 def test_real_cifar10_jpeg_reads_as_an_image_folder(real_data: Path, tmp_path: Path) -> None:

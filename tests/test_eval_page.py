@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from btrain.errors import UserError
+from btrain.evaluation.result import Result
 from btrain.report.evaluation import duration, write_page
 from disks import full_disk
 from evaluation_page import Page, change, samples, write_samples
@@ -266,3 +267,22 @@ def test_without_matplotlib_it_says_what_to_install(
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_verified_shares_are_a_curve_and_no_attack(tmp_path: Path) -> None:
+    labels = np.arange(8) % 2
+    facts = {"classes": ["a", "b"], "epsilon": 0.1}
+    for name, right, own in (
+        ("clean", 7, {}),
+        ("pgd20", 5, {}),
+        ("verified-ibp", 2, {"shares": [[0.05, 37.5], [0.1, 25.0]]}),
+    ):
+        Result(name, np.arange(8) < right, labels, ("a", "b"), 1.0, facts | own).write(tmp_path)
+    page = Page(write_page(tmp_path))
+    assert "at the lowest, under pgd20" in page.words
+    assert "verified at the most, by ibp" in page.words
+    assert "verified, ibp" in page.source and "87.5 % at 0, " in page.source
+    damaged = tmp_path / "verified-ibp.json"
+    damaged.write_text(damaged.read_text().replace("37.5", "137.5"))
+    with pytest.raises(UserError, match="shares"):
+        write_page(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -291,7 +293,7 @@ def test_a_file_is_replaced_only_when_told_to(run: Path, tmp_path: Path, capsys:
         (["seed=1"], "There is no setting seed. btrain export --help lists them."),
         (["out=a.pt", "out=b.pt"], "out is given twice."),
         (["format=tflite"], "format must be one of robustbench, safetensors, onnx, state_dict, "
-         "not tflite."),
+         "checkpoint, compact, not tflite."),
         (["which=first"], "which must be one of last, best, not first."),
         (["overwrite=yes"], "overwrite must be one of true, false, not yes."),
         (["checkpoint=x", "format=onnx"], "out is missing; please give out=…, see btrain export "
@@ -370,3 +372,38 @@ def test_documented_exports_parse() -> None:
     assert len(commands) >= 3
     for command in commands:
         parse(command.split("#")[0].split()[2:])
+
+
+def test_a_checkpoint_with_its_card_and_hash(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "net.pt"
+    words = ["export", f"checkpoint={run}", "format=checkpoint", f"out={out}", "model_card=true"]
+    assert main(words) == 0
+    config, network = load_run(out)
+    before, trained = load_run(run)
+    assert to_dict(config) == to_dict(before)
+    for ours, theirs in zip(network.state_dict().values(), trained.state_dict().values(),
+                            strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    assert Path(f"{out}.sha256").read_text() == f"{digest}  net.pt\n"
+    card = Path(f"{out}.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    for told in (digest, f"{summary['clean_acc']:.2f}", f"{config.attack.epsilon:.4g}"):
+        assert told in card
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "net.pt.md is there already; overwrite=true" in capsys.readouterr().err
+    assert main([*words[:-1], "overwrite=true"]) == 0  # without a card: no old hash is left
+    assert not Path(f"{out}.sha256").exists()
+    assert main([*words, "overwrite=true"]) == 0
+    content = bytearray(out.read_bytes())
+    content[len(content) // 2] ^= 1
+    out.write_bytes(content)
+    for reader in (load_run, read_weights):
+        with pytest.raises(UserError, match=r"net\.pt is not a readable checkpoint"):
+            reader(out)
+    Path(f"{out}.sha256").write_text("no hash")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_run(out)

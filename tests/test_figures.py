@@ -14,8 +14,9 @@ from btrain.report import pictures as figures
 def test_a_curve_is_drawn_where_its_numbers_are(logarithmic: bool) -> None:
     points = [(1.0, 90.0), (2.0, 70.5), (4.0, 20.0), (8.0, 0.0)]
     drawing = figures.accuracy_curve(
-        points[::-1], x_label="x", logarithmic=logarithmic, mark=(2.0, "here"), description="d"
-    )
+        {"": points[::-1]}, x_label="x", logarithmic=logarithmic, mark=(2.0, "here"),
+        description="d",
+    )  # fmt: skip
     (path,) = (
         path
         for path in re.findall(r'<path d="([^"]*)"[^>]*var\(--series\)', drawing)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from btrain import models
@@ -157,9 +158,11 @@ def test_a_sequence_of_the_layers_of_small_cnn_is_one(tmp_path: Path, prefix: st
 class Block(nn.Module):
     """A block as kuangliu/pytorch-cifar and its heirs name it, pre-activated or not."""
 
-    def __init__(self, inside: int, outside: int, stride: int, *, preact: bool) -> None:
+    def __init__(
+        self, inside: int, outside: int, stride: int, *, preact: bool, of_input: bool = False
+    ) -> None:
         super().__init__()
-        self.preact = preact
+        self.preact, self.of_input = preact, of_input
         self.bn1 = nn.BatchNorm2d(inside if preact else outside)
         self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outside)
@@ -174,15 +177,18 @@ class Block(nn.Module):
         if self.preact:
             active = F.relu(self.bn1(x))
             out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-            return out + (self.shortcut(active) if len(self.shortcut) else x)
+            return out + self.shortcut(active if len(self.shortcut) and not self.of_input else x)
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
 
 
 class TheirResNet(nn.Module):
-    """ResNet-18 as TRADES', PreActResNet-18 as AWP's repository names its layers."""
+    """ResNet-18 as TRADES', PreActResNet-18 as AWP's and FastAT's repositories name its layers.
 
-    def __init__(self, width: int, *, preact: bool) -> None:
+    FastAT's shortcuts take the input of a block, and not what its first activation makes of it.
+    """
+
+    def __init__(self, width: int, *, preact: bool, of_input: bool = False) -> None:
         super().__init__()
         self.preact = preact
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
@@ -190,7 +196,7 @@ class TheirResNet(nn.Module):
         for stage in range(4):
             outside, blocks = width * 2**stage, []
             for stride in (1 if stage == 0 else 2, 1):
-                blocks.append(Block(inside, outside, stride, preact=preact))
+                blocks.append(Block(inside, outside, stride, preact=preact, of_input=of_input))
                 inside = outside
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.add_module("bn" if preact else "bn1", nn.BatchNorm2d(inside if preact else width))
@@ -205,22 +211,54 @@ class TheirResNet(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("architecture", ["preact_resnet18", "resnet18"])
+@pytest.mark.parametrize(
+    ("architecture", "shortcut"),
+    [("preact_resnet18", "activated"), ("preact_resnet18", "input"), ("resnet18", "activated")],
+)
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_residual_networks_of_others_give_their_logits_here(
-    tmp_path: Path, architecture: str, prefix: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, architecture: str, shortcut: str, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    preact = architecture == "preact_resnet18"
+    preact, of_input = architecture == "preact_resnet18", shortcut == "input"
     torch.manual_seed(0)
-    source = TheirResNet(4, preact=preact)
+    source = TheirResNet(4, preact=preact, of_input=of_input)
     with torch.no_grad():
         for _ in range(3):
             source(torch.randn(8, 3, 16, 16))  # in train mode: other statistics than the fresh ones
     torch.save({"state_dict": prefixed(prefix, source.state_dict())}, tmp_path / "theirs.pt")
-    model = models.build(architecture, width=4, depth=None, classes=10, shape=(3, 16, 16))
+    model = models.build(
+        architecture, width=4, depth=None, classes=10, shape=(3, 16, 16), shortcut=shortcut
+    )
     load_weights(model, tmp_path / "theirs.pt")
     assert same_logits(source.eval(), model.eval(), (3, 16, 16))
-    assert ("takes the activated input" in caplog.text) == preact
+    assert ("model.shortcut=input the input itself" in caplog.text) == (preact and not of_input)
+
+
+def test_eval_predicts_like_fastat_s_preact_resnet_where_it_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = TheirResNet(4, preact=True, of_input=True)
+    with torch.no_grad():
+        source(torch.randn(64, 3, 8, 8))
+    images, labels = torch.rand(60, 3, 8, 8), torch.arange(60) % 10
+    root, to_byte = tmp_path / "data", (images * 255).round().to(torch.uint8)
+    for part in ("train", "test"):
+        for number, (image, label) in enumerate(zip(to_byte, labels.tolist(), strict=True)):
+            (root / part / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(
+                root / part / str(label) / f"{number:02}.png"
+            )
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    words = ["dataset=imagefolder", f"dataset.root={root}", "model=preact_resnet18", "attack=clean",
+             "model.width=4", "model.shortcut=input", "dataset.image_size=8", "device=cpu",
+             "sanity=false"]  # fmt: skip
+    assert main(["eval", f"checkpoint={tmp_path / 'weights.pt'}", f"out={tmp_path / 'out'}",
+                 *words]) == 0  # fmt: skip
+    order = labels.argsort(stable=True)  # class by class
+    expected = source.eval()(to_byte[order] / 255).argmax(dim=1)
+    with np.load(tmp_path / "out" / "clean.npz") as found:
+        assert found["labels"].tolist() == labels[order].tolist()
+        assert found["correct"].tolist() == (expected == labels[order]).tolist()
+        assert 0 < found["correct"].sum() < 60
 
 
 def test_layers_of_a_network_of_ones_own_keep_their_names(tmp_path: Path) -> None:

@@ -6,22 +6,27 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from killing import main
+from killing import families, main
 from test_training import TINY
 from torchrun import in_a_fork
 
 
 def killing(folder: Path, points: int, what: str, how: str) -> None:
+    figures(f"{what}, SIG{how}", folder, points, main, what, signal.Signals[f"SIG{how}"])
+
+
+def figures(name: str, folder: Path, points: int, work: Callable[..., None], *args: object) -> None:
     said = folder / "said"
-    process = in_a_fork(main, folder, points, what, signal.Signals[f"SIG{how}"], said=said)
+    process = in_a_fork(work, folder, points, *args, said=said)
     process.join(7200)
     assert process.exitcode == 0, said.read_text()[-4000:]
-    figures = json.loads(said.read_text())
-    print(f"{what}, SIG{how}: {figures}")
+    figures = json.loads(said.read_text().splitlines()[-1])
+    print(f"{name}: {figures}")
     assert figures["equal to the uninterrupted run"] == points
     assert figures["killed before the end"] >= points / 2
 
@@ -38,6 +43,16 @@ def test_a_killed_run_ends_like_another(tmp_path: Path, what: str, how: str, poi
 @pytest.mark.parametrize(("what", "how"), [case[:2] for case in CASES])
 def test_a_hundred_killed_runs_end_like_another(tmp_path: Path, what: str, how: str) -> None:
     killing(tmp_path, 100, what, how)
+
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux' /proc")
+
+
+@pytest.mark.slow
+@needs_linux
+@pytest.mark.parametrize("kind", ["parent", "worker", "torchrun"])
+def test_nothing_outlives_a_hundred_killed_parents_and_workers(tmp_path: Path, kind: str) -> None:
+    figures(kind, tmp_path, 100, families, kind)
 
 
 KILL_LOGGER = """
@@ -61,7 +76,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux' /proc")
+@needs_linux
 def test_a_logger_s_killed_process_does_not_end_the_run(tmp_path: Path) -> None:
     arguments = [*TINY, "train.epochs=4", "logger=wandb", "logger.mode=offline", "run.dir=run"]
     result = subprocess.run(

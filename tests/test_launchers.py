@@ -57,16 +57,17 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
 
 @installed
 @pytest.mark.parametrize(
-    ("kill", "status", "sentence"),
+    ("kill", "status", "sentence", "times"),
     [
-        (lambda sweep, job: os.kill(job, signal.SIGKILL), 1, "a job of the sweep ended without"),
-        (lambda sweep, job: os.kill(sweep, signal.SIGTERM), 143, "stopped by SIGTERM"),
-        (lambda sweep, job: os.killpg(sweep, signal.SIGINT), 130, "the same command goes on"),
+        (lambda sweep, job: os.kill(job, signal.SIGKILL), 1, "a job of the sweep ended without", 1),
+        (lambda sweep, job: os.kill(sweep, signal.SIGTERM), 143, "stopped by SIGTERM", 1),
+        (lambda sweep, job: os.killpg(sweep, signal.SIGINT), 130, "the same command goes on", 1),
+        (lambda sweep, job: os.kill(sweep, signal.SIGKILL), -9, "is gone; so this one ends", 2),
     ],
-    ids=["job killed", "SIGTERM to the sweep", "Ctrl-C"],
+    ids=["job killed", "SIGTERM to the sweep", "Ctrl-C", "sweep killed"],
 )
 def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
-    kill: Callable[[int, int], None], status: int, sentence: str, here: Path
+    kill: Callable[[int, int], None], status: int, sentence: str, times: int, here: Path
 ) -> None:
     command = [*SWEEP, *JOBLIB, "train.epochs=2000", "seed=0,1", "run.dir=runs/s${seed}"]
     with Path("said").open("w+") as file:
@@ -79,15 +80,15 @@ def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
         jobs = [json.loads((folder / "run.lock").read_text())["pid"] for folder in folders]
         kill(sweep.pid, jobs[0])
         assert sweep.wait(60) == status
+        for job in jobs:
+            with pytest.raises(ProcessLookupError):
+                while time.monotonic() < until + 60:
+                    os.kill(job, 0)
+                    time.sleep(0.1)
         file.seek(0)
         said = file.read()
-    assert sum(sentence in line for line in said.splitlines() if "btrain: " in line) == 1
+    assert sum(sentence in line for line in said.splitlines() if "btrain: " in line) == times
     assert "Traceback" not in said
-    for job in jobs:
-        with pytest.raises(ProcessLookupError):
-            while time.monotonic() < until + 60:
-                os.kill(job, 0)
-                time.sleep(0.1)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(

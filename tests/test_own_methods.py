@@ -16,9 +16,9 @@ from btrain.data import Data, Split
 from btrain.errors import UserError
 from btrain.runs import checkpoint
 from btrain.settings import Config
-from btrain.settings.compose import compose
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from composing import compose
 from steps import epoch_of
 
 PARTS = """\

@@ -4,6 +4,7 @@ trusts to name code."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
-from torchrun import ENVIRONMENT, torchrun
+from torchrun import ENVIRONMENT, forked
 
 NETS = """\
 import torch
@@ -42,6 +43,10 @@ class Net(nn.Module):
 
 def broken(classes):
     raise RuntimeError("no such thing")
+
+class Dropping(Net):  # draws torch's own random numbers
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.2, self.training)
 """
 DATA = """\
 from sklearn.datasets import load_digits
@@ -234,7 +239,8 @@ def test_a_part_is_named_again_only_where_the_run_has_one(here: Path) -> None:
 def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["recipe.ema=0.9", "dataset.val_examples=50", "recipe.schedule=step", "run.dir=cut"]
+    extra = ["model.factory=nets.py:Dropping", "recipe.ema=0.9", "dataset.val_examples=50",
+             "recipe.schedule=step", "run.dir=cut"]  # fmt: skip
     last = here / "cut" / "checkpoints" / "last.pt"
     for thousandths in range(5, 100, 5):  # on a loaded machine the first are over before a batch
         assert main([*RUN, *extra, f"train.max_seconds={thousandths / 1000}"]) == 0
@@ -243,7 +249,9 @@ def test_an_interrupted_run_goes_on_and_says_that_its_code_has_changed(
     assert checkpoint.load(last)["state"]["epoch"] < 2
     (here / "nets.py").write_text(NETS + "# another line\n")
     assert main([*RUN, *extra]) == 0
-    changed = "The code of model.factory=nets.py:Net has changed since this run was last trained."
+    changed = (
+        "The code of model.factory=nets.py:Dropping has changed since this run was last trained."
+    )
     assert (here / "cut" / "train.log").read_text().count(changed) == 1
     assert main([*RUN, *extra[:-1], "run.dir=whole"]) == 0
     assert same(weights("cut"), weights("whole"))
@@ -269,9 +277,10 @@ def test_ways_to_train_an_own_network(here: Path, extra: list[str]) -> None:
 
 
 def test_on_two_processes(here: Path) -> None:
-    child = torchrun(2, "-m", "btrain", *RUN, "run.dir=two", stderr=subprocess.PIPE)
-    _, errors = child.communicate(timeout=200)
-    assert child.returncode == 0, errors
+    said = here / "said"
+    run = forked(2, *RUN, "run.dir=two", said=said)
+    run.join(200)
+    assert run.exitcode == 0, said.read_text()
     (session,) = json.loads((here / "two" / "provenance.json").read_text())["sessions"]
     assert session["processes"] == 2
     assert session["own_parts"].keys() == {"model", "dataset"}
@@ -327,15 +336,31 @@ def test_a_folder_of_options_stands_anywhere_and_is_listed(
     for words in (["--config-dir", "mine", "model=my_net"], ["model=my_net", "--config-dir=mine"]):
         assert main(["train", *words, "--help"]) == 0
         shown = capsys.readouterr().out
-        (models,) = (line for line in shown.splitlines() if line.startswith("model: "))
-        assert {"my_net", "own", "small_cnn"} <= set(models.removeprefix("model: ").split(", "))
-        assert "factory: nets.py:Net" in shown
+        models = shown.split("\nmodel=")[1].split("\n  model.")[0]
+        assert {"my_net", "own", "small_cnn"} <= set(re.findall(r"\w+", models))
+        assert "model.factory=nets.py:Net" in shown
     assert main(["train", "model=your_net", "-cd", "mine", "dataset=digits"]) == 1
     message = said(capsys)
     assert "model=your_net is no option; there are: " in message
     assert ", my_net, own, " in message
     assert main(["train", "dataset=digits", "--config-dir", "yours"]) == 1
     assert said(capsys) == "btrain: --config-dir yours is no folder.\n"
+
+
+def test_an_own_defenses_recipe_is_found_in_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for group, text in (
+        ("defense", "- own\n\nfactory: hat.py:Hat"),
+        ("recipe", "- mart\n\nlr: 7.5"),
+    ):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+        (tmp_path / "mine" / group / "hat.yaml").write_text(f"defaults:\n  {text}\n")
+    for words, shown in ((["--help"], "recipe.lr=7.5 "), (["--cfg", "job"], "\n  lr: 7.5\n"),
+                         (["recipe=trades_digits", "--help"], "recipe.lr=0.05 ")):  # fmt: skip
+        assert main(["train", "--config-dir", "mine", "defense=hat", "dataset=digits", *words]) == 0
+        assert shown in capsys.readouterr().out
 
 
 # From Python

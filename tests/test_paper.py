@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 from btrain import cli
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import LIBRARIES
-from btrain.paper.job import Job, check, make_plan, unfinished
+from btrain.paper.job import Job, check, config_of, make_plan, unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
 from btrain.settings.compose import config_dir
+from btrain.settings.names import SparsityName
 
 TARGETS = names("target")
 
@@ -27,7 +29,9 @@ def job(target: str, profile: str, out: Path = Path("runs"), extra: list[str] | 
 
 def test_every_table_and_figure_of_the_experiments_is_there() -> None:
     figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
-    assert [*figures, *tables] == TARGETS
+    cheap = ("cheapest_mnist", "cheapest_table")
+    bounds = ("mixtrain_choice1", "mixtrain_choice5", "mixtrain_front", "mixtrain_table")
+    assert [*cheap, *figures, *bounds, "sparse_table", *tables] == TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -48,7 +52,8 @@ def test_claims_and_baselines_are_of_rows_that_exist(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_experiments_header_names_the_papers_numbers(target: str) -> None:
-    for experiment, paper in read_target(target).paper.items():
+    for row, paper in read_target(target).paper.items():
+        experiment = row.partition("-")[0]
         file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
         header = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
         assert f"experiment={experiment}" in header
@@ -95,6 +100,22 @@ def measured_seconds(experiment: str) -> list[float]:
     return alone or list(found.values())
 
 
+def test_a_target_sweeps_groups_and_a_profile_has_seeds_and_rows_of_its_own() -> None:
+    of = job("sparse_table", "cpu", extra=["dataset.root=unused"])
+    assert (of.seeds, job("table2", "cpu").seeds) == ([*range(10)], [0, 1, 2])
+    rows = {row.name: row for row in make_plan(of).rows}
+    assert not any("cifar100" in name for name in rows)
+    bird = "sparse_cifar10-sparsity_flying_bird-sparsity.density_0.1"
+    config = config_of(of, "sparse_cifar10", rows[bird].swept)
+    assert (config.sparsity.name, config.sparsity.density) == (SparsityName.flying_bird, 0.1)
+    assert rows[bird].label == "Flying Bird, 90 %"
+    assert rows[bird].paper == {}
+    assert rows[bird.replace("0.1", "0.2")].paper["gap"] == 28.9
+    assert rows[bird].attacks == []
+    assert rows["sparse_cifar10"].attacks == ["autoattack"]
+    assert all(len(sweep.values.get("sparsity", [0])) == 1 for sweep in of.sweeps)
+
+
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:
     assert read_profile("paper").settings("table2") == []
     cpu = read_profile("cpu")
@@ -121,12 +142,21 @@ def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
+ONLY_SWEPT = ["paper", "table2", "figure7", "only=table2_bt_nr2", *SMALLER]
+
+
+@pytest.fixture(scope="module")
+def swept_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two targets, of which one row is trained."""
+    out = tmp_path_factory.mktemp("swept") / "out"
+    assert cli.main([*ONLY_SWEPT, f"out={out}"]) == 0
+    return out
+
+
 def test_runs_lie_where_the_plan_says_and_are_not_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    swept_runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    command = ["paper", "table2", "figure7", "only=table2_bt_nr2", f"out={out}", *SMALLER]
-    assert cli.main(command) == 0
+    out, command = swept_runs, [*ONLY_SWEPT, f"out={swept_runs}"]
     plan = read_plan(out / "figure7.json")
     folders = [
         out / f for r in plan.rows if r.experiment == "table2_bt_nr2" for f in r.runs.values()
@@ -143,10 +173,13 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}
 
 
-def test_only_what_is_left_is_launched(tmp_path: Path) -> None:
+def test_only_what_is_left_is_launched(swept_runs: Path, tmp_path: Path) -> None:
     of = job("figure7", "smoke", tmp_path, SMALLER)
     unswept, swept = of.sweeps
     assert unfinished(of, swept) == (swept, [0, 1])
+    shutil.copytree(swept_runs, tmp_path, dirs_exist_ok=True)
+    assert unfinished(of, swept) is None
+    assert unfinished(of, unswept) == (Sweep(["table2_trades", "table2_bt_nr0"], {}), [0, 1])
     assert cli.main(["paper", "figure7", f"out={tmp_path}", *SMALLER]) == 0
     assert unfinished(of, swept) is None and unfinished(of, unswept) is None
     assert (

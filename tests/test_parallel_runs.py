@@ -103,7 +103,8 @@ def test_a_signal_to_one_process_is_one_to_all(done: Path) -> None:
 @pytest.fixture
 def of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The variables that torchrun gives the first of two processes."""
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+    here = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **here}.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 

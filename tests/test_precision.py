@@ -403,3 +403,15 @@ def test_float32_is_exact_inside_and_as_it_was_outside(
         for unit, value in zip(units, untouched, strict=True):
             unit.fp32_precision = value
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_products_that_stand_for_the_peak_use_tf32_where_convolutions_may() -> None:
+    allowed = torch.backends.cudnn.allow_tf32
+    try:
+        for may in (True, False):
+            torch.backends.cudnn.allow_tf32 = may
+            with precision.products_like_convolutions():
+                assert torch.backends.cuda.matmul.allow_tf32 == may
+            assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed

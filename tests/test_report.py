@@ -72,6 +72,20 @@ def test_times_are_compared_on_equal_terms(tmp_path: Path) -> None:
     assert [row[-1] for row in rows] == ["1.00×", "other data", "other network", "other epochs"]
 
 
+def test_accuracies_under_other_attacks_are_told_apart(tmp_path: Path) -> None:
+    runs = []
+    for attack, epsilon in (("linf_pgd", 0.03137), ("l2_pgd", 0.5), ("own", 0.2)):
+        runs.append(finished(tmp_path / attack, 9.0))
+        text = f"attack: {{name: {attack}}}\neval: {{epsilon: {epsilon}, steps: 20}}\n"
+        (runs[-1] / "config.yaml").write_text(text)
+    head, _, *rows = cells(compare(runs))
+    place = head.index("PGD's ball")
+    assert [row[place] for row in rows] == [
+        "L∞ 0.0314, 20 steps", "L2 0.5, 20 steps", "own ball 0.2, 20 steps",
+    ]  # fmt: skip
+    assert "PGD's ball" not in compare(runs[:1])
+
+
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,24 @@ def pictured(folder: Path, kind: str) -> Plan:
             for path in of.runs.values():
                 finished(folder / path, robust=50.0 + number, theoretical_speedup=3.0 - number / 2)
         return plan(rows, kind=kind, target=kind, axis="bt.n_r")
+    if kind == "sparse":
+        rows = [row("a", 2, paper={"robust_acc": 43.0}), row("b", 2, paper={"robust_acc": 46.0})]
+        for number, of in enumerate(rows):
+            for path in of.runs.values():
+                begun(folder / path, epochs=6 + number)
+                metrics = (folder / path / "metrics.jsonl").read_text()
+                shutil.rmtree(folder / path)
+                best = {"best_robust_acc": 49.0, "train_robust_acc": 70.0 - 9 * number}
+                finished(folder / path, robust=45.0 + number, **best)
+                (folder / path / "metrics.jsonl").write_text(metrics)
+        return plan(rows, kind=kind, target=kind)
+    if kind in ("verified", "front"):
+        rows = [row("base", 2), *(row(f"ibp{i}", 2, label=f"IBP, α = {i}") for i in range(3))]
+        for number, of in enumerate(rows):
+            for path in of.runs.values():
+                finished(folder / path, clean=90.0 - 3 * number, robust=70.0)
+                evaluated(folder / path, "verified-ibp", [1] * number + [0] * (8 - number))
+        return plan(rows, kind=kind, target=kind, attacks=["verified-ibp"])
     for seed in range(2):
         path = begun(folder / f"a-seed{seed}", epochs=5)
         batch = {
@@ -51,7 +70,10 @@ def pictured(folder: Path, kind: str) -> Plan:
     return plan([row("a", 2)], kind=kind, target=kind, baseline=None)
 
 
-@pytest.mark.parametrize("kind", ["heatmaps", "tradeoff", "fractions", "scores", "allocation"])
+@pytest.mark.parametrize(
+    "kind",
+    ["heatmaps", "tradeoff", "fractions", "scores", "allocation", "sparse", "verified", "front"],
+)
 def test_every_kind_has_its_picture(tmp_path: Path, kind: str) -> None:
     pictured(tmp_path, kind).write(tmp_path)
     write_sheets(tmp_path, tmp_path / "out")

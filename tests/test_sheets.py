@@ -309,3 +309,52 @@ def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
     assert content["claims"][0]["interval95"] == pytest.approx(
         [51.5 - 12.7062 * 1.5, 51.5 + 12.7062 * 1.5], rel=1e-5
     )
+
+
+def test_sparse_rows_tell_overfitting_gap_and_three_costs(tmp_path: Path) -> None:
+    paper = {"best_robust_acc": 51.1, "robust_acc": 43.6, "overfitting": 7.5, "counted": 0.31}
+    rows = [row("dense", 2), row("bird", 2, paper=paper)]
+    claim = Claim("half the gap", "gap_share", "bird", None, None, 0.5)
+    for seed in range(2):
+        finished(tmp_path / f"dense-seed{seed}", robust=40.0 + seed, flops=10.0,
+                 best_robust_acc=46.0, train_robust_acc=90.0)  # fmt: skip
+        finished(tmp_path / f"bird-seed{seed}", robust=46.0, flops=10.0, best_robust_acc=45.0,
+                 train_robust_acc=66.0, density=0.2, macs_share=0.5, flops_counted=5.0,
+                 flops_executed=12.0)  # fmt: skip
+        config = (tmp_path / f"bird-seed{seed}" / "config.yaml").read_text()
+        (tmp_path / f"bird-seed{seed}" / "config.yaml").write_text(
+            f"{config}sparsity: {{name: flying_bird}}\n"
+        )
+    sheet = make_sheet(plan(rows, [claim], kind="sparse"), tmp_path)
+    found = cells(sheet, "bird")
+    assert found["best %"] == "45.00 ± 0.00"
+    assert found["best % | paper"] == "51.10"
+    assert found["final, PGD-20 %"] == "46.00 ± 0.00"
+    assert found["best − final %"] == "−1.00 ± 0.00"
+    assert found["train − test %"] == "20.00 ± 0.00"
+    assert (found["density"], found["φ"]) == ("0.200 ± 0.000", "0.500 ± 0.000")
+    assert (found["counted work"], found["executed work"]) == ("0.500 ± 0.000", "1.200 ± 0.000")
+    assert found["counted work | paper"] == "0.310"
+    base = cells(sheet, "dense")
+    assert (base["best − final %"], base["φ"]) == ("5.50 ± 0.71", "1.000 ± 0.000")
+    (verdict,) = sheet.verdicts
+    assert verdict.differences == pytest.approx({0: 20 / 50, 1: 20 / 49})
+    assert verdict.verdict == "holds"
+
+
+def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: Path) -> None:
+    for name, seconds in (("plain", 10.0), ("mix", 40.0)):
+        run = finished(tmp_path / f"{name}-seed0", seconds=seconds)
+        evaluated(run, "verified-ibp", [0, 1, 0, 0])
+        evaluated(run, "verified-crown_ibp", [0, 1, 1, 1])
+        evaluated(run, "interval", [1, 0, 1, 0])
+        evaluated(run, "pgd40x1-cw", [1, 1, 1, 0])
+    attacks = ["interval", "pgd40x1-cw", "verified-ibp", "verified-crown_ibp"]
+    sheet = make_sheet(plan([row("plain"), row("mix")], kind="verified", attacks=attacks), tmp_path)
+    values = line(sheet, "mix").values
+    assert values["epoch_seconds"] == {0: 4.0}  # of ten epochs
+    assert values["times_plain"] == {0: 4.0} and values["time_doublings"] == {0: 2.0}
+    assert values["verified_best"] == {0: 75.0} and values["stands_by_interval"] == {0: -25.0}
+    shown = cells(sheet, "mix")
+    assert shown["verified, crown_ibp %"] == "75.00" and shown["× baseline's time"] == "4.0"
+    assert not any("speedup" in head for head in shown)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchrun import command, forked, in_a_fork, torchrun
+from btrain.cli import main
+from torchrun import command, forked, in_a_fork, launched, torchrun, unasked_for
 
 RUN = (
     "train", "dataset=digits", "model=small_cnn", "model.width=4", "eval.steps=2",
@@ -101,6 +104,23 @@ def test_a_killed_process_ends_the_others(here: Path) -> None:
     assert saved("run")["epoch"] >= 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'")
+def test_a_killed_torchrun_ends_its_processes_with_a_checkpoint(here: Path) -> None:
+    settings = (*RUN, "run.dir=run", "train.epochs=2000")
+    run = started(in_a_fork(launched, 2, unasked_for, settings, said=SAID))
+    processes = children(run.pid)
+    assert len(processes) == 2 and run.pid is not None
+    os.kill(run.pid, signal.SIGKILL)
+    until = time.monotonic() + 60
+    for process in processes:
+        while Path(f"/proc/{process}").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert SAID.read_text().count(f"process {run.pid}, which started this one, is gone") == 1
+    assert Path("run/train.log").read_text().count("stopped by SIGTERM") == 1
+    assert not Path("run/run.lock").exists()
+
+
 def test_a_mistake_is_said_once_and_ends_all(here: Path) -> None:
     rival = ["rival=free", "defense=pgd", "bt=uniform"]
     assert status(forked(2, *RUN, "run.dir=run", *rival, said=SAID)) == 1
@@ -115,6 +135,67 @@ def test_a_mistake_in_the_settings_is_said_once(here: Path, wrong: str) -> None:
     said = SAID.read_text()
     assert said.count("btrain: ") == 1
     assert wrong.partition("=")[0] in said
+
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "WORLD_SIZE=two", "WORLD_SIZE=0", "WORLD_SIZE=-2", "RANK=x", "RANK=2", "RANK=-1", "RANK=",
+        "MASTER_ADDR=", "MASTER_PORT=", "MASTER_PORT=x", "MASTER_PORT=0", "MASTER_PORT=65536",
+        "MASTER_PORT=²", "LOCAL_RANK=x",
+    ],
+)  # fmt: skip
+def test_a_launcher_s_variable_that_is_none_is_named(
+    wrong: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, value = wrong.partition("=")
+    for variable, one in {**TWO, name: value}.items():
+        monkeypatch.setenv(variable, one)
+    assert main([*RUN, "run.dir=run"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"btrain: {wrong} must be" in said or (not value and f"btrain: {name} is not" in said)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "whom"),
+    [(0, signal.SIGTERM, "the other processes"), (1, signal.SIGINT, "process 0")],
+)
+def test_a_process_says_for_whom_it_waits_and_ends_at_the_first_signal(
+    rank: int, number: signal.Signals, whom: str, here: Path
+) -> None:
+    run = in_a_fork(command_with, {**TWO, "RANK": str(rank)}, (*RUN, "run.dir=run"), said=SAID)
+    until = time.monotonic() + 60
+    while not (SAID.exists() and SAID.read_text()):
+        assert run.exitcode is None and time.monotonic() < until
+        time.sleep(0.05)
+    assert SAID.read_text().startswith(f"Process {rank} of 2 waits for {whom}, at MASTER_ADDR=loc")
+    assert run.pid is not None
+    os.kill(run.pid, number)
+    run.join(5)
+    assert run.exitcode == 128 + number
+    assert "Traceback" not in SAID.read_text()
+
+
+def command_with(variables: dict[str, str], arguments: tuple[str, ...]) -> None:
+    os.environ.update(variables)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command(arguments)
+
+
+def test_processes_that_take_one_port_for_two_runs_say_so(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        for variable, one in {**TWO, "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(variable, one)
+        assert main([*RUN, "run.dir=run"]) == 1
+    said = capsys.readouterr().err
+    assert "btrain: process 0 of 2 could not meet the others, at MASTER_ADDR=localhost" in said
+    assert "Traceback" not in said
 
 
 NAMES_OF_THREADS = """
@@ -138,7 +219,10 @@ def test_a_failing_run_leaves_no_thread_to_the_end_of_its_interpreter(here: Path
 
 def started_run() -> ForkServerProcess:
     """A run on two processes that has left a checkpoint and goes on."""
-    run = forked(2, *RUN, "run.dir=run", "train.epochs=2000", said=SAID)
+    return started(forked(2, *RUN, "run.dir=run", "train.epochs=2000", said=SAID))
+
+
+def started(run: ForkServerProcess) -> ForkServerProcess:
     until = time.monotonic() + 120
     while not Path("run/checkpoints/last.pt").exists():
         assert run.exitcode is None and time.monotonic() < until

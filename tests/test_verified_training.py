@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,17 @@ import torch.nn.functional as F
 
 from btrain import cli
 from btrain.allocation import signed_prediction_variance
-from btrain.data import Batch, Data
+from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
+from btrain.evaluation.attack import Subject, clean_correct
+from btrain.evaluation.examples import Examples
 from btrain.evaluation.result import Result
+from btrain.evaluation.verification import verified
 from btrain.methods.make import make_method, make_methods
-from btrain.methods.verified import Verified, Weight, at_random, nearest_right
+from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.settings.compose import compose
 from btrain.training.setup import make_state
-from btrain.verify import bounds, losses
+from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
 
 CPU = torch.device("cpu")
@@ -92,6 +95,44 @@ def test_schedules() -> None:
     assert replace(method, ramp=0.0)._share(0) == 1
 
 
+def test_the_mix_follows_the_errors_on_held_out_images(digits: Data) -> None:
+    """Ahead of each epoch: the images not verified among those and the misclassified, an EMA."""
+    some = [*SMALL, "defense=mixtrain", "defense.dynamic=feedback", "dataset.val_examples=80",
+            "defense.ramp=0", "defense.engine=crown_ibp"]  # fmt: skip
+    config = compose([*some, "train.epochs=3"])
+    held_out = Split(digits.test.images[:80], digits.test.labels[:80])
+    method = make_method(config, CPU, held_out=held_out)
+    assert isinstance(method, Verified)
+    state, generator = make_state(config, digits, CPU), torch.Generator().manual_seed(0)
+    network, memory, batch = state.model, state.memory, batch_of(digits)
+    for _ in range(30):  # a network that is right often, and verified nowhere
+        F.cross_entropy(network(batch.x), batch.labels).backward()
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight -= 0.1 * weight.grad
+        network.zero_grad()
+    x, labels = held_out.images.float() / 255, held_out.labels
+    with evaluating(network), torch.no_grad():
+        wrong = (network(x).argmax(dim=1) != labels).double().mean().item()
+        upper = bounds.margins(
+            trace(network, (1, 8, 8)), bounds.box(x, 0.1), labels, engine="crown_ibp"
+        )
+        unverified = 1 - bounds.verified(upper, labels).double().mean().item()
+    share = unverified / (unverified + wrong)
+    assert 0.5 < share < 0.95
+    next(method.examples(network, batch, memory, generator))
+    assert memory[MIX] == pytest.approx(share)
+    memory["trained"] += 50
+    next(method.examples(network, batch, memory, generator))  # within the epoch
+    assert memory[MIX] == pytest.approx(share)
+    memory["trained"].fill_(len(digits.train))
+    memory[MIX].fill_(0.2)
+    next(method.examples(network, batch, memory, generator))
+    mixed = (0.2 + share) / 2
+    assert memory[MIX] == pytest.approx(mixed)
+    assert method._mix(memory, 0.5) == pytest.approx((mixed, mixed / (1 - mixed)))
+
+
 def test_the_few_are_drawn_or_nearest_the_boundary(digits: Data) -> None:
     logits = torch.tensor([[3.0, 0], [0, 3], [0.5, 0], [0, 1], [2, 0], [1, 0]])
     labels = torch.tensor([0, 0, 0, 0, 0, 1])
@@ -132,6 +173,16 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
         (["defense=mixtrain", "bt=gaussian"], "only bt=random and bt=bullettrain choose"),
         (["defense=ibp", "bt=bullettrain"], "it bounds all images"),
+        (["defense=mixtrain", "bt=uniform"], "defense.per_batch=1 does not go with bt=uniform"),
+        (["defense=mixtrain", "bt.n_r=2"], "bt.n_r has no meaning with defense=mixtrain"),
+        (["defense=ibp", "bt.gamma=.3"], "bt.gamma has no meaning with defense=ibp"),
+        (["defense=ibp", "bt.n_b=3"], "bt.n_b has no meaning with defense=ibp"),
+        (["defense=mixtrain", "bt.metric=margin"], "bt.metric has no meaning with bt=random"),
+        (["defense=sabr", "defense.weight_last=3"], "has no meaning with defense.form=convex"),
+        (
+            ["defense=mixtrain", "defense.dynamic=feedback", "defense.weight_last=3"],
+            "set dataset.val_examples",
+        ),
         (["defense=ibp", "attack=l2_pgd"], "its bounds are for an L∞ ball"),
         (["defense=ibp", "rival=mma"], "does not go with"),
         (["defense=sabr", "defense.box=0"], r"defense.box must be in \(0, 1\]"),
@@ -163,7 +214,8 @@ def test_a_run_is_trained_verified_and_attacked(
              "bt.probe_every=0", "device=cpu"]  # fmt: skip
     assert cli.main(["train", *words, f"run.dir={run}"]) == 0
     engines = ["ibp", "crown_ibp", "symbolic", "any"]
-    arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}"]
+    arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}",
+                 "verify.epsilon=0.02,8/255"]  # fmt: skip
     assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 0
     results = {
         name: Result.read(run / "eval", name)
@@ -180,6 +232,8 @@ def test_a_run_is_trained_verified_and_attacked(
         assert not (correct[f"verified-{engine}"] & ~correct["verified-any"]).any()
     facts = json.loads((run / "eval" / "verified-symbolic.json").read_text())
     assert (facts["engine"], facts["norm"], facts["epsilon"]) == ("symbolic", "linf", 0.05)
+    assert [epsilon for epsilon, _ in facts["shares"]] == [0.02, 8 / 255, 0.05]
+    assert facts["shares"][-1][1] == facts["accuracy"] == 100 * share["verified-symbolic"]
     assert "verified-any" in capsys.readouterr().out
     # A verdict that an attack contradicts ends the command.
     wrong = results["verified-ibp"]
@@ -212,3 +266,61 @@ def test_methods_of_all_epochs_are_one(digits: Data) -> None:
     config = compose([*SMALL, "defense=mixtrain"])
     of_epoch = make_methods(config, CPU, paths=make_fast_paths(config.train, CPU))
     assert of_epoch(0) is of_epoch(7)
+
+
+class CutError(Exception):
+    """An interruption."""
+
+
+@dataclass(frozen=True)
+class Counted(Examples):
+    """Examples that count how often they are asked for, and may be cut off."""
+
+    asked: list[int] = field(default_factory=list)
+    most: int = 10**6
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(self.asked) == self.most:
+            raise CutError
+        self.asked.append(len(indices))
+        return super().batch(indices)
+
+
+def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
+    tmp_path: Path, digits: Data
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(),
+                                  torch.nn.Linear(12, 10))  # fmt: skip
+    x, labels = digits.test.images[:60].float() / 255, digits.test.labels[:60]
+    for _ in range(80):
+        F.cross_entropy(network(x), labels).backward()
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight -= 0.3 * weight.grad
+        network.zero_grad()
+    graph, names = trace(network, (1, 8, 8)), tuple("0123456789")
+
+    def subject(folder: Path, most: int = 10**6) -> Subject:
+        examples = Counted(x, labels, names, CPU, most=most)
+        correct = clean_correct(network, Examples(x, labels, names, CPU), batch_size=60)
+        return Subject(network, examples, correct, 0.03, 0.01, 0, 20, folder=folder)
+
+    radii = [0.01, 0.02, 0.05]
+    whole = subject(tmp_path / "whole")
+    result = verified(whole, graph, "ibp", radii)
+    shares = dict(map(tuple, result.settings["shares"]))
+    assert list(shares) == [0.01, 0.02, 0.03, 0.05]
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    for epsilon, share in shares.items():  # by intervals, which grow with the box, all at once
+        (alone,) = accuracy.verify(network, x, labels, epsilon=epsilon, engines=["ibp"])
+        assert share == pytest.approx(100 * alone.accuracy)
+    assert 100 > shares[0.01] > shares[0.05] and result.accuracy == shares[0.03]
+    cut = subject(tmp_path / "cut", most=5)
+    with pytest.raises(CutError):
+        verified(cut, graph, "ibp", radii)
+    again = subject(tmp_path / "cut")
+    assert verified(again, graph, "ibp", radii).settings["shares"] == result.settings["shares"]
+    counted = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
+    assert counted[1] == counted[0] - 5
+    assert not list((tmp_path / "cut").glob("*.partial.npz"))

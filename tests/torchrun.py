@@ -7,6 +7,7 @@ computed nothing, and forks: the same supervision, signals and exit statuses for
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,9 +23,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 PRELOADED = ["torch._dynamo", "torch.distributed.run", "torch.distributed.nn.functional",
              "torch.utils.flop_counter", "hydra.main", "hydra._internal.hydra",
              "hydra.core.override_parser.overrides_parser", "omegaconf.grammar_parser",
-             "sklearn.datasets", "tqdm.contrib.logging", "btrain.cli", "btrain.training",
+             "tqdm.contrib.logging", "btrain.cli", "btrain.training",
              "btrain.data.digits", "pytest"]  # fmt: skip
-"""`sklearn.datasets` for `dataset=digits`, `pytest` as it is the main module of who starts."""
+"""`pytest` as it is the main module of who starts."""
 
 
 def torchrun(processes: int, *command: str, **how: Any) -> subprocess.Popen[str]:
@@ -74,6 +75,18 @@ def command(arguments: tuple[str, ...]) -> None:
 
     sys.argv = ["btrain", *arguments]
     run_command()
+
+
+def unasked_for(arguments: tuple[str, ...]) -> None:
+    """Do the same without the signal that torch asks for at the end of an agent that has forked.
+
+    Linux sends it then, and not to the commands that torchrun starts.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    command(arguments)
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def _speaking_to(said: Path, work: Callable[..., None], *args: Any) -> None:

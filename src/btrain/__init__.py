@@ -1,14 +1,18 @@
-"""BulletTrain: robust training that spends the attack steps near the decision boundary.
+"""Robust training of neural networks at a fraction of its cost.
 
-`btrain train` is the command line and `train` the same from Python; `btrain.allocation`,
-`btrain.attacks` and `btrain.defenses` are the algorithm as pure functions, for other people's
-training loops.
+`btrain train` is the command line and `train` the same from Python; `load` brings back the network
+of a run. `btrain.allocation`, `btrain.attacks` and `btrain.defenses` are BulletTrain as pure
+functions, for other people's training loops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes do not wait for
+    from torch import nn
 
 __version__ = "0.1.0"
 
@@ -42,3 +46,30 @@ def train(overrides: Sequence[str] = (), *, model: Any = None, data: Any = None)
         if thing is not None:
             words += [f"{group}=own", f"{group}.factory={configs.quoted(own.give(thing, group))}"]
     return run(configs.compose(words))
+
+
+def load(
+    run: str | Path,
+    which: Literal["last", "best"] = "last",
+    *,
+    trust_code: bool = False,
+    factories: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Return the network that a run has trained, on the CPU, in eval mode: images to logits.
+
+    Images are (m, C, H, W) in [0, 1], logits (m, K); a normalisation is inside.
+
+    Args:
+        run: a run folder, or one of its checkpoint files.
+        which: of a folder, the last checkpoint or that of the best held-out epoch.
+        trust_code: whether own code that the run names may be imported.
+        factories: own code in the place of that which it names, by its group: `{"model": Net}`.
+
+    Raises:
+        btrain.errors.UserError: there is no such run, it is damaged, or it needs code that is not
+            named here.
+    """
+    from btrain.exchange.from_run import load_run
+
+    _, network = load_run(Path(run), which, trust_code=trust_code, factories=factories)
+    return network

@@ -194,6 +194,22 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
     return allocation.ordered(torch.randperm(m, generator=generator, device=device))
 
 
+def thinned(
+    allocation: Allocation, share: float, generator: torch.Generator
+) -> tuple[Allocation, Tensor]:
+    """Take the steps of robust examples, each with probability 1 − share.
+
+    Returns:
+        The allocation, and how many examples each stands for, (m,): of the robust ones 1/share
+        where they keep their steps and 0 where not, so that no sum over them is biased; else 1.
+    """
+    robust = allocation.classes == ROBUST
+    drawn = torch.rand(len(robust), generator=generator, device=robust.device)
+    spared = robust & (drawn >= share)
+    weight = torch.where(robust, 1 / share, 1.0).masked_fill(spared, 0.0)
+    return allocation._replace(steps=allocation.steps.masked_fill(spared, 0)), weight
+
+
 def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor:
     """Give any examples classes in the shares F_B, F_R, F_O, rounded. (m,) -> (m,) int64"""
     m = len(score)
@@ -222,13 +238,19 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
     return Allocation(classify(score, robust_fraction), steps.long())
 
 
-def step_sizes(steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float) -> Tensor:
+FAR = 1.7
+"""The length of all steps of a short attack together, in ε (Section 4)."""
+
+
+def step_sizes(
+    steps: Tensor, *, n_b: int, epsilon: float, step_size_b: float, way: float = FAR
+) -> Tensor:
     """Return the step sizes of Section 4: 1.7·ε/N for an example with N < N_B steps.
 
     With N_B steps it takes them like the plain defense, so that equal budgets are the plain defense
     exactly. (m,) -> (m,) float32
     """
-    return torch.where(steps == n_b, step_size_b, 1.7 * epsilon / steps.clamp(min=1))
+    return torch.where(steps == n_b, step_size_b, way * epsilon / steps.clamp(min=1))
 
 
 class Scored(NamedTuple):

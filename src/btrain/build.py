@@ -7,6 +7,7 @@ import math
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from btrain.settings import (
     Config,
     ModelConfig,
     OwnModelConfig,
+    Shortcut,
     WideResNetConfig,
     WidthConfig,
 )
-from btrain.settings.run import LibraryModelConfig, NamedModelConfig
+from btrain.settings.run import LibraryModelConfig, NamedModelConfig, PreActResNetConfig
 
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _TRIED = 8  # images
@@ -57,6 +59,18 @@ def find_device(name: str) -> torch.device:
 def meant(device: torch.device) -> AbstractContextManager[object]:
     """Make this the GPU where none is named inside; each of several processes has its own."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a device can still hand out; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(available[0]) if available else None
 
 
 def check_size(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> None:
@@ -121,9 +135,11 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
             network = models.from_library(name, model.settings, classes, shape[0])
         case _:
             assert isinstance(model, WidthConfig)
-            depth, activation = None, Activation.relu
+            depth, activation, shortcut = None, Activation.relu, Shortcut.activated
             if isinstance(model, WideResNetConfig):
                 depth, activation = model.depth, model.activation
+            if isinstance(model, PreActResNetConfig):
+                shortcut = model.shortcut
             return models.build(
                 model.architecture.value,
                 width=model.width,
@@ -133,6 +149,7 @@ def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) ->
                 mean=model.mean,
                 std=model.std,
                 activation=activation.value,
+                shortcut=shortcut.value,
             )
     normalise = models.normalisation(shape[0], model.mean, model.std)
     return network if normalise is None else models.Normalised(normalise, network)

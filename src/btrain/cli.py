@@ -7,16 +7,25 @@ at once.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
-from btrain.processes.launched import check_alone, first_complains, is_first, processes
+from btrain.processes.launched import (
+    by_torchrun,
+    check_alone,
+    check_variables,
+    first_complains,
+    is_first,
+    processes,
+)
+from btrain.processes.parent import not_outliving
 from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
@@ -58,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"there is no command {args[0]}; see btrain --help.")
         return 2
     try:
+        check_variables()
         if args[0] != "train":
             check_alone(f"btrain {args[0]}")
-        COMMANDS[args[0]](args[1:])
+        with not_outliving(os.getppid()) if by_torchrun() else nullcontext():
+            COMMANDS[args[0]](args[1:])
     except UserError as error:
         complain(error)
         return 1
@@ -121,6 +132,10 @@ def _train(args: list[str]) -> None:
         from btrain.training import train
 
         summary = train(config, jobs=configs.jobs_at_once())
+        if is_first() and not configs.is_sweep():
+            say(
+                f"Next: btrain eval checkpoint={shlex.quote(config.run.dir)} attack=all report=true"
+            )
         return summary.get("best_val_acc")  # what a sweeper that searches goes by
 
     _run_with_hydra("train", args, run)
@@ -151,7 +166,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
     if {"-m", "--multirun"} & set(args):
         check_alone("--multirun")
     if {"-h", "--help"} & set(args):
-        show(configs.help_text(args, task))
+        from btrain.settings.help import help_text
+
+        show(help_text(args, task), end="")
         return
     configs.check_words(args, task)
     configs.user_folder(args)
@@ -161,7 +178,7 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
     from hydra.types import RunMode
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-    full_error = before == "1"
+    full_error, sweep = before == "1", os.getpid()
 
     def job(cfg: Any) -> object:
         """Run one job, and return what it came to.
@@ -178,7 +195,10 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
                 config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
             own.allow_parts(config)
             configs.check_search(config, hydra_config)
-            return run(config)
+            of_joblib = hydra_config.runtime.choices["hydra/launcher"] == "joblib"
+            alone = not of_joblib or os.getpid() == sweep
+            with nullcontext() if alone else not_outliving(sweep):
+                return run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
@@ -300,7 +320,15 @@ def _export(args: list[str]) -> None:
     """Write a trained network in another project's format."""
     from btrain.exchange.command import run
 
-    run(args)
+    made = run(args)
+    if made is not None and made[0].model_card:
+        from pathlib import Path
+
+        from btrain.report.card import write_card
+
+        export, saved = made
+        for path in write_card(Path(export.out), saved, export.format, Path(export.checkpoint)):
+            say(f"Written to {path}.")
 
 
 def _bench(args: list[str]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +34,33 @@ _TINY = 1e-12
 _LEAST_MIXTURE = 1e-7
 
 
+class Weights(NamedTuple):
+    """How often each example of a batch counts, for itself and for others that were left out.
+
+    Attributes:
+        clean: in what the clean image is learnt from, (m,).
+        adv: in what the adversarial one is, (m,).
+    """
+
+    clean: Tensor
+    adv: Tensor
+
+
 @dataclass(frozen=True)
 class Defense:
     """The two losses of a robust training method, and which of them read the clean logits.
 
     A forward pass whose logits nobody reads is not made.
+
+    Attributes:
+        weighted_loss: the outer loss with `weights=`; None where it is not known by example.
     """
 
     inner_loss: InnerLoss
     outer_loss: OuterLoss
     inner_reads_clean: bool
     outer_reads_clean: bool
+    weighted_loss: Callable[..., Tensor] | None = None
 
 
 def ce_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,16 +84,39 @@ def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> T
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
-def trades_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, beta: float) -> Tensor:
+def pgd_loss(
+    clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, weights: Weights | None = None
+) -> Tensor:
+    """Return CE(f(x'), y), the mean over m. (m, K), (m, K), (m,) -> ()"""
+    del clean_logits
+    return _cross_entropy(adv_logits, labels, None if weights is None else weights.adv)
+
+
+def trades_loss(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    weights: Weights | None = None,
+) -> Tensor:
     """Return CE(f(x), y) + β · KL(p(x) ‖ p(x')), means over m, with the gradient of both sides.
 
     (m, K), (m, K), (m,) -> ()
     """
-    cross_entropy = F.cross_entropy(precision.full(clean_logits), labels)
-    return cross_entropy + beta * kl_inner_loss(adv_logits, clean_logits, labels).mean()
+    clean, adv = (None, None) if weights is None else weights
+    divergence = _weighted(kl_inner_loss(adv_logits, clean_logits, labels), adv)
+    return _cross_entropy(clean_logits, labels, clean) + beta * divergence.mean()
 
 
-def mart_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, beta: float) -> Tensor:
+def mart_loss(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    weights: Weights | None = None,
+) -> Tensor:
     """Return BCE(x', y) + β · mean of KL(p(x) ‖ p(x')) · (1 − p_y(x)), with its whole gradient.
 
     BCE adds to the cross-entropy of x' the margin to its likeliest wrong class. At least float32:
@@ -87,10 +127,23 @@ def mart_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, beta:
     p = log_p.exp()
     index = labels[:, None]
     runner_up = q.scatter(1, index, -1).max(dim=1).values
-    margin = -(_MARGIN - runner_up + _TINY).log().mean()
+    counts = None if weights is None else weights.adv
+    margin = -_weighted((_MARGIN - runner_up + _TINY).log(), counts).mean()
     kl = (p * (log_p - (q + _TINY).log())).sum(dim=1)
     weight = _WEIGHT_MARGIN - p.gather(1, index).squeeze(1)
-    return F.cross_entropy(adv_logits, labels) + margin + beta * (kl * weight).mean()
+    cross_entropy = _cross_entropy(adv_logits, labels, counts)
+    return cross_entropy + margin + beta * _weighted(kl * weight, counts).mean()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+    logits = precision.full(logits)
+    if weight is None:
+        return F.cross_entropy(logits, labels)
+    return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values if weight is None else weight * values
 
 
 def augmix_loss(
@@ -117,21 +170,27 @@ def augmix_loss(
 
 
 def _trades(beta: float) -> Defense:
-    outer_loss = partial(trades_loss, beta=beta)
-    return Defense(kl_inner_loss, outer_loss, inner_reads_clean=True, outer_reads_clean=True)
+    loss = partial(trades_loss, beta=beta)
+    return Defense(
+        kl_inner_loss, loss, inner_reads_clean=True, outer_reads_clean=True, weighted_loss=loss
+    )
 
 
 def _mart(beta: float) -> Defense:
-    outer_loss = partial(mart_loss, beta=beta)
-    return Defense(ce_inner_loss, outer_loss, inner_reads_clean=False, outer_reads_clean=True)
+    loss = partial(mart_loss, beta=beta)
+    return Defense(
+        ce_inner_loss, loss, inner_reads_clean=False, outer_reads_clean=True, weighted_loss=loss
+    )
 
 
 def _pgd() -> Defense:
-    def outer_loss(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Tensor:
-        del clean_logits
-        return F.cross_entropy(precision.full(adv_logits), labels)
-
-    return Defense(ce_inner_loss, outer_loss, inner_reads_clean=False, outer_reads_clean=False)
+    return Defense(
+        ce_inner_loss,
+        pgd_loss,
+        inner_reads_clean=False,
+        outer_reads_clean=False,
+        weighted_loss=pgd_loss,
+    )
 
 
 DEFENSES: dict[str, Callable[..., Defense]] = {"trades": _trades, "mart": _mart, "pgd": _pgd}

@@ -56,11 +56,15 @@ def parts(config: Any) -> dict[str, tuple[str, dict[str, Any]]]:
 def give(thing: Any, group: str = "") -> str:
     """Return a factory, already allowed, for an object of this process: `object:<its name>`.
 
-    Two groups may be given objects of one name; without a group it is for any.
+    Two groups may be given objects of one name; without a group it is for any, and takes the place
+    of what was given before.
     A callable is a factory itself; anything else is handed out as it is.
     """
     name = getattr(thing, "__name__", type(thing).__name__)
     factory = f"{GIVEN}{name}"
+    if not group:
+        for key in [key for key in _given if key[1] == factory]:
+            del _given[key]
     _given[group, factory] = thing
     allow(factory)
     return factory
@@ -104,11 +108,12 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
 
     Args:
         group: `model`, `dataset`, …, whose `settings` they are, for the sentence of an error.
-        settings: the user's; they take the place of what is known.
+        settings: the user's.
         known: what the factory may want to know (`classes`, `shape`); it gets what it takes.
 
     Raises:
-        UserError: as `load`; it cannot be called, takes other settings, or fails.
+        UserError: as `load`; it cannot be called, takes other settings, or fails; a setting is
+            what is known.
     """
     make = load(group, factory)
     if factory.startswith(GIVEN) and not _makes(make):
@@ -117,6 +122,11 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
         raise UserError(
             f"{group}.factory={factory} is of type {type(make).__name__} and cannot be called."
         )
+    for name in settings:
+        if name in known:
+            raise UserError(
+                f"{group}.settings.{name} cannot be set: {factory} is given it, {known[name]}."
+            )
     takes = _parameters(make)
     arguments = {key: value for key, value in known.items() if takes is None or key in takes}
     arguments |= settings
@@ -229,11 +239,15 @@ def _check_arguments(
         for name in own:
             if name not in arguments and takes[name].default is inspect.Parameter.empty:
                 raise UserError(
-                    f"{factory} needs {name}; please give {group}.settings.{name}=…."
+                    f"{factory} needs {name}; please give {group}.settings.{name}=…. It is called "
+                    f"once, to make the {_MADE.get(group, group)}."
                 ) from error
         raise UserError(f"{group}.factory={factory} cannot be called: {first_line(error)}.") from (
             error
         )
+
+
+_MADE = {"bt": "allocator"}
 
 
 def _resolved(place: str) -> Path:

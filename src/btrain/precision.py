@@ -81,6 +81,22 @@ def exactly_float32(device: torch.device) -> Iterator[None]:
                 unit.fp32_precision = precision
 
 
+@contextmanager
+def products_like_convolutions() -> Iterator[None]:
+    """Allow a GPU's products of float32 matrices TF32 where its convolutions may use it."""
+    matmul = torch.backends.cuda.matmul
+    products = _legacy(lambda: matmul.allow_tf32)
+    convolutions = _legacy(lambda: torch.backends.cudnn.allow_tf32)
+    if products is None or convolutions is None:  # somebody chose in torch's newer words
+        yield
+        return
+    matmul.allow_tf32 = convolutions
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = products
+
+
 def _units() -> list[Any]:
     """Return what has a precision of its own in torch 2.9 and later; none in earlier ones."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn

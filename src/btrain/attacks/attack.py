@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from btrain.allocation import BOUNDARY, Allocation, step_sizes
+from btrain.allocation import BOUNDARY, FAR, Allocation, step_sizes
 from btrain.attacks.balls import Ball
 from btrain.attacks.pgd import InnerLoss, early_exit_pgd, prefix_pgd
 from btrain.attacks.shadow import attacked, bare
@@ -44,9 +44,9 @@ class Attack:
     """Projected gradient ascent on a defense's inner loss, as a run is configured.
 
     Attributes:
-        n_b, step_size_b: the steps of the longest budget N_B, and their size; an example with
-            N < N_B steps takes them of 1.7·ε/N.
+        n_b, step_size_b: the steps of the longest budget N_B, and their size.
         start: the noise ahead of the first step.
+        way: the length of all steps of an example with N < N_B, in ε.
         train_mode: whether BatchNorm uses the batch's statistics during the attack.
         probe: a factor on the start's noise where the first gradient is taken; None for a gradient
             at the start itself. See `methods.make.probe_factor`.
@@ -59,6 +59,7 @@ class Attack:
     n_b: int
     step_size_b: float
     start: Start
+    way: float = FAR
     train_mode: bool = False
     probe: float | None = None
     pgd: Callable[..., Tensor] = prefix_pgd
@@ -72,7 +73,9 @@ class Attack:
         """Return each example's step size, (m,) int64 -> (m,)."""
         epsilon = self.ball.epsilon
         assert isinstance(epsilon, float)
-        return step_sizes(steps, n_b=self.n_b, epsilon=epsilon, step_size_b=self.step_size_b)
+        return step_sizes(
+            steps, n_b=self.n_b, epsilon=epsilon, step_size_b=self.step_size_b, way=self.way
+        )
 
     def __call__(
         self,

@@ -78,6 +78,15 @@ class ReplayedPGD:
         self._made_for: tuple[object, ...] = ()
         self._replay: dict[int, Callable[[], None]] = {}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Return the bytes of the fixed memory and of what the graphs keep for themselves."""
+        if not self._made_for:
+            return 0
+        *parts, region = self._batch
+        fixed = sum(part.nbytes for part in (*parts, *region))
+        return fixed + (self._record.held() if isinstance(self._record, GraphRecorder) else 0)
+
     def __call__(
         self,
         model: nn.Module,
@@ -198,6 +207,12 @@ class GraphRecorder:
                 raise
         self.graphs.append(graph)
         return graph.replay
+
+    def held(self) -> int:
+        """Return the bytes of the graphs' pool, which torch counts as free between replays."""
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        ours = (s for s in segments if tuple(s.get("segment_pool_id", ())) == tuple(self._pool))
+        return sum(int(segment["total_size"]) for segment in ours)
 
 
 def _end_recording(device: torch.device) -> None:

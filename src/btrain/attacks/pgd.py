@@ -144,6 +144,7 @@ def prefix_pgd(
     region = ball.region(x)
     target = clean_logits.detach()
     step_size = per_image(step_size, x)
+    everybody = bool(active) and active[-1] == len(x)
     if noise is not None and active:
         x_adv[: active[0]] += noise[: active[0]]
 
@@ -154,7 +155,11 @@ def prefix_pgd(
             loss = inner_loss(model(images), target[:n], labels[:n]).sum()
         (gradient,) = torch.autograd.grad(loss, [images])
         moved = ball.direction(gradient).mul_(step_size[:n]).add_(x_adv[:n])
-        x_adv[:n] = ball.project(moved, *(part[:n] for part in region))
+        projected = ball.project(moved, *(part[:n] for part in region))
+        if everybody:  # a plain attack is spared the copies
+            x_adv = projected
+        else:
+            x_adv[:n] = projected
     return x_adv
 
 

@@ -178,14 +178,21 @@ class _Shadow(_Frozen):
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights of convolutions and linear layers; all else is shared."""
-        sources: list[Tensor] = []
-        for convolution, norm in self._folds:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            sources.append(convolution.weight * scale.view(-1, 1, 1, 1))
-            sources.append(norm.bias - norm.running_mean * scale)
-        torch._foreach_copy_(self._targets, [*sources, *self._sources])
+        torch._foreach_copy_(self._targets, [*self._folded(), *self._sources])
+
+    def _folded(self) -> list[Tensor]:
+        """Return each fold's weight and bias, many in one kernel on a GPU."""
+        if not self._folds:
+            return []
+        convolutions, norms = zip(*self._folds, strict=True)
+        variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
+        roots = [torch.rsqrt(variance) for variance in variances]
+        scales = torch._foreach_mul([n.weight for n in norms], roots)
+        by_filter = [scale.view(-1, 1, 1, 1) for scale in scales]
+        weights = torch._foreach_mul([c.weight for c in convolutions], by_filter)
+        shifts = torch._foreach_mul([n.running_mean for n in norms], scales)
+        biases = torch._foreach_sub([n.bias for n in norms], shifts)
+        return [part for fold in zip(weights, biases, strict=True) for part in fold]
 
 
 def _fold(block: PreActBlock | WideBlock) -> list[Tensor]:

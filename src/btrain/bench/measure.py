@@ -186,7 +186,7 @@ def _selection_seconds(lane: Lane, device: torch.device) -> float:
 
 def _select(lane: Lane, batch: Batch, z: Tensor) -> None:
     """Do what the step does between the clean logits z (m, K) and the attack, or the views."""
-    x, labels, _ = batch
+    x, labels = batch.x, batch.labels
     chooser = lane.chooser
     score = chooser.metric(z, labels)
     robust_fraction = lane.memory["robust_fraction"]

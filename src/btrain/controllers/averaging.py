@@ -34,6 +34,10 @@ class WeightAverage:
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
+    def of(self, model: nn.Module) -> WeightAverage:
+        """Return an average of another network with the same decay, which begins as that is."""
+        return WeightAverage(model, self._decay)
+
     @torch.no_grad()
     def update(self, done: int, skipped: Tensor | None = None) -> None:
         """Move towards the model as it is now.

@@ -33,6 +33,7 @@ from btrain.corruptions.frost import photographs
 from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
 from btrain.durable import check_places, make_folder, replacing
 from btrain.errors import UserError
+from btrain.processes.parent import watch
 from btrain.settings.corrupt import CorruptConfig
 from btrain.terminal import say
 
@@ -183,8 +184,8 @@ def _mapping(processes: int) -> Iterator[Callable[[Iterable[_Task]], Iterable[Im
     executor = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # an interrupt is this process' business
+        initializer=_begin,
+        initargs=(os.getpid(),),
     )
     try:
         yield partial(executor.map, _corrupt_chunk)
@@ -195,6 +196,12 @@ def _mapping(processes: int) -> Iterator[Callable[[Iterable[_Task]], Iterable[Im
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _begin(parent: int) -> None:
+    """Begin a worker: an interrupt is its parent's business, whose end is its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watch(parent)
 
 
 def _cores() -> int:

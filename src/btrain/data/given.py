@@ -130,8 +130,11 @@ def _labels(y: npt.NDArray[Any], what: str) -> npt.NDArray[np.int64]:
 def _classes(names: Any, labels: npt.NDArray[np.int64], where: str) -> tuple[str, ...]:
     if names is not None:
         return tuple(map(str, names))
-    if len(labels) and int(labels.max()) >= max(len(labels), 2):
-        raise UserError(f"{where}: y must count the classes from 0, but goes to {labels.max()}.")
+    if len(labels) and (labels.min() > 0 or labels.max() >= max(len(labels), 2)):
+        raise UserError(
+            f"{where}: y must count the classes from 0, but goes from {labels.min()} to "
+            f"{labels.max()}; an attribute `classes` names them where some are missing."
+        )
     return tuple(str(k) for k in range(int(labels.max(initial=1)) + 1))
 
 

@@ -1,4 +1,7 @@
-"""The reader of MNIST from its IDX files."""
+"""The reader of MNIST from its IDX files, and of the part of it that comes with btrain.
+
+MNIST is Y. LeCun's, C. Cortes' and C. Burges', under CC BY-SA 3.0, and so is that part.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
          "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")  # fmt: skip
 CLASSES = tuple(str(digit) for digit in range(10))
 _UBYTE = 0x08
+_SAMPLE = Path(__file__).with_name("mnist_sample.npz")
 
 
 def missing_file(root: Path) -> Path | None:
@@ -38,6 +42,19 @@ def read(root: Path) -> tuple[Source, Source]:
         in_memory(
             read_idx(test_images, 3)[:, None], read_idx(test_labels, 1), CLASSES, test_labels
         ),
+    )
+
+
+def read_sample() -> tuple[Source, Source]:
+    """Return 10,000 training and 2,000 test images of MNIST, as many of each digit.
+
+    They are those of `dataset=mnist dataset.train_examples=10000 dataset.test_examples=2000`.
+    """
+    with np.load(_SAMPLE) as arrays:
+        x, y, x_test, y_test = (arrays[name] for name in ("x", "y", "x_test", "y_test"))
+    return (
+        in_memory(x[:, None], y, CLASSES, _SAMPLE),
+        in_memory(x_test[:, None], y_test, CLASSES, _SAMPLE),
     )
 
 

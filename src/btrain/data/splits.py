@@ -67,8 +67,8 @@ def load(
     """Read a data set and move it to the device.
 
     Args:
-        name: cifar10, cifar100, mnist, digits or imagefolder.
-        root: the folder that holds it (digits: not used).
+        name: cifar10, cifar100, mnist, mnist_sample, digits or imagefolder.
+        root: the folder that holds it (mnist_sample, digits: not used).
         device: where the tensors go.
         download: whether missing files are fetched (cifar10, cifar100, mnist).
         image_size: side of the square to which an image folder's images are resized.
@@ -105,7 +105,7 @@ def load_configured(
         case ImageFolderConfig():
             parts = imagefolder.read(Path(dataset.root), dataset.image_size)
         case _:
-            parts = digits.read()
+            parts = _INSTALLED[dataset.name.value]()
     return arranged(
         *parts,
         device=device,
@@ -186,10 +186,16 @@ _FILES: dict[str, _Reader] = {
     "mnist": (mnist.missing_file, mnist.read),
 }
 
+_INSTALLED: dict[str, Callable[[], tuple[Source, Source]]] = {
+    "digits": digits.read,
+    "mnist_sample": mnist.read_sample,
+}
+"""The data sets that come with btrain."""
+
 
 def _read(name: str, root: Path, download: bool, image_size: int | None) -> tuple[Source, Source]:
-    if name == "digits":
-        return digits.read()
+    if name in _INSTALLED:
+        return _INSTALLED[name]()
     if name == "imagefolder":
         if image_size is None:
             raise UserError("dataset.image_size must be given for dataset=imagefolder.")

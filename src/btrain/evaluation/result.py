@@ -30,6 +30,8 @@ STANDARD = ("clean", *CHAIN)
 CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
 PAGE = "index.html"
 SEVERITIES = 5
+SHARES = "shares"
+"""The setting of a verified accuracy that holds points (ε, percent)."""
 _LARGEST = 256 << 20  # bytes of the arrays
 _ARRAYS = ("clean", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
 _OWN = ("attack", "accuracy", "ci95", "n", "per_class", "seconds")
@@ -100,6 +102,8 @@ class Summary:
             fields.optional_number(key)
         for key in _COUNTS:
             fields.optional_count(key)
+        if fields.optional(SHARES) is not None:
+            _curve(fields, SHARES)
         for key in ("table", "extra_table"):
             table = Fields(path, fields.optional(key) or {}, f"{key}.")
             for name in table.values:
@@ -345,7 +349,7 @@ def _curve(fields: Fields, key: str) -> list[tuple[float, float]]:
         and point[1] <= 100
         for point in points
     ):
-        raise fields.wrong(key, f"a list of [{key}, accuracy]")
+        raise fields.wrong(key, f"a list of [{'ε' if key == SHARES else key}, accuracy]")
     return [(float(x), float(y)) for x, y in points]
 
 

@@ -109,7 +109,8 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
 def _files(settings: EvalSettings, folder: Path) -> list[Path]:
     """Return the files that an evaluation leaves, and those that it keeps meanwhile."""
     endings = (".json", ".npz", ".partial.npz")
-    names = [f"{name}{ending}" for name in ("clean", *_names(settings)) for ending in endings]
+    found = ("clean", *_names(settings), *settings.verified)
+    names = [f"{name}{ending}" for name in found for ending in endings]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
     return [folder / name for name in names]
@@ -123,7 +124,7 @@ def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
         UserError: another process runs one of them, or the folder cannot be written.
     """
     with folder_made(folder), ExitStack() as locks:
-        for name in _names(settings) or ("clean",):
+        for name in (*_names(settings), *settings.verified) or ("clean",):
             locks.enter_context(locked(folder / f"{name}.lock"))
         yield
 
@@ -140,7 +141,10 @@ def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     if graph is not None:
-        results += [verification.verified(subject, graph, engine) for engine in settings.verify]
+        results += [
+            verification.verified(subject, graph, engine, settings.radii)
+            for engine in settings.verify
+        ]
         verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
     if settings.report:

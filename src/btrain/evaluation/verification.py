@@ -12,38 +12,69 @@ from tqdm import tqdm
 from btrain.errors import UserError
 from btrain.evaluation.attack import Start, Subject, attack_facts, finished, kept
 from btrain.evaluation.examples import batches
-from btrain.evaluation.result import Result, write_json
-from btrain.settings.evaluation import INTERVAL_ATTACKS
+from btrain.evaluation.result import SHARES, Result, write_json
+from btrain.evaluation.worst_case import Partial, worst_case
+from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
 from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
-
-PREFIX = "verified-"
-"""The beginning of the results' names; the engine follows."""
 
 _BROKEN = "verified_and_broken.json"
 
 
-def verified(subject: Subject, graph: Graph, engine: str) -> Result:
-    """Return which images an engine verifies at the subject's ε.
+def verified(subject: Subject, graph: Graph, engine: str, radii: Sequence[float] = ()) -> Result:
+    """Return which images an engine verifies at the subject's ε, and how many at other radii.
 
-    An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified.
+    An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified. One that
+    is verified at a radius is so at smaller ones, and is not asked for at larger ones if it was not
+    at this: shares fall with the radius. Interrupted, the same call goes on where it was.
+
+    Args:
+        radii: in [0, 1] pixel units, rising.
     """
-    name, started = PREFIX + engine.replace("+", "-"), time.perf_counter()
+    name, started = VERIFIED + engine.replace("+", "-"), time.perf_counter()
     facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
-    if (there := kept(subject, name, facts)) is not None:
+    told = facts | ({"radii": list(radii)} if radii else {})
+    if (there := kept(subject, name, told)) is not None:
         return there
-    sound = torch.zeros_like(subject.correct)
-    right = subject.correct.nonzero().squeeze(1)
-    for some in tqdm(
-        list(batches(right, subject.batch_size)), name, leave=False,
-        disable=None if subject.show_progress else True,
-    ):  # fmt: skip
-        x, labels = subject.examples.batch(some)
-        (verdict,) = accuracy.verify(
-            subject.model, x, labels, epsilon=subject.epsilon, engines=[engine], graph=graph
+    begun: list[Partial] = []
+
+    def among(candidates: Tensor, epsilon: float) -> Tensor:
+        """Return which of the candidates are verified at a radius, (n,) bool."""
+
+        def open_(_: int, some: Tensor) -> Tensor:
+            x, labels = subject.examples.batch(some)
+            (verdict,) = accuracy.verify(
+                subject.model, x, labels, epsilon=epsilon, engines=[engine], graph=graph
+            )
+            return ~verdict.verified
+
+        if subject.folder is not None:
+            path = subject.folder / f"{name}-{epsilon:g}.partial.npz"
+            begun.append(Partial(path, facts | {"radius": epsilon}))
+        return worst_case(
+            open_,
+            candidates,
+            rounds=[f"{name}, ε = {epsilon:.4g}"],
+            batch_size=subject.batch_size,
+            partial=begun[-1] if begun else None,
+            show_progress=subject.show_progress,
         )
-        sound[some] = verdict.verified.cpu()
-    return finished(subject, name, facts, sound, started)
+
+    before = kept(subject, name, facts) if radii else None
+    at = subject.epsilon
+    sound = {at: torch.from_numpy(before.correct) if before else among(subject.correct, at)}
+    for epsilon in (radius for radius in reversed(radii) if radius < at):
+        larger = sound[min(known for known in sound if known > epsilon)]
+        sound[epsilon] = larger | among(subject.correct & ~larger, epsilon)
+    for epsilon in (radius for radius in radii if radius > at):
+        sound[epsilon] = among(sound[max(known for known in sound if known < epsilon)], epsilon)
+    if radii:
+        told[SHARES] = [[e, 100 * sound[e].double().mean().item()] for e in sorted(sound)]
+    seconds = sum(partial.seconds_before for partial in begun)
+    result = finished(subject, name, told, sound[at], started - seconds)
+    for partial in begun:
+        partial.remove()
+    return result
 
 
 def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
@@ -89,8 +120,8 @@ def compare(subject: Subject, results: Sequence[Result]) -> None:
         UserError: an image is verified and broken. The indices are kept in a file: the bounds are
             wrong, or what was attacked is another network.
     """
-    verdicts = [r for r in results if r.attack.startswith(PREFIX)]
-    attacks = [r for r in results if not r.attack.startswith(PREFIX) and r.correct.ndim == 1]
+    verdicts = [r for r in results if r.attack.startswith(VERIFIED)]
+    attacks = [r for r in results if not r.attack.startswith(VERIFIED) and r.correct.ndim == 1]
     found: dict[str, list[int]] = {}
     for verdict in verdicts:
         for attack in attacks:

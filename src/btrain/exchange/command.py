@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btrain.errors import UserError
 from btrain.settings import words
@@ -14,7 +14,10 @@ from btrain.settings.checks import require
 from btrain.settings.evaluation import FACTORIES
 from btrain.terminal import say, show
 
-FORMATS = ("robustbench", "safetensors", "onnx", "state_dict")
+if TYPE_CHECKING:
+    from btrain.exchange.from_run import SavedRun
+
+FORMATS = ("robustbench", "safetensors", "onnx", "state_dict", "checkpoint", "compact")
 
 USAGE = """\
 btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for other projects
@@ -24,10 +27,14 @@ btrain export checkpoint=RUN format=FORMAT out=FILE    a trained network for oth
                 safetensors   the weights by btrain's names; FILE ends in .safetensors
                 onnx          the network, batches of any size; FILE ends in .onnx
                 state_dict    the weights by btrain's names, for torch.load and load_state_dict
+                checkpoint    for btrain: network, data and weights, without what training needs
+                compact       the same without channels that nothing reads
   out=          the file to write
   which=        last (default) or best, of a run folder
   sub_block1=   true adds TRADES' unused stage to format=robustbench (default: false)
   trust_code=   true imports code that the run names; or name it: model.factory=FILE.py:NAME
+  model_card=   true writes FILE.md, what it is and how good, and FILE.sha256, which is checked
+                whenever the file is read (default: false)
   overwrite=    true replaces a file that is there already (default: false)
 
 safetensors and onnx need their packages: pip install "btrain[export]".
@@ -52,6 +59,7 @@ class Export:
     which: str = "last"
     sub_block1: bool = False
     overwrite: bool = False
+    model_card: bool = False
     trust_code: bool = False
     factories: dict[str, str] = field(default_factory=dict)
 
@@ -99,27 +107,33 @@ def parse(arguments: Sequence[str]) -> Export:
     return words.filled(Export, values, {})
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> tuple[Export, SavedRun] | None:
     """Write the file that the arguments of `btrain export` ask for, and say what was written.
+
+    Returns:
+        What was asked for, and the run; None where it was help.
 
     Raises:
         UserError: a word, the run or the file to write is not right; nothing was written.
     """
     if {"-h", "--help"} & set(arguments):
         show(USAGE, end="")
-        return
+        return None
     export = parse(arguments)
+    for beside in (f"{export.out}.md", f"{export.out}.sha256") if export.model_card else ():
+        if Path(beside).exists() and not export.overwrite:
+            raise UserError(f"{beside} is there already; overwrite=true replaces it.")
 
     from btrain.exchange.from_run import read_run
     from btrain.exchange.write import write
 
-    run = read_run(
+    saved = read_run(
         Path(export.checkpoint),
         "best" if export.which == "best" else "last",
         trust_code=export.trust_code,
         factories=export.factories,
     )
-    model, shape = run.network(), run.shape
+    model, shape = saved.network(), saved.shape
     write(
         model,
         Path(export.out),
@@ -127,9 +141,12 @@ def run(arguments: Sequence[str]) -> None:
         shape=shape,
         sub_block1=export.sub_block1,
         overwrite=export.overwrite,
+        config=saved.config,
+        classes=saved.classes,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
-        f"{export.out}: {run.config.model.name} with {parameters:,} parameters as {export.format}, "
-        f"for {'×'.join(map(str, shape))} images in [0, 1]"
+        f"{export.out}: {saved.config.model.name} with {parameters:,} parameters as "
+        f"{export.format}, for {'×'.join(map(str, shape))} images in [0, 1]"
     )
+    return export, saved

@@ -18,6 +18,7 @@ from btrain.build import make_model
 from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
+from btrain.models.channels import Cut, inner_channels
 from btrain.runs.folder import RunFolder
 from btrain.settings import (
     Config,
@@ -50,6 +51,7 @@ _SHAPES = {
     DatasetName.cifar100: (3, 32, 32),
     DatasetName.mnist: (1, 28, 28),
     DatasetName.digits: (1, 8, 8),
+    DatasetName.mnist_sample: (1, 28, 28),
 }
 
 
@@ -66,6 +68,7 @@ class SavedRun:
         weights: by the network's own names.
         classes: K.
         shape: (C, H, W) of its images.
+        compact: whether channels that nothing reads were left out of the weights.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class SavedRun:
     weights: Mapping[str, Tensor]
     classes: int
     shape: tuple[int, int, int]
+    compact: bool = False
 
     def network(self) -> nn.Module:
         """Return the network with the weights, on the CPU, in eval mode.
@@ -85,11 +89,29 @@ class SavedRun:
         model = self.config.model
         if not isinstance(model, OwnModelConfig):
             outlined = outline(model, self.classes, self.shape, self.weights, self.path)
+            if self.compact:  # the whole network may be one that no memory holds
+                smaller = self._smaller(outlined)
+                check_fit(smaller, self.weights, self.path)
+                network = smaller.to_empty(device="cpu")
+                fit(network, self.weights, self.path)
+                return network.eval()
             check_fit(outlined, self.weights, self.path)
         with torch.random.fork_rng(devices=[]):
             network = make_model(model, self.classes, self.shape)
+        if self.compact:
+            network = self._smaller(network)
         fit(network, self.weights, self.path)
         return network.eval()
+
+    def _smaller(self, network: nn.Module) -> nn.Module:
+        """Return a network with as many channels as there are weights for."""
+        try:
+            smaller = Cut.of(network, inner_channels(network)).like(network, self.weights)
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{self.path}: the network's inner_channels are wrong.") from error
+        if smaller is None:
+            raise UserError(f"{self.path} is no compact form of its network.")
+        return smaller
 
 
 def load_run(
@@ -159,7 +181,8 @@ def read_run(
     classes, shape = _images(saved, path)
     if classes is None:
         classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
-    return SavedRun(path, config, weights, classes, shape or image_shape(config.dataset))
+    shape = shape or image_shape(config.dataset)
+    return SavedRun(path, config, weights, classes, shape, compact=saved.get("compact") is True)
 
 
 def trusted(
@@ -203,8 +226,8 @@ def trusted(
 _DECISIVE = (
     *("dataset.name", "dataset.image_size", "dataset.test_examples", "dataset.factory"),
     *("dataset.settings", "model.architecture", "model.width", "model.depth", "model.activation"),
-    *("model.factory", "model.settings", "model.mean", "model.std", "attack.epsilon"),
-    *("attack.norm", "attack.factory", "attack.settings"),
+    *("model.network", "model.shortcut", "model.factory", "model.settings", "model.mean"),
+    *("model.std", "attack.epsilon", "attack.norm", "attack.factory", "attack.settings"),
     *("eval.epsilon", "eval.step_size", "seed"),
 )
 

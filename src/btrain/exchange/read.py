@@ -16,7 +16,7 @@ from btrain.models.preact_resnet import PreActResNet
 from btrain.models.resnet import ResNet
 from btrain.models.small_cnn import SmallCNN
 from btrain.models.wide_resnet import WideResNet
-from btrain.untrusted import RefusedError, tensors
+from btrain.untrusted import RefusedError, check_hash, tensors
 from btrain.untrusted.pickles import AsksForCodeError
 
 log = logging.getLogger("btrain")
@@ -173,11 +173,12 @@ def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:
         log.warning("%s", note)
     if isinstance(model, _BTRAINS):
         weights = _renamed(saved, path)
-        if isinstance(model, PreActResNet) and any(key.startswith("layer1.") for key in weights):
+        preact = isinstance(model, PreActResNet) and not model.of_input
+        if preact and any(key.startswith("layer1.") for key in weights):
             log.warning(
-                "The names of the layers in %s are another project's: here a block's shortcut "
-                "takes the activated input, as AWP's; weights of a network whose shortcut takes "
-                "the input itself, as FastAT's, do not give their accuracy here.", path,
+                "The names of the layers in %s are another project's and do not tell what a "
+                "block's shortcut takes: here the activated input, as in AWP's network; with "
+                "model.shortcut=input the input itself, as in FastAT's.", path,
             )  # fmt: skip
         return _by_architecture(model, weights)
     counters = ".num_batches_tracked"
@@ -274,6 +275,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f'{path} needs the package safetensors: pip install "btrain[export]".'
         ) from error
     try:
+        check_hash(path)
         return dict(load_file(path))
     except Exception as error:  # its own kind, and OSError
         raise UserError(f"{path} is not a readable checkpoint{_reason(error)}.") from error

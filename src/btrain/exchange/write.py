@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
+from btrain.models.channels import Cut, inner_channels
 from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
+from btrain.runs.checkpoint import FORMAT
+from btrain.settings import Config
+from btrain.settings.compose import to_dict
 
 ROBUSTBENCH_SHAPE = (3, 32, 32)
 """Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
@@ -29,6 +33,8 @@ def write(
     shape: tuple[int, int, int],
     sub_block1: bool = False,
     overwrite: bool = False,
+    config: Config | None = None,
+    classes: int | None = None,
 ) -> None:
     """Write a network in a format of `command.FORMATS`.
 
@@ -36,27 +42,59 @@ def write(
         model: one of btrain's networks, on the CPU, in eval mode.
         path: the file to write.
         format: `state_dict` and `safetensors` hold our key names, `robustbench` its; `onnx` is the
-            whole network, from `images` (batch, C, H, W) in [0, 1] to `logits` (batch, K).
+            whole network, from `images` (batch, C, H, W) in [0, 1] to `logits` (batch, K);
+            `checkpoint` is one for btrain, which knows its network and data, without what training
+            needs; `compact` the same without channels that nothing reads.
         shape: (C, H, W) of the images.
         sub_block1: of format robustbench, see `names.robustbench`.
         overwrite: whether a file that is there already may be replaced.
+        config, classes: the run's and K, of formats checkpoint and compact.
 
     Raises:
         UserError: the network does not go into that format, a package is missing, the file is there
             already or cannot be written.
     """
-    write_to = _writer(model, format, shape, sub_block1)
+    if format in ("checkpoint", "compact"):
+        assert config is not None
+        weights = compact(model) if format == "compact" else model.state_dict()
+        content = {
+            "format": FORMAT,
+            "state": {"model": weights},
+            "config": to_dict(config),
+            "classes": classes,
+            "shape": list(shape),
+            **({"compact": True} if format == "compact" else {}),
+        }
+        write_to: Callable[[IO[bytes]], Any] = partial(torch.save, content)
+    else:
+        write_to = _writer(model, format, shape, sub_block1)
     if path.is_dir() or (path.exists() and not overwrite):
         hint = "" if path.is_dir() else "; overwrite=true replaces it"
         raise UserError(f"out={path} is there already{hint}.")
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
     try:
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)  # of the file before
         with replacing(path) as file:
             write_to(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
+
+
+def compact(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a network without the channels that nothing reads.
+
+    Raises:
+        UserError: it has none that could be left out.
+    """
+    try:
+        cut = Cut.of(model, inner_channels(model))
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"This network's inner_channels are wrong: {error}.") from error
+    if not cut.inner:
+        raise UserError("format=compact is for networks with inner channels; this one has none.")
+    return dict(cut.compact(model, cut.read(model)).state_dict())
 
 
 def _writer(

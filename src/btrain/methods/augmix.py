@@ -91,7 +91,7 @@ class AugMix:
         self, network: nn.Module, examples: Batch, memory: Memory, generator: torch.Generator
     ) -> Loss:
         """Return the loss over images and views, and remember F_R."""
-        x, labels, _ = examples
+        x, labels = examples.x, examples.labels
         if not self.jsd:
             passed = self._one_view(network, x, labels, generator)
         elif isinstance(self.allocator, Uniform):

@@ -8,17 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from btrain.allocation import Allocation, Allocator, Scored, filled_up, update_robust_fraction
+from btrain.allocation import (
+    Allocation,
+    Allocator,
+    Expected,
+    Scored,
+    filled_up,
+    thinned,
+    update_robust_fraction,
+)
 from btrain.attacks.attack import Attack
+from btrain.attacks.kept import Kept
 from btrain.attacks.pgd import by_steps
 from btrain.attacks.shadow import attacked
 from btrain.data import Batch, Data
-from btrain.defenses import Defense
+from btrain.defenses import Defense, Weights
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 
@@ -36,6 +46,8 @@ class Examples(NamedTuple):
         perturbed: how many examples took a step.
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
+        indices: where the examples stand in the training set, (m,).
+        weights: how often each counts; None for once.
     """
 
     x: Tensor
@@ -48,6 +60,8 @@ class Examples(NamedTuple):
     perturbed: int
     units: float
     share: float = 1.0
+    indices: Tensor | None = None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,10 @@ class BulletTrain:
         share_clean_forward: whether line 11 and the loss share one clean forward, in train mode.
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
+        kept: the store of the perturbations that attacks start from; None where they do not.
+        robust_share: of the robust examples, that are attacked and count for the others.
+        scores_kept: whether each example's score at its last visit is remembered, for an epoch to
+            leave out some.
     """
 
     defense: Defense
@@ -71,21 +89,31 @@ class BulletTrain:
     share_clean_forward: bool = False
     forward_unperturbed: bool = False
     regulariser: tuple[Regulariser, float] | None = None
+    kept: Kept | None = None
+    robust_share: float = 1.0
+    scores_kept: bool = False
     in_units: ClassVar[bool] = True
 
     def memory(self, data: Data, device: torch.device) -> Memory:
-        """Return F_R before the first batch."""
-        del data
-        return {"robust_fraction": torch.zeros((), device=device)}  # line 8
+        """Return F_R before the first batch, and stores that are empty."""
+        memory = {"robust_fraction": torch.zeros((), device=device)}  # line 8
+        if self.kept is not None:
+            memory |= self.kept.memory(data, device)
+        if self.scores_kept:
+            memory |= {
+                "score": torch.zeros(len(data.train), device=device),
+                "weight": torch.ones(len(data.train), device=device),
+            }
+        return memory
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once, attacked; one copy to the host, of the step counts."""
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
         score = self.score(z, labels)
-        noise = self.attack.noise(x, generator)
+        noise = self.start(batch, memory, generator)
 
         def attacked_logits(steps: int, step_size: float) -> Tensor:
             return self.attacked_logits(network, x, labels, z, noise, steps, step_size)
@@ -93,26 +121,34 @@ class BulletTrain:
         allocation = self.allocator(  # line 12
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
+        allocation, weights = self.weighted(allocation, batch.weight, generator)
         parts, clean_logits, allocation, active = self.in_order(
-            [x, labels, z, score, noise], clean_logits, allocation
+            [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
+            clean_logits,
+            allocation,
         )
-        x, labels, z, score, noise = parts
+        x, labels, z, score, noise, rows = parts
         x_adv, allocation, forwarded = self.attack(  # line 13
             network, x, labels, z, allocation, active, noise
         )
+        if self.kept is not None:
+            self.keep(self.kept, memory, batch, rows, x_adv - x, allocation.steps > 0)
         m, overhead = len(x), allocation.overhead
         units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
         units += m * (2 * overhead + 1) if overhead else 0
         yield Examples(
             x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
             share=m / len(batch.x),
+            indices=batch.indices[rows],
+            weights=None if weights is None else Weights(*(weight[rows] for weight in weights)),
         )  # fmt: skip
 
     def loss(
         self, network: nn.Module, examples: Examples, memory: Memory, generator: torch.Generator
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
-        x, labels, x_adv, clean_logits, z, score, allocation, perturbed, units, share = examples
+        x, labels, x_adv, clean_logits, z, score = examples[:6]
+        allocation, perturbed, units, share, _, weights = examples[6:]
         m = len(x)
         if self.defense.outer_reads_clean:  # line 14
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -127,18 +163,48 @@ class BulletTrain:
             labels,
             momentum=self.momentum,
             gamma=self.gamma,
-            mean=self.mean,
+            mean=partial(self.mean, weight=None if weights is None else weights.adv),
         )
-        loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+        if weights is None:
+            loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
+        else:
+            assert self.defense.weighted_loss is not None
+            loss = self.defense.weighted_loss(clean_logits, adv_logits, labels, weights=weights)
+        if self.scores_kept:
+            self.remember(memory, examples, clean_logits, adv_logits)
         units += 3 * trained
         if self.regulariser is not None:
             regulariser, cost = self.regulariser
             loss = loss + regulariser(network, x, labels, generator)
             units += cost * m
         stats = step_stats(
-            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units
-        )
+            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units,
+            weights=weights,
+        )  # fmt: skip
         return Loss(loss, stats, share)
+
+    def weighted(
+        self, allocation: Allocation, weight: Tensor | None, generator: torch.Generator
+    ) -> tuple[Allocation, Weights | None]:
+        """Spare robust examples the attack, and return how often each example counts.
+
+        Args:
+            weight: of the batch, whose examples may stand for others, (m,); or None.
+        """
+        if self.robust_share == 1:
+            return allocation, None if weight is None else Weights(weight, weight)
+        allocation, adv = thinned(allocation, self.robust_share, generator)
+        clean = torch.ones_like(adv) if weight is None else weight
+        return allocation, Weights(clean, clean * adv)
+
+    def remember(
+        self, memory: Memory, examples: Examples, clean_logits: Tensor, adv_logits: Tensor
+    ) -> None:
+        """Remember the scores of the batch: of z, or of what was forwarded instead."""
+        assert examples.indices is not None
+        seen = (logits for logits in (examples.z, clean_logits, adv_logits) if logits.shape[1])
+        score = self.metric(next(seen).detach(), examples.labels)
+        memory["score"][examples.indices] = score.to(memory["score"].dtype)
 
     def forward_clean(self, network: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the clean logits for the loss, if they are shared, and z.
@@ -179,13 +245,33 @@ class BulletTrain:
         x_adv = self.attack.evenly(network, x, labels, z, sizes, [len(x)] * steps, noise)
         return eval_logits(network, x_adv)
 
+    def start(self, batch: Batch, memory: Memory, generator: torch.Generator) -> Tensor:
+        """Return what is added to the images before the first step, like them."""
+        noise = self.attack.noise(batch.x, generator)
+        if self.kept is None:
+            return noise
+        return self.kept.starts(memory, batch, noise, self.reach.radius or 0.0)
+
+    def keep(
+        self,
+        kept: Kept,
+        memory: Memory,
+        batch: Batch,
+        rows: Tensor,
+        delta: Tensor,
+        attacked: Tensor,
+    ) -> None:
+        """Remember where the attacks of these rows ended, (k,)."""
+        new = kept.encoded(delta, self.reach.radius or 1.0)
+        kept.keep(memory, batch, rows, new, attacked)
+
     def in_order(
         self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
     ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
         """Put the batch in descending order of steps, with groups rounded up as the attack wants.
 
         Args:
-            parts: images, labels, z, score and noise, (m, …) each.
+            parts: images, labels, z, score, noise and the numbers of the rows, (m, …) each.
             clean_logits: of a shared clean forward, (m, K), or None.
 
         Returns:
@@ -214,14 +300,17 @@ class BulletTrain:
             return allocation, active
         return filled_up(allocation, order, active, self.attack.multiple)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the batch. (m,) -> ()"""
-        return values.mean()
+    def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mean over the batch, by weight (m,) if there is one. (m,) -> ()"""
+        if weight is None:
+            return values.mean()
+        return (weight * values).sum() / weight.sum().clamp(min=1)
 
     @property
     def eq7(self) -> bool:
         """Return whether eq. 7 describes what it costs."""
-        return self.regulariser is None
+        plain = self.kept is None and self.robust_share == 1 and not self.scores_kept
+        return plain and self.regulariser is None
 
     @property
     def reach(self) -> Reach:
@@ -231,9 +320,9 @@ class BulletTrain:
         return Reach(epsilon, self.attack.ball.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
-        """Return units an example; None where the allocator cannot tell."""
-        expected = self.allocator.expected(fractions)
-        if expected is None:
+        """Return units an example; None where the allocator, or who is left out, cannot tell."""
+        expected = self.expected(fractions)
+        if expected is None or self.scores_kept:
             return None
         needs_z = self.defense.inner_reads_clean or self.allocator.needs_scores
         scoring = 1 if needs_z and not self.shares_clean_forward else 0
@@ -242,6 +331,14 @@ class BulletTrain:
         choosing = 2 * expected.overhead + 1 if expected.overhead else 0
         penalty = self.regulariser[1] if self.regulariser is not None else 0
         return 2 * expected.steps + scoring + training + choosing + penalty
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
+        """Return the attack of an average batch, with a share of the robust examples."""
+        of_all = self.allocator.expected(fractions)
+        if of_all is None or self.robust_share == 1:
+            return of_all
+        boundary, robust, outlier = fractions
+        return self.allocator.expected((boundary, self.robust_share * robust, outlier))
 
 
 def eval_logits(network: nn.Module, x: Tensor) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from btrain.allocation import Allocation
+from btrain.attacks.kept import Kept
 from btrain.attacks.pgd import by_steps
+from btrain.data import Batch
+from btrain.methods.base import Memory
 from btrain.methods.bullettrain import BulletTrain
 from btrain.processes.world import ALONE, World
 
@@ -60,6 +64,26 @@ class DealtBulletTrain(BulletTrain):
         allocation, active = self.rounded(allocation, order, counts())
         return parts, None, allocation.ordered(rows), self.world.dealt(active)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the whole batch. (n,) -> ()"""
-        return self.world.mean(values)
+    def keep(
+        self,
+        kept: Kept,
+        memory: Memory,
+        batch: Batch,
+        rows: Tensor,
+        delta: Tensor,
+        attacked: Tensor,
+    ) -> None:
+        """Remember the whole batch: in the next epoch another process may have these examples."""
+        m, shape = len(batch.x), delta.shape[1:]
+        new = kept.encoded(delta, self.reach.radius or 1.0).flatten(1)
+        told = torch.stack([rows, attacked.long()], dim=1)
+        rows, attacked = self.world.gathered(told, m).unbind(dim=1)
+        new = self.world.gathered(new.view(torch.int8), m).view(kept.dtype).view(m, *shape)
+        kept.keep(memory, batch, rows, new, attacked > 0)
+
+    def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mean over the whole batch, by weight (n,) if there is one. (n,) -> ()"""
+        if weight is None:
+            return self.world.mean(values)
+        sums = self.world.sum(torch.stack([(weight * values).sum(), weight.sum()]))
+        return sums[0] / sums[1].clamp(min=1)

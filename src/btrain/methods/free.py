@@ -57,7 +57,7 @@ class Free:
     ) -> Iterator[Replay]:
         """Yield the batch once for each replay, and move δ behind each update."""
         del network, generator
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         delta = memory["delta"][: len(x)]
         region = self.ball.region(x)
         for replay in range(self.replays):

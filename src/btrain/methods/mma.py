@@ -75,7 +75,7 @@ class MMA:
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once, and remember the margins; one copy to the host."""
-        x, labels, indices = batch
+        x, labels, indices = batch[:3]
         clean_logits = network(x)
         correct = soft_logit_margin(clean_logits.detach(), labels) < 0
         order, counts = by_steps(self.steps * correct)

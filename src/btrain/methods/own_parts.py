@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from btrain import own
 from btrain.allocation import Allocation, Allocator, Expected, Scored, classify
 from btrain.attacks.balls import Ball
 from btrain.defenses import Defense
-from btrain.errors import UserError, first_line
+from btrain.errors import UserError
 
 _M, _K, _SHAPE = 4, 3, (1, 4, 4)
 
@@ -36,7 +36,7 @@ def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defens
         loss = getattr(made, name)
 
         def called(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-            with _tried(where, name):
+            with own.explained(f"{where}: {name}"):
                 value: Tensor = loss(first, second, labels)
             return value
 
@@ -53,13 +53,13 @@ def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defens
     clean, adv = (torch.randn(_M, classes, generator=generator) for _ in range(2))
     labels = torch.arange(_M) % classes
     unread = clean[:, :0]
-    with _tried(where, "inner_loss"):
+    with own.explained(f"{where}: inner_loss"):
         at = adv.clone().requires_grad_()
         each = defense.inner_loss(at, clean if defense.inner_reads_clean else unread, labels)
         _check_tensor(where, "inner_loss", each, (_M,))
         if not each.requires_grad:
             raise UserError(f"{where}: inner_loss has no gradient at the adversarial logits.")
-    with _tried(where, "outer_loss"):
+    with own.explained(f"{where}: outer_loss"):
         at = adv.clone().requires_grad_()
         loss = defense.outer_loss(clean if defense.outer_reads_clean else unread, at, labels)
         _check_tensor(where, "outer_loss", loss, ())
@@ -85,12 +85,12 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(_M, *known.get("shape", _SHAPE), generator=generator)
     gradient = torch.randn(x.shape, generator=generator)
-    with _tried(where, "start"):
+    with own.explained(f"{where}: start"):
         _check_tensor(where, "start", made.start(x, generator), x.shape)
-    with _tried(where, "direction"):
+    with own.explained(f"{where}: direction"):
         direction = made.direction(gradient.clone())
         _check_tensor(where, "direction", direction, x.shape)
-    with _tried(where, "project"):
+    with own.explained(f"{where}: project"):
         projected = made.project(x + direction, *made.region(x))
         _check_tensor(where, "project", projected, x.shape)
         if projected.min() < 0 or projected.max() > 1:
@@ -112,7 +112,10 @@ def with_own_steps(made: Any, factory: str) -> Allocator:
 
 @dataclass(frozen=True)
 class OwnSteps:
-    """An allocator of the user's, each of whose answers is checked; no copy to the host."""
+    """An allocator of the user's, each of whose answers is checked.
+
+    On a GPU, where that would make the host wait, steps below 0 become 0.
+    """
 
     decide: Callable[[Scored], Any]
     factory: str
@@ -123,10 +126,10 @@ class OwnSteps:
         """Return its allocation; of steps alone the classes are BulletTrain's, for the log.
 
         Raises:
-            UserError: it fails, or the steps are not (m,) integers.
+            UserError: it fails, or the steps are not (m,) integers of 0 or more.
         """
         where = f"bt.factory={self.factory}"
-        with _tried(where, "the allocator"):
+        with own.explained(f"{where}: the allocator"):
             decided = self.decide(batch)
         if isinstance(decided, Tensor):
             decided = Allocation(classify(batch.score, batch.robust_fraction), decided)
@@ -134,29 +137,21 @@ class OwnSteps:
             kind = type(decided).__name__
             raise UserError(f"{where} returned a {kind}, neither steps nor an Allocation.")
         for name, part in (("steps", decided.steps), ("classes", decided.classes)):
-            if part.shape != batch.labels.shape or part.is_floating_point():
+            wrong_type = part.is_floating_point() or part.dtype is torch.bool
+            if part.shape != batch.labels.shape or wrong_type:
                 shape, m = tuple(part.shape), len(batch.labels)
                 raise UserError(
                     f"{where}: {name} must be ({m},) integers, not {shape} of {part.dtype}."
                 )
+        if decided.steps.device.type == "cpu" and bool((decided.steps < 0).any()):
+            least = int(decided.steps.min())
+            raise UserError(f"{where}: steps must be 0 or more, not {least}.")
         return decided._replace(steps=decided.steps.long().clamp(min=0))
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
         """Return what the user's own says, if it has an `expected`; else None."""
-        own = getattr(self.decide, "expected", None)
-        return None if own is None else own(fractions)
-
-
-@contextmanager
-def _tried(where: str, what: str) -> Iterator[None]:
-    """Turn what the user's code raises into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{where}: {what} failed ({reason}).") from error
+        theirs = getattr(self.decide, "expected", None)
+        return None if theirs is None else theirs(fractions)
 
 
 def _check_tensor(where: str, what: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -49,7 +49,7 @@ class Pool:
         Each batch has its own percentile (eq. 6) and gets the classes that it would get alone. One
         copy to the host, of the step counts.
         """
-        one, world, (x, labels, _) = self.one, self.world, batch
+        one, world, x, labels = self.one, self.world, batch.x, batch.labels
         slices = batch_slices(len(x), self.batch_size)
         _, z = one.forward_clean(network, x)
         score = one.score(z, labels)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
+from btrain.defenses import Weights
 
 
 class StepStats(NamedTuple):
@@ -42,6 +43,13 @@ class StepStats(NamedTuple):
     bad_logits: Tensor
 
 
+_OF_ATTACKS = {
+    "robust_correct",
+    *("boundary_fell", "boundary_stood", "robust_fell", "robust_stood"),
+    *("score_fell", "score_stood"),
+}
+"""The sums that an attack decides, in which the attacked count for those who were spared."""
+
 EXAMPLES = StepStats._fields.index("examples")
 UNITS = StepStats._fields.index("units")
 
@@ -57,6 +65,7 @@ def step_stats(
     labels: Tensor,
     *,
     units: float,
+    weights: Weights | None = None,
 ) -> StepStats:
     """Return the statistics of one batch, all tensors in one order.
 
@@ -69,6 +78,8 @@ def step_stats(
         adv_logits: (m, K), or (m, 0) where they tell nothing of the outcome.
         labels: (m,).
         units: what the batch has cost.
+        weights: how many examples each stands for; None for one each. All is of them all, but
+            the steps and the cost, which those of the batch alone have taken.
     """
     classes, steps, overhead, _ = allocation
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
@@ -92,22 +103,32 @@ def step_stats(
     groups |= {"robust_correct": stands} if has_adv else {}
     examples = torch.full_like(loss, len(labels))
     sums = {
-        "examples": examples,
+        "examples": examples if weights is None else weights.clean.sum().to(loss.dtype),
         "loss": loss * examples,
         "steps": steps.sum() + overhead * examples,
         "units": torch.full_like(loss, units),
-        **_summed(groups),
+        **_summed(groups, loss.dtype, weights),
     }
     if score is not None:
         scores = {"score_wrong": wrong, "score_fell": fell, "score_stood": stood}
-        sums |= _summed({name: score * group for name, group in scores.items()})
+        of_groups = {name: score * group for name, group in scores.items()}
+        sums |= _summed(of_groups, score.dtype, weights)
     unknown = dict.fromkeys(StepStats._fields, torch.full_like(loss, math.nan))
     return StepStats(**(unknown | sums))
 
 
-def _summed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()"""
-    return dict(zip(rows, torch.stack([*rows.values()]).sum(dim=1).unbind(), strict=True))
+def _summed(
+    rows: dict[str, Tensor], dtype: torch.dtype, weights: Weights | None
+) -> dict[str, Tensor]:
+    """Return the sum of each, in one go: a GPU launches few kernels. (m,) -> ()
+
+    Counts are floating point from here on, exact below 2^24: a GPU would convert each by itself.
+    """
+    values = torch.stack([*rows.values()])
+    if weights is not None:
+        of = [weights.adv if name in _OF_ATTACKS else weights.clean for name in rows]
+        values = values * torch.stack(of)
+    return dict(zip(rows, values.sum(dim=1, dtype=dtype).unbind(), strict=True))
 
 
 def summed(several: Sequence[StepStats]) -> StepStats:
@@ -116,10 +137,7 @@ def summed(several: Sequence[StepStats]) -> StepStats:
 
 
 def stacked(stats: StepStats) -> Tensor:
-    """Return the statistics in one tensor of float64, in the order of the fields.
-
-    On the way integers become float32, which holds a batch's sums, below 2^24, exactly.
-    """
+    """Return the statistics in one tensor of float64, in the order of the fields."""
     return torch.stack(stats).double()
 
 

@@ -21,12 +21,17 @@ from btrain import precision
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
 from btrain.attacks.attack import Attack
 from btrain.attacks.shadow import bare
-from btrain.data import Batch, Data
+from btrain.data import Batch, Data, Split
+from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 from btrain.verify import bounds, losses
 from btrain.verify.graph import Graph, evaluating, trace
+
+MIX = "mix_share"
+"""The memory's name for the worst case's share of the loss, with feedback."""
+_LISTENED = 200  # held-out images
 
 Choose = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 """(clean logits (m, K), labels (m,), k', generator) -> rows of the images to bound (k',)"""
@@ -83,6 +88,8 @@ class Verified:
         attack: at a share of ε, for small boxes and for the plain loss on attacked images; or None.
         plain_on_attacked: whether the cross-entropy is that of attacked images.
         regulariser: weight of Shi et al.'s, while ε grows.
+        feedback: whether α (convex) or the weight follows what held-out images tell.
+        held_out: those images; None where the mix stays as the memory has it.
     """
 
     engine: str
@@ -99,6 +106,8 @@ class Verified:
     attack: Callable[[float], Attack] | None
     plain_on_attacked: bool
     regulariser: float
+    feedback: bool = False
+    held_out: Split | None = None
     in_units: ClassVar[bool] = False
 
     def memory(self, data: Data, device: torch.device) -> Memory:
@@ -112,18 +121,22 @@ class Verified:
             raise UserError(
                 f"defense.k={self.k} is more than the {images} images of an epoch; null bounds all."
             )
-        return {
+        memory = {
             "robust_fraction": torch.zeros((), device=device),
             "trained": torch.zeros((), dtype=torch.int64),
             "to_train": torch.tensor(images * self.epochs),
         }
+        return memory | ({MIX: torch.tensor(0.5)} if self.feedback else {})
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
         """Yield the batch once."""
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         progress = min(1.0, memory["trained"].item() / memory["to_train"].item())
+        an_epoch = memory["to_train"].item() / self.epochs
+        if self.held_out is not None and self.feedback and memory["trained"] % an_epoch == 0:
+            self._listen(network, self.held_out, memory, progress)
         x_adv, units = x, 0.0
         share = self._share(progress)
         if self.attack is not None and share > 0:
@@ -157,10 +170,11 @@ class Verified:
             if len(rows):
                 upper = self._margins(graph, x[rows], x_adv[rows], labels[rows], epsilon)
                 worst = losses.worst_case(upper, labels[rows]).mean()
+                share, weight = self._mix(memory, progress)
                 if self.convex:
-                    loss = losses.mixed(loss, worst, share=self.alpha)
+                    loss = losses.mixed(loss, worst, share=share)
                 else:
-                    loss = loss + self.weight.at(progress) * worst
+                    loss = loss + weight * worst
             if self.regulariser and 0 < progress < self.ramp:
                 box = bounds.box(x, epsilon)
                 penalty = losses.regulariser(box, bounds.before_relus(graph, box))
@@ -180,6 +194,32 @@ class Verified:
             units=units + 3.0 * m,
         )
         return Loss(loss, stats)
+
+    def _mix(self, memory: Memory, progress: float) -> tuple[float, float]:
+        """Return α of the convex mix, and the weight of the other."""
+        if not self.feedback:
+            return self.alpha, self.weight.at(progress)
+        share = memory[MIX].item()
+        return share, share / (1 - share)
+
+    def _listen(self, network: nn.Module, held_out: Split, memory: Memory, progress: float) -> None:
+        """Let the mix follow the errors on held-out images, ahead of an epoch.
+
+        Our reading of the paper's "adaptively for each epoch": the worst case's share is that of
+        images not verified, at the ε of this moment, among those and the misclassified ones, a mean
+        over the epochs that halves with each, in [0.1, 0.95].
+        """
+        x, labels = to_unit(held_out.images[:_LISTENED]), held_out.labels[:_LISTENED]
+        plain = bare(network)
+        graph = _graph(plain, tuple(x.shape[1:]))
+        with evaluating(plain), torch.no_grad():
+            wrong = (plain(x).argmax(dim=1) != labels).double().mean().item()
+            box = bounds.box(x, self._share(progress) * self.epsilon)
+            upper = bounds.margins(graph, box, labels, engine=self.engine)
+            open_ = 1 - bounds.verified(upper, labels).double().mean().item()
+        found = open_ / (open_ + wrong) if open_ else 0.5
+        before = memory[MIX].item() if progress > 0 else found
+        memory[MIX].fill_(min(0.95, max(0.1, (before + found) / 2)))
 
     def _share(self, progress: float) -> float:
         """Return ε at a point of the training as a share of what it will be."""

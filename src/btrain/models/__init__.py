@@ -85,6 +85,7 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     activation: str = "relu",
+    shortcut: str = "activated",
 ) -> nn.Module:
     """Return a freshly initialised network, drawn from torch's global random state.
 
@@ -97,6 +98,7 @@ def build(
         mean, std: normalisation in [0, 1] pixel units, one value for each channel or one for all;
             None for none.
         activation: of a WideResNet, relu or silu.
+        shortcut: of a PreActResNet's blocks, of the activated input or of the input.
 
     Raises:
         UserError: no such WideResNet, images too small, or not one mean and std a channel.
@@ -110,7 +112,8 @@ def build(
             raise UserError(f"model.depth must be 6n + 4 (10, 16, …, 34, 40), not {depth}.")
         return WideResNet(depth, width, channels, classes, normalise, ACTIVATIONS[activation])
     if architecture == "preact_resnet18":
-        return PreActResNet((2, 2, 2, 2), width, channels, classes, normalise)
+        of_input = shortcut == "input"
+        return PreActResNet((2, 2, 2, 2), width, channels, classes, normalise, of_input=of_input)
     if architecture == "resnet18":
         return ResNet((2, 2, 2, 2), width, channels, classes, normalise)
     if architecture == "small_cnn":

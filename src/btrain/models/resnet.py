@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions, activated after the addition; 1×1 shortcut where the shape changes."""
 
+    inner_channels = (("conv1", "bn1", "conv2"),)
+
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)

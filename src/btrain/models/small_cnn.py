@@ -14,6 +14,8 @@ class SmallCNN(nn.Module):
     (m, C, H, W) -> (m, K), for any H, W ≥ 4.
     """
 
+    inner_channels = (("conv1", None, "conv2"), ("conv2", None, "fc1"), ("fc1", None, "fc2"))
+
     def __init__(
         self, width: int, shape: tuple[int, int, int], classes: int, normalise: nn.Module
     ) -> None:

@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Activation] = {
 class WideBlock(nn.Module):
     """Two pre-activated 3×3 convolutions; a 1×1 shortcut where the number of channels changes."""
 
+    inner_channels = (("conv1", "bn2", "conv2"),)
+
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, activation: Activation = F.relu_
     ) -> None:

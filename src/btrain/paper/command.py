@@ -30,12 +30,13 @@ _T = TypeVar("_T")
 _FROM_SIGNALS = 128  # exit statuses of commands that a signal ended
 _OFFICIAL = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 _OWN = ("profile", "out", "only", "corruptions_root", "plan")
-_OF_A_TARGET = re.compile(r"(table|figure)\d*\.")
+_OF_A_TARGET = re.compile(r"(table|figure|cheapest_|mixtrain_|sparse_)\w*\.")
+_OF_THE_PAPER = re.compile(r"(table|figure)\d")
 
 HELP = """\
 usage: btrain paper TARGET [TARGET …] [profile=smoke|cpu|gpu|paper] [option=value …]
 
-TARGET is one of {targets}, or all.
+TARGET is one of {targets}, or all tables and figures of the paper.
 
 profile=smoke            the scale: a file in configs/paper/profile
 out=DIR                  default runs/paper/<profile>; targets share the runs they have in common
@@ -118,7 +119,8 @@ def _sorted(
     if not targets:
         raise UserError("paper needs a target; see btrain paper --help.")
     given = dict(_pairs([argument for argument in arguments if "=" in argument]))
-    chosen = names("target") if "all" in targets else list(dict.fromkeys(targets))
+    of_the_paper = [name for name in names("target") if _OF_THE_PAPER.match(name)]
+    chosen = of_the_paper if "all" in targets else list(dict.fromkeys(targets))
     own: dict[str, dict[str, str]] = {}
     for key in [key for key in given if _OF_A_TARGET.match(key)]:
         target, _, option = key.partition(".")
@@ -198,7 +200,7 @@ def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int,
             failed += not _done(command, "train", *_training(job, *left))
     wanted = set(job.wanted(row.experiment for row in plan.rows))
     runs = [
-        _evaluate(job, plan, row.experiment, job.out / folder, command)
+        _evaluate(job, plan, row.name, job.out / folder, command)
         for row in plan.rows
         if row.experiment in wanted
         for folder in row.runs.values()
@@ -215,7 +217,11 @@ def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int,
 
 def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     """Return the arguments of the multirun that makes a sweep's runs, a seed after the other."""
-    name = row_name("${hydra:runtime.choices.experiment}", {k: f"${{{k}}}" for k in sweep.values})
+    swept = {
+        key: f"${{{key}}}" if "." in key else f"${{hydra:runtime.choices.{key}}}"
+        for key in sweep.values
+    }
+    name = row_name("${hydra:runtime.choices.experiment}", swept)
     return [
         "--multirun",
         f"seed={','.join(map(str, seeds))}",
@@ -228,7 +234,7 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Command) -> bool:
+def _evaluate(job: Job, plan: Plan, row: str, folder: Path, command: Command) -> bool:
     """Make a run's evaluations; return whether it is trained and all of them are there."""
     if not (folder / "summary.json").is_file():
         return False
@@ -240,7 +246,7 @@ def _evaluate(job: Job, plan: Plan, experiment: str, folder: Path, command: Comm
                 f"checkpoint={folder}",
                 *_corruptions(job, folder, settings, command),
             )
-            for settings in job.profile.evaluations(job.target, experiment)
+            for settings in job.profile.evaluations(job.target, row)
         ]
         if plan.kind == "allocation":
             from btrain.paper.batch import write_allocation

@@ -12,14 +12,14 @@ import torch
 
 from btrain.build import make_model
 from btrain.methods.cost import PAPER_FRACTIONS, expected_units, forward_flops
-from btrain.paper.job import Job, config_of
+from btrain.paper.job import Job, asked, config_of
 from btrain.paper.plan import Plan, Row
 from btrain.paper.sheets.notes import IMAGES
 from btrain.settings import Config
-from btrain.settings.evaluation import AUTOATTACKS, PRESETS
+from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 
 _SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
-           "digits": (1, 8, 8)}  # fmt: skip
+           "mnist_sample": (1, 28, 28), "digits": (1, 8, 8)}  # fmt: skip
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 # Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.
@@ -69,17 +69,18 @@ def cost(job: Job, row: Row) -> Cost:
     training = None if units is None else units * images * config.train.epochs * unit
     own = 2 * config.eval.steps + 2
     passes = own * (tested + config.train.batch_size * config.train.epochs)
-    for attacks in job.profile.evaluations(job.target, row.experiment):
-        given = dict(setting.split("=", 1) for setting in attacks)
-        n = int(given.get("dataset.test_examples", tested))
-        passes += n * sum(map(_attack_units, given["attack"].split(",")))
+    for attacks in job.profile.evaluations(job.target, row.name):
+        wanted = asked(attacks)
+        n = int(wanted.config.get("dataset.test_examples", tested))
+        passes += n * sum(_attack_units(wanted, attack) for attack in wanted.attacks)
     return Cost(settings, training, passes * unit)
 
 
-def _attack_units(attack: str) -> int:
-    """Return the units an image of an evaluation, at most."""
-    if attack in PRESETS:
-        return 1 + PRESETS[attack].restarts * (2 * PRESETS[attack].steps + 1)
+def _attack_units(wanted: EvalSettings, attack: str) -> int:
+    """Return the units an image of an evaluation, at most, but for what is bounded."""
+    if attack in (*PRESETS, "custom"):
+        _, pgd = wanted.pgd_attack(attack)
+        return 1 + pgd.restarts * (2 * pgd.steps + 1)
     return 1 + {"corruptions": _CORRUPTIONS}.get(attack, _AUTOATTACK * (attack in AUTOATTACKS))
 
 

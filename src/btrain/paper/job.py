@@ -14,8 +14,15 @@ from btrain.paper.target import Profile, Sweep, Target, merged, row_name, run_na
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings import compose as configs
+from btrain.settings.evaluation import EvalSettings, parse
 
-_SYMBOLS = {"bt.gamma": "γ", "bt.n_b": "N_B", "bt.n_r": "N_R", "bt.n_o": "N_O"}
+_SYMBOLS = {
+    "attack.epsilon": "ε",
+    "bt.gamma": "γ",
+    "bt.n_b": "N_B",
+    "bt.n_r": "N_R",
+    "bt.n_o": "N_O",
+}
 _PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")
 """How the keys begin that change nothing of what is learnt."""
 _OURS = ("experiment", "seed", "run.dir", "logger.group", "logger.tags")
@@ -42,15 +49,25 @@ class Job:
     def sweeps(self) -> list[Sweep]:
         """Return the target's sweeps with what the profile leaves out left out."""
         values = self.profile.sweep.get(self.target.name, {})
+        without = self.profile.leave_out.get(self.target.name, [])
         return [
-            replace(sweep, values={key: values.get(key, own) for key, own in sweep.values.items()})
+            Sweep(
+                experiments=left,
+                values={key: values.get(key, own) for key, own in sweep.values.items()},
+            )
             for sweep in self.target.sweeps
+            if (left := [name for name in sweep.experiments if name not in without])
         ]
 
     @property
     def settings(self) -> list[str]:
         """Return the settings of every training, but for its experiment, seed and swept values."""
         return merged(self.profile.settings(self.target.name), self.extra)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Return the seeds of every row."""
+        return self.profile.seeds.get(self.target.name, self.profile.seeds["default"])
 
     def wanted(self, experiments: Iterable[str]) -> list[str]:
         """Return those of the experiments that the user asked for."""
@@ -81,9 +98,11 @@ def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
     from omegaconf import OmegaConf
 
     own = (setting for setting in job.settings if not setting.startswith("hydra"))
-    point = _composed(f"experiment={experiment}", *own).copy()
+    groups = [f"{key}={value}" for key, value in swept.items() if "." not in key]
+    point = _composed(f"experiment={experiment}", *groups, *own).copy()
     for key, value in swept.items():
-        OmegaConf.update(point, key, value)
+        if "." in key:
+            OmegaConf.update(point, key, value)
     config: Config = configs.from_hydra(point, [])
     return config
 
@@ -111,10 +130,10 @@ def make_plan(job: Job) -> Plan:
         note=target.note,
         profile=job.profile.name,
         baseline=target.baseline,
-        attacks=_attacks(job, list(experiments)),
+        attacks=_attacks(job, [row.name for row in rows]),
         axis=target.axis,
         rows=rows,
-        claims=[Claim(**claim) for claim in target.claims],
+        claims=[Claim(**claim) for claim in target.claims if _is_there(claim, rows)],
         chosen=_chosen(job, rows[0].original),
     )
 
@@ -135,14 +154,20 @@ def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> 
     label = target.labels[experiment]
     return Row(
         name=name,
-        label=f"{label}, {values}" if values else label,
+        label=target.labels.get(name, f"{label}, {values}" if values else label),
         experiment=experiment,
         swept=point,
-        paper={} if swept else target.paper[experiment],
+        paper=target.paper.get(name, {}),
         original=_scale(original),
-        runs={seed: run_name(name, seed) for seed in job.profile.seeds},
-        attacks=_attacks(job, [experiment]),
+        runs={seed: run_name(name, seed) for seed in job.seeds},
+        attacks=_attacks(job, [name]),
     )
+
+
+def _is_there(claim: Mapping[str, Any], rows: Sequence[Row]) -> bool:
+    """Return whether a claim's rows are some at this scale."""
+    there = {None, *(row.name for row in rows)}
+    return claim["row"] in there and claim.get("than") in there
 
 
 def _scale(config: Config) -> dict[str, Any]:
@@ -166,14 +191,18 @@ def _scale(config: Config) -> dict[str, Any]:
     }
 
 
-def _attacks(job: Job, experiments: Sequence[str]) -> list[str]:
+def _attacks(job: Job, rows: Sequence[str]) -> list[str]:
     """Return the names of their evaluations, each once, in the profile's order."""
     names: dict[str, None] = {}
-    for experiment in experiments:
-        for settings in job.profile.evaluations(job.target, experiment):
-            given = dict(setting.split("=", 1) for setting in settings)
-            names |= dict.fromkeys(given["attack"].split(","))
+    for row in rows:
+        for settings in job.profile.evaluations(job.target, row):
+            names |= dict.fromkeys(asked(settings).results)
     return list(names)
+
+
+def asked(settings: Sequence[str]) -> EvalSettings:
+    """Return what an evaluation's settings ask for, of no run, and of no folder of corruptions."""
+    return parse(["checkpoint=.", "dataset.corruptions_root=.", *settings])
 
 
 def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
@@ -189,8 +218,7 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
     for experiment in sweep.experiments:
         for swept in (swept for name, swept in sweep.rows() if name == experiment):
             folders = {
-                seed: job.out / run_name(row_name(experiment, swept), seed)
-                for seed in job.profile.seeds
+                seed: job.out / run_name(row_name(experiment, swept), seed) for seed in job.seeds
             }
             ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]
             config = config_of(job, experiment, swept) if ended else None
@@ -201,7 +229,7 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
             ]
     if not left:
         return None
-    seeds = [seed for seed in job.profile.seeds if any(seed == s for _, _, s in left)]
+    seeds = [seed for seed in job.seeds if any(seed == s for _, _, s in left)]
     values = {
         key: [value for value in some if any(value == swept[key] for _, swept, _ in left)]
         for key, some in sweep.values.items()

@@ -19,7 +19,17 @@ from btrain.errors import UserError, printable
 from btrain.paper.target import names
 from btrain.runs.json_fields import Fields
 
-KINDS = ("table", "heatmaps", "fractions", "scores", "allocation", "tradeoff")
+KINDS = (
+    "table",
+    "heatmaps",
+    "fractions",
+    "scores",
+    "allocation",
+    "tradeoff",
+    "sparse",
+    "verified",
+    "front",
+)
 """The ways in which a target is shown."""
 ALLOCATION = "allocation.json"
 """The settings that `btrain paper` adds to the run of a target of that kind."""

@@ -14,7 +14,11 @@ from btrain.settings import compose as configs
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs that one `btrain train --multirun` makes: every experiment with every value and seed."""
+    """Runs that one `btrain train --multirun` makes: every experiment with every value and seed.
+
+    A key without a dot is that of a group, with one of its options, for Hydra would not take the
+    settings of one in a sweep over several.
+    """
 
     experiments: list[str]
     values: dict[str, list[str]]
@@ -34,6 +38,8 @@ class Target:
     """A file of `configs/paper/target`; see `btrain.paper.plan.Plan` for what its fields mean.
 
     Attributes:
+        labels, paper: by experiment; of a swept row also by the row's own name, or it has none of
+            the paper's numbers.
         evaluate: evaluations of every run; each a list of settings of `btrain eval`.
     """
 
@@ -55,19 +61,21 @@ class Profile:
     """A file of `configs/paper/profile`: how large the runs of each target are.
 
     Attributes:
-        seeds: of every row.
+        seeds: of every row, by target, `default` for the others.
         train: settings of `btrain train` by target, `default` for the others; in the file a name
             stands for that target's.
         sweep: swept values by target and key, where fewer than the target's are wanted.
-        evaluate_more: evaluations of some rows alone, beside the target's, by target and
-            experiment; in the file a name stands for that experiment's.
+        leave_out: experiments that are no rows at this scale, by target.
+        evaluate_more: evaluations of some rows alone, beside the target's, by target and row; in
+            the file a name stands for that row's.
         tflops: what a device of this scale is taken to do in a second, for estimates; or None.
     """
 
     name: str
-    seeds: list[int]
+    seeds: dict[str, list[int]]
     train: dict[str, list[str]]
     sweep: dict[str, dict[str, list[str]]]
+    leave_out: dict[str, list[str]]
     evaluate_more: dict[str, dict[str, list[list[str]]]]
     tflops: float | None
 
@@ -75,9 +83,9 @@ class Profile:
         """Return the settings of a target's runs besides their experiment."""
         return self.train.get(target, self.train["default"])
 
-    def evaluations(self, target: Target, experiment: str) -> list[list[str]]:
-        """Return the settings of each `btrain eval` of a run."""
-        return target.evaluate + self.evaluate_more.get(target.name, {}).get(experiment, [])
+    def evaluations(self, target: Target, row: str) -> list[list[str]]:
+        """Return the settings of each `btrain eval` of a row's runs."""
+        return target.evaluate + self.evaluate_more.get(target.name, {}).get(row, [])
 
 
 def names(group: str) -> list[str]:
@@ -101,7 +109,7 @@ def read_target(name: str) -> Target:
             note=content["note"],
             baseline=content.get("baseline"),
             axis=content.get("axis"),
-            sweeps=[_sweep(run) for run in content["runs"]],
+            sweeps=[sweep for run in content["runs"] for sweep in _sweeps(run)],
             labels={row: fields["label"] for row, fields in rows.items()},
             paper={row: fields.get("paper", {}) for row, fields in rows.items()},
             evaluate=content.get("evaluate", []),
@@ -121,11 +129,15 @@ def read_profile(name: str) -> Profile:
     try:
         return Profile(
             name=name,
-            seeds=[int(seed) for seed in content["seeds"]],
+            seeds=_seeds(content["seeds"]),
             train=_by_name(content["train"]),
             sweep={
                 target: {key: [str(v) for v in some] for key, some in values.items()}
                 for target, values in content.get("sweep", {}).items()
+            },
+            leave_out={
+                target: [str(name) for name in some]
+                for target, some in content.get("leave_out", {}).items()
             },
             evaluate_more={
                 target: _by_name(of) for target, of in content.get("evaluate_more", {}).items()
@@ -136,13 +148,22 @@ def read_profile(name: str) -> Profile:
         raise UserError(f"{path} is no profile: {error!r} is wrong in it.") from error
 
 
+def _seeds(content: Any) -> dict[str, list[int]]:
+    """Return seeds by target, from a list for all targets or lists by their names."""
+    named = content if isinstance(content, Mapping) else {"default": content}
+    return {target: [int(seed) for seed in some] for target, some in named.items()}
+
+
 def _by_name(lists: Mapping[str, Any]) -> dict[str, Any]:
     """Return lists by their names; a name instead of a list stands for the list of that name."""
     return {name: list(lists[of] if isinstance(of, str) else of) for name, of in lists.items()}
 
 
 def row_name(experiment: str, swept: Mapping[str, Any]) -> str:
-    """Return an experiment with the values swept in it: `table2_bt_nr2-bt.gamma_0.65`."""
+    """Return an experiment with the values swept in it: `table2_bt_nr2-bt.gamma_0.65`.
+
+    What is swept is a setting, or a group's choice (`sparsity`).
+    """
     return "-".join([experiment, *(f"{key}_{value}" for key, value in swept.items())])
 
 
@@ -159,11 +180,16 @@ def merged(*settings: Sequence[str]) -> list[str]:
     return list(by_key.values())
 
 
-def _sweep(run: Mapping[str, Any]) -> Sweep:
-    values = run.get("sweep", {})
-    return Sweep(
-        list(run["experiments"]), {key: [str(v) for v in some] for key, some in values.items()}
-    )
+def _sweeps(run: Mapping[str, Any]) -> list[Sweep]:
+    """Return a sweep for each combination of the groups' options."""
+    values = {key: [str(v) for v in some] for key, some in run.get("sweep", {}).items()}
+    groups = [key for key in values if "." not in key]
+    return [
+        Sweep(
+            list(run["experiments"]), values | {k: [v] for k, v in zip(groups, some, strict=True)}
+        )
+        for some in itertools.product(*(values[key] for key in groups))
+    ]
 
 
 def _read(group: str, name: str) -> tuple[dict[str, Any], Path]:

@@ -19,6 +19,47 @@ def processes() -> int:
     return int(size) if size.isdecimal() and {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
+def by_torchrun() -> bool:
+    """Return whether torchrun started this process, which then waits for it and ends with it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_variables() -> None:
+    """Make sure that the variables of several processes are what a launcher sets.
+
+    Raises:
+        UserError: one is missing, or has a value that none of so many processes can have.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size:
+        return
+    hint = "torchrun sets it; to train alone, unset WORLD_SIZE"
+    if not _within(size, 1):
+        raise UserError(f"WORLD_SIZE={size} must be the number of processes; {hint}.")
+    if int(size) == 1:
+        return
+    why = f"WORLD_SIZE={size} is for several processes that train together"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"{name} is not set, and {why}; {hint}.")
+    rank, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    if not _within(rank, 0, int(size) - 1):
+        last = int(size) - 1
+        raise UserError(f"RANK={rank} must be one of 0 to {last}, the numbers of {size} processes.")
+    if not _within(port, 1, _LAST_PORT):
+        raise UserError(f"MASTER_PORT={port} must be a number from 1 to {_LAST_PORT}, a TCP port.")
+    if not _within(local := os.environ.get("LOCAL_RANK", "0"), 0):
+        raise UserError(f"LOCAL_RANK={local} must be the process' number on its machine, from 0.")
+
+
+_LAST_PORT = 65535
+
+
+def _within(text: str, low: int, high: int = 10**6) -> bool:
+    """Return whether a text is a whole number in decimal digits from `low` to `high`."""
+    return text.isascii() and text.isdecimal() and len(text) < 9 and low <= int(text) <= high
+
+
 def is_first() -> bool:
     """Return whether this is the process that speaks for all; without torchrun it is."""
     return processes() == 1 or os.environ["RANK"] == "0"

@@ -14,7 +14,10 @@ import atexit
 import importlib
 import inspect
 import json
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,9 +29,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from btrain.errors import Interrupted, UserError, first_line
-from btrain.processes.launched import first_complains, processes
+from btrain.processes.launched import by_torchrun, check_variables, first_complains, processes
+from btrain.processes.parent import watch
+
+log = logging.getLogger("btrain")
 
 _PATIENCE = timedelta(days=7)  # of a process that waits while the first one downloads or writes
+_QUIET_SECONDS = 5.0  # in which all processes of a run have usually met
+_MEETING_SECONDS = 1800.0
+_LOOK_SECONDS = 0.1
 _T = TypeVar("_T")
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFERS: Any = {"forward_sync_buffers" if _NEW else "broadcast_buffers": False}  # torch 2.13
@@ -189,19 +198,21 @@ def joined() -> Iterator[World]:
     leave it to the failing one to say why.
 
     Raises:
-        UserError: a process failed, or is gone.
+        UserError: a process failed, is gone or does not come, or the environment is no launcher's.
     """
+    check_variables()
     size = processes()
     if size == 1:
         yield ALONE
         return
+    if by_torchrun():
+        watch(os.getppid())
     world = World(int(os.environ["RANK"]), size)
     if not dist.is_initialized():  # a group lasts for all trainings of a process
         # Imported any later (DistributedDataParallel does), it would hold the group for good, and
         # gloo's threads, which abort a process where they outlive the interpreter.
         importlib.import_module("torch.distributed.nn.functional")
-        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backends, timeout=_PATIENCE)
+        _meet(world)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
         with first_complains():
@@ -221,6 +232,44 @@ def joined() -> Iterator[World]:
             ) from error
         raise SystemExit(1) from None
     atexit.register(dist.destroy_process_group)
+
+
+def _meet(world: World) -> None:
+    """Wait for the other processes, so that a signal is heard meanwhile: torch hears none.
+
+    Raises:
+        UserError: they do not come, or cannot be reached.
+    """
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backends, timeout=_PATIENCE)
+        except Exception as error:
+            failed.append(error)
+
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    whom = "the other processes" if world.first else "process 0"
+    where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+    began, told = time.monotonic(), False
+    while joining.is_alive():
+        joining.join(_LOOK_SECONDS)
+        waited = time.monotonic() - began
+        if waited > _QUIET_SECONDS and not told:
+            told = True
+            log.warning(
+                "Process %d of %d waits for %s, at %s …", world.rank, world.size, whom, where
+            )
+        if waited > _MEETING_SECONDS:
+            minutes = f"{_MEETING_SECONDS / 60:.0f} minutes"
+            raise UserError(f"{whom} of {world.size} did not come within {minutes}, at {where}.")
+    for error in failed:
+        raise UserError(
+            f"process {world.rank} of {world.size} could not meet the others, at {where} "
+            f"({first_line(error)})."
+        ) from error
 
 
 def _is_lost(error: RuntimeError) -> bool:

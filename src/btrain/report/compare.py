@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     Times are compared where device, data, network and epochs are the first row's; elsewhere the
     column says what is not. The other speedups are each run's own, over the plain defense: by
     eq. 7, by counted FLOPs, and measured by its probe. AutoAttack's column is there if it has been
-    run on one of them; where one of them is sparse, all are shown with their counted work and
-    their robust overfitting.
+    run on one of them, that of the ball and the steps of PGD where they differ; where one of them
+    is sparse, all are shown with their counted work and their robust overfitting.
 
     Args:
         runs: run folders, or folders of them, which stand for their runs in the order of time.
@@ -54,6 +54,8 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     known = {key for summaries in rows.values() for run in summaries for key in run}
     left_out = set() if merge_seeds else {"seeds"}
     left_out |= set() if _AUTOATTACK in known else {"AutoAttack %"}
+    if len({str(run.get(_THREAT)) for summaries in rows.values() for run in summaries}) == 1:
+        left_out.add("PGD's ball")
     sparse = "macs_share" in known
     columns = [column for column in _COLUMNS if column[0] not in left_out]
     columns += _SPARSE if sparse else []
@@ -141,7 +143,28 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
         found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
+        found[_THREAT] = _threat(settings)
     return found
+
+
+def _threat(settings: Mapping[str, Any]) -> str:
+    """Return what PGD attacks with, `L∞ 0.031, 20 steps`."""
+    norm = _NORMS.get(str(settings.get("attack.name")), "L∞")
+    epsilon, steps = settings.get("eval.epsilon"), settings.get("eval.steps")
+    if epsilon is None or steps is None:
+        return NONE
+    length = f"{epsilon:.3g}" if isinstance(epsilon, float) else epsilon
+    return f"{norm} {length}, {steps} steps"
+
+
+def _ball(runs: Runs, baseline: Runs) -> str:
+    del baseline
+    threats = {str(run.get(_THREAT, NONE)) for run in runs}
+    return threats.pop() if len(threats) == 1 else "several"
+
+
+_THREAT = "threat"
+_NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
 
 _AUTOATTACK = "autoattack"
@@ -166,6 +189,7 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("seeds", lambda runs, baseline: str(len(runs))),
     ("clean %", _mean("clean_acc", ".2f")),
     ("PGD %", _mean("robust_acc", ".2f")),
+    ("PGD's ball", _ball),
     ("AutoAttack %", _mean(_AUTOATTACK, ".2f")),
     ("F_B", _mean("f_b", ".2f")),
     ("F_R", _mean("f_r", ".2f")),

@@ -14,6 +14,7 @@ from btrain.errors import printable
 from btrain.evaluation.result import (
     PAGE,
     SEVERITIES,
+    SHARES,
     STANDARD,
     Evaluation,
     Samples,
@@ -25,6 +26,7 @@ from btrain.pages.html import number, render
 from btrain.pages.tables import NONE, Cell
 from btrain.report import pictures
 from btrain.runs.json_fields import phrase
+from btrain.settings.evaluation import VERIFIED
 
 _SAMPLE_CHARACTERS = 1_200_000
 """Room for sample images, so that a page stays under 2 MB."""
@@ -97,6 +99,7 @@ def write_page(folder: Path) -> Path:
 def _page(evaluation: Evaluation) -> str:
     attacks, sanity, corrupted = evaluation.attacks, evaluation.sanity, evaluation.corruptions
     curves = sanity.curves if sanity else {}
+    verified = _verified_curves(attacks)
     epsilons = (a.settings.get("epsilon") for a in attacks if a.attack != "clean")
     return render(
         "btrain.report",
@@ -108,8 +111,9 @@ def _page(evaluation: Evaluation) -> str:
         missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
         checks=sanity.checks if sanity else (),
         marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
-        curves=_curves(sanity, next(filter(None, epsilons), None)) if sanity else (),
+        curves=_curves(sanity, next(filter(None, epsilons), None), verified),
         missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
+        verified=[*verified],
         checked_images=sanity and sanity.n,
         heat_scale=pictures.heat_scale(),
         classes=_class_table(attacks),
@@ -126,12 +130,17 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Return the few numbers for one glance, with their labels."""
     tiles = []
     clean = [a for a in evaluation.attacks if a.attack == "clean"]
-    others = [a for a in evaluation.attacks if a.attack != "clean"]
+    verified = [a for a in evaluation.attacks if a.attack.startswith(VERIFIED)]
+    others = [a for a in evaluation.attacks if a not in (*clean, *verified)]
     if clean:
         tiles.append((f"{clean[0].accuracy:.2f} %", "accuracy on clean images"))
     if others:
         lowest = min(others, key=lambda a: a.accuracy)
         tiles.append((f"{lowest.accuracy:.2f} %", f"at the lowest, under {lowest.attack}"))
+    if verified:
+        most = max(verified, key=lambda a: a.accuracy)
+        engine = most.attack.removeprefix(VERIFIED)
+        tiles.append((f"{most.accuracy:.2f} %", f"verified at the most, by {engine}"))
     if evaluation.corruptions:
         tiles.append((f"{evaluation.corruptions.accuracy:.2f} %", "on corrupted images, mean"))
     if evaluation.sanity:
@@ -242,39 +251,71 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _curves(sanity: Sanity, epsilon: float | None) -> list[tuple[Markup, Markup]]:
+_Points = list[tuple[float, float]]
+
+
+def _verified_curves(attacks: list[Summary]) -> dict[str, _Points]:
+    """Return the verified share over ε by engine, which at 0 is the clean accuracy."""
+    clean = [(0.0, found.accuracy) for found in attacks if found.attack == "clean"]
+    return {
+        found.attack.removeprefix(VERIFIED): [*clean, *map(tuple, found.settings[SHARES])]
+        for found in attacks
+        if found.settings.get(SHARES)
+    }
+
+
+def _curves(
+    sanity: Sanity | None, epsilon: float | None, verified: dict[str, _Points]
+) -> list[tuple[Markup, Markup]]:
     """Return accuracy against ε, with the attacks' ε marked, and against the number of steps."""
     mark = (epsilon, f"ε = {_length(epsilon)}") if epsilon else None
-    drawn = []
-    if points := sanity.curves.get("epsilon"):
+    drawn, curves = [], sanity.curves if sanity else {}
+    attacked = curves.get("epsilon")
+    if attacked or verified:
+        norm = sanity.norm if sanity else "linf"
         known = {"linf": "largest change of a pixel", "l2": "length of the change"}
-        label = f"ε ({known.get(sanity.norm, sanity.norm)}, pixels in [0, 1])"
-        drawn.append(_curve(points, "ε", label, mark=mark))
-    if points := sanity.curves.get("steps"):
-        drawn.append(_curve(points, "steps", "attack steps (log scale)", logarithmic=True))
+        label = f"ε ({known.get(norm, norm)}, pixels in [0, 1])"
+        named = {f"verified, {engine}": points for engine, points in verified.items()}
+        lines = ({"attacked" if verified else "": attacked} if attacked else {}) | named
+        drawn.append(_curve(lines, "ε", label, mark=mark))
+    if points := curves.get("steps"):
+        steps = {"": points}
+        drawn.append(_curve(steps, "steps", "attack steps (log scale)", logarithmic=True))
     return drawn
 
 
 def _curve(
-    points: list[tuple[float, float]],
+    lines: dict[str, _Points],
     name: str,
     label: str,
     *,
     logarithmic: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> tuple[Markup, Markup]:
-    """Return a drawing of the points, and a table of them."""
-    points = sorted(points)
-    ends = [f"{accuracy:.1f} % at {x:g}" for x, accuracy in (points[0], points[-1])]
+    """Return a drawing of lines by their names, and a table of their points."""
+    lines = {line: sorted(points) for line, points in lines.items()}
+    ends = [
+        f"{f'{line} ' if line else ''}{accuracy:.1f} % at {x:g}"
+        for line, points in lines.items()
+        for x, accuracy in (points[0], points[-1])
+    ]
     drawing = pictures.accuracy_curve(
-        points,
+        lines,
         x_label=label,
         logarithmic=logarithmic,
         mark=mark,
         description=f"Accuracy against {name}: {', '.join(ends)}",
     )
-    rows = [[f"{x:.4g}", number(accuracy)] for x, accuracy in points]
-    return drawing, tables.html([name, "accuracy (%)"], rows, "lines narrow", named=False)
+    if not any(lines):
+        rows = [[f"{x:.4g}", number(y)] for points in lines.values() for x, y in points]
+        return drawing, tables.html([name, "accuracy (%)"], rows, "lines narrow", named=False)
+    by_x = {line: dict(points) for line, points in lines.items()}
+    places = sorted({x for points in by_x.values() for x in points})
+    rows = [
+        [f"{x:.4g}", *(NONE if (y := of.get(x)) is None else number(y) for of in by_x.values())]
+        for x in places
+    ]
+    return drawing, tables.html([name, *by_x], rows, "lines narrow", named=False)
 
 
 def _class_table(attacks: list[Summary]) -> Markup | None:

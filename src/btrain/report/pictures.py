@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +21,18 @@ if TYPE_CHECKING:
 
 # Stand-ins that matplotlib accepts as colours; the page's style sheet says what they are, so that
 # one drawing is readable on light and on dark paper.
-_INK, _RULE, _SERIES, _MARK = "#010101", "#020202", "#030303", "#040404"
+_INK, _RULE, _SERIES, _MARK, _GOOD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _IN_PAGE = {
     _INK: "currentColor",
     _RULE: "var(--rule)",
     _SERIES: "var(--series)",
     _MARK: "var(--mark)",
+    _GOOD: "var(--good)",
 }
+_LINES = (
+    (_SERIES, "o", "-"), (_GOOD, "^", "--"), (_GOOD, "s", ":"), (_GOOD, "D", "-."),
+    (_INK, "v", "--"), (_INK, "P", ":"),
+)  # fmt: skip
 _OWN = {
     "svg.fonttype": "none",  # text stays text: small, and readable by a screen reader
     "font.family": ["sans-serif"],
@@ -50,7 +56,7 @@ def _matplotlib() -> Any:
 
 
 def accuracy_curve(
-    points: list[tuple[float, float]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
     *,
     x_label: str,
     logarithmic: bool,
@@ -60,7 +66,7 @@ def accuracy_curve(
     """Return accuracy (percent, 0 to 100) over x as an <svg> that follows the page's colours.
 
     Args:
-        points: (x, accuracy), in any order.
+        lines: by their names, (x, accuracy) in any order; those with a name have a legend.
         logarithmic: x is a count that grows by factors; 0 is allowed.
         mark: an x to point out, and what to write there.
         description: for those who cannot see it.
@@ -69,7 +75,7 @@ def accuracy_curve(
         UserError: matplotlib is missing.
     """
     matplotlib = _matplotlib()
-    x, y = zip(*sorted(points), strict=True)
+    x = tuple(sorted({place for points in lines.values() for place, _ in points}))
     with pictures.look(_INK, _RULE, _RULE, {**_OWN, "svg.hashsalt": description}):
         figure = matplotlib.figure.Figure(figsize=(5.2, 3.3), dpi=72)
         figure.subplots_adjust(left=0.08, right=0.97, top=0.91, bottom=0.16)
@@ -94,7 +100,13 @@ def accuracy_curve(
                 color=_MARK,
                 **place,
             )
-        axes.plot(x, y, color=_SERIES, linewidth=2, marker="o", markersize=5, clip_on=False)
+        for (name, points), (colour, marker, style) in zip(lines.items(), _LINES, strict=False):
+            axes.plot(
+                *zip(*sorted(points), strict=True), color=colour, linewidth=2, marker=marker,
+                markersize=5, linestyle=style, clip_on=False, label=name,
+            )  # fmt: skip
+        if any(lines):
+            axes.legend(loc="upper right", bbox_to_anchor=(1, 0.93), frameon=False)
         return _svg(figure, description)
 
 

@@ -87,7 +87,7 @@ class Run:
     @property
     def classes(self) -> int | None:
         """Return how many classes the data have, where the settings or an evaluation tell."""
-        known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+        known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "mnist_sample": 10, "digits": 10}
         if (name := self.config.get("dataset.name")) in known:
             return known[str(name)]
         for content in self._evaluations.values():

@@ -23,7 +23,9 @@ from btrain.settings.names import (
     Resume,
     RivalName,
     ScheduleName,
+    Shortcut,
     Start,
+    Store,
     WandbMode,
 )
 from btrain.settings.run import (
@@ -76,7 +78,9 @@ __all__ = [
     "RivalName",
     "RunConfig",
     "ScheduleName",
+    "Shortcut",
     "Start",
+    "Store",
     "TrainConfig",
     "WandbMode",
     "WideResNetConfig",

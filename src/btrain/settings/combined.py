@@ -18,6 +18,7 @@ from btrain.settings.method import (
     RivalConfig,
     VerifiedConfig,
 )
+from btrain.settings.names import MixDynamic
 from btrain.settings.run import (
     DatasetConfig,
     EvalConfig,
@@ -95,6 +96,12 @@ class Config:
             raise UserError(
                 f"defense.per_batch must be at most train.batch_size = {self.train.batch_size}, "
                 f"not {bounded}."
+            )
+        defense = self.defense
+        listens = isinstance(defense, VerifiedConfig) and defense.dynamic is MixDynamic.feedback
+        if listens and not self.dataset.val_examples:
+            raise UserError(
+                "defense.dynamic=feedback measures on held-out images; set dataset.val_examples."
             )
         if rival.mode is None:
             return

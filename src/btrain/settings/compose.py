@@ -22,6 +22,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
+from btrain.settings.names import Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.untrusted import read_text
@@ -122,9 +123,16 @@ def _scale(length: object, factor: float, divisor: float) -> float:
     return factor * _length(length) / max(divisor, 1)
 
 
-def _full_step(n_b: int, steps: int, step_size: object, epsilon: object) -> float:
-    """Return the step size of an example with N_B steps: the plain attack's where N_B is its N."""
-    return _length(step_size) if n_b == steps else _scale(epsilon, 1.7, n_b)
+def _full_step(
+    n_b: int, steps: int, step_size: object, epsilon: object, start: object = None
+) -> float:
+    """Return the step size of an example with N_B steps: the plain attack's where N_B is its N.
+
+    Else all steps together are 1.7·ε long, from a start that was kept ε.
+    """
+    if n_b == steps:
+        return _length(step_size)
+    return _scale(epsilon, 1.0 if start in (Start.kept, Start.kept.name) else 1.7, n_b)
 
 
 def _length(value: object) -> float:
@@ -143,12 +151,19 @@ def _with_views(augmix: object, views: int, steps: int) -> int:
 def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
-    It is that of both, of verified training or TRADES on that data set, of the defense, or TRADES'.
+    It is that of both, of an option of the user's, of verified training or TRADES on that data set,
+    of the defense, or TRADES'. A part of a data set, `mnist_sample`, has the recipes of the whole.
     """
-    known = _options("recipe")
-    schema = next((kind for name, kind in DEFENSES.items() if name.name == defense), None)
-    family = "verified" if schema is VerifiedConfig else "trades"
-    wanted = (f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense)
+    from hydra.core.global_hydra import GlobalHydra
+
+    # Of Hydra, for it knows the user's folder, too.
+    known = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    dataset = dataset.removesuffix("_sample")
+    schemas = {name.name: kind for name, kind in DEFENSES.items()}
+    family = "verified" if schemas.get(defense) is VerifiedConfig else "trades"
+    wanted = [f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense]
+    if defense not in schemas:  # whose recipe is no one's for other data
+        wanted.insert(1, defense)
     return next((name for name in wanted if name in known), "trades")
 
 
@@ -170,8 +185,11 @@ def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     return config
 
 
-def composed(overrides: Sequence[str], task: str) -> Any:
+def composed(overrides: Sequence[str], task: str, folder: str | None = None) -> Any:
     """Return what Hydra makes of the YAML files and the overrides, neither resolved nor checked.
+
+    Args:
+        folder: of more options, as --config-dir gives.
 
     Raises:
         UserError: an unknown key or option, a wrong type.
@@ -182,9 +200,23 @@ def composed(overrides: Sequence[str], task: str) -> Any:
     register()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+            if folder is not None:
+                _add_options(folder)
             return hydra_compose(task, overrides=list(overrides))
     except Exception as error:  # of libraries that have read what a user wrote
         raise explain(error, overrides, task) from error
+
+
+def _add_options(folder: str) -> None:
+    """Let Hydra look for options in a folder, too, ahead of btrain's own."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.global_hydra import GlobalHydra
+
+    instance = GlobalHydra.instance()
+    path = instance.config_loader().get_search_path()
+    path.prepend("command-line", f"file://{Path(folder).resolve()}")
+    assert instance.hydra is not None
+    instance.hydra.config_loader = ConfigLoaderImpl(path)
 
 
 def quoted(text: str) -> str:
@@ -274,44 +306,19 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def help_text(arguments: Sequence[str], task: str = "train") -> str:
-    """Return a command's --help: the options of each group and the settings they come to.
-
-    Raises:
-        UserError: an override is wrong.
-    """
-    from omegaconf import OmegaConf
-
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-    folder = user_folder(arguments)
-    if folder is not None:
-        overrides.append(f"hydra.searchpath=[{quoted(folder)}]")
-    settings = OmegaConf.to_yaml(composed(overrides, task))
-    defaults = read_yaml(Path(config_dir()) / f"{task}.yaml")["defaults"]
-    groups = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
-    options = "\n".join(f"{group}: {', '.join(_options(group, folder))}" for group in groups)
-    command, summary = TASKS[task].command, TASKS[task].summary
-    return _HELP.format(command=command, summary=summary, options=options, settings=settings)
-
-
-def _options(group: str, folder: str | None = None) -> list[str]:
+def options_of(group: str, folder: str | None = None) -> list[str]:
     """Return the options of a group, with those of the user's folder."""
     folders = [config_dir(), *([] if folder is None else [folder])]
     files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
     return sorted({file.stem for file in files})
 
 
-_HELP = """\
-btrain {command} [option=value …]    {summary}
+def is_sweep() -> bool:
+    """Return whether the current job is one of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-== Options (group=option) ==
-{options}
-
-== Settings (key=value) ==
-{settings}
---multirun sweeps over comma-separated values; --cfg job shows the settings, --info defaults
-where they come from; --config-dir DIR adds a folder of your own options.
-"""
+    return bool(HydraConfig.get().mode is RunMode.MULTIRUN)
 
 
 def jobs_at_once() -> int | None:
@@ -404,9 +411,21 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
     within_64_bits(dataclasses.asdict(config))
-    if isinstance(config, Config) and config.run.dir is None:
-        config.run.dir = str(Path("runs") / run_name(config, overrides))
+    if isinstance(config, Config):
+        _reject_unread(config, overrides)
+        if config.run.dir is None:
+            config.run.dir = str(Path("runs") / run_name(config, overrides))
     return config
+
+
+def _reject_unread(config: Config, overrides: Sequence[str]) -> None:
+    """Raise UserError for a setting that was typed and that training by bounds does not read."""
+    if not isinstance(config.defense, VerifiedConfig):
+        return
+    unread = config.defense.unread(config.bt)
+    for key in (override.partition("=")[0].lstrip("+") for override in overrides):
+        if key in unread:
+            raise UserError(f"{key} has no meaning with {unread[key]}.")
 
 
 def _reject_added_keys(node: Any, prefix: str, schema: type) -> None:
@@ -541,7 +560,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     if key and not key.group(1).startswith("["):
         return UserError(f"{key.group(1)}: {_reason(cause)}.")
     for group, _, value in (override.partition("=") for override in overrides):
-        known_options = _options(group, folder) if group else []
+        known_options = options_of(group, folder) if group else []
         if known_options and not value.startswith("_") and value not in known_options:
             return UserError(_unknown_option(group, value, folder))
     for override in overrides:
@@ -582,7 +601,9 @@ def _of_null(overrides: Sequence[str], task: str) -> str | None:
         parts = override.lstrip("+~").partition("=")[0].split(".")
         if len(parts) > 2 and parts[0] in OPTIONS and task == "train":
             group, part, *_ = parts
-            files = {name: Path(config_dir()) / group / f"{name}.yaml" for name in _options(group)}
+            files = {
+                name: Path(config_dir()) / group / f"{name}.yaml" for name in options_of(group)
+            }
             having = [name for name, file in files.items() if read_yaml(file).get(part)]
             if having:
                 return f"{override}: {group}.{part} is null here; {group}={having[0]} has it."
@@ -655,7 +676,7 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
             f"hydra/sweeper={option} is not installed; pip install 'btrain[optuna]' brings optuna. "
             "Without hydra/sweeper= every combination is tried."
         )
-    there = ", ".join(_options(group, folder))
+    there = ", ".join(options_of(group, folder))
     return f"{group}={option} is no option{f'; there are: {there}' if there else ''}."
 
 
@@ -669,7 +690,7 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
         if get_origin(kind) is ClassVar:
             continue
         options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
-        if not dataclasses.is_dataclass(kind) or (not prefix and _options(name)):
+        if not dataclasses.is_dataclass(kind) or (not prefix and options_of(name)):
             keys.append(prefix + name)
         for option in options:
             if dataclasses.is_dataclass(option):

@@ -68,6 +68,8 @@ AUTOATTACKS = {"autoattack": "standard", "autoattack_rand": "rand"}
 
 CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
+VERIFIED = "verified-"
+"""The beginning of the names of verified accuracies; the engine follows."""
 INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
 ATTACKS = (
     *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
@@ -103,11 +105,13 @@ class EvalSettings:
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
         verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
+        verify_epsilon: other radii at which each engine verifies, as they were typed.
     """
 
     checkpoint: str = ""
     attacks: list[str] = field(default_factory=lambda: ["pgd20"])
     verify: list[str] = field(default_factory=list)
+    verify_epsilon: list[str] = field(default_factory=list)
     pgd: PgdChanges = field(default_factory=PgdChanges)
     extra_corruptions: bool = False
     corruptions_root: str | None = None
@@ -156,7 +160,27 @@ class EvalSettings:
         interval = [f"attack={name}" for name in self.attacks if name in INTERVAL_ATTACKS]
         return [f"verify={engine}" for engine in self.verify] + interval
 
+    @property
+    def results(self) -> list[str]:
+        """Return the names of the results, but for the clean accuracy, which always is there."""
+        pgd = (*PRESETS, "custom")
+        attacks = [self.pgd_attack(name)[0] if name in pgd else name for name in self.attacks]
+        return [name for name in attacks if name != "clean"] + self.verified
+
+    @property
+    def verified(self) -> list[str]:
+        """Return the names of the verified accuracies."""
+        return [f"{VERIFIED}{engine.replace('+', '-')}" for engine in self.verify]
+
+    @property
+    def radii(self) -> list[float]:
+        """Return the other radii at which is verified, rising."""
+        key = "verify.epsilon"
+        return sorted({pixels(key, typed, "linf") for typed in self.verify_epsilon})
+
     def _check_bounds(self) -> None:
+        if self.radii and not self.verify:
+            raise UserError("verify.epsilon goes with verify=, which names the engines.")
         for engine in self.verify:
             for name in engine.split("+"):
                 _one_of("verify", name, (*ENGINES, "any"))
@@ -209,6 +233,7 @@ attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
                            PGD of your own; also changes a preset
 verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
                            which images no attack within epsilon (L∞) can break
+verify.epsilon=E[,E …]     the same at other radii, for the page's curves
 attack.extra_corruptions=true
                            the 4 extra corruptions, too; they are no part of the mean
 dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
@@ -233,6 +258,7 @@ _FIELDS = {
     "attack": "attacks",
     **{f"attack.{key}": f"pgd.{key}" for key in PgdChanges.__annotations__},
     "attack.extra_corruptions": "extra_corruptions",
+    "verify.epsilon": "verify_epsilon",
     "dataset.corruptions_root": "corruptions_root",
     "eval.batch_size": "batch_size",
 }
@@ -240,11 +266,12 @@ _WORDS = (
     *("checkpoint", "norm", "epsilon", "seed", "device", "precision", "sanity", "report", "out"),
     *("trust_code", "verify", *_FIELDS),
 )
+_LISTS = ("attack", "verify", "verify.epsilon")
 # Words that go to the configuration: what decides test images and network.
 _CONFIG = (
     *("dataset", "dataset.root", "dataset.download", "dataset.image_size"),
     *("dataset.test_examples", "model", "model.width", "model.depth", "model.activation"),
-    *("model.mean", "model.std"),
+    *("model.mean", "model.std", "model.shortcut"),
 )
 _FREE = re.compile(r"(dataset|model)\.settings\.[\w.]+")  # settings of own code
 FACTORIES = tuple(f"{group}.factory" for group in ("model", "dataset", "defense", "attack", "bt"))
@@ -275,7 +302,7 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
         elif key in _CONFIG or key in FACTORIES or _FREE.fullmatch(key):
             values["config"][key] = value
         else:
-            values[key] = words.names(text) if key in ("attack", "verify") else value
+            values[key] = words.names(text) if key in _LISTS else value
     if "attack" not in given and any(_FIELDS.get(key, "").startswith("pgd.") for key in given):
         values["attack"] = ["custom"]
     return words.filled(EvalSettings, values, _FIELDS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from btrain.errors import UserError
@@ -18,9 +18,11 @@ from btrain.settings.names import (
     AttackName,
     DefenseName,
     Metric,
+    MixDynamic,
     MixForm,
     RivalName,
     Start,
+    Store,
 )
 
 
@@ -68,6 +70,8 @@ class AttackConfig:
     step_size: Any = MISSING
     start: Start = MISSING
     start_std: Any = MISSING
+    store: Store = Store.int8
+    checkpoint_store: bool = True
     epsilon_warmup_epochs: int = 0
     mode: AttackMode = MISSING
     augmix: AugMixConfig | None = None
@@ -86,6 +90,10 @@ class AttackConfig:
         """Return ε and step sizes of an epoch, from 0, as a share of what they will be."""
         return min(1.0, (epoch + 1) / (self.epsilon_warmup_epochs + 1))
 
+    def unkept(self) -> AttackConfig:
+        """Return the same attack from a start of its own, for work that keeps none."""
+        return replace(self, start=Start.normal) if self.start is Start.kept else self
+
     def choices(self) -> list[Choice]:
         views = self.augmix is not None
         found = [
@@ -100,10 +108,25 @@ class AttackConfig:
             found.append(Choice("attack.mode=train", frozenset({"train_mode"}), {"chooses": why}))
         if self.start is Start.clean:
             found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
+        if self.start is Start.kept:
+            coarse = {} if self.store is Store.bf16 else _TOO_COARSE
+            found.append(Choice("attack.start=kept", frozenset({"kept"}), _NO_KEPT | coarse))
         if self.epsilon_warmup_epochs:
             written = f"attack.epsilon_warmup_epochs={self.epsilon_warmup_epochs}"
             found.append(Choice(written, frozenset({"epsilon_warmup"})))
         return found
+
+
+_NO_KEPT = {
+    "augmix": "there is no attack",
+    "rival": "a rival is run as published",
+    "verified": "most of its images are not attacked",
+    "pool": "the pool is attacked ahead of the weights that its batches leave",
+    "attacks_by_itself": "its own attack is to find what one from the image finds",
+}
+_TOO_COARSE = dict.fromkeys(
+    ("l2", "own_ball"), "a pixel moves by less than 1/127 of ε there (attack.store=bf16)"
+)
 
 
 @dataclass
@@ -207,6 +230,8 @@ class OwnDefenseConfig(DefenseConfig):
     factory: str = MISSING
     settings: dict[str, Any] = field(default_factory=dict)
 
+    kinds: ClassVar[frozenset[str]] = DefenseConfig.kinds | {"own_defense"}
+
     def __post_init__(self) -> None:
         no_null("defense.factory", self.factory)
 
@@ -228,6 +253,7 @@ class VerifiedConfig(DefenseConfig):
     plain_on_attacked: bool = MISSING
     shi_init: bool = MISSING
     shi_regulariser: float = MISSING
+    dynamic: MixDynamic = MixDynamic.schedule
 
     kinds: ClassVar[frozenset[str]] = frozenset({"verified", "own_step", "one_pass", "not_pgd"})
     refuses: ClassVar[Mapping[str, str]] = {
@@ -269,7 +295,35 @@ class VerifiedConfig(DefenseConfig):
         if self.k is None and self.per_batch is None:
             why = "it bounds all images (bt=uniform)"
             found.append(Choice("defense.per_batch=null", frozenset(), {"chooses": why}))
+        else:
+            few = "k" if self.per_batch is None else "per_batch"
+            why = "bt=random or bt=bullettrain choose the few that it bounds (null bounds all)"
+            written = f"defense.{few}={getattr(self, few)}"
+            found.append(Choice(written, frozenset(), {"alike": why}))
         return found
+
+    def unread(self, bt: BTConfig) -> dict[str, str]:
+        """Return the settings that nothing reads here, each with the choice that leaves it unread.
+
+        Both as a user writes them.
+        """
+        defense, form = f"defense={self.name.name}", f"defense.form={self.form.name}"
+        unread = [*_NEVER_READ, *(() if self.attacks else ("bt.n_b", "bt.step_size_b"))]
+        found = dict.fromkeys(unread, defense)
+        if type(bt) is not BulletTrainConfig:
+            found["bt.metric"] = f"bt={bt.name.name}"
+        if self.form is MixForm.convex:
+            found |= dict.fromkeys(_WEIGHTS, form)
+        if self.dynamic is MixDynamic.feedback:
+            fixed = _WEIGHTS if self.form is MixForm.bernoulli else ("defense.alpha",)
+            found |= dict.fromkeys(fixed, "defense.dynamic=feedback")
+        return found
+
+
+_NEVER_READ = (
+    *("bt.gamma", "bt.momentum", "bt.n_r", "bt.n_o", "bt.fractions", "bt.warmup_epochs"),
+)
+_WEIGHTS = ("defense.weight_first", "defense.weight_last", "defense.weight_until")
 
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
@@ -455,6 +509,12 @@ _NO_POOL = {
     "train_mode": "the batches would share BatchNorm's statistics",
     "shared": "the loss needs the logits of newer weights",
 }
+WEIGHTED = {
+    "own_step": "its loss counts every example once",
+    "own_defense": "its loss is one number for the whole batch",
+    "augmix": "its loss counts every example once",
+    "pool": "its batches are weighed one by one",
+}
 _NEEDS_ATTACK = {"augmix": "it needs an attack"}
 _VIEWS_NEAR_THE_BOUNDARY = {"augmix": "it makes views of boundary examples alone"}
 _ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"}
@@ -462,7 +522,7 @@ _ONE_PASS = {"one_pass": "its loss has no clean pass beside the adversarial one"
 
 @dataclass
 class UniformConfig(BTConfig):
-    pass
+    kinds: ClassVar[frozenset[str]] = frozenset({"alike"})
 
 
 @dataclass
@@ -486,17 +546,22 @@ class ChoosingConfig(BTConfig):
 class BulletTrainConfig(ChoosingConfig):
     n_r: int = MISSING
     n_o: int = MISSING
+    robust_share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "bt.n_o", self.n_o)
         at_least(0, "bt.n_r", self.n_r)
+        require(0 < self.robust_share <= 1, "bt.robust_share", "in (0, 1]", self.robust_share)
 
     def choices(self) -> list[Choice]:
         found = super().choices()
         for key, steps in (("bt.n_r", self.n_r), ("bt.n_o", self.n_o)):
             if steps:
                 found.append(Choice(f"{key}={steps}", frozenset(), _VIEWS_NEAR_THE_BOUNDARY))
+        if self.robust_share < 1:
+            written = f"bt.robust_share={self.robust_share:g}"
+            found.append(Choice(written, frozenset({"weighted"}), WEIGHTED))
         return found
 
     def check_order(self) -> None:
@@ -507,6 +572,8 @@ class BulletTrainConfig(ChoosingConfig):
                 f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a robust "
                 "example gets no more steps than a boundary one."
             )
+        share = "1 where robust examples take no step (bt.n_r=0)"
+        require(self.n_r > 0 or self.robust_share == 1, "bt.robust_share", share, self.robust_share)
 
 
 @dataclass

@@ -10,6 +10,7 @@ class DatasetName(Enum):
     cifar100 = "cifar100"
     mnist = "mnist"
     digits = "digits"
+    mnist_sample = "mnist_sample"
     imagefolder = "imagefolder"
     own = "own"
 
@@ -30,6 +31,11 @@ class Activation(Enum):
     silu = "silu"
 
 
+class Shortcut(Enum):
+    activated = "activated"
+    input = "input"
+
+
 class AttackName(Enum):
     linf_pgd = "linf_pgd"
     madry = "madry"
@@ -42,6 +48,12 @@ class Start(Enum):
     normal = "normal"
     uniform = "uniform"
     clean = "clean"
+    kept = "kept"
+
+
+class Store(Enum):
+    int8 = "int8"
+    bf16 = "bf16"
 
 
 class AttackMode(Enum):
@@ -96,6 +108,8 @@ class SparsityName(Enum):
     flying_bird = "flying_bird"
     flying_bird_plus = "flying_bird_plus"
     robust_bird = "robust_bird"
+    channel_static = "channel_static"
+    channel_flying_bird = "channel_flying_bird"
     own = "own"
 
 
@@ -139,6 +153,11 @@ class Metric(Enum):
 class MixForm(Enum):
     bernoulli = "bernoulli"
     convex = "convex"
+
+
+class MixDynamic(Enum):
+    schedule = "schedule"
+    feedback = "feedback"
 
 
 class OptimizerName(Enum):

@@ -17,7 +17,7 @@ from btrain.settings.checks import (
     positive,
     require,
 )
-from btrain.settings.method import Choice
+from btrain.settings.method import WEIGHTED, Choice
 from btrain.settings.names import (
     Activation,
     Architecture,
@@ -29,6 +29,7 @@ from btrain.settings.names import (
     Precision,
     Resume,
     ScheduleName,
+    Shortcut,
     WandbMode,
 )
 
@@ -112,6 +113,7 @@ DATASETS: dict[DatasetName, type[DatasetConfig]] = {
     DatasetName.cifar100: FilesConfig,
     DatasetName.mnist: FilesConfig,
     DatasetName.digits: DatasetConfig,
+    DatasetName.mnist_sample: DatasetConfig,
     DatasetName.imagefolder: ImageFolderConfig,
     DatasetName.own: OwnDatasetConfig,
 }
@@ -156,7 +158,13 @@ class SmallCNNConfig(WidthConfig):
 
 @dataclass
 class PreActResNetConfig(WidthConfig):
-    """The pre-activation ResNet-18."""
+    """The pre-activation ResNet-18.
+
+    Attributes:
+        shortcut: what a block's 1×1 convolution takes, the activated input or the input itself.
+    """
+
+    shortcut: Shortcut = Shortcut.activated
 
 
 @dataclass
@@ -238,6 +246,7 @@ class RecipeConfig:
     flip: bool = MISSING
     early_stop_on_collapse: bool = False
     ema: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         at_least(1, "recipe.epochs", self.epochs)
@@ -261,6 +270,8 @@ class RecipeConfig:
         require(rolls or not self.nesterov, "recipe.nesterov", "false without SGD's momentum", True)
         at_least(0, "recipe.crop_padding", self.crop_padding)
         require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
+        if self.clip_norm is not None:
+            positive("recipe.clip_norm", self.clip_norm)
 
 
 @dataclass
@@ -289,6 +300,8 @@ class TrainConfig:
     max_seconds: float | None = None
     checkpoint_every: int = 1
     score_every: int | None = None
+    skip: float = 0.0
+    skip_last: float = 0.15
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     deterministic: bool = False
     precision: Precision = Precision.float32
@@ -301,11 +314,16 @@ class TrainConfig:
         at_least(2, "train.batch_size", self.batch_size)
         at_least(1, "train.checkpoint_every", self.checkpoint_every)
         at_least(1, "train.score_every", self.score_every)
+        require(0 <= self.skip < 1, "train.skip", "in [0, 1)", self.skip)
+        require(0 <= self.skip_last <= 1, "train.skip_last", "in [0, 1]", self.skip_last)
         if self.max_seconds is not None:
             positive("train.max_seconds", self.max_seconds)
 
     def choices(self) -> list[Choice]:
         found = []
+        if self.skip:
+            written = f"train.skip={self.skip:g}"
+            found.append(Choice(written, frozenset({"skips"}), WEIGHTED | _NO_SKIPPING))
         if self.compile:
             found.append(Choice("train.compile=true", frozenset({"compile"}), _NO_COMPILER))
         if self.cuda_graphs is not CudaGraphs.never:
@@ -314,6 +332,7 @@ class TrainConfig:
         return found
 
 
+_NO_SKIPPING = {"moving_masks": "the masks change after so many batches"}
 _NO_COMPILER = {
     "own_step": "its step has another attack",
     "augmix": "there is no attack",

@@ -79,9 +79,9 @@ class SynFlowConfig(StaticConfig):
 
 
 @dataclass
-class FlyingBirdConfig(StaticConfig):
-    init: LayerDensities = MISSING
-    growth: Growth = MISSING
+class FlightConfig(SparsityConfig):
+    """What comes and goes in the course of training, and how often."""
+
     first_drop_rate: float = MISSING
     last_drop_rate: float = MISSING
     interval: float = MISSING
@@ -89,14 +89,26 @@ class FlyingBirdConfig(StaticConfig):
     late_from: float = MISSING
     interval_unit: IntervalUnit = MISSING
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    kinds: ClassVar[frozenset[str]] = frozenset({"sparse", "moving_masks"})
+
+    def check_flight(self) -> None:
+        """Raise UserError for a number that is out of range."""
         for key in ("first_drop_rate", "last_drop_rate", "late_from"):
             require(
                 0 <= getattr(self, key) <= 1, f"sparsity.{key}", "in [0, 1]", getattr(self, key)
             )
         positive("sparsity.interval", self.interval)
         positive("sparsity.late_interval", self.late_interval)
+
+
+@dataclass
+class FlyingBirdConfig(FlightConfig, StaticConfig):
+    init: LayerDensities = MISSING
+    growth: Growth = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_flight()
 
 
 @dataclass
@@ -153,6 +165,26 @@ class RobustBirdConfig(StaticConfig):
         return [*super().choices(), Choice(written, frozenset(), attacks)]
 
 
+@dataclass
+class ChannelStaticConfig(SparsityConfig):
+    """Whole channels that are taken out once."""
+
+    macs_share: float = MISSING
+    exclude: list[str] = field(default_factory=list)
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    def __post_init__(self) -> None:
+        require(0 < self.macs_share <= 1, "sparsity.macs_share", "in (0, 1]", self.macs_share)
+
+
+@dataclass
+class ChannelFlyingBirdConfig(FlightConfig, ChannelStaticConfig):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_flight()
+
+
 SPARSITIES: dict[SparsityName, type[SparsityConfig]] = {
     SparsityName.none: SparsityConfig,
     SparsityName.random: StaticConfig,
@@ -167,5 +199,7 @@ SPARSITIES: dict[SparsityName, type[SparsityConfig]] = {
     SparsityName.flying_bird: FlyingBirdConfig,
     SparsityName.flying_bird_plus: FlyingBirdPlusConfig,
     SparsityName.robust_bird: RobustBirdConfig,
+    SparsityName.channel_static: ChannelStaticConfig,
+    SparsityName.channel_flying_bird: ChannelFlyingBirdConfig,
     SparsityName.own: OwnSparsityConfig,
 }

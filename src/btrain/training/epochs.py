@@ -18,6 +18,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Method
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
+from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
@@ -32,6 +33,7 @@ See = Callable[[nn.Module], nn.Module]
 
 _HEARTBEAT_SECONDS = 1.0
 _CHECKED = 64  # training images
+_APART = 500_009  # the random numbers that leave examples out from those that order them
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Heartbeat:
         return means
 
     def _stop(self, state: TrainState, step: int, what: str) -> None:
-        x, labels, indices = self.draw(step, self.random_states[step])
+        x, labels, indices = self.draw(step, self.random_states[step])[:3]
         raise NotFiniteError(
             f"There is a number that is not finite in {what} in epoch {state.epoch + 1}, step "
             f"{step}; a smaller recipe.lr may help.",
@@ -90,6 +92,46 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of an epoch, a function of seed and epoch alone. -> (examples,)"""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(examples, generator=generator)
+
+
+def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
+    """Return how many examples each stands for in an epoch, 0 for one that is left out.
+
+    Of those whose score is above the median a share is left out, drawn by seed and epoch, and the
+    others of that half stand for them, so that no sum over the epoch is biased (Qin et al.,
+    "InfoBatch", leave out those with the smallest loss). The weights add up to n. (n,) -> (n,)
+    """
+    far = (score > score.median()).nonzero().flatten()
+    left_out = int(share * len(far))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + _APART) % 2**63)
+    drawn = torch.randperm(len(far), generator=generator)[:left_out].to(score.device)
+    weight = torch.ones_like(score)
+    weight[far] = len(far) / max(len(far) - left_out, 1)
+    weight[far[drawn]] = 0.0
+    return weight
+
+
+def weights_of_epoch(state: TrainState, plan: Plan) -> Tensor | None:
+    """Return how many examples each stands for in the epoch under way, (n,); None for one each.
+
+    The first epoch, which no scores precede, and the last ones leave out nobody.
+    """
+    if not plan.skip:
+        return None
+    weight = state.memory["weight"]
+    if state.batch == 0:
+        if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs:
+            weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
+        else:
+            weight.fill_(1.0)
+    return weight
+
+
+def batches_in(state: TrainState, examples: int, plan: Plan) -> int:
+    """Return how many batches the epoch under way has."""
+    weight = weights_of_epoch(state, plan)
+    used = examples if weight is None else int((weight > 0).sum())
+    return len(batch_slices(used, plan.batch_size))
 
 
 def train_epoch(
@@ -129,9 +171,12 @@ def train_epoch(
         UserError: every step of the epoch was skipped.
     """
     device = split.images.device
-    steps_per_epoch = len(batch_slices(len(split), plan.batch_size))
     epoch = plan.before + state.epoch
     order = epoch_order(len(split), plan.seed, epoch).to(device)
+    weight = weights_of_epoch(state, plan)
+    if weight is not None:
+        order = order[weight[order] > 0]
+    steps_per_epoch = len(batch_slices(len(order), plan.batch_size))
     began, worked, before = _clock(device), work_seconds(device), state.train_seconds
     several, first = (None if world.size == 1 else world), world.first
 
@@ -144,6 +189,7 @@ def train_epoch(
             flip=plan.flip,
             generator=state.generator,
             first=begin,
+            weight=weight,
         )
 
     def draw_again(number: int, random_state: Tensor) -> Batch:
@@ -156,26 +202,27 @@ def train_epoch(
         here = stopped() or late
         return here if several is None else several.largest(int(here)) > 0
 
-    acting = state.controllers if controllers is None else controllers
-    heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
-    state.model.train()
-    if state.batch == 0 and plan.skip_nonfinite:
-        state.memory["skipped"].zero_()
-    drawn = draw(state.batch)
-    while state.batch < steps_per_epoch and not over():
-        done = epoch * steps_per_epoch + state.batch
-        lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        if first:
-            heartbeat.random_states[state.batch + 1] = state.generator.get_state()
-        batch = next(drawn)
-        last = state.batch + 1 == steps_per_epoch
-        with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
-            _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
-        if first:
-            heartbeat.step(state)
-        tick()
+    with state.at_work():
+        acting = state.controllers if controllers is None else controllers
+        heartbeat = Heartbeat(show, FiniteCheck(state.model, device), draw_again)
+        state.model.train()
+        if state.batch == 0 and plan.skip_nonfinite:
+            state.memory["skipped"].zero_()
+        drawn = draw(state.batch)
+        while state.batch < steps_per_epoch and not over():
+            done = epoch * steps_per_epoch + state.batch
+            lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            if first:
+                heartbeat.random_states[state.batch + 1] = state.generator.get_state()
+            batch = next(drawn)
+            last = state.batch + 1 == steps_per_epoch
+            with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
+                _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
+            if first:
+                heartbeat.step(state)
+            tick()
     elapsed = world.told(_clock(device) - began)
     state.train_seconds += elapsed
     state.epoch_seconds += elapsed
@@ -192,6 +239,8 @@ def train_epoch(
     }
     if plan.score_every is not None:
         means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
+    if MIX in state.memory:
+        means[MIX] = float(state.memory[MIX])
     return means | (_skipped(state) if plan.skip_nonfinite else {})
 
 
@@ -212,8 +261,9 @@ def _take(
     before = Snapshot(state.model, state.optimizer, *memories) if skip else None
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
-        network, state.optimizer, method, batch, state.memory, state.generator, several, controllers
-    )
+        network, state.optimizer, method, batch, state.memory, state.generator, several,
+        controllers, plan.clip_norm,
+    )  # fmt: skip
     bad = check.see(state.batch + 1, stats)
     state.optimizer.zero_grad(set_to_none=True)  # not to be held through the next attack
     if before is not None:

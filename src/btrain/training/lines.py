@@ -7,9 +7,13 @@ from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
+from btrain.settings import Config
+from btrain.settings.method import BulletTrainConfig
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
+
+_MANY = 0.5
 
 
 def fractions(means: dict[str, Any]) -> str:
@@ -39,24 +43,43 @@ def tell_masks(sparsity: Sparsity) -> None:
 
 
 def epoch_line(metrics: dict[str, Any]) -> str:
+    """Return what an epoch came to; its robust accuracy is under the attack of the training."""
     held_out = (
-        f", held-out clean {metrics['val_clean_acc']:.2f} robust {metrics['val_robust_acc']:.2f}"
+        f", held-out {metrics['val_clean_acc']:.2f} % clean, {metrics['val_robust_acc']:.2f} % PGD"
         if "val_clean_acc" in metrics
         else ""
     )
     return (
-        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, train clean "
-        f"{number(metrics['clean_acc_train'])} robust {number(metrics['robust_acc_train'])}"
-        f"{held_out}, "
-        f"F_B/F_R/F_O {fractions(metrics)}, "
-        f"speedup {number(metrics['theoretical_speedup'])} (eq. 7){measured(metrics)}, "
-        f"{metrics['train_seconds']:.1f} s"
+        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, training images "
+        f"{number(metrics['clean_acc_train'])} % clean, {number(metrics['robust_acc_train'])} % "
+        f"under the training's attack{held_out}; boundary/robust/outlier {fractions(metrics)}; "
+        f"{speedup(metrics)}{metrics['train_seconds']:.1f} s"
     )
 
 
-def measured(numbers: dict[str, Any]) -> str:
-    speedup = numbers.get("speedup_measured")
-    return "" if speedup is None else f", {speedup:.2f} measured"
+def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
+    """Return a warning, half-way through a run, if most examples are outliers and not attacked."""
+    bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
+    half_way = metrics["epoch"] == (epochs + 1) // 2
+    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0
+    if not (half_way and spared and share is not None and share > _MANY):
+        return None
+    return (
+        f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples count as "
+        "outliers and are not attacked, which can cost robust accuracy; bt.n_o=1 would attack "
+        "them, and more epochs make them fewer."
+    )
+
+
+def speedup(numbers: dict[str, Any]) -> str:
+    """Return by how much less work a run takes than the plain defense, as far as it is known."""
+    work, time = numbers.get("speedup_flops"), numbers.get("speedup_measured")
+    if work is None and time is None:
+        return ""
+    known = ([f"{work:.2f} by FLOPs"] if work is not None else []) + (
+        [f"{time:.2f} measured"] if time is not None else []
+    )
+    return f"speedup {', '.join(known)}; "
 
 
 def number(value: float | None) -> str:
@@ -69,9 +92,8 @@ def headline(summary: dict[str, Any]) -> str:
     return (
         f"{f'cut by {cut}; ' if cut else ''}"
         f"clean {number(summary['clean_acc'])} %, "
-        f"{_attack(summary)} {number(summary['robust_acc'])} %, F_B/F_R/F_O "
-        f"{fractions(summary)}, speedup {number(summary['theoretical_speedup'])} (eq. 7)"
-        f"{measured(summary)}, {summary['train_seconds']:.1f} s of training"
+        f"{_attack(summary)} {number(summary['robust_acc'])} %; boundary/robust/outlier "
+        f"{fractions(summary)}; {speedup(summary)}{summary['train_seconds']:.1f} s of training"
     )
 
 

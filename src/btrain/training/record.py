@@ -16,7 +16,7 @@ from btrain.runs.lock import RunLock
 from btrain.runs.tracking import Tracker
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
-from btrain.training.lines import epoch_line
+from btrain.training.lines import epoch_line, many_outliers
 from btrain.training.safety.finite import NotFiniteError
 from btrain.training.state import TrainState
 
@@ -53,6 +53,8 @@ class Record:
         """Write an epoch's line, or that of its part."""
         for warning in metrics["warnings"]:
             log.warning("epoch %d: %s.", metrics["epoch"], warning)
+        if (warning := many_outliers(self.config, metrics)) is not None:
+            log.warning("%s", warning)
         self.lock.check()
         self.folder.append_metrics(metrics)
         of_epoch = {key: value for key, value in metrics.items() if key != "scores"}

@@ -29,7 +29,7 @@ from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
 from btrain.terminal import say
-from btrain.training.epochs import Averages, check_weights, train_epoch
+from btrain.training.epochs import Averages, batches_in, check_weights, train_epoch
 from btrain.training.lines import describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
 from btrain.training.resume import (
@@ -59,6 +59,7 @@ from btrain.training.setup import (
     known_of,
     make_state,
     sparsity_of,
+    store_size,
 )
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
@@ -158,6 +159,9 @@ def _train(
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
         state.sparsity = sparsity_of(config, state, data)
+    if size := store_size(config, data):
+        saves = config.attack.checkpoint_store
+        notes.append(f"attack.start=kept {size}, {'and in' if saves else 'none in'} checkpoints")
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
     recording: AbstractContextManager[Record | None] = nullcontext()
@@ -238,7 +242,8 @@ def _train_epochs(
         log.warning("%s", hint)
     config = with_graphs_settled(config, state, data.train)
     paths = make_fast_paths(config.train, device)
-    method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world)
+    method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world,
+                             held_out=data.val)  # fmt: skip
     if isinstance(state.sparsity, RobustBird) and state.sparsity.searching:
         search(
             config, state, data, paths=paths, world=world, stopped=stop.made,
@@ -262,8 +267,8 @@ def _train_epochs(
 
         def show(means: Averages) -> None:
             bar.set_postfix_str(
-                f"loss {means['loss']:.3f}, F_B/F_R/F_O {fractions(means)}, "
-                f"speedup {number(speedups(costs, means)['theoretical_speedup'])}",
+                f"loss {means['loss']:.3f}, boundary/robust/outlier {fractions(means)}, "
+                f"speedup {number(speedups(costs, means)['speedup_flops'])}",
                 refresh=False,
             )
 
@@ -292,7 +297,7 @@ def _train_epochs(
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None
             metrics |= sparse_columns(state, metrics, unit)
-            complete = state.batch == batches
+            complete = state.batch == batches_in(state, len(data.train), plan)
             if complete:
                 try:
                     with _evaluation(config, state, stop):

@@ -43,6 +43,9 @@ class Plan:
             the run.
         before: epochs ahead of those that the run counts, of a search.
         score_every: batches from one whose scores the log shows to the next; None for none.
+        clip_norm: the longest gradient that an update follows; None for any.
+        skip: the share of the examples far from the boundary that an epoch leaves out.
+        skip_last: the share of the run, at its end, in which no epoch does.
     """
 
     seed: int
@@ -56,6 +59,9 @@ class Plan:
     skip_nonfinite: bool = False
     score_every: int | None = None
     before: int = 0
+    clip_norm: float | None = None
+    skip: float = 0.0
+    skip_last: float = 0.0
 
 
 def make_plan(config: Config) -> Plan:
@@ -78,6 +84,9 @@ def make_plan(config: Config) -> Plan:
         max_seconds=config.train.max_seconds,
         skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
         score_every=config.train.score_every,
+        clip_norm=recipe.clip_norm,
+        skip=config.train.skip,
+        skip_last=config.train.skip_last,
     )
 
 

@@ -197,6 +197,7 @@ def sparse_columns(state: TrainState, metrics: dict[str, Any], unit: int) -> dic
     speedup, executed = metrics["speedup_flops"], float(state.epoch_sums[UNITS])
     return {
         **state.sparsity.columns(),
+        **({"flops": counted * unit} if state.sparsity.shrinks else {}),
         "flops_counted": counted * unit,
         "speedup_counted": None if speedup is None else speedup * executed / counted,
     }
@@ -214,16 +215,19 @@ def sparse_summary(
 
     Returns:
         `flops_executed` is all work, `flops_counted` the same without multiply-adds by weights that
-        are 0; both with what was spent beside the batches, a search or a probe.
+        are 0; both with what was spent beside the batches, a search or a probe. Where channels are
+        missing, all that is executed is counted.
     """
     if state.sparsity is None:
         return {}
     counted = float(state.sparsity.memory["counted_units"])
     extra = float(state.sparsity.memory["extra_units"])
+    shrinks = state.sparsity.shrinks
     return {
         **state.sparsity.columns(),
+        **({"flops": counted * unit} if shrinks else {}),
         "flops_counted": counted * unit,
-        "flops_executed": (units + extra) * unit,
+        "flops_executed": (counted if shrinks else units + extra) * unit,
         "speedup_counted": speedup * units / counted if speedup and counted else None,
     }
 

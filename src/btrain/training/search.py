@@ -85,7 +85,7 @@ def search(
 def search_method(config: Config, name: SearchName) -> Config:
     """Return the run's settings with the search's way of training: cross-entropy, dense."""
     defense = PGDConfig(name=DefenseName.pgd)
-    attack = replace(config.attack, augmix=None, mode=AttackMode.eval)
+    attack = replace(config.attack.unkept(), augmix=None, mode=AttackMode.eval)
     if name is SearchName.fgsm:
         attack = replace(attack, steps=1, step_size=_FGSM * attack.epsilon, start=Start.uniform)
     steps = 0 if name is SearchName.plain else attack.steps
@@ -106,6 +106,7 @@ def search_plan(config: Config, wanted: RobustBirdConfig) -> Plan:
         epochs=wanted.search_epochs,
         schedule=step_decay(milestones, factors),
         score_every=None,
+        skip=0.0,
     )
 
 

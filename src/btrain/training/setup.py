@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from btrain.build import check_network, check_size, make_model
+from btrain.attacks.kept import KNOWN, STORE
+from btrain.build import check_network, check_size, free_memory, make_model
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.evaluation.pgd import farthest, threat_of
-from btrain.methods.make import Known, make_method
+from btrain.methods.make import Known, make_method, make_store
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
 from btrain.settings import (
@@ -27,7 +28,7 @@ from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
 
-_NEED_ONE_PROCESS = ("own_step", "graphs")
+_NEED_ONE_PROCESS = ("own_step", "graphs", "skips")
 """Kinds of `settings.method.Choice`."""
 
 
@@ -69,12 +70,42 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
         model = to_channels_last(model)
     optimizer = make_optimizer(config.recipe, model)
     method = make_method(config, device, known=known_of(data))
+    check_store(config, data, device)
     memory = method.memory(data, device)
     if config.train.on_nonfinite is OnNonfinite.skip:
         memory["skipped"] = torch.zeros((), dtype=torch.int64, device=device)
     state = TrainState.fresh(model, optimizer, memory, config.seed, device, config.recipe.ema)
+    if not config.attack.checkpoint_store:
+        state.unsaved = (STORE, KNOWN)
     state.sparsity = sparsity_of(config, state, data)
     return state
+
+
+def check_store(config: Config, data: Data, device: torch.device) -> None:
+    """Raise UserError for kept starts that the device has no memory for."""
+    store = make_store(config.attack)
+    free = free_memory(device)
+    if store is not None and free is not None and store.nbytes(data) > free:
+        raise UserError(
+            f"attack.start=kept {store_size(config, data)}, more than the {_mb(free)} "
+            f"that {device} has left; attack.store=int8 or fewer training images need less."
+        )
+
+
+def store_size(config: Config, data: Data) -> str:
+    """Return how large the store of kept starts is, in words; empty without one."""
+    store = make_store(config.attack)
+    if store is None:
+        return ""
+    images, size = len(data.train), "×".join(map(str, data.shape))
+    return (
+        f"keeps {_mb(store.nbytes(data))} of starts ({images:,} images of {size} in "
+        f"{config.attack.store.name})"
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count > 10e6 else f"{count / 1e6:.1g} MB"
 
 
 def sparsity_of(config: Config, state: TrainState, data: Data) -> Sparsity | None:

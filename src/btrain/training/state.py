@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from btrain.controllers.averaging import WeightAverage
 from btrain.controllers.base import Controller
+from btrain.controllers.sparsity.channels import Channels, Trained
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
 from btrain.exchange.read import start_from
@@ -44,6 +46,11 @@ class TrainState:
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
             show, by the number of the batch from 1; float64 on the device.
         graphs: whether `train.cuda_graphs=auto` found that graphs pay; None if nothing was timed.
+        unsaved: names of the memory that a checkpoint leaves out; a run that goes on begins there
+            as a new one does.
+
+    torch's own random numbers, which an own network with dropout draws, are of the process and
+    stand in a checkpoint, too; of several processes the first one's.
     """
 
     model: nn.Module
@@ -65,6 +72,7 @@ class TrainState:
     epoch_work: float | None = 0.0
     batch_sums: dict[int, Tensor] = field(default_factory=dict)
     graphs: bool | None = None
+    unsaved: tuple[str, ...] = ()
 
     @staticmethod
     def fresh(
@@ -151,6 +159,20 @@ class TrainState:
         if self.average is not None:
             self.average.network.load_state_dict(self.model.state_dict())
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Have the network that is trained in the place of the whole one, where channels lack."""
+        if not isinstance(self.sparsity, Channels):
+            yield
+            return
+        whole = Trained(self.model, self.optimizer, self.average)
+        try:
+            with self.sparsity.at_work(whole) as small:
+                self.model, self.optimizer, self.average = small
+                yield
+        finally:
+            self.model, self.optimizer, self.average = whole
+
     def throw_away_copy(self) -> TrainState:
         """Return a copy of all that training changes, at the beginning of the same epoch."""
         model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))
@@ -166,8 +188,9 @@ class TrainState:
             **({} if self.average is None else {"trained_model": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "torch_generators": _torch_generators(self.device),
             "device": self.device.type,
-            "memory": self.memory,
+            "memory": {k: v for k, v in self.memory.items() if k not in self.unsaved},
             "batch_sums": self.batch_sums,
             "graphs": self.graphs,
             **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
@@ -221,8 +244,11 @@ class TrainState:
             self.model.load_state_dict(saved["trained_model"])
         self._load_optimizer(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
+        for name, random in saved.get("torch_generators", {}).items():  # older ones have none
+            _of_torch(self.device)[name].set_state(random.cpu())
         for name, tensor in self.memory.items():
-            _copy(saved["memory"][name], tensor)
+            if name not in self.unsaved:
+                _copy(saved["memory"][name], tensor)
         for name in _TENSORS:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
@@ -273,6 +299,19 @@ class TrainState:
             held.add(frozenset(state))
         if held not in ({frozenset()}, {_MOMENTA[type(self.optimizer)]}):
             raise ValueError("momenta of another optimizer, or of some weights only")
+
+
+def _of_torch(device: torch.device) -> dict[str, torch.Generator]:
+    """Return the generators that torch's functions draw from when they are given none."""
+    found = {"cpu": torch.default_generator}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found["cuda"] = torch.cuda.default_generators[index]
+    return found
+
+
+def _torch_generators(device: torch.device) -> dict[str, Tensor]:
+    return {name: generator.get_state() for name, generator in _of_torch(device).items()}
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:

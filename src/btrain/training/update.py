@@ -23,6 +23,7 @@ def train_batch(
     generator: torch.Generator,
     world: World | None = None,
     controllers: Sequence[Controller] = (),
+    clip_norm: float | None = None,
 ) -> StepStats:
     """Learn from one batch: one update, or several; the gradients of the last one stay.
 
@@ -32,6 +33,7 @@ def train_batch(
         generator: of all random choices, on the device.
         world: the processes that share the batch, if there are several.
         controllers: what acts on the weights behind each update.
+        clip_norm: the longest gradient that an update follows; None for any.
 
     Returns:
         The sums over the batch, of all processes.
@@ -39,7 +41,7 @@ def train_batch(
     shown = []
     for examples in method.examples(network, batch, memory, generator):
         loss, stats, share = method.loss(network, examples, memory, generator)
-        descend(optimizer, loss if world is None else world.weighted(loss, share))
+        descend(optimizer, loss if world is None else world.weighted(loss, share), clip_norm)
         for controller in controllers:
             controller.after_update(optimizer)
         if stats is not None:
@@ -51,8 +53,22 @@ def train_batch(
     return StepStats._make(world.sum(stacked(stats)))
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Update the weights once."""
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None = None) -> None:
+    """Update the weights once, along the loss's gradient cut to a length."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    if clip_norm is not None:
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        shorten([weight.grad for weight in weights if weight.grad is not None], clip_norm)
     optimizer.step()
+
+
+@torch.no_grad()
+def shorten(gradients: list[Tensor], most: float) -> None:
+    """Scale gradients, in place, so that all together are at most so long; no copy to the host.
+
+    Gradients that are not finite stay as they are, so that the log can name the one that was first.
+    """
+    length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    factor = (most / length).clamp(max=1)
+    torch._foreach_mul_(gradients, torch.where(torch.isfinite(length), factor, 1.0))

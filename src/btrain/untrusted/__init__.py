@@ -7,7 +7,9 @@ bytes; each reader turns all of it into a `UserError` that names the file.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,30 @@ def open_plain(path: Path) -> IO[bytes]:
     if path.exists() and not path.is_file():
         raise RefusedError("it is no plain file")
     return path.open("rb")
+
+
+def check_hash(path: Path) -> None:
+    """Make sure that a file is the one whose SHA-256 stands beside it, in `<name>.sha256`, if any.
+
+    Raises:
+        RefusedError: it is another, or what stands there is no hash.
+        OSError: one of the two cannot be read.
+    """
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.exists():
+        return
+    said = re.match(r"[0-9a-f]{64}\b", read_text(beside, _LONGEST_HASH_FILE))
+    if said is None:
+        raise RefusedError(f"{beside.name} beside it holds no SHA-256")
+    found = hashlib.sha256()
+    with open_plain(path) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    if found.hexdigest() != said[0]:
+        raise RefusedError(f"it is not the file whose SHA-256 stands in {beside.name}")
+
+
+_LONGEST_HASH_FILE, _BLOCK = 1 << 12, 1 << 20
 
 
 def read_text(path: Path, most: int) -> str:

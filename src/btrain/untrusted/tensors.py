@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from btrain.untrusted import RefusedError, open_plain
+from btrain.untrusted import RefusedError, check_hash, open_plain
 from btrain.untrusted.archive import check_directory
 from btrain.untrusted.arrays import PickledArray, PickledDtype, pickled_scalar
 from btrain.untrusted.pickles import (
@@ -46,9 +46,11 @@ def load(path: Path) -> Any:
     memory as the file is long.
 
     Raises:
-        RefusedError: it asks for code, or its sizes contradict each other.
+        RefusedError: it asks for code, its sizes contradict each other, or it is not the file whose
+            hash stands beside it.
         Exception: it is damaged; torch raises many kinds.
     """
+    check_hash(path)
     with open_plain(path) as file:
         _check(file)
         file.seek(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,15 @@ class Sparsity:
     The masks act in place, so that gradients stay dense and the weights stay where they are.
 
     Attributes:
+        shrinks: whether what is masked is not even computed with.
         memory: the masks, the share of the multiply-adds that they leave (φ), and the cost so far
             in units times φ: of all (`counted_units`), of the epoch's batches (`epoch_units`); and
             without φ what the batches' statistics do not hold (`extra_units`).
         emptied: layers that the masks' rule would have left no weight, which keep one.
         steps: updates of the weights so far, the undone ones as well.
     """
+
+    shrinks: ClassVar[bool] = False
 
     def __init__(self, thinned: Thinned, masks: Masks, emptied: Sequence[str] = ()) -> None:
         self.thinned, self.emptied, self.steps = thinned, emptied, 0
@@ -78,11 +81,15 @@ class Sparsity:
     def after_batch(self, done: int, stats: StepStats, skipped: Tensor | None) -> None:
         """Count what the batch has cost, with the masks that it began with."""
         del done, skipped
+        self.count(stats)
+        self.apply_beside()
+
+    def count(self, stats: StepStats) -> None:
+        """Count a batch's work, with the masks that it began with."""
         counted = stats.units.double() * self._ahead
         self.memory["counted_units"] += counted
         self.memory["epoch_units"] += counted
         self._ahead.copy_(self.memory["macs_share"])
-        self.apply_beside()
 
     def columns(self) -> dict[str, Any]:
         """Return densities and shares for the log."""
@@ -212,6 +219,10 @@ class Flight:
     growth: str
     seed: int
 
+    def drop_rate(self, step: int) -> float:
+        """Return κ behind so many updates of the weights."""
+        return drop_rate(min(step, self.steps), self.steps, first=self.first, last=self.last)
+
 
 class FlyingBird(Sparsity):
     """Masks that drop their smallest weights and grow as many others in the same layer.
@@ -230,9 +241,7 @@ class FlyingBird(Sparsity):
     @property
     def drop_rate(self) -> float:
         """κ of now."""
-        flight = self.flight
-        step = min(self.steps, flight.steps)
-        return drop_rate(step, flight.steps, first=flight.first, last=flight.last)
+        return self.flight.drop_rate(self.steps)
 
     def change(self) -> bool:
         """Drop and grow in every layer that is not dense."""

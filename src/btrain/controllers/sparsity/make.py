@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from btrain import own
+from btrain.controllers.sparsity.channels import (
+    Channels,
+    FlyingChannels,
+    largest,
+    same_outputs,
+    share_for,
+)
 from btrain.controllers.sparsity.controller import (
     Flight,
     FlyingBird,
@@ -43,8 +50,12 @@ from btrain.controllers.sparsity.ticket import RobustBird, Ticket
 from btrain.data import Data
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
+from btrain.models.channels import Cut, inner_channels
 from btrain.settings.names import IntervalUnit, Rewind, SparsityName
 from btrain.settings.sparsity import (
+    ChannelFlyingBirdConfig,
+    ChannelStaticConfig,
+    FlightConfig,
     FlyingBirdConfig,
     FlyingBirdPlusConfig,
     OwnSparsityConfig,
@@ -93,15 +104,17 @@ def make_sparsity(
     Raises:
         UserError: the settings do not fit the network, the data or the length of the run.
     """
+    if isinstance(sparsity, ChannelStaticConfig):
+        return make_channels(sparsity, model, data, beside=beside, length=length, seed=seed)
     if not isinstance(sparsity, StaticConfig):
         return None
-    thinned = thin(sparsity, model, data, beside)
+    thinned = thin(sparsity.exclude, model, data, beside)
     kept = total_kept([w.numel() for w in thinned.weights.values()], sparsity.density)
     match sparsity:
         case RobustBirdConfig():
             return RobustBird(thinned, model, make_ticket(sparsity, kept))
         case FlyingBirdConfig():
-            flight = make_flight(sparsity, length, seed)
+            flight = make_flight(sparsity, length, seed, growth=sparsity.growth.value)
             masks = random_by_layer(sparsity.init.value, thinned, sparsity.density, kept, seed)
             if not isinstance(sparsity, FlyingBirdPlusConfig):
                 return FlyingBird(thinned, masks, flight)
@@ -114,15 +127,68 @@ def make_sparsity(
     return Sparsity(thinned, masks, emptied)
 
 
+def make_channels(
+    sparsity: ChannelStaticConfig,
+    model: nn.Module,
+    data: Data,
+    *,
+    beside: Sequence[nn.Module],
+    length: Length,
+    seed: int,
+) -> Channels:
+    """Return what takes channels out of the network, and take them out.
+
+    Raises:
+        UserError: it has none that can be, or not so many; or as `thin` and `make_flight`.
+    """
+    written = f"sparsity={sparsity.name.name}"
+    thin(sparsity.exclude, model, data, beside)  # for names that are none
+    thinned = thin([], model, data, beside)
+    try:
+        trained = [
+            inner
+            for inner in inner_channels(model, sparsity.exclude)
+            if inner.maker in thinned.weights and inner.reader in thinned.weights
+        ]
+        cut = Cut.of(model, trained)
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{written}: this network's inner_channels are wrong: {error}.") from error
+    if not cut.inner:
+        raise UserError(
+            f"{written}: there are no channels in this network that could be taken out; a module "
+            "tells of its own by inner_channels, and sparsity.exclude leaves some."
+        )
+    share = share_for(cut, thinned, sparsity.macs_share)
+    if share is None:
+        raise UserError(
+            f"sparsity.macs_share={sparsity.macs_share:g} is out of reach: more multiply-adds are "
+            "left with one channel a layer."
+        )
+    kept = largest(model.state_dict(), cut, share)
+    if isinstance(sparsity, ChannelFlyingBirdConfig):
+        flight = make_flight(sparsity, length, seed, growth="random")
+        channels: Channels = FlyingChannels(thinned, model, cut, kept, flight)
+    else:
+        channels = Channels(thinned, model, cut, kept)
+    for network in beside:
+        channels.clear(network)
+    if not same_outputs(model, cut, kept, to_unit(data.train.images[:2])):
+        raise UserError(
+            f"{written}: without some channels this network computes something else than with "
+            "zeros in their place; its inner_channels are read by more than the layers they name."
+        )
+    return channels
+
+
 def thin(
-    sparsity: StaticConfig, model: nn.Module, data: Data, beside: Sequence[nn.Module]
+    exclude: Sequence[str], model: nn.Module, data: Data, beside: Sequence[nn.Module]
 ) -> Thinned:
     """Return the weights that may be masked, and how often each layer uses its own.
 
     Raises:
         UserError: an excluded name is that of no layer.
     """
-    weights = layers(model, sparsity.exclude)
+    weights = layers(model, exclude)
     return Thinned(
         weights=weights,
         positions=positions(model, data.shape, data.train.images.device),
@@ -213,7 +279,7 @@ def some(sparsity: StaticConfig, data: Data, seed: int) -> Batches:
     ]
 
 
-def make_flight(sparsity: FlyingBirdConfig, length: Length, seed: int) -> Flight:
+def make_flight(sparsity: FlightConfig, length: Length, seed: int, *, growth: str) -> Flight:
     """Return how Flying Bird changes its masks in a run of this length.
 
     Raises:
@@ -234,7 +300,7 @@ def make_flight(sparsity: FlyingBirdConfig, length: Length, seed: int) -> Flight
         changes=frozenset(changes),
         first=sparsity.first_drop_rate,
         last=sparsity.last_drop_rate,
-        growth=sparsity.growth.value,
+        growth=growth,
         seed=seed,
     )
 

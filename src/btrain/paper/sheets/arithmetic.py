@@ -126,7 +126,7 @@ def measured_speedup(
     """
     ratios, refused = {}, None
     for seed, a, b in pairs(ours, theirs):
-        own, base = _of_an_epoch(a, "train_seconds"), _of_an_epoch(b, "train_seconds")
+        own, base = of_an_epoch(a, "train_seconds"), of_an_epoch(b, "train_seconds")
         if None in (a.machine, b.machine):
             refused = "machine unknown"
         elif a.machine != b.machine:
@@ -144,13 +144,13 @@ def flops_speedup(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Values:
     """Return the baseline's over the own counted FLOPs of an epoch over as many images."""
     ratios = {}
     for seed, a, b in pairs(ours, theirs):
-        own, base = _of_an_epoch(a, "flops"), _of_an_epoch(b, "flops")
+        own, base = of_an_epoch(a, "flops"), of_an_epoch(b, "flops")
         if same_images(a, b) and own and base:
             ratios[seed] = base / own
     return ratios
 
 
-def _of_an_epoch(run: Run, metric: str) -> float | None:
+def of_an_epoch(run: Run, metric: str) -> float | None:
     """Return a summary's total by its epochs."""
     total, epochs = run.number(metric), run.number("epochs")
     return None if total is None or not epochs else total / epochs

@@ -15,13 +15,15 @@ DATA = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "mnist": "MNIST",
-    "digits": "scikit-learn's digits",
+    "mnist_sample": "MNIST",
+    "digits": "UCI's digits",
 }
 
 IMAGES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "mnist": (60_000, 10_000),
+    "mnist_sample": (10_000, 2_000),
     "digits": (1_442, 355),
 }
 """The numbers for training and for the test."""

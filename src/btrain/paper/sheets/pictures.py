@@ -13,7 +13,7 @@ from btrain.pages.pictures import drawn, look
 from btrain.paper.batch import Batch, read_batch
 from btrain.paper.sheets.arithmetic import Spread, spread
 from btrain.paper.sheets.notes import IMAGES, data_name, model_name
-from btrain.paper.sheets.sheet import Line, Sheet
+from btrain.paper.sheets.sheet import BEST, Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
 
@@ -56,6 +56,9 @@ def draw(sheet: Sheet) -> dict[str, bytes]:
         "fractions": fractions,
         "scores": scores,
         "allocation": allocation,
+        "sparse": sparse,
+        "verified": _verified,
+        "front": _front,
     }
     with styled():
         figure = kinds.get(sheet.plan.kind, _table)(sheet)
@@ -99,6 +102,74 @@ def _table(sheet: Sheet) -> Figure | None:
     axes.plot([], [], "o", color=BLUE, label="ours: mean ± standard deviation, | a seed")
     if any(paper(line, sheet.robust) is not None for line in sheet.lines):
         axes.plot([], [], "D", color=VERMILLION, fillstyle="none", label="the paper")
+    _legend_above(axes)
+    return figure
+
+
+def _verified(sheet: Sheet) -> Figure | None:
+    """Draw each row's clean accuracy, that under PGD, and the verified one, which enclose truth."""
+    if not any(line.values.get("clean_acc") for line in sheet.lines):
+        return None
+    shown = (
+        ("clean_acc", "clean", VERMILLION, "s"),
+        (sheet.robust, metric_name(sheet, sheet.robust), BLUE, "o"),
+        (BEST, metric_name(sheet, BEST), GREEN, "^"),
+    )
+    below = scale_words(sheet)
+    figure = _new(8.6, 1.6 + 0.3 * len(sheet.lines), sheet.plan.title, below)
+    axes = figure.add_subplot()
+    for y, line in enumerate(sheet.lines):
+        means = []
+        for metric, _, colour, marker in shown:
+            if (found := spread(line.values.get(metric, {}))) is not None:
+                means.append(found.mean)
+                axes.errorbar(
+                    found.mean, y, xerr=found.sd, fmt=marker, color=colour, capsize=2.5,
+                    markersize=5.5, elinewidth=1,
+                )  # fmt: skip
+        if means:
+            axes.plot([min(means), max(means)], [y, y], color=RULE, linewidth=1.2, zorder=0)
+    for _, name, colour, marker in shown:
+        axes.plot([], [], marker, color=colour, label=name)
+    axes.set_yticks(range(len(sheet.lines)), [line.row.label for line in sheet.lines])
+    axes.set_ylim(len(sheet.lines) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("accuracy (%): mean ± standard deviation over seeds")
+    _legend_above(axes)
+    return figure
+
+
+def _front(sheet: Sheet) -> Figure | None:
+    """Draw verified over clean accuracy, a line for each method's settings."""
+    methods: dict[str, list[tuple[Spread, Spread, str]]] = {}
+    for line in sheet.lines:
+        x, y = spread(line.values["clean_acc"]), spread(line.values.get(BEST, {}))
+        if x is not None and y is not None:
+            name, _, value = line.row.label.partition(", ")
+            methods.setdefault(name, []).append((x, y, value))
+    if not methods:
+        return None
+    figure = _new(8, 5.4, sheet.plan.title, scale_words(sheet))
+    axes = figure.add_subplot()
+    colours = (BLUE, VERMILLION, GREEN, "#cc79a7", "#e69f00", INK)
+    for (name, points), colour, marker in zip(methods.items(), colours, "osD^vP", strict=False):
+        points.sort(key=lambda point: point[0].mean)
+        axes.errorbar(
+            [x.mean for x, _, _ in points], [y.mean for _, y, _ in points],
+            xerr=[x.sd or 0 for x, _, _ in points], yerr=[y.sd or 0 for _, y, _ in points],
+            color=colour, marker=marker, linestyle="-", linewidth=1.4, elinewidth=0.8, capsize=2,
+            markersize=6, label=name,
+        )  # fmt: skip
+        for x, y, value in points:
+            axes.annotate(
+                value, (x.mean, y.mean), textcoords="offset points", xytext=(5, 5), fontsize=7.5,
+                color=SOFT,
+            )  # fmt: skip
+    axes.set(xlabel="clean accuracy (%)", ylabel="verified accuracy (%), best engine")
+    axes.grid()
+    axes.margins(0.1)
     _legend_above(axes)
     return figure
 
@@ -471,6 +542,78 @@ def _steps(axes: Axes, batch: Batch) -> None:
     steps.spines["right"].set_visible(True)
     axes.set_zorder(steps.get_zorder() + 1)
     axes.patch.set_visible(False)
+
+
+def sparse(sheet: Sheet) -> Figure | None:
+    """Draw train and held-out robust accuracy over the epochs, and the best and the last epoch.
+
+    The courses are those of the rows that the paper has, of the baseline's data.
+    """
+    lines = [line for line in sheet.lines if any(run.metrics for run in line.runs.values())]
+    own = [line for line in lines if line.baseline == sheet.plan.baseline]
+    courses = [line for line in own if line.row.paper][: len(_COURSES)]
+    if not courses:
+        return None
+    below = "dashed: running accuracy on training batches, solid: held-out images, means over "
+    below += f"seeds; bands: lowest to highest; {scale_words(sheet)}"
+    figure = _new(11, 1.6 + max(4.0, 0.36 * len(lines)), sheet.plan.title, below)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    for line, (colour, marker) in zip(courses, _COURSES, strict=False):
+        _course(left, line, "robust_acc_train", colour, marker, "--")
+        _course(left, line, "val_robust_acc", colour, marker, "-")
+    left.set(xlabel="epoch", ylabel="robust accuracy (%)")
+    left.set_title("(a) over training", pad=40)
+    left.grid(axis="y")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3, fontsize=9)
+    _best_and_last(right, sheet, lines)
+    return figure
+
+
+_COURSES = ((VERMILLION, "o"), (GREEN, "^"), (BLUE, "s"), ("#cc79a7", "D"))
+"""Colours and markers of the courses."""
+
+
+def _course(axes: Axes, line: Line, key: str, colour: str, marker: str, style: str) -> None:
+    points = _by_epoch(line, key, 1)
+    x = sorted(points)
+    if not x:
+        return
+    held_out = style == "-"
+    axes.plot(
+        x, [np.mean(points[place]) for place in x], color=colour, linestyle=style, linewidth=1.7,
+        marker=marker if held_out else None, markersize=4.5, markevery=max(1, len(x) // 8),
+        label=line.row.label if held_out else None,
+    )  # fmt: skip
+    if held_out:
+        low, high = ([of(points[place]) for place in x] for of in (min, max))
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _best_and_last(axes: Axes, sheet: Sheet, lines: list[Line]) -> None:
+    """Draw a row's robust accuracy at its best and at its last epoch, and the seeds of the last."""
+    known = [line for line in lines if line.values.get("best_robust_acc")]
+    if not known:
+        axes.set_visible(False)
+        return
+    for y, line in enumerate(known):
+        best, last = (spread(line.values[key]) for key in ("best_robust_acc", "robust_acc"))
+        if best is None or last is None:
+            continue
+        values = list(line.values["robust_acc"].values())
+        axes.plot([best.mean, last.mean], [y, y], "-", color=GREY, linewidth=1.2)
+        axes.plot(values, [y] * len(values), "|", color=BLUE, markersize=8, alpha=0.6)
+        axes.plot(best.mean, y, "o", color=INK, fillstyle="none", markersize=7)
+        axes.plot(last.mean, y, "o", color=BLUE, markersize=6)
+    axes.set_yticks(range(len(known)), [line.row.label for line in known], fontsize=8.5)
+    axes.set_ylim(len(known) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.margins(x=0.06)
+    axes.set_xlabel(f"robust accuracy on the test set (%), PGD-{sheet.pgd_steps or '?'}")
+    axes.plot([], [], "o", color=INK, fillstyle="none", label="best epoch")
+    axes.plot([], [], "o", color=BLUE, label="last epoch, | a seed")
+    axes.set_title("(b) best and last epoch", pad=40)
+    _legend_above(axes)
 
 
 def _new(width: float, height: float, title: str, below: str) -> Figure:

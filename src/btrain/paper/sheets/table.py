@@ -6,10 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from btrain.pages.tables import NONE
+from btrain.paper.sheets import sparse
 from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
-from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
+from btrain.paper.sheets.sheet import (
+    BEST,
+    BY_BOUNDS,
+    DOUBLINGS,
+    EPOCH,
+    FLOPS,
+    GAINED,
+    MEASURED,
+    TIMES,
+    Line,
+    Sheet,
+    Verdict,
+)
 from btrain.runs.json_fields import is_number
 from btrain.runs.read import FINISHED
+from btrain.settings.evaluation import VERIFIED
 
 PAPER, GAP = "paper", "ours − paper"  # heads of columns that belong to the one before
 _STEPS = {"bt.n_b": "N_B", "bt.n_o": "N_O", "bt.n_r": "N_R"}  # in the order of Figure 2
@@ -24,6 +38,14 @@ _NAMES = {
     FLOPS: "speedup, FLOPs",
     MEASURED: "speedup, measured",
     "train_seconds": "training time",
+    "interval": "interval attack",
+    "pgd40x1-cw": "CW-40",
+    EPOCH: "s an epoch",
+    TIMES: "× baseline's time",
+    DOUBLINGS: "time over the baseline's, doublings",
+    GAINED: "interval attack − CW-40, points",
+    BEST: "verified, best engine",
+    **sparse.METRICS,
 }
 
 
@@ -31,23 +53,53 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     """Return head and rows: a column a number, the paper's beside it where it has one."""
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
-    for metric in ("clean_acc", sheet.robust, *sheet.attacks):
-        columns += _accuracy(sheet, metric)
-        if metric == sheet.robust and any(line.test for line in sheet.lines):
-            columns.append(("p", [_p(line) for line in sheet.lines]))
-    columns += _fractions(sheet)
-    for metric in ("theoretical_speedup", FLOPS, MEASURED):
-        columns += _speedup(sheet, metric)
-    seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
-    columns.append(("training s", [text(found, ".1f") for found in seconds]))
+    columns += _sparse(sheet) if sheet.plan.kind == "sparse" else _of_a_table(sheet)
+    if sheet.plan.kind not in BY_BOUNDS:
+        seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
+        columns.append(("training s", [text(found, ".1f") for found in seconds]))
     head = [name for name, _ in columns]
     return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
 
 
+def _of_a_table(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    """Return accuracies, fractions and speedups."""
+    columns = []
+    for metric in ("clean_acc", sheet.robust, *sheet.attacks):
+        columns += _accuracy(sheet, metric)
+        if metric == sheet.robust and any(line.test for line in sheet.lines):
+            columns.append(("p", [_p(line) for line in sheet.lines]))
+    if sheet.plan.kind in BY_BOUNDS:
+        return columns + _bounded(sheet)
+    columns += _fractions(sheet)
+    for metric in ("theoretical_speedup", FLOPS, MEASURED):
+        columns += _speedup(sheet, metric)
+    return columns
+
+
+def _sparse(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    """Return accuracies of the best and the last epoch, what is between them, and three costs."""
+    columns = []
+    for metric in ("best_robust_acc", "robust_acc", "overfitting", "gap", "clean_acc"):
+        columns += _accuracy(sheet, metric)
+    for attack in sheet.attacks:
+        columns += _accuracy(sheet, attack)
+    for metric in ("density", "macs_share", "counted", "executed"):
+        found = [spread(line.values.get(metric, {})) for line in sheet.lines]
+        columns.append((metric_name(sheet, metric), [text(ours, ".3f") for ours in found]))
+        papers = [line.row.paper.get(metric) for line in sheet.lines]
+        if any(theirs is not None for theirs in papers):
+            columns.append((PAPER, [NONE if p is None else f"{p:.3f}" for p in papers]))
+    return columns + _speedup(sheet, MEASURED)
+
+
 def metric_name(sheet: Sheet, metric: str) -> str:
     """Return a metric's name for people; PGD with the steps that the runs' own evaluation had."""
+    if metric == "robust_acc" and sheet.plan.kind == "sparse":
+        return f"final, {_NAMES['pgd20'] if sheet.pgd_steps == 20 else 'PGD'}"
     if metric == "robust_acc":
         return "PGD" if sheet.pgd_steps is None else f"PGD-{sheet.pgd_steps}"
+    if metric.startswith(VERIFIED):
+        return f"verified, {metric.removeprefix(VERIFIED)}"
     return _NAMES.get(metric, metric)
 
 
@@ -56,7 +108,7 @@ def text(found: Spread | None, form: str, unit: str = "") -> str:
     if found is None:
         return NONE
     deviation = "" if found.sd is None else f" ± {found.sd:{form}}"
-    return f"{found.mean:{form}}{deviation}{unit}"
+    return f"{found.mean:{form}}{deviation}{unit}".replace("-", "−")
 
 
 def signed(value: float, form: str = ".2f") -> str:
@@ -105,6 +157,20 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
     columns = [("F_B / F_R / F_O", [NONE if cell == empty else cell for cell in ours])]
     if set(theirs) != {empty}:
         columns.append((PAPER, [NONE if cell == empty else cell for cell in theirs]))
+    return columns
+
+
+def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    """Return the columns of training by bounds behind the accuracies: who is bounded, and time."""
+    columns = []
+    for metric, form in (("f_b", ".2f"), (EPOCH, ".1f"), (TIMES, ".1f")):
+        found = [spread(line.values[metric]) for line in sheet.lines]
+        name = "share bounded" if metric == "f_b" else metric_name(sheet, metric)
+        cells = [text(ours, form) for ours in found]
+        if metric == TIMES:
+            cells = [line.refused or cell if cell == NONE else cell
+                     for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
+        columns.append((name, cells))
     return columns
 
 
@@ -193,10 +259,20 @@ def legend(sheet: Sheet) -> list[str]:
     )
     sentences = ["Numbers are means ± sample standard deviations over seeds."]
     baselines = list(dict.fromkeys(line.baseline for line in sheet.lines if line.baseline))
-    if baselines:
-        labels = {line.row.name: line.row.label for line in sheet.lines}
+    labels = {line.row.name: line.row.label for line in sheet.lines}
+    named = f"Baseline: {' and '.join(labels[name] for name in baselines)}."
+    if sheet.plan.kind == "sparse":
+        sentences += [named, sparse.LEGEND]
+    elif baselines and sheet.plan.kind in BY_BOUNDS:
         sentences.append(
-            f"Baseline: {' and '.join(labels[name] for name in baselines)}. Speedups by FLOPs and "
+            f"{named} Times are those of an epoch over as many images, seconds of "
+            "training on the same machine, as many runs at a time where their folders tell that; "
+            "seed by seed over the baseline's. Verified is the share of test images that no change "
+            "within ε can have misclassified, by the bounds of one engine."
+        )
+    elif baselines:
+        sentences.append(
+            f"{named} Speedups by FLOPs and "
             "by time are the baseline's over the row's own, seed by seed, of an epoch over as many "
             "images: counted FLOPs, seconds of training on the same machine, as many runs at a "
             "time where their folders tell that."
@@ -256,7 +332,7 @@ def claim_text(sheet: Sheet, verdict: Verdict) -> str:
     limits = _limits(verdict.claim.at_least, verdict.claim.at_most)
     if found is None:
         return f"{what}, {limits}"
-    mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}"
+    mean = signed(found.mean) if verdict.claim.than else f"{found.mean:.2f}".replace("-", "−")
     each = ", ".join(f"{value:.2f}".replace("-", "−") for value in verdict.differences.values())
     span = f", 95 % interval {signed(ends[0])} to {signed(ends[1])}" if ends else ""
     return f"{what}, {limits}: {mean}{span} (by seed: {each})"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from btrain.allocation import BulletTrain as Rule
 from btrain.allocation import classify
 from btrain.attacks.fast_paths import FastPaths, make_fast_paths
+from btrain.attacks.graphs import ReplayedPGD
+from btrain.attacks.shadow import Shadowed
 from btrain.data import Batch
 from btrain.methods.augmix import AugMix
 from btrain.methods.base import Memory, Method
@@ -71,6 +73,12 @@ class Lane:
     stats: list[StepStats] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        # Its batches are visited once.
+        self.config = replace(
+            self.config,
+            attack=self.config.attack.unkept(),
+            train=replace(self.config.train, skip=0.0),
+        )
         self.model = copy.deepcopy(self.workload.network).to(self.device).train()
         if self.config.train.channels_last:
             self.model = to_channels_last(self.model)
@@ -106,7 +114,10 @@ class Lane:
             self.memory["classes"] = classify(score, self.memory["robust_fraction"])
 
         pool = self.config.bt.pool
-        return Batch._make(torch.cat([part] * pool) for part in batch) if pool > 1 else batch
+        if pool == 1:
+            return batch
+        x, labels, indices = (torch.cat([part] * pool) for part in batch[:3])
+        return Batch(x, labels, indices)
 
     def run(self, batch: Batch) -> None:
         """Take one training step."""
@@ -128,11 +139,18 @@ class Lane:
 
     @property
     def state_bytes(self) -> int:
-        """Return the bytes of weights, buffers and momenta; gradients come and go with a step."""
-        tensors = [*self.model.state_dict().values()]
+        """Return the bytes of weights, buffers and momenta, of a shadow's own weights, and of what
+        recorded steps keep; gradients come and go with a step.
+        """
+        tensors, inside = [*self.model.state_dict().values()], self.inside
+        if isinstance(inside, Shadowed):
+            tensors += [*inside.shadow.network.state_dict().values()]
         for state in self.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
+        # A shadow shares most of its own.
+        once: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        pgd = self._paths.pgd
+        return sum(once.values()) + (pgd.memory_bytes if isinstance(pgd, ReplayedPGD) else 0)
 
 
 def _method(config: Config, contender: Contender, device: torch.device, paths: FastPaths) -> Method:

@@ -59,7 +59,7 @@ class Masked:
         if isinstance(self.plain, AugMix):
             yield batch, allocation
             return
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         clean_logits, z = self.plain.forward_clean(network, x)
         units = len(x) if z.shape[1] and clean_logits is None else 0
         noise = self.plain.attack.noise(x, generator)
@@ -72,7 +72,8 @@ class Masked:
         """Return the plain defense's loss, all examples through every pass; remember F_R."""
         if isinstance(self.plain, AugMix):
             return self._of_views(self.plain, network, examples, memory, generator)
-        (x, labels, _), allocation, clean_logits, z, x_adv, units = examples
+        batch, allocation, clean_logits, z, x_adv, units = examples
+        x, labels = batch.x, batch.labels
         m, defense = len(x), self.plain.defense
         if defense.outer_reads_clean:
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -96,7 +97,8 @@ class Masked:
         memory: Memory,
         generator: torch.Generator,
     ) -> Loss:
-        (x, labels, _), allocation = examples
+        batch, allocation = examples
+        x, labels = batch.x, batch.labels
         views = plain.make_views(x.repeat(2, 1, 1, 1), generator, None)
         clean, view1, view2 = network(torch.cat([x, views])).chunk(3)
         seen = (allocation.classes == BOUNDARY)[:, None]

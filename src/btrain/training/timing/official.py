@@ -54,7 +54,7 @@ class Official:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images, labels and adversarial examples."""
         del memory
-        x, labels, _ = batch
+        x, labels = batch.x, batch.labels
         attack = self.plain.attack
         region = attack.ball.region(x)
         x_adv = x + attack.noise(x, generator)

@@ -1,0 +1,143 @@
+"""The model card of an exported network: what it is, how it was trained, how good it is."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from btrain.durable import write_files
+from btrain.errors import UserError
+from btrain.evaluation.result import Evaluation, wilson
+from btrain.exchange.from_run import SavedRun
+from btrain.pages.tables import NONE, markdown
+from btrain.runs.folder import RunFolder
+from btrain.settings import Config
+
+_CARD = """\
+# {title}
+
+{sentence}
+
+{table}
+
+Accuracies are percent of {examples} test images, with 95 % intervals over other draws of images.
+{attacks}
+
+## How it was trained
+
+`{command}`
+
+{facts}
+
+## The file
+
+`{file}`, SHA-256 `{sha256}`, {parameters:,} parameters. {reading}
+"""
+
+
+def write_card(out: Path, saved: SavedRun, format: str, source: Path) -> list[Path]:
+    """Write `<out>.md` and `<out>.sha256`; return where.
+
+    Args:
+        out: the exported file.
+        saved: the run that it was made of, read from `source`, a run folder or its checkpoint.
+        format: what `out` was exported as.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    try:
+        sha256 = hashlib.sha256(out.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{out} cannot be read ({error.strerror}).") from error
+    card, digest = (out.with_name(out.name + end) for end in (".md", ".sha256"))
+    text = card_text(saved, source, out.name, sha256, format)
+    write_files({card: text.encode(), digest: f"{sha256}  {out.name}\n".encode()})
+    return [card, digest]
+
+
+def card_text(saved: SavedRun, source: Path, file: str, sha256: str, format: str) -> str:
+    """Return the card in Markdown."""
+    config = saved.config
+    folder = RunFolder(source if source.is_dir() else source.parent.parent)
+    summary = folder.summary() or {}
+    rows, notes = _accuracies(folder, summary, config)
+    width, height = saved.shape[2], saved.shape[1]
+    return _CARD.format(
+        title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
+        sentence=(
+            f"A `{config.model.name}` for {saved.classes} classes of `{config.dataset.title}`, "
+            f"{width}×{height} images with {saved.shape[0]} channel(s) in [0, 1], made robust with "
+            f"`defense={config.defense.name.name}` and `bt={config.bt.name.name}` against changes "
+            f"in {_ball(config)}."
+        ),
+        table=markdown(["under", "right %", "95 % interval", "n"], rows),
+        examples=summary.get("test_examples", "the"),
+        attacks=" ".join(notes),
+        command=f"btrain train {' '.join(_words(config))}",
+        facts=_facts(summary),
+        file=file,
+        sha256=sha256,
+        parameters=sum(parameter.numel() for parameter in saved.network().parameters()),
+        reading=(
+            f"`btrain eval checkpoint={file}` evaluates it."
+            if format in ("checkpoint", "compact")
+            else f"Format `{format}` of `btrain export`."
+        ),
+    )
+
+
+def _ball(config: Config) -> str:
+    norm = {"linf": "an L∞ ball", "l2": "an L2 ball"}.get(config.attack.norm, "a ball of its own")
+    return f"{norm} of radius {config.attack.epsilon:.4g}"
+
+
+def _accuracies(
+    folder: RunFolder, summary: dict[str, Any], config: Config
+) -> tuple[list[list[str]], list[str]]:
+    """Return a row an attack, of the run's own evaluation and of `btrain eval`, and remarks."""
+    rows, n = [], summary.get("test_examples")
+    for name, key in (("clean", "clean_acc"), (f"PGD-{config.eval.steps}", "robust_acc")):
+        accuracy = summary.get(key)
+        if accuracy is not None and n:
+            low, high = wilson(round(accuracy * n / 100), n)
+            rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
+    try:
+        found = [*Evaluation.read(folder.path / "eval").summaries()]
+    except UserError:
+        found = []
+    for of in found:
+        interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
+        rows.append([f"{of.attack} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])
+    if any("autoattack" in of.attack for of in found):
+        return rows, []
+    return rows, ["AutoAttack was not run, so the true robust accuracy may be lower."]
+
+
+def _words(config: Config) -> list[str]:
+    """Return the command line that says the most important settings."""
+    words = [
+        f"dataset={config.dataset.name.name}",
+        f"model={config.model.name}",
+        f"defense={config.defense.name.name}",
+        f"bt={config.bt.name.name}",
+        f"attack.epsilon={config.attack.epsilon:.4g}",
+        f"train.epochs={config.train.epochs}",
+        f"train.batch_size={config.train.batch_size}",
+        f"seed={config.seed}",
+    ]
+    width = getattr(config.model, "width", None)
+    return [*words[:2], *([] if width is None else [f"model.width={width}"]), *words[2:]]
+
+
+def _facts(summary: dict[str, Any]) -> str:
+    told = {
+        "training": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
+        if "train_seconds" in summary
+        else None,
+        "torch": summary.get("torch_version"),
+        "commit of btrain": summary.get("git_commit"),
+        "SHA-256 of the data": summary.get("data_sha256"),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in told.items() if value is not None)

@@ -1,0 +1,374 @@
+"""What makes training cheaper: clipping, kept starts, shares of the robust, examples left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation, thinned
+from btrain.attacks.kept import KNOWN, Kept
+from btrain.data import Batch, Data, Split, batches
+from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
+from btrain.defenses import DEFENSES, Weights, trades_loss
+from btrain.errors import UserError
+from btrain.methods.bullettrain import BulletTrain
+from btrain.methods.make import make_method
+from btrain.methods.statistics import StepStats
+from btrain.processes.world import World
+from btrain.runs import checkpoint
+from btrain.training import run, setup, train
+from btrain.training.epochs import batches_in, stand_ins
+from btrain.training.lines import many_outliers
+from btrain.training.schedule import make_plan
+from btrain.training.setup import check_shares, make_state
+from btrain.training.update import descend, shorten
+from composing import compose
+from steps import epoch_of, memory_of
+from test_training import CPU, metrics, same, tiny, weights
+
+KEPT = ["attack.start=kept", "bt.n_b=1", "bt.n_r=1"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Clipping
+
+
+def test_a_gradient_is_cut_to_a_length_and_keeps_its_direction() -> None:
+    model = nn.Linear(2, 1, bias=True)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x = torch.tensor([[3.0, 4.0]])  # the gradient of the output is (3, 4, 1), √26 long
+    for most, length in ((0.5, 0.5), (100.0, 26**0.5)):
+        descend(optimizer, model(x).sum(), most)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        moved = before - after
+        torch.testing.assert_close(moved, length / 26**0.5 * torch.tensor([3.0, 4.0, 1.0]))
+        before = after
+
+
+def test_a_gradient_that_is_not_finite_is_left_for_the_log_to_name() -> None:
+    gradients = [torch.tensor([1.0, 2.0]), torch.tensor([torch.nan])]
+    shorten(gradients, 1.0)
+    assert gradients[0].tolist() == [1.0, 2.0]
+
+
+def test_a_run_takes_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.clip_norm must be finite and greater than 0"):
+        tiny(tmp_path, "recipe.clip_norm=0")
+    still = "recipe.clip_norm=1e-12"  # weight decay would move them
+    train(tiny(tmp_path, still, "train.epochs=1", "recipe.weight_decay=0"))
+    state = make_state(tiny(tmp_path), setup_data(tmp_path), CPU)
+    for name, tensor in weights(tmp_path).items():
+        torch.testing.assert_close(tensor, state.model.state_dict()[name], rtol=0, atol=1e-9)
+
+
+def setup_data(tmp_path: Path) -> Data:
+    return run.load_data(tiny(tmp_path), CPU)
+
+
+# Kept starts
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_a_perturbation_is_found_again_after_another_crop_and_flip(dtype: torch.dtype) -> None:
+    n, m, shape, padding, epsilon = 9, 5, (2, 6, 7), 2, 0.03
+    images = torch.randint(0, 256, (n, *shape), generator=generator(), dtype=torch.uint8)
+    data = Data(split := Split(images, torch.zeros(n, dtype=torch.int64)), None, split, ("a",))
+    kept = Kept(dtype)
+    memory = kept.memory(data, CPU)
+    assert sum(tensor.nbytes for tensor in memory.values()) == kept.nbytes(data)
+    kept_by_hand = torch.zeros(n, *shape)
+    for seed in range(4):
+        indices = torch.randperm(n, generator=generator(seed))[:m]
+        moved = Moved(padding, random_shifts(m, padding, generator(seed)),
+                      random_mirrors(m, generator(seed)))  # fmt: skip
+        batch = Batch(to_unit(moved.follow(images[indices])), split.labels[:m], indices, moved)
+        noise = torch.full_like(batch.x, 0.5)
+        start = kept.starts(memory, batch, noise, epsilon)
+        shares = 2 * torch.rand(batch.x.shape, generator=generator(seed + 10)) - 1
+        rows = torch.randperm(m, generator=generator(seed))
+        attacked = torch.arange(m) < 4
+        known = memory[KNOWN].clone()
+        kept.keep(memory, batch, rows, kept.encoded(epsilon * shares[rows], epsilon), attacked)
+        for place, i in enumerate(indices.tolist()):
+            for r in range(shape[1]):
+                for c in range(shape[2]):
+                    row = r + int(moved.shifts[0, place, 0]) - padding
+                    column = shape[2] - 1 - c if moved.mirrored[place] else c
+                    column += int(moved.shifts[1, place, 0]) - padding
+                    inside = 0 <= row < shape[1] and 0 <= column < shape[2]
+                    was = kept_by_hand[i, :, row, column] if inside else torch.zeros(shape[0])
+                    expected = epsilon * was if known[i] else torch.tensor(0.5)
+                    torch.testing.assert_close(
+                        start[place, :, r, c],
+                        expected.expand(shape[0]),
+                        rtol=1e-2,
+                        atol=epsilon / 200,
+                    )
+                    if inside and place in rows[:4]:
+                        kept_by_hand[i, :, row, column] = shares[place, :, r, c]
+
+
+@pytest.mark.parametrize("settings", [[], ["attack.checkpoint_store=false"]])
+def test_a_run_with_kept_starts_resumes(tmp_path: Path, digits: Data, settings: list[str]) -> None:
+    config = tiny(tmp_path, *KEPT, *settings, "recipe.crop_padding=1", "recipe.flip=true")
+    whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
+    for state in (whole, cut):
+        epoch_of(config, state, digits.train)
+        state.end_epoch()
+    checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
+    resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
+    for state in (whole, resumed):
+        epoch_of(config, state, digits.train)
+    assert same(resumed.model.state_dict(), whole.model.state_dict()) is not bool(settings)
+    assert bool(whole.memory[KNOWN].any())
+
+
+def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:
+    """With weights that stand still k epochs of a step are k steps of projected ascent."""
+    config = compose(["dataset=digits", "model=small_cnn", "bt=uniform", "bt.n_b=1",
+                      "attack.start=kept", "attack.store=bf16"])  # fmt: skip
+    assert config.bt.step_size_b == config.attack.epsilon
+    few = Data(split := Split(digits.train.images[:8], digits.train.labels[:8]), None, split,
+               digits.classes)  # fmt: skip
+    method, memory = make_method(config, CPU), memory_of(config, few, CPU)
+    torch.manual_seed(0)
+    model = make_state(config, digits, CPU).model
+    (batch,) = batches(few.train, torch.arange(8), 8, crop_padding=0, flip=False,
+                       generator=generator())  # fmt: skip
+    (first,) = method.examples(model, batch, memory, generator(1))
+    (second,) = method.examples(model, batch, memory, generator(2))
+    start = first.x_adv - first.x
+    rounded = (start / config.attack.epsilon).bfloat16().float() * config.attack.epsilon
+    at = (first.x + rounded).requires_grad_()
+    target = F.softmax(model.eval()(first.x), dim=1).detach()
+    F.kl_div(F.log_softmax(model(at), dim=1), target, reduction="sum").backward()
+    stepped = at.detach() + config.attack.epsilon * at.grad.sign()
+    epsilon = config.attack.epsilon
+    expected = stepped.clamp(first.x - epsilon, first.x + epsilon).clamp(0, 1)
+    assert torch.equal(second.x, first.x)
+    torch.testing.assert_close(second.x_adv, expected)
+
+
+def test_the_size_of_the_store_is_told_and_one_too_large_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path, *KEPT, "train.epochs=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "free_memory", lambda device: 10_000)
+        with pytest.raises(UserError, match=r"keeps 0\.02 MB of starts \(300 images of 1×8×8"):
+            train(config)
+    train(config)
+    assert "attack.start=kept keeps 0.02 MB of starts (300 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["defense=augmix"], "defense=augmix"),
+        (["rival=mma", "defense=pgd", "bt=uniform"], "rival=mma"),
+        (["rival=free", "defense=pgd", "bt=uniform", "attack.mode=train"], "rival=free"),
+        (["attack=l2_pgd"], "attack.store=bf16"),
+        (["bt.pool=2"], "bt.pool=2"),
+        (["bt=oracle"], "bt=oracle"),
+    ],
+)
+def test_what_kept_starts_do_not_go_with_is_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        compose([*overrides, "attack.start=kept"])
+    assert "attack.start=kept" in str(error.value)
+
+
+def test_another_setting_is_another_run(tmp_path: Path) -> None:
+    train(tiny(tmp_path, *KEPT, "train.epochs=1"))
+    with pytest.raises(UserError, match=r"belongs to a run with attack\.store=int8"):
+        train(tiny(tmp_path, *KEPT, "train.epochs=1", "attack.store=bf16"))
+
+
+# A share of the robust examples
+
+
+def test_the_attacked_robust_examples_stand_for_the_spared_ones() -> None:
+    classes = torch.tensor([BOUNDARY, ROBUST, OUTLIER, ROBUST, ROBUST])
+    before = Allocation(classes, torch.tensor([3, 2, 0, 2, 2]))
+    values, draws, total = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0]), 4000, 0.0
+    drawn = generator()
+    for _ in range(draws):
+        after, weight = thinned(before, 0.25, drawn)
+        robust = classes == ROBUST
+        assert torch.equal(after.steps[~robust], before.steps[~robust])
+        assert torch.equal(after.steps[robust], before.steps[robust] * (weight[robust] > 0))
+        assert torch.equal(weight[robust], 4.0 * (weight[robust] > 0))
+        total += float((weight * values).sum()) / draws
+    assert total == pytest.approx(float(values.sum()), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "pgd"])
+def test_an_example_of_weight_n_counts_as_n_examples(name: str) -> None:
+    defense = DEFENSES[name](**({} if name == "pgd" else {"beta": 6.0}))
+    clean, adv = torch.randn(2, 7, 4, generator=generator()).double()
+    labels, often = torch.arange(7) % 4, torch.tensor([1, 0, 2, 3, 1, 0, 1])
+    assert defense.weighted_loss is not None
+    loss = defense.weighted_loss(clean, adv, labels, weights=Weights(often, often))
+    again = (rows.repeat_interleave(often, 0) for rows in (clean, adv, labels))
+    expected = defense.outer_loss(*again) * int(often.sum()) / 7
+    torch.testing.assert_close(loss, expected)
+
+
+def test_trades_counts_the_clean_image_of_a_spared_example() -> None:
+    clean, adv = torch.randn(2, 3, 4, generator=generator()).double()
+    labels, nobody = torch.arange(3), torch.zeros(3)
+    loss = trades_loss(clean, adv, labels, beta=6.0, weights=Weights(nobody + 1, nobody))
+    torch.testing.assert_close(loss, F.cross_entropy(clean, labels))
+
+
+def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
+    settings = ["dataset=digits", "model=small_cnn", "bt.n_b=3", "bt.n_r=2"]
+    config = compose([*settings, "bt.robust_share=0.5"])
+    method, memory = make_method(config, CPU), memory_of(config, digits, CPU)
+    memory["robust_fraction"] += 0.9
+    model = make_state(config, digits, CPU).model
+    x = to_unit(digits.train.images[:400])
+    with torch.no_grad():
+        labels = model.eval()(x).argmax(dim=1)  # no outliers
+    batch = Batch(x, labels, torch.arange(400))
+    (examples,) = method.examples(model.train(), batch, memory, generator())
+    loss = method.loss(model, examples, memory, generator())
+    robust = examples.allocation.classes == ROBUST
+    share = float((examples.allocation.steps[robust] > 0).float().mean())
+    assert share == pytest.approx(0.5, abs=0.1)
+    assert loss.stats.robust / 400 == pytest.approx(float(robust.float().mean()))
+    f_r = float(robust.float().mean())
+    expected = 1 + 3 + (2 * 3 + 3) * (1 - f_r) + (2 * 2 + 3) * share * f_r
+    assert float(loss.stats.units) / 400 == pytest.approx(expected)
+    assert method.expected_units((1 - f_r, f_r, 0)) == pytest.approx(expected, abs=0.5)
+    assert not method.eq7
+
+
+# Examples left out of an epoch
+
+
+def test_of_the_far_half_a_share_is_left_out_and_the_rest_stands_for_it() -> None:
+    score = torch.randperm(100, generator=generator()).float() - 20
+    total = torch.zeros(100)
+    for epoch in range(400):
+        weight = stand_ins(score, 0.4, 0, epoch)
+        assert torch.equal(weight, stand_ins(score, 0.4, 0, epoch))
+        assert float(weight.sum()) == pytest.approx(100)
+        far = score > score.median()
+        assert bool((weight[~far] == 1).all())
+        assert int((weight[far] == 0).sum()) == 20
+        total += weight / 400
+    torch.testing.assert_close(total, torch.ones(100), rtol=0, atol=0.2)
+
+
+def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -> None:
+    settings = ["train.epochs=5", "train.skip=0.5", "train.skip_last=0.2", "bt.gamma=0.7"]
+    summary = train(tiny(tmp_path, *settings))
+    lines = metrics(tmp_path)
+    state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]
+    total = dict(zip(StepStats._fields, state["total_sums"].tolist(), strict=True))
+    assert total["examples"] == 5 * 300  # of which 3 · 75 were left out
+    images = total["clean_correct"] * 100 / summary_clean(lines)
+    assert images == pytest.approx(5 * 300)
+    for line in lines:
+        assert line["f_b"] + line["f_r"] + line["f_o"] == pytest.approx(1)
+        assert line["theoretical_speedup"] is None
+    assert summary["units_per_example"] * 1500 == pytest.approx(total["units"])
+    whole, part = lines[0]["units_per_example"], lines[1]["units_per_example"]
+    assert part <= 0.8 * (1 + 3 + 2 * 3 + 3) < 13
+    assert whole > 4
+
+
+def summary_clean(lines: list[dict[str, Any]]) -> float:
+    return sum(line["clean_acc_train"] for line in lines) / len(lines)
+
+
+def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digits: Data) -> None:
+    config = tiny(tmp_path, *KEPT, "train.skip=0.5", "bt.robust_share=0.5", "recipe.ema=0.9",
+                  "recipe.crop_padding=1", "recipe.clip_norm=1", "train.epochs=3")  # fmt: skip
+    whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
+    nominal = len(digits.train) // 64
+    for state, batches_done in ((whole, None), (cut, 5)):
+        epoch_of(config, state, digits.train)
+        state.end_epoch()
+        epoch_of(config, state, digits.train, stopped=lambda s=state, n=batches_done: s.batch == n)
+    assert whole.batch == batches_in(whole, len(digits.train), make_plan(config)) < nominal
+    checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
+    resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
+    epoch_of(config, resumed, digits.train)
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+    assert same(resumed.memory, whole.memory)
+    assert torch.equal(resumed.epoch_sums, whole.epoch_sums)
+
+
+@pytest.mark.parametrize("defense", ["pgd", "mart"])
+@pytest.mark.parametrize("allocator", ["uniform", "early_exit", "gaussian"])
+def test_the_levers_go_together_with_every_defense(
+    tmp_path: Path, defense: str, allocator: str
+) -> None:
+    settings = [f"defense={defense}", f"bt={allocator}", "attack.start=kept", "bt.n_b=1",
+                "train.skip=0.5", "recipe.clip_norm=1", "train.epochs=2"]  # fmt: skip
+    settings += ["bt.n_r=1", "bt.robust_share=0.5"] if allocator == "early_exit" else []
+    summary = train(tiny(tmp_path, *settings, "train.precision=bf16"))
+    assert summary["epochs"] == 2
+    assert summary["units_per_example"] < 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.skip=1"], "train.skip must be in [0, 1)"),
+        (["train.skip=-0.1"], "train.skip must be in [0, 1)"),
+        (["bt.robust_share=0"], "bt.robust_share must be in (0, 1]"),
+        (["bt.robust_share=0.5", "bt.n_r=0"], "bt.robust_share must be 1 where robust"),
+        (["train.skip=0.5", "rival=mma", "defense=pgd", "bt=uniform"], "rival=mma"),
+        (["train.skip=0.5", "defense=augmix"], "defense=augmix"),
+        (["train.skip=0.5", "bt.pool=2"], "bt.pool=2"),
+        (["train.skip=0.5", "sparsity=flying_bird"], "sparsity=flying_bird"),
+    ],
+)
+def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        compose(overrides)
+
+
+def test_several_processes_leave_nobody_out() -> None:
+    config = compose(["dataset=digits", "model=small_cnn", "train.skip=0.5"])
+    with pytest.raises(UserError, match=r"train\.skip=0\.5 needs one process"):
+        check_shares(config, 1442, World(0, 2))
+
+
+# Outliers
+
+
+def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
+    settings = ["dataset=digits", "model=small_cnn", "train.epochs=5"]
+    config = compose(settings)
+    line = {"epoch": 3, "f_o": 0.7}
+    warned = many_outliers(config, line)
+    assert warned is not None
+    assert "70 % of the examples count as outliers" in warned
+    assert many_outliers(config, line | {"f_o": 0.4}) is None
+    assert many_outliers(config, line | {"epoch": 4}) is None
+    assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
+    assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
+
+
+def test_in_bf16_a_first_attack_begins_where_a_divergence_has_a_gradient() -> None:
+    settings = ["dataset=digits", "model=small_cnn", *KEPT]
+    for precision, length in (("float32", 0.001), ("bf16", 0.3 * 0.15)):
+        method = make_method(compose([*settings, f"train.precision={precision}"]), CPU)
+        assert isinstance(method, BulletTrain)
+        noise = method.attack.noise(torch.zeros(50, 1, 8, 8), generator())
+        assert float(noise.std()) == pytest.approx(length, rel=0.05)
+        assert method.attack.probe is None  # which would move kept starts, too
