@@ -142,7 +142,9 @@ def test_the_table_of_measurements_is_what_was_measured() -> None:
         if row["name"] != row["baseline"]:
             cells += [f"{float(row[key]):.2f}" for key in ("theoretical_speedup", "speedup_flops")]
             cells.append(spread(row, "speedup_measured", 2))
-        assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "docs" / "measurements.md"].replace("**", "")
+        assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "docs" / "measurements.md"].replace(
+            "**", ""
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

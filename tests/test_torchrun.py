@@ -156,7 +156,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT"
 @pytest.mark.parametrize(
     "wrong",
     [
-        "WORLD_SIZE=two", "WORLD_SIZE=0", "WORLD_SIZE=-2", "RANK=x", "RANK=2", "RANK=-1", "RANK=",
+        "WORLD_SIZE=two", "WORLD_SIZE=0", "WORLD_SIZE=-2", "RANK=x", "RANK=2", "RANK=-1", "RANK=00", "RANK=",
         "MASTER_ADDR=", "MASTER_PORT=", "MASTER_PORT=x", "MASTER_PORT=0", "MASTER_PORT=65536",
         "MASTER_PORT=²", "LOCAL_RANK=x",
     ],
