@@ -42,7 +42,7 @@ COMMANDS = [
     (task, command)
     for task, beginning in BEGINNINGS
     for command in commands(beginning)
-    if command != "--help"
+    if not command.startswith("--help")
 ]
 BENCHES = commands("btrain bench")
 EVALUATIONS = commands("btrain eval")

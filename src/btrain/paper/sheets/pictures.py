@@ -11,9 +11,10 @@ import numpy as np
 
 from btrain.pages.pictures import drawn, look
 from btrain.paper.batch import Batch, read_batch
+from btrain.paper.sheets import bounded
 from btrain.paper.sheets.arithmetic import Spread, spread
 from btrain.paper.sheets.notes import IMAGES, data_name, model_name
-from btrain.paper.sheets.sheet import BEST, Line, Sheet
+from btrain.paper.sheets.sheet import Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
 
@@ -113,7 +114,7 @@ def _verified(sheet: Sheet) -> Figure | None:
     shown = (
         ("clean_acc", "clean", VERMILLION, "s"),
         (sheet.robust, metric_name(sheet, sheet.robust), BLUE, "o"),
-        (BEST, metric_name(sheet, BEST), GREEN, "^"),
+        (bounded.BEST, metric_name(sheet, bounded.BEST), GREEN, "^"),
     )
     below = scale_words(sheet)
     figure = _new(8.6, 1.6 + 0.3 * len(sheet.lines), sheet.plan.title, below)
@@ -145,7 +146,7 @@ def _front(sheet: Sheet) -> Figure | None:
     """Draw verified over clean accuracy, a line for each method's settings."""
     methods: dict[str, list[tuple[Spread, Spread, str]]] = {}
     for line in sheet.lines:
-        x, y = spread(line.values["clean_acc"]), spread(line.values.get(BEST, {}))
+        x, y = spread(line.values["clean_acc"]), spread(line.values.get(bounded.BEST, {}))
         if x is not None and y is not None:
             name, _, value = line.row.label.partition(", ")
             methods.setdefault(name, []).append((x, y, value))

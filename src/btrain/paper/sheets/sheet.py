@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row
-from btrain.paper.sheets import notes, sparse
+from btrain.paper.sheets import bounded, notes, sparse
 from btrain.paper.sheets.arithmetic import (
     UNDECIDED,
     Paired,
@@ -17,7 +16,6 @@ from btrain.paper.sheets.arithmetic import (
     Values,
     flops_speedup,
     measured_speedup,
-    of_an_epoch,
     paired,
     pairs,
     same_images,
@@ -25,18 +23,10 @@ from btrain.paper.sheets.arithmetic import (
     verdict,
 )
 from btrain.runs.read import FINISHED, Run, read_run
-from btrain.settings.evaluation import PRESETS, VERIFIED
+from btrain.settings.evaluation import PRESETS
 
 SUMMARY = ("clean_acc", "robust_acc", "f_b", "f_r", "f_o", "theoretical_speedup", "train_seconds")
 FLOPS, MEASURED = "speedup_flops", "speedup_measured"
-EPOCH, TIMES, DOUBLINGS = "epoch_seconds", "times_plain", "time_doublings"
-"""Of training by bounds: seconds an epoch, their ratio to the baseline's, and its log₂."""
-GAINED = "stands_by_interval"
-"""The accuracy under the interval attack less that under CW of as many steps, points."""
-BEST = "verified_best"
-"""The verified accuracy by the engine that verifies most."""
-BY_BOUNDS = ("verified", "front")
-"""The kinds of sheets of training by bounds."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +146,7 @@ def _line(
     baseline = baseline_of(plan, row)
     theirs = runs[baseline] if baseline is not None else {}
     claimed = [claim.metric for claim in plan.claims if row.name in (claim.row, claim.than)]
-    derived = (FLOPS, MEASURED, EPOCH, TIMES, DOUBLINGS, GAINED, BEST)
-    metrics = [m for m in dict.fromkeys([*SUMMARY, *claimed]) if m not in derived]
+    metrics = [m for m in dict.fromkeys([*SUMMARY, *claimed]) if m not in (FLOPS, MEASURED)]
     values = {metric: _values(ours, metric) for metric in dict.fromkeys([*metrics, *attacks])}
     if plan.kind == "sparse":  # by each run's own probe, for its networks take little time
         values |= sparse.values(ours, theirs)
@@ -165,8 +154,8 @@ def _line(
     else:
         values[MEASURED], refused = measured_speedup(ours, theirs)
     values[FLOPS] = flops_speedup(ours, theirs) if theirs else _values(ours, FLOPS)
-    if plan.kind in BY_BOUNDS:
-        values |= _by_bounds(ours, values)
+    if plan.kind in bounded.KINDS:
+        values |= bounded.values(ours, values[MEASURED], values)
     if refused is not None and values[MEASURED]:
         without = ", ".join(str(seed) for seed in ours if seed not in values[MEASURED])
         own = [*own, f"times of seed {without} not compared: {refused}"]
@@ -174,27 +163,6 @@ def _line(
     if baseline not in (None, row.name):
         test = _test(ours, theirs, "corruptions" if robust == "corruptions" else "pgd20")
     return Line(row, ours, baseline, values, refused, test, own)
-
-
-def _by_bounds(runs: Mapping[int, Run], values: Mapping[str, Values]) -> dict[str, Values]:
-    """Return what the sheets of training by bounds tell besides."""
-    best: Values = {}
-    for metric, found in values.items():
-        if metric.startswith(VERIFIED):
-            best |= {seed: max(value, best.get(seed, 0.0)) for seed, value in found.items()}
-    interval, cw = values.get("interval", {}), values.get("pgd40x1-cw", {})
-    times = {seed: 1 / ratio for seed, ratio in values[MEASURED].items() if ratio}
-    return {
-        EPOCH: {
-            seed: seconds
-            for seed, run in runs.items()
-            if (seconds := of_an_epoch(run, "train_seconds")) is not None
-        },
-        TIMES: times,
-        DOUBLINGS: {seed: math.log2(ratio) for seed, ratio in times.items()},
-        GAINED: {seed: value - cw[seed] for seed, value in interval.items() if seed in cw},
-        BEST: best,
-    }
 
 
 def baseline_of(plan: Plan, row: Row) -> str | None:

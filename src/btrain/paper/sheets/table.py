@@ -6,21 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from btrain.pages.tables import NONE
-from btrain.paper.sheets import sparse
+from btrain.paper.sheets import bounded, sparse
 from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
-from btrain.paper.sheets.sheet import (
-    BEST,
-    BY_BOUNDS,
-    DOUBLINGS,
-    EPOCH,
-    FLOPS,
-    GAINED,
-    MEASURED,
-    TIMES,
-    Line,
-    Sheet,
-    Verdict,
-)
+from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
 from btrain.runs.json_fields import is_number
 from btrain.runs.read import FINISHED
 from btrain.settings.evaluation import VERIFIED
@@ -38,14 +26,9 @@ _NAMES = {
     FLOPS: "speedup, FLOPs",
     MEASURED: "speedup, measured",
     "train_seconds": "training time",
-    "interval": "interval attack",
-    "pgd40x1-cw": "CW-40",
-    EPOCH: "s an epoch",
-    TIMES: "× baseline's time",
-    DOUBLINGS: "time over the baseline's, doublings",
-    GAINED: "interval attack − CW-40, points",
-    BEST: "verified, best engine",
     **sparse.METRICS,
+    **bounded.METRICS,
+    **bounded.NAMES,
 }
 
 
@@ -54,7 +37,7 @@ def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
     columns += _sparse(sheet) if sheet.plan.kind == "sparse" else _of_a_table(sheet)
-    if sheet.plan.kind not in BY_BOUNDS:
+    if sheet.plan.kind not in bounded.KINDS:
         seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
         columns.append(("training s", [text(found, ".1f") for found in seconds]))
     head = [name for name, _ in columns]
@@ -68,7 +51,7 @@ def _of_a_table(sheet: Sheet) -> list[tuple[str, list[str]]]:
         columns += _accuracy(sheet, metric)
         if metric == sheet.robust and any(line.test for line in sheet.lines):
             columns.append(("p", [_p(line) for line in sheet.lines]))
-    if sheet.plan.kind in BY_BOUNDS:
+    if sheet.plan.kind in bounded.KINDS:
         return columns + _bounded(sheet)
     columns += _fractions(sheet)
     for metric in ("theoretical_speedup", FLOPS, MEASURED):
@@ -163,11 +146,11 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
 def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
     """Return the columns of training by bounds behind the accuracies: who is bounded, and time."""
     columns = []
-    for metric, form in (("f_b", ".2f"), (EPOCH, ".1f"), (TIMES, ".1f")):
+    for metric, form in (("f_b", ".2f"), (bounded.EPOCH, ".1f"), (bounded.TIMES, ".1f")):
         found = [spread(line.values[metric]) for line in sheet.lines]
         name = "share bounded" if metric == "f_b" else metric_name(sheet, metric)
         cells = [text(ours, form) for ours in found]
-        if metric == TIMES:
+        if metric == bounded.TIMES:
             cells = [line.refused or cell if cell == NONE else cell
                      for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
         columns.append((name, cells))
@@ -263,13 +246,8 @@ def legend(sheet: Sheet) -> list[str]:
     named = f"Baseline: {' and '.join(labels[name] for name in baselines)}."
     if sheet.plan.kind == "sparse":
         sentences += [named, sparse.LEGEND]
-    elif baselines and sheet.plan.kind in BY_BOUNDS:
-        sentences.append(
-            f"{named} Times are those of an epoch over as many images, seconds of "
-            "training on the same machine, as many runs at a time where their folders tell that; "
-            "seed by seed over the baseline's. Verified is the share of test images that no change "
-            "within ε can have misclassified, by the bounds of one engine."
-        )
+    elif sheet.plan.kind in bounded.KINDS:
+        sentences += [named, bounded.LEGEND]
     elif baselines:
         sentences.append(
             f"{named} Speedups by FLOPs and "
