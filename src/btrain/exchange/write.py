@@ -13,10 +13,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.sparsity.channels import same_outputs
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
-from btrain.models.channels import Cut, inner_channels
+from btrain.models.channels import Cut
 from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 from btrain.runs.checkpoint import FORMAT
 from btrain.settings import Config
@@ -57,7 +58,7 @@ def write(
     """
     if format in ("checkpoint", "compact"):
         assert config is not None
-        weights = compact(model) if format == "compact" else model.state_dict()
+        weights = compact(model, shape) if format == "compact" else model.state_dict()
         content = {
             "format": FORMAT,
             "state": {"model": weights},
@@ -83,19 +84,26 @@ def write(
         raise UserError(f"{path} could not be written ({reason}).") from error
 
 
-def compact(model: nn.Module) -> dict[str, Tensor]:
+def compact(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """Return the weights of a network without the channels that nothing reads.
 
     Raises:
-        UserError: it has none that could be left out.
+        UserError: it has none that could be left out, or computes something else without them.
     """
     try:
-        cut = Cut.of(model, inner_channels(model))
-    except (ValueError, TypeError, LookupError) as error:
+        cut = Cut.found(model)
+    except ValueError as error:
         raise UserError(f"This network's inner_channels are wrong: {error}.") from error
     if not cut.inner:
         raise UserError("format=compact is for networks with inner channels; this one has none.")
-    return dict(cut.compact(model, cut.read(model)).state_dict())
+    kept = cut.read(model)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    if not same_outputs(model, cut, kept, images):
+        raise UserError(
+            "Without the channels that nothing reads this network computes something else; its "
+            "inner_channels are read by more than the layers they name."
+        )
+    return dict(cut.compact(model, kept).state_dict())
 
 
 def _writer(
