@@ -23,6 +23,9 @@ from btrain.runs.checkpoint import FORMAT
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
 
+BESIDE = (".md", ".sha256")
+"""The ends of the names of a file's card and its hash, which lie beside it."""
+
 ROBUSTBENCH_SHAPE = (3, 32, 32)
 """Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
 
@@ -75,10 +78,15 @@ def write(
         raise UserError(f"out={path} is there already{hint}.")
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
+    beside = [path.with_name(path.name + end) for end in BESIDE]
+    for file_beside in beside:
+        if file_beside.exists() and not overwrite:
+            raise UserError(f"{file_beside} is there already; overwrite=true removes it.")
     try:
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)  # of the file before
         with replacing(path) as file:
             write_to(file)
+        for file_beside in beside:  # which are of the file before
+            file_beside.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
