@@ -10,7 +10,7 @@ PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 fig
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck dist clean
+.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck docs dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -52,8 +52,9 @@ paper: $(VENV)/.installed-paper  ## the paper's tables and figures (PROFILE=smok
 $(PAPER):%: $(VENV)/.installed-paper  # one of them: make table2 PROFILE=cpu
 	$(call reproduce,$@)
 
-cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu ARGS="cheapest_table.dataset.root=PATH …")
-	$(call reproduce,cheapest_table cheapest_mnist)
+cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side by side (PROFILE=smoke|cpu|gpu COLOUR=dataset.root=PATH MNIST=dataset.root=PATH)
+	$(call reproduce,cheapest_table) out=runs/cheapest/$(PROFILE) $(COLOUR)
+	$(call reproduce,cheapest_mnist) out=runs/cheapest/$(PROFILE)-mnist $(MNIST)
 
 mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper)
 	$(call reproduce,mixtrain_table mixtrain_front)
@@ -77,7 +78,7 @@ test: lint typecheck  ## lint, type check and run all tests, on every core
 test-same: setup  ## the same bits as an earlier commit, trained on the CPU? (some minutes; SAME="COMMIT --keep FOLDER …")
 	python scripts/same_bits.py $(SAME)
 
-test-kill: setup  ## kill 100 short runs and 100 sweeps at random moments, resume them (half an hour or less)
+test-kill: setup  ## kill 100 short runs, sweeps, parents and workers at random moments, resume them (an hour)
 	python -m pytest -m slow tests/test_kill.py -s
 
 test-soak: setup  ## 2,000 tiny epochs: memory, open files and step time stay flat (some minutes)
@@ -96,6 +97,10 @@ format: setup  ## reformat the sources
 
 typecheck: setup  ## mypy, strict
 	mypy
+
+docs: setup  ## the documentation as a site under build/site, strict: no link is broken
+	$(PIP) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 dist: setup  ## wheel and source archive under dist/, checked as an index would
 	rm -rf dist

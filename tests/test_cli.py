@@ -141,9 +141,9 @@ sys.exit(main(sys.argv[1:]))
             ["train", "--help"],
             0,
             [
-                "bt: bullettrain, early_exit, gaussian, oracle, own, random, uniform",
+                "bt=bullettrain\n  or early_exit, gaussian, oracle, own, random, uniform",
                 "--multirun",
-                "gamma: 0.8",
+                "bt.gamma=0.8",
             ],
         ),
         (["train", "bt.gama=0.5"], 1, ["There is no setting bt.gama"]),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 import btrain
 from btrain.cli import main
 from btrain.errors import UserError
 from btrain.settings import hints
-from btrain.settings.compose import TASKS, _all_keys, check_words
+from btrain.settings.compose import TASKS, check_search, check_words, keys_of
 from btrain.settings.evaluation import CUSTOM, PRESETS, parse, parse_compare, words_for
 from btrain.settings.user_files import CheckedFiles
+from composing import compose
 
 Capture = pytest.CaptureFixture[str]
-KEYS = {task: _all_keys(of.schema, "") for task, of in TASKS.items()}
+KEYS = {task: keys_of(of.schema) for task, of in TASKS.items()}
 
 
 def one_sentence(capsys: Capture, *arguments: str) -> str:
@@ -113,6 +117,13 @@ def test_what_hydra_takes_passes(arguments: list[str]) -> None:
         (["--seed", "3"], "--seed 3 is no option; a setting is written without dashes: seed=3."),
         (["attack=pgd20,", "clean"], "please leave out the spaces: attack=pgd20,clean."),
         (["attack=" + 1000 * "["], "is not of the form key=value"),
+        (["seed=${seed}"], "seed must be a plain value, not one that refers to others: ${seed}."),
+        (["out=${nope}"], "out must be a plain value"),
+        (["dataset.test_examples=${nope}"], "dataset.test_examples must be a plain"),
+        (
+            ["eval.batch_size=1000000000000000000000"],
+            "eval.batch_size must be below 2^63, not 1000",
+        ),
         (["attack=pgd5x1-ce"], "is the name of a result; write attack.steps=5."),
     ],
 )
@@ -171,7 +182,7 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         (["data", "corrupt", "--seed", "3"], "without dashes: corrupt.seed=3."),
         (
             ["train", "hydra/sweeper=optuna"],
-            "hydra/sweeper=optuna is not installed; there is basic",
+            "is not installed; pip install 'btrain[optuna]'",
         ),
         (["train", "bt.n_b=0"], "bt.n_r must be at most bt.n_b = 0, not 2; set both"),
         (["train", "attack.augmix.width=3"], "attack.augmix is null here; attack=augmix has it."),
@@ -192,6 +203,10 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
             "train.epochs=${divided:10,0}: division by zero.",
         ),
         (["train", "run.dir=${a:"], "run.dir: what stands in ${…} cannot be read."),
+        (["train", "train.batch_size=9223372036854775808"], "train.batch_size must be below 2^63"),
+        (["train", "hydra/job_logging=nope"], "hydra/job_logging=nope is no option."),
+        (["bench", "bench.seconds=${nope}"], "bench.seconds: Interpolation key 'nope' not found."),
+        (["data", "corrupt", "corrupt.seed=${x}"], "${x}: Interpolation key 'x' not found."),
         (["train", "--config-name", "nope"], "Cannot find primary config 'nope'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -206,6 +221,20 @@ def test_a_command_says_in_one_sentence_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     assert told in one_sentence(capsys, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+@pytest.mark.parametrize("held_out", [0, 100])
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_a_sweep_that_chooses_needs_held_out_images(
+    sweeper: str, held_out: int, mode: RunMode
+) -> None:
+    config = compose([f"dataset.val_examples={held_out}"])
+    hydra = OmegaConf.create({"mode": mode, "runtime": {"choices": {"hydra/sweeper": sweeper}}})
+    refused = sweeper == "optuna" and not held_out and mode is RunMode.MULTIRUN
+    told = pytest.raises(UserError, match=r"please give dataset\.val_examples=N")
+    with told if refused else nullcontext():
+        check_search(config, hydra)
 
 
 def test_from_python_a_text_is_no_list() -> None:
@@ -293,17 +322,13 @@ def test_a_run_with_such_a_file_says_so(
     ("overrides", "told"),
     [
         (["model.width=9223372036854775807"], "makes a network for 1×8×8 images that no memory"),
-        (["model.width=99999999999999999999999"], "that no memory holds."),
+        (["model.width=99999999999999999999999"], "model.width must be below 2^63"),
         (
             ["model.width=1000000"],
             "weights, which need 238,425 GiB with their gradients; this mach",
         ),
         (
             ["model=wrn_40_2", "model.depth=9223372036854775804"],
-            "model.depth must be at most 10000",
-        ),
-        (
-            ["model=wrn_40_2", "model.depth=9223372036854775808"],
             "model.depth must be at most 10000",
         ),
         (["device=gpu"], "device=gpu is no device; there are: auto, cpu, cuda, cuda:0, cuda:1, …."),

@@ -21,7 +21,7 @@ LAYERS = [
     ["runs", "exchange", "evaluation"],
     ["training"],
     ["bench", "paper", "report"],
-    ["cli", "__main__", "__init__"],
+    ["cli", "completion", "__main__", "__init__"],
 ]
 """From the lowest to the highest; rooms of one layer may import from each other."""
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -337,3 +338,43 @@ def test_a_linked_folder_of_reports_is_refused(tmp_path: Path, secret: Path) -> 
     (folder / "report").symlink_to(secret.parent)
     with pytest.raises(UserError, match=r"report is a link"):
         show_sheets(folder, folder / "report", None)
+
+
+@pytest.mark.skipif(os.open not in os.supports_dir_fd, reason="needs folders by descriptor")
+def test_a_folder_that_is_swapped_for_a_link_again_and_again_is_not_written_through(
+    tmp_path: Path,
+) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    folder, aside = run / "checkpoints", run / "aside"
+    victim.mkdir()
+    (victim / "last.pt").write_text("theirs")
+    make_folder(folder, within=run)
+    over = threading.Event()
+
+    def swap() -> None:
+        while not over.is_set():
+            folder.rename(aside)
+            folder.symlink_to(victim)
+            over.wait(0.0005)
+            folder.unlink()
+            aside.rename(folder)
+            over.wait(0.0005)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(UserError):
+                write_file(folder / "last.pt", b"ours")
+    finally:
+        over.set()
+        thread.join()
+    assert (victim / "last.pt").read_text() == "theirs"
+    assert all(not path.read_bytes() for path in victim.iterdir() if path.name != "last.pt")
+    write_file(folder / "last.pt", b"ours")
+    assert (folder / "last.pt").read_bytes() == b"ours"
+    folder.rename(aside)
+    folder.symlink_to(victim)
+    with pytest.raises(UserError, match=r"last\.pt could not be written \(its folder is a link\)"):
+        write_file(folder / "last.pt", b"ours")
+    assert [path.name for path in victim.iterdir() if path.read_bytes()] == ["last.pt"]

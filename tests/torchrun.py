@@ -86,6 +86,15 @@ def unasked_for(arguments: tuple[str, ...]) -> None:
     command(arguments)
 
 
+def unasked_for_in_python(arguments: tuple[str, ...]) -> None:
+    """Do the same by btrain's function, as a program of the user's would."""
+    from btrain.settings.compose import compose
+    from btrain.training import train
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+    train(compose(arguments[1:]))
+
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -33,6 +33,7 @@ usage: btrain <command> …
 
 commands:
   train [option=value …]           train a robust network, evaluate it, leave a run folder
+  plan [option=value …]            what that training will take: steps, time, memory, disk
   eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
   eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
@@ -42,7 +43,8 @@ commands:
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
-`btrain <command> --help` tells more, `btrain --version` the version.
+`btrain <command> --help` tells more, `btrain --version` the version;
+`eval "$(btrain --completion bash)"`, or zsh or fish, completes these words at Tab.
 """
 
 
@@ -55,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         show(f"btrain {__version__}")
         return 0
+    if args[0] == "--complete":  # as the shells' scripts ask
+        from btrain.completion import candidates
+
+        show("".join(f"{word}\n" for word in candidates(args[1:])), end="")
+        return 0
+    if args[0] == "--completion":
+        return _completion(args[1:])
     if args[0] not in COMMANDS:
         complain(f"there is no command {args[0]}; see btrain --help.")
         return 2
@@ -104,18 +113,42 @@ def run_command() -> NoReturn:
     sys.exit(status)
 
 
+def _completion(args: list[str]) -> int:
+    """Show what makes a shell complete the words of btrain."""
+    from btrain.completion import script
+
+    try:
+        show(script(" ".join(args)), end="")
+    except UserError as error:
+        complain(error)
+        return 1
+    return 0
+
+
 def _train(args: list[str]) -> None:
     """Run `btrain.training.train`, once a job."""
     from btrain.settings import compose as configs
 
-    def run(config: Any) -> None:
+    def run(config: Any) -> float | None:
         from btrain.training import train
 
-        train(config, jobs=configs.jobs_at_once())
+        summary = train(config, jobs=configs.jobs_at_once())
         if is_first() and not configs.is_sweep():
             say(
                 f"Next: btrain eval checkpoint={shlex.quote(config.run.dir)} attack=all report=true"
             )
+        return summary.get("best_val_acc")  # what a sweeper that searches goes by
+
+    _run_with_hydra("train", args, run)
+
+
+def _plan(args: list[str]) -> None:
+    """Run `btrain.training.foresee.foresee`, once a job."""
+
+    def run(config: Any) -> None:
+        from btrain.training.foresee import foresee
+
+        show(foresee(config).sentences())
 
     _run_with_hydra("train", args, run)
 
@@ -136,7 +169,7 @@ def _data(args: list[str]) -> None:
     _run_with_hydra("corrupt", args[1:], run)
 
 
-def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> None:
+def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) -> None:
     """Compose the task's configuration with Hydra and runs it, once a job."""
     from btrain.settings import compose as configs
 
@@ -159,9 +192,11 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error, sweep = before == "1", os.getpid()
 
-    def job(cfg: Any) -> None:
-        """Run one job; by joblib's or submitit's launcher it is pickled, and runs in a process of
-        its own."""
+    def job(cfg: Any) -> object:
+        """Run one job, and return what it came to.
+
+        By joblib's or submitit's launcher it is pickled, and runs in a process of its own.
+        """
         spell_out()
         configs.register()
         hydra_config = HydraConfig.get()
@@ -171,10 +206,11 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], None]) -> N
             with first_complains():
                 config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
             own.allow_parts(config)
+            configs.check_search(config, hydra_config)
             of_joblib = hydra_config.runtime.choices["hydra/launcher"] == "joblib"
             alone = not of_joblib or os.getpid() == sweep
             with nullcontext() if alone else not_outliving(sweep):
-                run(config)
+                return run(config)
         except Exception as error:
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
@@ -323,6 +359,7 @@ def _paper(args: list[str]) -> None:
 
 COMMANDS = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "data": _data,
     "paper": _paper,

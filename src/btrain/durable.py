@@ -29,6 +29,9 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 # A link is not followed, and nobody waits for the other end of a pipe.
 _CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
+_ROOTS: dict[Path, Path] = {}
+"""The folders that must not be reached through a link, each with the one from which on."""
+
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL))
 _YOUNG_SECONDS = 60.0
 
@@ -72,11 +75,14 @@ def folder_made(path: Path, *, within: Path | None = None) -> Iterator[None]:
 def check_within(folder: Path, root: Path) -> None:
     """Make sure that a folder lies where its name says, in another one that may be anywhere.
 
+    From now on every file that `replacing` writes below it is looked at again.
+
     Raises:
         UserError: something on the way from `root` is a link.
     """
     for place in (folder, *folder.parents):
         if place == root:
+            _ROOTS[folder] = root
             return
         if place.is_symlink():
             raise UserError(f"{place} is a link; nothing is written through it.")
@@ -158,9 +164,11 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
         with io.BufferedWriter(io.FileIO(temporary, "xb", opener=_new)) as file:
             made = True
             _claim(file.fileno())
+            _check_place(file.fileno(), temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
+            _check_place(file.fileno(), temporary)
         if previous is not None and path.exists():
             path.replace(previous)
         temporary.replace(path)
@@ -169,6 +177,32 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
         if made:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _check_place(file: int, path: Path) -> None:
+    """Make sure that an open file lies where its name says, though folders be swapped for links.
+
+    The folders are opened one in the other, and stay the same ones from there on.
+
+    Raises:
+        OSError: it does not.
+    """
+    root = next((_ROOTS[place] for place in path.parents if place in _ROOTS), None)
+    if root is None or os.open not in os.supports_dir_fd:
+        return
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in path.relative_to(root).parts[:-1]:
+            if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise OSError(errno.ELOOP, "its folder is a link")
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        there = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+        if not os.path.samestat(os.fstat(file), there):
+            raise OSError(errno.ELOOP, "its folder is a link")
+    finally:
+        os.close(folder)
 
 
 def _new(path: str, flags: int) -> int:

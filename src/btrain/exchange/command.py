@@ -81,6 +81,10 @@ class Export:
             raise UserError(f"out={self.out} must not end in {suffix} with format={self.format}.")
 
 
+KNOWN = (*(item.name for item in fields(Export) if item.name != "factories"), *FACTORIES)
+"""The words of `btrain export`."""
+
+
 def parse(arguments: Sequence[str]) -> Export:
     """Return the settings that a command line asks for.
 
@@ -88,12 +92,11 @@ def parse(arguments: Sequence[str]) -> Export:
         UserError: a key is unknown, missing or given twice, or a value is none of its choices.
     """
     paths = ("checkpoint", "out", *FACTORIES)
-    known = [item.name for item in fields(Export) if item.name != "factories"]
     try:
-        pairs = words.parse(arguments, paths, known, "btrain export")
+        pairs = words.parse(arguments, paths, KNOWN, "btrain export")
     except UserError as error:
         raise UserError(f"{str(error).removesuffix('.')}; see btrain export --help.") from error
-    given = words.once(pairs, [*known, *FACTORIES], "btrain export")
+    given = words.once(pairs, KNOWN, "btrain export")
     values: dict[str, Any] = {"factories": {}}
     for key, text in given.items():
         value = os.path.expanduser(text) if key in paths else text  # noqa: PTH111

@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from btrain.errors import Interrupted, UserError, first_line
 from btrain.processes.launched import by_torchrun, check_variables, first_complains, processes
-from btrain.processes.parent import watch
+from btrain.processes.parent import not_outliving, watch
 
 log = logging.getLogger("btrain")
 
@@ -205,8 +205,9 @@ def joined() -> Iterator[World]:
     if size == 1:
         yield ALONE
         return
-    if by_torchrun():
-        watch(os.getppid())
+    torchrun = os.getppid() if by_torchrun() else None
+    if torchrun is not None:
+        watch(torchrun)
     world = World(int(os.environ["RANK"]), size)
     if not dist.is_initialized():  # a group lasts for all trainings of a process
         # Imported any later (DistributedDataParallel does), it would hold the group for good, and
@@ -215,7 +216,8 @@ def joined() -> Iterator[World]:
         _meet(world)
     atexit.unregister(dist.destroy_process_group)  # which could wait for a process that failed
     try:
-        with first_complains():
+        in_order = nullcontext() if torchrun is None else not_outliving(torchrun)
+        with first_complains(), in_order:
             yield world
     except Interrupted as stop:
         if world.first:

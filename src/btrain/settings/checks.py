@@ -41,6 +41,18 @@ def seed_in_range(key: str, value: int | None) -> None:
         require(0 <= value < 2**63, key, "in [0, 2^63)", value)
 
 
+def within_64_bits(value: Any, key: str = "") -> None:
+    """Raise UserError for a whole number in settings that torch and NumPy do not take."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key} must be below 2^63, not {value}.")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            within_64_bits(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            within_64_bits(item, key)
+
+
 def number(key: str, value: object) -> float:
     """Return a number, which may be written as a fraction: 8/255.
 

@@ -19,7 +19,7 @@ from btrain import own
 from btrain.errors import UserError
 from btrain.settings import MISSING, Config, hints
 from btrain.settings.bench import BenchRun
-from btrain.settings.checks import number
+from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.names import Start
@@ -283,8 +283,10 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     wanted = [word for word in arguments if word not in ("--version", "--hydra-help")]
     _, unknown = parser.parse_known_args(wanted)
     for position, argument in enumerate(arguments):
+        if argument in ("--shell-completion", "-sc"):
+            raise UserError('Tab completion comes by eval "$(btrain --completion bash)".')
         if argument in unknown and argument.startswith("-"):
-            keys = _all_keys(TASKS[task].schema, "")
+            keys = keys_of(TASKS[task].schema)
             raise UserError(hints.option(arguments[position:], keys, command))
 
 
@@ -337,6 +339,22 @@ def jobs_at_once() -> int | None:
     return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
 
 
+def check_search(config: Any, hydra_config: Any) -> None:
+    """Raise UserError for a sweep that chooses values by what came out, without held-out images.
+
+    The test set chooses nothing.
+    """
+    sweeper = hydra_config.runtime.choices["hydra/sweeper"]
+    is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    if is_sweep and sweeper != "basic":
+        held_out = config.dataset.val_examples if isinstance(config, Config) else 0
+        if not held_out:
+            raise UserError(
+                f"hydra/sweeper={sweeper} goes by the accuracy on held-out images; please give "
+                "dataset.val_examples=N."
+            )
+
+
 def resolved(overrides: Any) -> list[str]:
     """Return the overrides of a job, which Hydra keeps beside what they refer to.
 
@@ -384,7 +402,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     if removed := _removed(overrides, OmegaConf.get_type(cfg)):
         raise UserError(f"{removed} takes away what every run needs.")
     try:
-        config = OmegaConf.to_object(cfg)
+        config: Any = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} has no default; please give {error.full_key}=…."
@@ -392,6 +410,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
+    within_64_bits(dataclasses.asdict(config))
     if isinstance(config, Config):
         _reject_unread(config, overrides)
         if config.run.dir is None:
@@ -551,7 +570,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
             return UserError(f"{override.partition('=')[0]} has too many digits.")
     if isinstance(cause, RecursionError):
         return UserError("Options name each other in their defaults, without end.")
-    return UserError(f"{_reason(cause)}.")
+    return UserError(f"{_reason(cause) or type(cause).__name__}.")
 
 
 def _settings_among(arguments: Sequence[str]) -> list[str]:
@@ -611,7 +630,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    meant = hints.meant(key, _all_keys(schema, ""))
+    meant = hints.meant(key, keys_of(schema))
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {meant}?" if meant else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
@@ -654,13 +673,14 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
         )
     if group == "hydra/sweeper":
         return (
-            f"hydra/sweeper={option} is not installed; there is basic, which tries every "
-            f"combination. `pip install hydra-{option}-sweeper` may bring it."
+            f"hydra/sweeper={option} is not installed; pip install 'btrain[optuna]' brings optuna. "
+            "Without hydra/sweeper= every combination is tried."
         )
-    return f"{group}={option} is no option; there are: {', '.join(options_of(group, folder))}."
+    there = ", ".join(options_of(group, folder))
+    return f"{group}={option} is no option{f'; there are: {there}' if there else ''}."
 
 
-def _all_keys(node: type, prefix: str) -> list[str]:
+def keys_of(node: type, prefix: str = "") -> list[str]:
     """Return the keys that can be given: of a schema and of every option of its groups, each once.
 
     A group without options has settings alone.
@@ -674,5 +694,5 @@ def _all_keys(node: type, prefix: str) -> list[str]:
             keys.append(prefix + name)
         for option in options:
             if dataclasses.is_dataclass(option):
-                keys += _all_keys(cast(type, option), f"{prefix}{name}.")
+                keys += keys_of(cast(type, option), f"{prefix}{name}.")
     return list(dict.fromkeys(keys))

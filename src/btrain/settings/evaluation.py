@@ -275,6 +275,8 @@ _CONFIG = (
 )
 _FREE = re.compile(r"(dataset|model)\.settings\.[\w.]+")  # settings of own code
 FACTORIES = tuple(f"{group}.factory" for group in ("model", "dataset", "defense", "attack", "bt"))
+KNOWN = (*_WORDS, *_CONFIG, *FACTORIES)
+"""The words of `btrain eval`, besides the settings of own code."""
 _PATHS = ("checkpoint", "out", "dataset.root", "dataset.corruptions_root", *FACTORIES)
 
 
@@ -284,11 +286,10 @@ def parse(arguments: Sequence[str]) -> EvalSettings:
     Raises:
         UserError: an argument is no key=value, a key is unknown, or a value wrong.
     """
-    known = (*_WORDS, *_CONFIG, *FACTORIES)
     if arguments and not any("=" in word or word.startswith("-") for word in arguments):
         raise UserError(f"{arguments[-1]} is no setting; did you mean checkpoint={arguments[-1]}?")
-    pairs = words.parse(arguments, _PATHS, known, "btrain eval")
-    given = words.once(pairs, known, "btrain eval", free=_FREE)
+    pairs = words.parse(arguments, _PATHS, KNOWN, "btrain eval")
+    given = words.once(pairs, KNOWN, "btrain eval", free=_FREE)
     if "checkpoint" not in given:
         raise UserError("eval needs checkpoint=, a run folder or a file; see btrain eval --help.")
     values: dict[str, Any] = {"config": {}, "factories": {}}

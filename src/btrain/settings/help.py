@@ -35,7 +35,7 @@ def help_text(arguments: Sequence[str], task: str = "train") -> str:
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     folder = configs.user_folder(arguments)
     cfg = configs.composed(overrides, task, folder)
-    groups = _groups(task)
+    groups = groups_of(task)
     sections = {str(key): node for key, node in OmegaConf.to_container(cfg).items()}  # type: ignore[union-attr]
     wanted = [word for word in arguments if word in groups or word in sections]
     stray = [word for word in arguments if re.fullmatch(r"[a-z_]\w*", word) and word not in wanted]
@@ -53,7 +53,7 @@ def help_text(arguments: Sequence[str], task: str = "train") -> str:
     return f"{'' if wanted else head}{text}\n{more}\n"
 
 
-def _groups(task: str) -> list[str]:
+def groups_of(task: str) -> list[str]:
     """Return the groups of options of a task, in the order in which they are put together."""
     defaults = configs.read_yaml(Path(configs.config_dir()) / f"{task}.yaml")["defaults"]
     return [group for entry in defaults if isinstance(entry, dict) for group in entry]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from btrain.errors import UserError
 from btrain.settings import hints
-from btrain.settings.checks import number
+from btrain.settings.checks import number, within_64_bits
 
 _T = TypeVar("_T")
 
@@ -77,7 +77,7 @@ def once(
         free: keys that are good as well.
 
     Raises:
-        UserError: a key is unknown, or given twice.
+        UserError: a key is unknown, or given twice, or a value refers to another one.
     """
     given: dict[str, str] = {}
     for key, value in pairs:
@@ -87,6 +87,8 @@ def once(
             raise UserError(f"There is no setting {key}. {hint}")
         if key in given:
             raise UserError(f"{key} is given twice.")
+        if "${" in value:  # as a run's settings may
+            raise UserError(f"{key} must be a plain value, not one that refers to others: {value}.")
         given[key] = value
     return given
 
@@ -115,6 +117,7 @@ def filled(schema: type[_T], given: Mapping[str, Any], fields: Mapping[str, str]
             raise wrong
         try:
             OmegaConf.update(settings, field, number(key, value) if kind is float else value)
+            within_64_bits(OmegaConf.select(settings, field), key)
         except OmegaConfBaseException as error:
             raise wrong from error
     filled: _T = OmegaConf.to_object(settings)  # type: ignore[assignment]

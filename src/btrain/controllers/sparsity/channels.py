@@ -209,68 +209,72 @@ class FlyingChannels(Channels):
     @torch.no_grad()
     def exchange(self, whole: Trained) -> None:
         """Drop and grow channels of every layer that lacks some."""
-        tensors, before = whole.model.state_dict(), self.channels
-        numbers = enumerate(self.cut.inner)
+        tensors = whole.model.state_dict()
+        before = self._flags(self.channels)
         after = {
             inner.maker: self._exchanged(tensors, number, before[inner.maker])
-            for number, inner in numbers
+            for number, inner in enumerate(self.cut.inner)
         }
-        for layer, mask in self.masks_of(after, self.thinned).items():
+        kept = {maker: there.nonzero()[:, 0] for maker, there in after.items()}
+        for layer, mask in self.masks_of(kept, self.thinned).items():
             self.masks[layer].copy_(mask)
-        for number, inner in enumerate(self.cut.inner):
-            old, new = (_flags(some[inner.maker], tensors[f"{inner.maker}.weight"])
-                        for some in (before, after))  # fmt: skip
-            self._grow(tensors, number, old, new & ~old, before, after)
+        for number in range(len(self.cut.inner)):
+            self._grow(tensors, number, before, after)
         for network in whole.networks():
             self.clear(network)
         self.memory["mask_updates"] += 1
 
-    def _exchanged(self, tensors: Mapping[str, Tensor], number: int, kept: Tensor) -> Tensor:
-        """Return the channels of a layer behind an exchange, ascending."""
-        count = self.cut.sizes[self.cut.inner[number].maker]
-        if len(kept) == count:
-            return kept
+    def _flags(self, kept: Kept) -> dict[str, Tensor]:
+        """Return which of each layer's channels are kept, (n,) bool."""
+        flags = {}
+        for maker, channels in kept.items():
+            there = channels.new_zeros(self.cut.sizes[maker], dtype=torch.bool)
+            there[channels] = True
+            flags[maker] = there
+        return flags
+
+    def _exchanged(self, tensors: Mapping[str, Tensor], number: int, there: Tensor) -> Tensor:
+        """Return which channels of a layer are there behind an exchange, (n,) bool."""
+        kept = there.nonzero()[:, 0]
+        if len(kept) == len(there):
+            return there
         moved = min(math.ceil(self.flight.drop_rate(self.steps) * len(kept)), len(kept))
         sizes = channel_sizes(tensors, self.cut, number)[kept]
-        left = kept[sizes.topk(len(kept) - moved).indices]
-        there = torch.zeros(count, dtype=torch.bool, device=kept.device)
-        there[left] = True
-        others = (~there).nonzero()[:, 0]
-        order = torch.randperm(len(others), generator=self._chance(number)).to(kept.device)
-        there[others[order[:moved]]] = True
-        return there.nonzero()[:, 0]
+        after = torch.zeros_like(there)
+        after[kept[sizes.topk(len(kept) - moved).indices]] = True
+        others = (~after).nonzero()[:, 0]
+        order = torch.randperm(len(others), generator=self._chance(number)).to(others.device)
+        after[others[order[:moved]]] = True
+        return after
 
     def _grow(
         self,
         tensors: Mapping[str, Tensor],
         number: int,
-        old: Tensor,
-        grown: Tensor,
-        before: Kept,
-        after: Kept,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
     ) -> None:
-        """Give new channels weights as large as those of the others, from channels that stayed."""
-        inner = self.cut.inner[number]
-        weight = tensors[f"{inner.maker}.weight"]
+        """Give a layer's new channels weights as large as its others', from channels that stayed.
+
+        Of channels that are new as well they read nothing, for of those nothing shall be read yet.
+        """
+        maker, norm, _ = self.cut.inner[number]
+        old, grown = before[maker], after[maker] & ~before[maker]
         if not bool(grown.any()):
             return
-        generator = self._chance(number + len(self.cut.inner))
-        drawn = torch.randn(weight.shape, generator=generator).to(weight)
+        weight = tensors[f"{maker}.weight"]
+        chance = self._chance(number + len(self.cut.inner))
+        drawn = torch.randn(weight.shape, generator=chance).to(weight)
         active = weight[old]
         scale = active.square().sum().div(max(int(active.count_nonzero()), 1)).sqrt()
-        fresh = torch.zeros_like(weight)
-        fresh[grown] = (drawn * scale)[grown]
-        for axis in self.cut.axes[f"{inner.maker}.weight"]:
-            if axis.dim == 1:  # of channels that come as well nothing is read yet
-                both = torch.zeros(self.cut.sizes[axis.maker], device=weight.device)
-                both[before[axis.maker]] = 1
-                now = torch.zeros_like(both)
-                now[after[axis.maker]] = 1
-                stayed = (both * now).repeat_interleave(axis.entries)
+        fresh = drawn * scale
+        for axis in self.cut.axes[f"{maker}.weight"]:
+            if axis.dim == 1:
+                stayed = (before[axis.maker] & after[axis.maker]).repeat_interleave(axis.entries)
                 fresh *= stayed.view(1, -1, *[1] * (weight.dim() - 2))
         weight[grown] = fresh[grown]
-        if inner.norm is not None:
-            gamma = tensors[f"{inner.norm}.weight"]
+        gamma = tensors.get(f"{norm}.weight")
+        if gamma is not None:
             gamma[grown] = gamma[old].abs().mean()
 
     def _chance(self, number: int) -> torch.Generator:
@@ -304,13 +308,6 @@ def channel_sizes(tensors: Mapping[str, Tensor], cut: Cut, number: int) -> Tenso
     by = made.flatten(1).norm(dim=1) if scale is None else scale.abs()
     sizes: Tensor = read.norm(dim=1) * by
     return sizes
-
-
-def _flags(kept: Tensor, weight: Tensor) -> Tensor:
-    """Return which of a layer's outputs are kept, (n,) bool."""
-    flags = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-    flags[kept] = True
-    return flags
 
 
 def largest(tensors: Mapping[str, Tensor], cut: Cut, share: float) -> dict[str, Tensor]:
