@@ -382,6 +382,8 @@ def test_a_checkpoint_with_its_card_and_hash(
     assert main(words) == 0
     config, network = load_run(out)
     before, trained = load_run(run)
+    assert config.run.dir != before.run.dir  # which is of this machine
+    config.run.dir = before.run.dir
     assert to_dict(config) == to_dict(before)
     for ours, theirs in zip(network.state_dict().values(), trained.state_dict().values(),
                             strict=True):  # fmt: skip
@@ -392,6 +394,7 @@ def test_a_checkpoint_with_its_card_and_hash(
     summary = json.loads((run / "summary.json").read_text())
     for told in (digest, f"{summary['clean_acc']:.2f}", f"{config.attack.epsilon:.4g}"):
         assert told in card
+    assert str(run) not in card
     capsys.readouterr()
     assert main(words) == 1
     assert "net.pt.md is there already; overwrite=true" in capsys.readouterr().err

@@ -153,6 +153,7 @@ def _of_report(before: Sequence[str]) -> list[str]:
 
 _WORDS = {
     "train": _of_train,
+    "plan": _of_train,
     "eval": _of_eval,
     "data": _of_data,
     "paper": _of_paper,

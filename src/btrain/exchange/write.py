@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +61,7 @@ def write(
         content = {
             "format": FORMAT,
             "state": {"model": weights},
-            "config": to_dict(config),
+            "config": to_dict(replace(config, run=replace(config.run, dir=None))),
             "classes": classes,
             "shape": list(shape),
             **({"compact": True} if format == "compact" else {}),

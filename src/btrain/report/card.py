@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from btrain.exchange.from_run import SavedRun
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
+from btrain.settings.compose import to_yaml
 
 _CARD = """\
 # {title}
@@ -26,9 +29,11 @@ Accuracies are percent of {examples} test images, with 95 % intervals over other
 
 ## How it was trained
 
-`{command}`
-
 {facts}
+
+```yaml
+{settings}
+```
 
 ## The file
 
@@ -75,7 +80,7 @@ def card_text(saved: SavedRun, source: Path, file: str, sha256: str, format: str
         table=markdown(["under", "right %", "95 % interval", "n"], rows),
         examples=summary.get("test_examples", "the"),
         attacks=" ".join(notes),
-        command=f"btrain train {' '.join(_words(config))}",
+        settings=_settings(config),
         facts=_facts(summary),
         file=file,
         sha256=sha256,
@@ -115,20 +120,11 @@ def _accuracies(
     return rows, ["AutoAttack was not run, so the true robust accuracy may be lower."]
 
 
-def _words(config: Config) -> list[str]:
-    """Return the command line that says the most important settings."""
-    words = [
-        f"dataset={config.dataset.name.name}",
-        f"model={config.model.name}",
-        f"defense={config.defense.name.name}",
-        f"bt={config.bt.name.name}",
-        f"attack.epsilon={config.attack.epsilon:.4g}",
-        f"train.epochs={config.train.epochs}",
-        f"train.batch_size={config.train.batch_size}",
-        f"seed={config.seed}",
-    ]
-    width = getattr(config.model, "width", None)
-    return [*words[:2], *([] if width is None else [f"model.width={width}"]), *words[2:]]
+def _settings(config: Config) -> str:
+    """Return what decides the result, as YAML; no folder of the machine is among it."""
+    decisive = replace(config, run=replace(config.run, dir=None))
+    lines = to_yaml(decisive).strip().splitlines()
+    return "\n".join(line for line in lines if not re.match(r" +(root|dir|weights): ", line))
 
 
 def _facts(summary: dict[str, Any]) -> str:
