@@ -339,7 +339,9 @@ def _export(args: list[str]) -> None:
         from btrain.report.card import write_card
 
         export, saved = made
-        for path in write_card(Path(export.out), saved, export.format, Path(export.checkpoint)):
+        for path in write_card(
+            Path(export.out), saved, export.format, Path(export.checkpoint), export.which
+        ):
             say(f"Written to {path}.")
 
 

@@ -26,8 +26,9 @@ _btrain() {
     COMPREPLY=()
     while IFS= read -r one; do
         one="${one#"$begun"}"
-        one="${one// /\\\\ }"
-        case "$one" in *[=/.]) ;; *) one="$one " ;; esac
+        case "$one" in *[=/.]) word="" ;; *) word=" " ;; esac
+        [[ $one =~ ^[][A-Za-z0-9_./=,:+~-]*$ ]] || printf -v one %q "$one"
+        one="$one$word"
         COMPREPLY+=("$one")
     done < <("$1" --complete "${typed[@]:1}" 2>/dev/null)
 }

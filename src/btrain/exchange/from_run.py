@@ -18,7 +18,7 @@ from btrain.build import make_model
 from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
-from btrain.models.channels import Cut, inner_channels
+from btrain.models.channels import Cut
 from btrain.runs.folder import RunFolder
 from btrain.settings import (
     Config,
@@ -106,8 +106,8 @@ class SavedRun:
     def _smaller(self, network: nn.Module) -> nn.Module:
         """Return a network with as many channels as there are weights for."""
         try:
-            smaller = Cut.of(network, inner_channels(network)).like(network, self.weights)
-        except (ValueError, TypeError, LookupError) as error:
+            smaller = Cut.found(network).like(network, self.weights)
+        except (ValueError, TypeError, LookupError) as error:  # of the weights, too
             raise UserError(f"{self.path}: the network's inner_channels are wrong.") from error
         if smaller is None:
             raise UserError(f"{self.path} is no compact form of its network.")
