@@ -382,6 +382,8 @@ def test_a_checkpoint_with_its_card_and_hash(
     assert main(words) == 0
     config, network = load_run(out)
     before, trained = load_run(run)
+    assert config.run.dir != before.run.dir  # which is of this machine
+    config.run.dir = before.run.dir
     assert to_dict(config) == to_dict(before)
     for ours, theirs in zip(network.state_dict().values(), trained.state_dict().values(),
                             strict=True):  # fmt: skip
@@ -392,9 +394,18 @@ def test_a_checkpoint_with_its_card_and_hash(
     summary = json.loads((run / "summary.json").read_text())
     for told in (digest, f"{summary['clean_acc']:.2f}", f"{config.attack.epsilon:.4g}"):
         assert told in card
+    assert str(run) not in card
     capsys.readouterr()
     assert main(words) == 1
-    assert "net.pt.md is there already; overwrite=true" in capsys.readouterr().err
+    assert "net.pt is there already; overwrite=true" in capsys.readouterr().err
+    other = tmp_path / "other.pt"
+    Path(f"{other}.sha256").write_text("mine")
+    assert main([*words[:3], f"out={other}"]) == 1
+    assert "other.pt.sha256 is there already; overwrite=true" in capsys.readouterr().err
+    assert Path(f"{other}.sha256").read_text() == "mine" and not other.exists()
+    best = [*words[:3], f"out={tmp_path / 'best.pt'}", "which=best", "model_card=true"]
+    assert main(best) == 0
+    assert f"{summary['best_clean_acc']:.2f}" in (tmp_path / "best.pt.md").read_text()
     assert main([*words[:-1], "overwrite=true"]) == 0  # without a card: no old hash is left
     assert not Path(f"{out}.sha256").exists()
     assert main([*words, "overwrite=true"]) == 0

@@ -26,11 +26,20 @@ from btrain.runs.read import read_run
 from sheets import begun, cells, evaluated, finished, line, plan, row
 
 
+def test_numbers_of_other_data_are_not_subtracted(tmp_path: Path) -> None:
+    finished(tmp_path / "a-seed0", clean=80.0, robust=50.0)
+    sheet = make_sheet(plan([row("a", paper={"clean_acc": 84.92})]), tmp_path)
+    found = cells(sheet, "a")
+    assert found["clean % | paper"] == "84.92"
+    assert "clean % | ours − paper" not in found
+
+
 def test_means_deviations_and_differences_are_those_by_hand(tmp_path: Path) -> None:
     for seed, (clean, robust) in enumerate([(80.0, 50.0), (82.0, 52.0), (87.0, 57.0)]):
         finished(tmp_path / f"a-seed{seed}", clean=clean, robust=robust)
     told = {"clean_acc": 84.92, "robust_acc": 52.5, "f_b": 1.0, "theoretical_speedup": 2.3}
-    found = cells(make_sheet(plan([row("a", 3, paper=told)]), tmp_path), "a")
+    sheet = make_sheet(plan([row("a", 3, paper=told, original={"dataset": "mnist"})]), tmp_path)
+    found = cells(sheet, "a")
     # The mean is 83; the squared deviations 9, 1 and 16 add up to 26, divided by 2 (n − 1).
     assert found["seeds"] == "3 of 3"
     assert found["clean %"] == "83.00 ± 3.61"
@@ -296,7 +305,8 @@ def test_evaluations_that_lack_or_are_of_fewer_images_are_told(tmp_path: Path) -
 def test_csv_and_json_hold_the_numbers_unrounded(tmp_path: Path) -> None:
     for seed, robust in enumerate([50.0, 53.0]):
         finished(tmp_path / f"a-seed{seed}", robust=robust)
-    told = row("a", 3, label='=cmd|"x"', paper={"robust_acc": 52.0})
+    told = row("a", 3, label='=cmd|"x"', paper={"robust_acc": 52.0},
+               original={"dataset": "mnist"})  # fmt: skip
     sheet = make_sheet(plan([told], [Claim("c", "robust_acc", "a", at_least=0)]), tmp_path)
     (found,) = csv.DictReader(io.StringIO(files.as_csv(sheet)))
     assert found["label"] == '\'=cmd|"x"'  # no spreadsheet runs it

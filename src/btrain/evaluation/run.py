@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from btrain.data.splits import class_balanced_order
-from btrain.durable import check_places, folder_made
+from btrain.durable import check_places, folder_made, real
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
 from btrain.evaluation import verification
@@ -221,12 +221,22 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
         "test_examples": wanted,
         "data_sha256": examples.sha256(),
         "model": config.model.name,
+        **_trained_by(target),
         **target.checkpoint_facts(),
         "epsilon_trained": target.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": settings.precision,
         "note": " ".join(notes) or None,
     }
+
+
+def _trained_by(target: Target) -> dict[str, str]:
+    """Return the run's name and how it was trained; nothing of another project's file."""
+    if target.run is None:
+        return {}
+    config = target.config
+    defense = f"{config.defense.name.name}, bt={config.bt.name.name}"
+    return {"run": real(target.run).name, "defense": defense}
 
 
 def _some(subject: Subject, count: int) -> torch.Tensor:

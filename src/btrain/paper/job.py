@@ -102,7 +102,7 @@ def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
     point = _composed(f"experiment={experiment}", *groups, *own).copy()
     for key, value in swept.items():
         if "." in key:
-            OmegaConf.update(point, key, None if value == "null" else value)
+            OmegaConf.update(point, key, value)
     config: Config = configs.from_hydra(point, [])
     return config
 

@@ -104,7 +104,7 @@ def _page(evaluation: Evaluation) -> str:
     return render(
         "btrain.report",
         "evaluation.html",
-        title=f"Robustness evaluation {_common(attacks, _fact('checkpoint'))}".strip(),
+        title=f"Robustness of {_common(attacks, _fact('run'))}".removesuffix(" of "),
         tiles=_tiles(evaluation),
         facts=_facts(attacks),
         attacks=_attack_table(attacks) if attacks else None,
@@ -154,6 +154,9 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
 def _facts(attacks: list[Summary]) -> list[tuple[str, str]]:
     attacked = [attack for attack in attacks if attack.attack != "clean"]
     return [
+        ("run", _common(attacks, _fact("run"))),
+        ("network", _common(attacks, _fact("model"))),
+        ("defense", _common(attacks, _fact("defense"))),
         ("data", _common(attacks, _fact("dataset"))),
         ("images", _common(attacks, _images)),
         ("checkpoint", _common(attacks, _fact("checkpoint"))),

@@ -204,7 +204,9 @@ def as_csv(sheet: Sheet) -> str:
 
 def _numbers(line: Line, key: str) -> dict[str, float | int | None]:
     found, theirs = spread(line.values.get(key, {})), paper(line, key)
-    gap = None if found is None or theirs is None else found.mean - theirs
+    gap = None
+    if found is not None and theirs is not None and line.on_the_papers_data:
+        gap = found.mean - theirs
     return {
         "mean": _short(found.mean if found else None),
         "sd": _short(found.sd if found else None),

@@ -56,6 +56,13 @@ class Line:
         """Return the number of seeds whose run is finished."""
         return sum(run.state == FINISHED for run in self.runs.values())
 
+    @property
+    def on_the_papers_data(self) -> bool:
+        """Return whether its runs have the data set of the paper's row, as far as they tell."""
+        theirs = self.row.original.get("dataset")
+        ours = {run.config.get("dataset.name") for run in self.runs.values()} - {None}
+        return ours <= {theirs}
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -106,10 +106,13 @@ def _accuracy(sheet: Sheet, metric: str) -> list[tuple[str, list[str]]]:
     if any(theirs is not None for theirs in papers):
         columns.append((PAPER, [NONE if p is None else f"{p:.2f}" for p in papers]))
         gaps = [
-            NONE if ours is None or theirs is None else signed(ours.mean - theirs)
-            for ours, theirs in zip(found, papers, strict=True)
+            NONE
+            if ours is None or theirs is None or not line.on_the_papers_data
+            else signed(ours.mean - theirs)
+            for line, ours, theirs in zip(sheet.lines, found, papers, strict=True)
         ]
-        columns.append((GAP, gaps))
+        if set(gaps) != {NONE}:
+            columns.append((GAP, gaps))
     return columns
 
 
