@@ -141,9 +141,9 @@ sys.exit(main(sys.argv[1:]))
             ["train", "--help"],
             0,
             [
-                "bt: bullettrain, early_exit, gaussian, oracle, own, random, uniform",
+                "bt=bullettrain\n  or early_exit, gaussian, oracle, own, random, uniform",
                 "--multirun",
-                "gamma: 0.8",
+                "bt.gamma=0.8",
             ],
         ),
         (["train", "bt.gama=0.5"], 1, ["There is no setting bt.gama"]),
@@ -445,6 +445,13 @@ def test_the_report_measures_against_the_first_run(run: Path, capsys: Capture) -
     assert "×" not in elsewhere["first row's time"]
     assert plain["clean %"] == "84.92"
     assert plain["speedup (eq. 7)"] == f"{summary['theoretical_speedup']:.2f}×"
+
+
+@pytest.mark.parametrize("runs", [["run", "run/"], ["--merge-seeds", "run", "same"]])
+def test_the_report_takes_a_run_once(run: Path, capsys: Capture, runs: list[str]) -> None:
+    (run.parent / "same").symlink_to(run)
+    assert main(["report", *runs]) == 1
+    assert capsys.readouterr().err == f"btrain: {runs[-1].rstrip('/')} is given twice.\n"
 
 
 @pytest.mark.parametrize("name", ["unfinished", "nowhere"])

@@ -397,7 +397,15 @@ def test_a_checkpoint_with_its_card_and_hash(
     assert str(run) not in card
     capsys.readouterr()
     assert main(words) == 1
-    assert "net.pt.md is there already; overwrite=true" in capsys.readouterr().err
+    assert "net.pt is there already; overwrite=true" in capsys.readouterr().err
+    other = tmp_path / "other.pt"
+    Path(f"{other}.sha256").write_text("mine")
+    assert main([*words[:3], f"out={other}"]) == 1
+    assert "other.pt.sha256 is there already; overwrite=true" in capsys.readouterr().err
+    assert Path(f"{other}.sha256").read_text() == "mine" and not other.exists()
+    best = [*words[:3], f"out={tmp_path / 'best.pt'}", "which=best", "model_card=true"]
+    assert main(best) == 0
+    assert f"{summary['best_clean_acc']:.2f}" in (tmp_path / "best.pt.md").read_text()
     assert main([*words[:-1], "overwrite=true"]) == 0  # without a card: no old hash is left
     assert not Path(f"{out}.sha256").exists()
     assert main([*words, "overwrite=true"]) == 0

@@ -35,6 +35,7 @@ def commands(beginning: str) -> list[str]:
 
 BEGINNINGS = (
     ("train", "btrain train"),
+    ("train", "btrain plan"),
     ("train", "torchrun [^#]* -m btrain train"),
     ("corrupt", "btrain data corrupt"),
 )

@@ -158,7 +158,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT"
     [
         "WORLD_SIZE=two", "WORLD_SIZE=0", "WORLD_SIZE=-2", "RANK=x", "RANK=2", "RANK=-1", "RANK=",
         "MASTER_ADDR=", "MASTER_PORT=", "MASTER_PORT=x", "MASTER_PORT=0", "MASTER_PORT=65536",
-        "MASTER_PORT=²", "LOCAL_RANK=x",
+        "MASTER_PORT=²", "RANK=00", "LOCAL_RANK=x",
     ],
 )  # fmt: skip
 def test_a_launcher_s_variable_that_is_none_is_named(
@@ -218,7 +218,8 @@ def leave():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     Path(os.environ["RANK"] + ".threads").write_text("".join(names))
 atexit.register(leave)
-import btrain.__main__
+from btrain.__main__ import run
+run()
 """
 
 

@@ -33,6 +33,7 @@ usage: btrain <command> …
 
 commands:
   train [option=value …]           train a robust network, evaluate it, leave a run folder
+  plan [option=value …]            what that training will take: steps, time, memory, disk
   eval checkpoint=RUN|FILE …       attack a trained network, check that the numbers can be believed
   eval compare A B                 a paired test of two evaluations
   data corrupt [option=value …]    make the corrupted test set of a data set
@@ -137,6 +138,17 @@ def _train(args: list[str]) -> None:
                 f"Next: btrain eval checkpoint={shlex.quote(config.run.dir)} attack=all report=true"
             )
         return summary.get("best_val_acc")  # what a sweeper that searches goes by
+
+    _run_with_hydra("train", args, run)
+
+
+def _plan(args: list[str]) -> None:
+    """Run `btrain.training.foresee.foresee`, once a job."""
+
+    def run(config: Any) -> None:
+        from btrain.training.foresee import foresee
+
+        show(foresee(config).sentences())
 
     _run_with_hydra("train", args, run)
 
@@ -327,7 +339,9 @@ def _export(args: list[str]) -> None:
         from btrain.report.card import write_card
 
         export, saved = made
-        for path in write_card(Path(export.out), saved, export.format, Path(export.checkpoint)):
+        for path in write_card(
+            Path(export.out), saved, export.format, Path(export.checkpoint), export.which
+        ):
             say(f"Written to {path}.")
 
 
@@ -347,6 +361,7 @@ def _paper(args: list[str]) -> None:
 
 COMMANDS = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "data": _data,
     "paper": _paper,

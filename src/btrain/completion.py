@@ -26,8 +26,9 @@ _btrain() {
     COMPREPLY=()
     while IFS= read -r one; do
         one="${one#"$begun"}"
-        one="${one// /\\\\ }"
-        case "$one" in *[=/.]) ;; *) one="$one " ;; esac
+        case "$one" in *[=/.]) word="" ;; *) word=" " ;; esac
+        [[ $one =~ ^[][A-Za-z0-9_./=,:+~-]*$ ]] || printf -v one %q "$one"
+        one="$one$word"
         COMPREPLY+=("$one")
     done < <("$1" --complete "${typed[@]:1}" 2>/dev/null)
 }
@@ -153,6 +154,7 @@ def _of_report(before: Sequence[str]) -> list[str]:
 
 _WORDS = {
     "train": _of_train,
+    "plan": _of_train,
     "eval": _of_eval,
     "data": _of_data,
     "paper": _of_paper,
@@ -206,7 +208,7 @@ def _named(before: Sequence[str], key: str) -> Iterable[str] | None:
         return FORMATS if key == "format" else ("best", "last")
     if before[0] in ("paper", "report") and key in ("profile", "target"):
         return _files(f"paper/{key}")
-    if key in ("sanity", "report", "trust_code", "overwrite", "sub_block1", "plan", "report.watch"):
+    if key in _FLAGS:
         return ("true", "false")
     folders = [following for word, following in pairwise(before) if word == "--config-dir"]
     if "." not in key and (options := _files(key, *folders)):
@@ -242,6 +244,12 @@ def _files(group: str, *folders: str) -> list[str]:
     files = (file for place in places for file in (Path(place) / group).glob("[!_]*.yaml"))
     return sorted({file.stem for file in files})
 
+
+_FLAGS = (
+    *("sanity", "report", "trust_code", "overwrite", "sub_block1", "model_card", "plan"),
+    "report.watch",
+)
+"""The words besides a run's settings that are true or false."""
 
 _PATHS = (
     *("checkpoint", "out", "corruptions_root", "root", "dir", "weights", "factory"),

@@ -31,6 +31,8 @@ READERS = {
     "results": "texts.Results",
     "plan": "texts.Plans",
     "links": "folders.Planted",
+    "options": "words.OwnOptions",
+    "words": "words.CommandLines",
 }
 _KEPT = 20  # failures a reader
 _WARM_UP = 40

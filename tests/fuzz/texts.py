@@ -24,7 +24,7 @@ from btrain.runs.folder import RunFolder
 from btrain.settings.compose import compose, to_dict, to_yaml
 from fuzz.mutations import damaged, number
 
-_WORDS = (
+WORDS = (
     "${oc.env:HOME}", "${seed}", "${", "$",
     "!!python/object/apply:os.system ['touch {canary}']",
     "!!python/name:os.system", "!!binary aGk=", "!!set {a}", "&a [*a]", "*a", "&a x", "<<: {a: 1}",
@@ -59,7 +59,7 @@ class ResolvedConfig:
             case 2 | 3:
                 text = _with_values(to_dict(rng.choice(self._configs)), rng)
             case 4:
-                text = _explosion(rng) + (text if rng.random() < 0.5 else "")
+                text = explosion(rng) + (text if rng.random() < 0.5 else "")
             case _:
                 pass
         content = text.encode("utf-8", "surrogatepass")
@@ -73,7 +73,7 @@ class ResolvedConfig:
         lines = text.split("\n")
         for _ in range(rng.choice((1, 1, 3))):
             at = rng.randrange(len(lines))
-            word = rng.choice(_WORDS).replace("{canary}", self._canary)
+            word = rng.choice(WORDS).replace("{canary}", self._canary)
             match rng.randrange(5):
                 case 0:
                     lines[at] = lines[at].partition(":")[0] + ": " + word
@@ -115,7 +115,7 @@ def _with_values(settings: dict[str, Any], rng: Random) -> str:
     return yaml.safe_dump(settings)
 
 
-def _explosion(rng: Random) -> str:
+def explosion(rng: Random) -> str:
     levels = rng.choice((3, 9, 30))
     lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, levels)]

@@ -202,15 +202,18 @@ def attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, A
     return facts
 
 
+def identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts that an attack's result depends on: a run may be renamed."""
+    return {key: value for key, value in facts.items() if key not in ("note", "run", "defense")}
+
+
 def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
     """Return the result of the very same attack, if there is one: nothing is computed twice."""
     if subject.folder is None or (result := Result.read(subject.folder, name)) is None:
         return None
     there = {"norm": "linf"} | result.settings  # older files do not tell their norm
     same = all(
-        there.get(key) == value
-        for key, value in json.loads(json.dumps(facts)).items()
-        if key != "note"
+        there.get(key) == value for key, value in json.loads(json.dumps(identity(facts))).items()
     )
     if same and subject.show_progress:
         say(f"{name} is there already; delete {subject.folder / name}.json to repeat it.")
@@ -220,7 +223,7 @@ def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
 def _partial(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | None:
     if subject.folder is None:
         return None
-    return Partial(subject.folder / f"{name}.partial.npz", facts)
+    return Partial(subject.folder / f"{name}.partial.npz", identity(facts))
 
 
 def finished(

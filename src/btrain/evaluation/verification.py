@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from btrain.errors import UserError
-from btrain.evaluation.attack import Start, Subject, attack_facts, finished, kept
+from btrain.evaluation.attack import Start, Subject, attack_facts, finished, identity, kept
 from btrain.evaluation.examples import batches
 from btrain.evaluation.result import SHARES, Result, write_json
 from btrain.evaluation.worst_case import Partial, worst_case
@@ -49,8 +49,8 @@ def verified(subject: Subject, graph: Graph, engine: str, radii: Sequence[float]
             return ~verdict.verified
 
         if subject.folder is not None:
-            path = subject.folder / f"{name}-{epsilon:g}.partial.npz"
-            begun.append(Partial(path, facts | {"radius": epsilon}))
+            path = subject.folder / f"{name}-{epsilon!r}.partial.npz"
+            begun.append(Partial(path, identity(facts) | {"radius": epsilon}))
         return worst_case(
             open_,
             candidates,

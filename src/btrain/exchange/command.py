@@ -120,9 +120,6 @@ def run(arguments: Sequence[str]) -> tuple[Export, SavedRun] | None:
         show(USAGE, end="")
         return None
     export = parse(arguments)
-    for beside in (f"{export.out}.md", f"{export.out}.sha256") if export.model_card else ():
-        if Path(beside).exists() and not export.overwrite:
-            raise UserError(f"{beside} is there already; overwrite=true replaces it.")
 
     from btrain.exchange.from_run import read_run
     from btrain.exchange.write import write

@@ -13,14 +13,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.sparsity.channels import same_outputs
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
-from btrain.models.channels import Cut, inner_channels
+from btrain.models.channels import Cut
 from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 from btrain.runs.checkpoint import FORMAT
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
+
+BESIDE = (".md", ".sha256")
+"""The ends of the names of a file's card and its hash, which lie beside it."""
 
 ROBUSTBENCH_SHAPE = (3, 32, 32)
 """Of the images that RobustBench's WideResNets take: their pooling windows are fixed."""
@@ -57,7 +61,7 @@ def write(
     """
     if format in ("checkpoint", "compact"):
         assert config is not None
-        weights = compact(model) if format == "compact" else model.state_dict()
+        weights = compact(model, shape) if format == "compact" else model.state_dict()
         content = {
             "format": FORMAT,
             "state": {"model": weights},
@@ -74,28 +78,40 @@ def write(
         raise UserError(f"out={path} is there already{hint}.")
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
+    beside = [path.with_name(path.name + end) for end in BESIDE]
+    for file_beside in beside:
+        if file_beside.exists() and not overwrite:
+            raise UserError(f"{file_beside} is there already; overwrite=true removes it.")
     try:
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)  # of the file before
         with replacing(path) as file:
             write_to(file)
+        for file_beside in beside:  # which are of the file before
+            file_beside.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
 
 
-def compact(model: nn.Module) -> dict[str, Tensor]:
+def compact(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """Return the weights of a network without the channels that nothing reads.
 
     Raises:
-        UserError: it has none that could be left out.
+        UserError: it has none that could be left out, or computes something else without them.
     """
     try:
-        cut = Cut.of(model, inner_channels(model))
-    except (ValueError, TypeError, LookupError) as error:
+        cut = Cut.found(model)
+    except ValueError as error:
         raise UserError(f"This network's inner_channels are wrong: {error}.") from error
     if not cut.inner:
         raise UserError("format=compact is for networks with inner channels; this one has none.")
-    return dict(cut.compact(model, cut.read(model)).state_dict())
+    kept = cut.read(model)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    if not same_outputs(model, cut, kept, images):
+        raise UserError(
+            "Without the channels that nothing reads this network computes something else; its "
+            "inner_channels are read by more than the layers they name."
+        )
+    return dict(cut.compact(model, kept).state_dict())
 
 
 def _writer(

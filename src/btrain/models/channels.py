@@ -8,7 +8,7 @@ are a norm's between them; the network's other tensors stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -75,14 +75,14 @@ def inner_channels(model: nn.Module, exclude: Sequence[str] = ()) -> list[Inner]
 
 def _in_a_row(layers: nn.Sequential) -> Iterator[Inner]:
     """Yield the channels between neighbouring layers of a row that make and read channels."""
-    maker, norm = None, None
+    maker, norm, count = None, None, 0
     for name, layer in layers.named_children():
         if isinstance(layer, _MAKERS) and getattr(layer, "groups", 1) == 1:
             if maker is not None:
                 yield Inner(maker, norm, name)
-            maker, norm = name, None
-        elif isinstance(layer, _NORMS) and maker is not None and norm is None:
-            norm = name
+            maker, norm, count = name, None, len(layer.weight)
+        elif isinstance(layer, _NORMS) and norm is None and layer.num_features == count:
+            norm = name  # behind a flattening it has more, and the channels stay
         elif not isinstance(layer, _BETWEEN):
             maker, norm = None, None
 
@@ -102,11 +102,32 @@ class Cut:
     axes: Mapping[str, Sequence[Axis]]
 
     @staticmethod
+    def found(
+        model: nn.Module, exclude: Sequence[str] = (), among: Container[str] | None = None
+    ) -> Cut:
+        """Return the places of all channels that can be taken out of a whole network.
+
+        Args:
+            exclude: makers whose channels stay, by patterns.
+            among: the layers that both maker and reader must be of; None for any.
+
+        Raises:
+            ValueError: some module's `inner_channels` are wrong.
+        """
+        try:
+            inner = inner_channels(model, exclude)
+            if among is not None:
+                inner = [one for one in inner if one.maker in among and one.reader in among]
+            return Cut.of(model, inner)
+        except (TypeError, LookupError) as error:
+            raise ValueError(str(error)) from error
+
+    @staticmethod
     def of(model: nn.Module, inner: Sequence[Inner]) -> Cut:
         """Return the places of some channels of a whole network.
 
         Raises:
-            ValueError: two layers that were named as maker and reader do not fit.
+            ValueError: layers that were named as maker, norm and reader do not fit.
         """
         tensors, sizes = model.state_dict(), dict[str, int]()
         axes: dict[str, list[Axis]] = {}
@@ -116,6 +137,8 @@ class Cut:
             if read % count:
                 raise ValueError(f"{reader} does not read the channels of {maker}")
             names = [f"{maker}.weight", f"{maker}.bias"]
+            if norm is not None and len(tensors[f"{norm}.running_mean"]) != count:
+                raise ValueError(f"{norm} does not normalise the channels of {maker}")
             if norm is not None:
                 keys = ("weight", "bias", "running_mean", "running_var")
                 names += [f"{norm}.{key}" for key in keys]

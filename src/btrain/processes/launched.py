@@ -12,6 +12,8 @@ from btrain.errors import UserError
 GRACE_SECONDS = 3.0
 """The time that other processes keep quiet: torchrun ends them here if the first has failed."""
 
+_LAST_PORT = 65535
+
 
 def processes() -> int:
     """Return the size of the world; 1 without torchrun."""
@@ -52,12 +54,11 @@ def check_variables() -> None:
         raise UserError(f"LOCAL_RANK={local} must be the process' number on its machine, from 0.")
 
 
-_LAST_PORT = 65535
-
-
 def _within(text: str, low: int, high: int = 10**6) -> bool:
-    """Return whether a text is a whole number in decimal digits from `low` to `high`."""
-    return text.isascii() and text.isdecimal() and len(text) < 9 and low <= int(text) <= high
+    """Return whether a text is a whole number from `low` to `high`, as Python writes it."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 9):
+        return False
+    return str(int(text)) == text and low <= int(text) <= high
 
 
 def is_first() -> bool:

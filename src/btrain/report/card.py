@@ -41,13 +41,16 @@ Accuracies are percent of {examples} test images, with 95 % intervals over other
 """
 
 
-def write_card(out: Path, saved: SavedRun, format: str, source: Path) -> list[Path]:
+def write_card(
+    out: Path, saved: SavedRun, format: str, source: Path, which: str = "last"
+) -> list[Path]:
     """Write `<out>.md` and `<out>.sha256`; return where.
 
     Args:
         out: the exported file.
         saved: the run that it was made of, read from `source`, a run folder or its checkpoint.
         format: what `out` was exported as.
+        which: of a run folder, the last checkpoint or the best.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -57,17 +60,19 @@ def write_card(out: Path, saved: SavedRun, format: str, source: Path) -> list[Pa
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error.strerror}).") from error
     card, digest = (out.with_name(out.name + end) for end in (".md", ".sha256"))
-    text = card_text(saved, source, out.name, sha256, format)
+    text = card_text(saved, source, out.name, sha256, format, which)
     write_files({card: text.encode(), digest: f"{sha256}  {out.name}\n".encode()})
     return [card, digest]
 
 
-def card_text(saved: SavedRun, source: Path, file: str, sha256: str, format: str) -> str:
+def card_text(
+    saved: SavedRun, source: Path, file: str, sha256: str, format: str, which: str = "last"
+) -> str:
     """Return the card in Markdown."""
-    config = saved.config
-    folder = RunFolder(source if source.is_dir() else source.parent.parent)
-    summary = folder.summary() or {}
-    rows, notes = _accuracies(folder, summary, config)
+    config, folder = saved.config, _run_of(source)
+    best = which == "best" or source.name == "best.pt"
+    summary = (folder.summary() if folder is not None else None) or {}
+    rows, notes = _accuracies(folder, summary, config, saved.path, best=best)
     width, height = saved.shape[2], saved.shape[1]
     return _CARD.format(
         title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
@@ -93,25 +98,41 @@ def card_text(saved: SavedRun, source: Path, file: str, sha256: str, format: str
     )
 
 
+def _run_of(source: Path) -> RunFolder | None:
+    """Return the folder that a run or one of its checkpoints is of; None for a file elsewhere."""
+    if source.is_dir():
+        return RunFolder(source)
+    return RunFolder(source.parent.parent) if source.parent.name == "checkpoints" else None
+
+
 def _ball(config: Config) -> str:
     norm = {"linf": "an L∞ ball", "l2": "an L2 ball"}.get(config.attack.norm, "a ball of its own")
     return f"{norm} of radius {config.attack.epsilon:.4g}"
 
 
 def _accuracies(
-    folder: RunFolder, summary: dict[str, Any], config: Config
+    folder: RunFolder | None, summary: dict[str, Any], config: Config, path: Path, *, best: bool
 ) -> tuple[list[list[str]], list[str]]:
-    """Return a row an attack, of the run's own evaluation and of `btrain eval`, and remarks."""
+    """Return a row an attack, of the run's own evaluation and of `btrain eval`, and remarks.
+
+    Args:
+        path: the checkpoint, whose evaluations alone are shown.
+        best: whether it is that of the best held-out epoch.
+    """
     rows, n = [], summary.get("test_examples")
-    for name, key in (("clean", "clean_acc"), (f"PGD-{config.eval.steps}", "robust_acc")):
+    prefix = "best_" if best else ""
+    pairs = (("clean", "clean_acc"), (f"PGD-{config.eval.steps}", "robust_acc"))
+    for name, key in ((name, prefix + key) for name, key in pairs):
         accuracy = summary.get(key)
         if accuracy is not None and n:
             low, high = wilson(round(accuracy * n / 100), n)
             rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     try:
-        found = [*Evaluation.read(folder.path / "eval").summaries()]
+        told = [] if folder is None else [*Evaluation.read(folder.path / "eval").summaries()]
     except UserError:
-        found = []
+        told = []
+    found = [of for of in told if of.settings.get("checkpoint_sha256") == sha256]
     for of in found:
         interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
         rows.append([f"{of.attack} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])

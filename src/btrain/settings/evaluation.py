@@ -316,7 +316,8 @@ def parse_compare(arguments: Sequence[str]) -> tuple[Path, Path, str]:
     """
     for argument in arguments:
         key = argument.partition("=")[0].lstrip("-")
-        if argument.startswith("-") or (key != "attack" and hints.meant(key, ["attack"])):
+        typo = key != "attack" and hints.meant(key, ["attack"]) and not Path(argument).exists()
+        if argument.startswith("-") or typo:
             raise UserError(
                 f"{argument} is no folder, and the one setting of compare is attack=NAME."
             )

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.settings import compose as configs
+from btrain.untrusted import read_text
 
 _WIDTH = 34
+_LARGEST = 1 << 16  # bytes of a YAML file
 _NAMES = ("name", "architecture", "network")
 """Settings that tell which option was chosen; they cannot be set."""
 
@@ -138,12 +140,24 @@ def _files(group: str, folder: str | None) -> list[Path]:
     return [file for place in places for file in sorted((Path(place) / group).glob("*.yaml"))]
 
 
+def _text(file: Path) -> str:
+    """Return the text of an option's file, which may be a stranger's.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return read_text(file, _LARGEST)
+    except (OSError, ValueError) as error:  # a refusal, and bytes that are no UTF-8
+        raise UserError(f"{file} cannot be read as YAML: {first_line(error)}.") from error
+
+
 def _headline(group: str, option: str, folder: str | None) -> str:
     """Return the first sentence of an option's file."""
     for file in _files(group, folder):
         if file.stem == option:
             words: list[str] = []
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in _text(file).splitlines():
                 if not line.startswith("#") or line.startswith("# @") or line == "#":
                     if words:
                         break
@@ -165,7 +179,7 @@ def comments(key: str, option: str | None, folder: str | None, task: str) -> dic
         files = list(_made_of(option, {file.stem: file for file in _files(key, folder)}))
     found: dict[str, str] = {}
     for file in files:
-        for name, said in _commented(file.read_text(encoding="utf-8")):
+        for name, said in _commented(_text(file)):
             whole = option is None or name.startswith(f"{key}.")
             found.setdefault(name if whole else f"{key}.{name}", said)
     own = {

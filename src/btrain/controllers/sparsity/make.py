@@ -50,7 +50,7 @@ from btrain.controllers.sparsity.ticket import RobustBird, Ticket
 from btrain.data import Data
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
-from btrain.models.channels import Cut, inner_channels
+from btrain.models.channels import Cut
 from btrain.settings.names import IntervalUnit, Rewind, SparsityName
 from btrain.settings.sparsity import (
     ChannelFlyingBirdConfig,
@@ -142,16 +142,11 @@ def make_channels(
         UserError: it has none that can be, or not so many; or as `thin` and `make_flight`.
     """
     written = f"sparsity={sparsity.name.name}"
-    thin(sparsity.exclude, model, data, beside)  # for names that are none
+    layers(model, sparsity.exclude)  # for names that are none
     thinned = thin([], model, data, beside)
     try:
-        trained = [
-            inner
-            for inner in inner_channels(model, sparsity.exclude)
-            if inner.maker in thinned.weights and inner.reader in thinned.weights
-        ]
-        cut = Cut.of(model, trained)
-    except (ValueError, TypeError, LookupError) as error:
+        cut = Cut.found(model, sparsity.exclude, among=thinned.weights)
+    except ValueError as error:
         raise UserError(f"{written}: this network's inner_channels are wrong: {error}.") from error
     if not cut.inner:
         raise UserError(

@@ -1,0 +1,149 @@
+"""What a run will take before it is begun: steps, time, work, memory, disk."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from btrain.attacks.fast_paths import make_fast_paths
+from btrain.build import find_device, load_data
+from btrain.data.augmentation import batch_slices
+from btrain.errors import UserError
+from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
+from btrain.methods.make import make_method
+from btrain.methods.statistics import EXAMPLES, UNITS
+from btrain.settings import Config
+from btrain.training.epochs import train_epoch
+from btrain.training.safety.out_of_memory import explained_memory
+from btrain.training.schedule import make_plan
+from btrain.training.setup import check_radius, known_of, make_state
+
+_SECONDS, _BATCHES = 10.0, 20
+_ALL = (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run will take.
+
+    Attributes:
+        batches: of an epoch.
+        timed: batches that were tried.
+        seconds: of training, without the evaluations.
+        flops: of the whole training.
+        memory: the most that was held while steps were tried, bytes.
+        checkpoint: bytes of one.
+        by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
+    """
+
+    epochs: int
+    batches: int
+    timed: int
+    seconds: float
+    flops: float
+    memory: int
+    checkpoint: int
+    by_paper: bool
+    device: str
+
+    def sentences(self) -> str:
+        """Return it for people, a line each."""
+        shares = "/".join(f"{share:.2f}" for share in PAPER_FRACTIONS)
+        assumed = f", at the paper's boundary/robust/outlier of {shares}" if self.by_paper else ""
+        lines = [
+            f"steps    {self.epochs} epochs of {self.batches:,} batches, "
+            f"{self.epochs * self.batches:,} in all",
+            f"time     {_duration(self.seconds)} of training on {self.device}, by {self.timed} "
+            f"batches tried{assumed}; evaluations come on top",
+            f"work     {self.flops:.3g} FLOPs",
+            f"memory   {_size(self.memory)} at the most so far",
+            f"disk     {_size(self.checkpoint)} a checkpoint, three at the most",
+        ]
+        return "\n".join(lines)
+
+
+def foresee(config: Config) -> Foreseen:
+    """Try a few batches of a run and return what all of it will take; nothing is written.
+
+    What depends on how many examples are near the boundary is taken at the paper's shares, for
+    those of the first batches are no run's.
+
+    Raises:
+        UserError: bad data or device, or a batch does not fit the memory.
+    """
+    device = find_device(config.device)
+    data = load_data(config, device)
+    check_radius(config, data)
+    state = make_state(config, data, device)
+    plan, known = make_plan(config), known_of(data)
+    paths = make_fast_paths(config.train, device)
+    method = make_method(config, device, paths=paths, known=known)
+    batches = len(batch_slices(len(data.train), plan.batch_size))
+    ends = time.perf_counter() + _SECONDS
+
+    def take(enough: Callable[[], bool]) -> tuple[float, float]:
+        """Train until it is enough; return seconds and units so far."""
+        train_epoch(
+            state, data.train, method, plan, see=paths.view, tick=lambda: None,
+            show=lambda means: None, stopped=enough, controllers=(),
+        )  # fmt: skip
+        return state.train_seconds, float(state.epoch_sums[UNITS])
+
+    def enough() -> bool:
+        late = state.batch > 1 and time.perf_counter() > ends
+        return late or state.batch >= min(_BATCHES, batches - 1)
+
+    size = f"train.batch_size={config.train.batch_size}"
+    with explained_memory(device, size, "a smaller one or a smaller model may fit"):
+        warm = take(lambda: state.batch == 1)
+        seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
+    if not units > 0:
+        raise UserError("An epoch needs three batches for some of them to be timed.")
+    images = float(state.epoch_sums[EXAMPLES]) * (state.batch - 1) / state.batch
+    expected = method.expected_units(PAPER_FRACTIONS)
+    each = units / images if expected is None else expected
+    total = each * len(data.train) * config.train.epochs
+    content = io.BytesIO()
+    torch.save(state.state_dict(), content)
+    return Foreseen(
+        epochs=config.train.epochs,
+        batches=batches,
+        timed=state.batch - 1,
+        seconds=total * seconds / units,
+        flops=total * forward_flops(state.model, data.shape, device),
+        memory=_memory(device),
+        checkpoint=content.tell(),
+        by_paper=expected is not None and expected != method.expected_units(_ALL),
+        device=str(device),
+    )
+
+
+def _memory(device: torch.device) -> int:
+    """Return the most bytes that were held: of a GPU by its tensors, else by this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _size(count: float) -> str:
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

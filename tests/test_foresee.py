@@ -1,0 +1,47 @@
+"""What `btrain plan` foresees is what a run then takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from btrain.cli import main
+from btrain.errors import UserError
+from btrain.training.foresee import foresee
+from composing import compose
+
+WORDS = ["dataset=digits", "model=small_cnn", "model.width=4", "dataset.train_examples=200",
+         "train.batch_size=20", "train.epochs=2", "attack.steps=3", "device=cpu"]  # fmt: skip
+
+
+def test_work_and_steps_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = foresee(compose([*WORDS, "bt=uniform"]))
+    assert main(["plan", *WORDS, "bt=uniform"]) == 0
+    page = capsys.readouterr().out
+    assert "2 epochs of 10 batches, 20 in all" in page and "boundary" not in page
+    assert not list(tmp_path.iterdir())
+    assert main(["train", *WORDS, "bt=uniform", "eval.steps=0", "run.dir=run"]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert told.flops == pytest.approx(summary["flops"], rel=1e-6)
+    size = Path("run/checkpoints/last.pt").stat().st_size
+    assert told.checkpoint == pytest.approx(size, rel=0.3)
+    assert 0.1 * told.seconds < summary["train_seconds"] < 10 * told.seconds
+
+
+def test_the_papers_shares_are_assumed_where_they_matter() -> None:
+    plain, ours = (foresee(compose([*WORDS, f"bt={bt}"])) for bt in ("uniform", "bullettrain"))
+    assert ours.by_paper and not plain.by_paper
+    # An attack step is two passes, a training pass three: by hand, 3 steps for .28 of the examples
+    # and 2 for .54, whose adversarial passes .18 do without, one pass to score all.
+    by_hand = (2 * (3 * 0.28 + 2 * 0.54) + 1 + 3 + 3 * 0.82) / (2 * 3 + 1 + 6)
+    assert ours.flops / plain.flops == pytest.approx(by_hand)
+
+
+def test_an_epoch_of_two_batches_cannot_be_timed() -> None:
+    with pytest.raises(UserError, match="needs three batches"):
+        foresee(compose([*WORDS, "train.batch_size=100"]))
