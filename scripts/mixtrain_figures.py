@@ -30,7 +30,7 @@ DRAWS = 200
 
 
 def attacked_losses(network: Any, x: Tensor, labels: Tensor, epsilon: float) -> dict[str, Tensor]:
-    """Best wrong logit minus the right one, at the end of each attack, (m,)."""
+    """Return the best wrong logit minus the right one, at the end of each attack, (m,)."""
     graph = trace(network, tuple(x.shape[1:]))
     found = {}
     for name, loss, jumps in (

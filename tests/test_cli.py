@@ -447,6 +447,13 @@ def test_the_report_measures_against_the_first_run(run: Path, capsys: Capture) -
     assert plain["speedup (eq. 7)"] == f"{summary['theoretical_speedup']:.2f}×"
 
 
+@pytest.mark.parametrize("runs", [["run", "run/"], ["--merge-seeds", "run", "same"]])
+def test_the_report_takes_a_run_once(run: Path, capsys: Capture, runs: list[str]) -> None:
+    (run.parent / "same").symlink_to(run)
+    assert main(["report", *runs]) == 1
+    assert capsys.readouterr().err == f"btrain: {runs[-1].rstrip('/')} is given twice.\n"
+
+
 @pytest.mark.parametrize("name", ["unfinished", "nowhere"])
 def test_the_report_names_a_folder_without_a_finished_run(
     run: Path, capsys: Capture, name: str

@@ -15,7 +15,7 @@ from btrain.errors import UserError
 from btrain.settings import hints
 from btrain.settings.compose import TASKS, check_search, check_words, keys_of
 from btrain.settings.evaluation import CUSTOM, PRESETS, parse, parse_compare, words_for
-from btrain.settings.user_files import CheckedFiles
+from btrain.settings.user_files import FileConfigSource
 from composing import compose
 
 Capture = pytest.CaptureFixture[str]
@@ -186,6 +186,10 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         ),
         (["train", "bt.n_b=0"], "bt.n_r must be at most bt.n_b = 0, not 2; set both"),
         (["train", "attack.augmix.width=3"], "attack.augmix is null here; attack=augmix has it."),
+        (
+            ["train", "attack=l2_pgd", "attack.epsilon=1e308"],
+            "attack.epsilon must be at most 1,000,000 (farther apart than any two images), not 1e",
+        ),
         (["train", "~train"], "~train takes away what every run needs."),
         (["train", "~dataset"], "~dataset takes away what every run needs."),
         (["train", "~bt.gamma"], "~bt.gamma takes away what every run needs."),
@@ -276,14 +280,14 @@ def test_a_damaged_file_of_options_is_named(
     file = tmp_path / "mine.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
-        CheckedFiles("command-line", str(tmp_path)).load_config("mine")
+        FileConfigSource("command-line", str(tmp_path)).load_config("mine")
     assert str(error.value).startswith(str(file))
     assert told in str(error.value)
 
 
 def test_a_sound_file_of_options_may_refer_within_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"{_BASE}mean: &m [0.5]\nstd: *m\n")
-    found = CheckedFiles("command-line", str(tmp_path)).load_config("mine")
+    found = FileConfigSource("command-line", str(tmp_path)).load_config("mine")
     assert found.config["std"] == [0.5]
 
 

@@ -664,10 +664,14 @@ MEANS = {"f_b": 0.5, "f_r": 0.3, "f_o": 0.2, "robust_acc_train": 60.0}
         ({}, (50.0, 75.0), 60.0, "above the clean"),
         ({}, (80.0, 10.0), 40.0, "catastrophic overfitting"),
         ({"robust_acc_train": 12.0}, (80.0, 10.0), 40.0, None),  # ruined, not overfitted
+        ({"robust_acc_train": None}, (80.0, 10.0), 40.0, None),  # training by bounds
     ],
 )
 def test_what_is_odd_about_an_epoch(
-    means: dict[str, float], watched: tuple[float, float], before: float | None, words: str | None
+    means: dict[str, float | None],
+    watched: tuple[float, float],
+    before: float | None,
+    words: str | None,
 ) -> None:
     found = epoch_warnings(MEANS | means, Accuracy(*watched), 128, before)
     assert len(found) == (words is not None)

@@ -218,7 +218,8 @@ def leave():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     Path(os.environ["RANK"] + ".threads").write_text("".join(names))
 atexit.register(leave)
-import btrain.__main__
+from btrain.__main__ import run
+run()
 """
 
 

@@ -66,7 +66,8 @@ def test_one_step_of_each_is_finite_and_counted(defense: str, digits: Data) -> N
 def test_the_mix_of_losses_by_hand(digits: Data) -> None:
     config = compose([*SMALL, "defense=verified", "defense.ramp=0"])
     network = make_state(config, digits, CPU).model
-    x, labels, _ = batch = batch_of(digits, 8)
+    batch = batch_of(digits, 8)
+    x, labels = batch.x, batch.labels
     with evaluating(network):
         box = bounds.box(x, 0.1)
         upper = bounds.margins(trace(network, (1, 8, 8)), box, labels, engine="symbolic")

@@ -35,7 +35,7 @@ _LEAST_MIXTURE = 1e-7
 
 
 class Weights(NamedTuple):
-    """How often each example of a batch counts, for itself and for others that were left out.
+    """The number of times that each example counts: for itself, and for others left out.
 
     Attributes:
         clean: in what the clean image is learnt from, (m,).

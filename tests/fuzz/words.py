@@ -22,7 +22,7 @@ class OwnOptions:
     def __init__(self, folder: Path) -> None:
         configs.register()
         self._file, self._canary = folder / "mine.yaml", str(folder / "canary")
-        self._source = user_files.CheckedFiles("command-line", str(folder))
+        self._source = user_files.FileConfigSource("command-line", str(folder))
         files = sorted(Path(configs.config_dir()).glob("[!p]*/*.yaml"))
         self._seeds = [file.read_text(encoding="utf-8") for file in files]
 

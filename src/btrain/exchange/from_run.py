@@ -23,7 +23,6 @@ from btrain.runs.folder import RunFolder
 from btrain.settings import (
     Config,
     DatasetConfig,
-    DatasetName,
     ImageFolderConfig,
     ModelConfig,
     OwnModelConfig,
@@ -32,7 +31,7 @@ from btrain.settings import (
 )
 from btrain.settings import compose as configs
 from btrain.settings.older import translated
-from btrain.settings.run import LibraryModelConfig
+from btrain.settings.run import SHAPES, LibraryModelConfig
 from btrain.untrusted import RefusedError
 from btrain.untrusted.tree import check_tree
 
@@ -45,14 +44,6 @@ _SHALLOW = 1000  # layers, which are quickly outlined, so that the error can nam
 _MOST_CLASSES, _LARGEST_SIDE = 1 << 20, 1 << 16
 
 _LARGEST_SETTING = 4096  # of a library's network: a width, a depth, an image's side
-
-_SHAPES = {
-    DatasetName.cifar10: (3, 32, 32),
-    DatasetName.cifar100: (3, 32, 32),
-    DatasetName.mnist: (1, 28, 28),
-    DatasetName.digits: (1, 8, 8),
-    DatasetName.mnist_sample: (1, 28, 28),
-}
 
 
 class UntrustedError(UserError):
@@ -308,8 +299,8 @@ def _whole_numbers(settings: Any) -> list[int]:
 
 def image_shape(dataset: DatasetConfig) -> tuple[int, int, int]:
     """Return (C, H, W) of a data set's images, without reading more than it must."""
-    if dataset.name in _SHAPES:
-        return _SHAPES[dataset.name]
+    if dataset.name in SHAPES:
+        return SHAPES[dataset.name]
     if isinstance(dataset, ImageFolderConfig):
         return 3, dataset.image_size, dataset.image_size
     return load_configured(dataset, torch.device("cpu"), train_examples=2).shape

@@ -31,7 +31,9 @@ from btrain.verify.graph import Graph, evaluating, trace
 
 MIX = "mix_share"
 """The memory's name for the worst case's share of the loss, with feedback."""
-_LISTENED = 200  # held-out images
+LISTENED = "listened"
+"""The memory's name for how often the mix has followed the held-out images."""
+_HELD_OUT = 200  # images
 
 Choose = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 """(clean logits (m, K), labels (m,), k', generator) -> rows of the images to bound (k',)"""
@@ -126,7 +128,9 @@ class Verified:
             "trained": torch.zeros((), dtype=torch.int64),
             "to_train": torch.tensor(images * self.epochs),
         }
-        return memory | ({MIX: torch.tensor(0.5)} if self.feedback else {})
+        if self.feedback:
+            memory |= {MIX: torch.tensor(0.5), LISTENED: torch.zeros((), dtype=torch.int64)}
+        return memory
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
@@ -134,9 +138,11 @@ class Verified:
         """Yield the batch once."""
         x, labels = batch.x, batch.labels
         progress = min(1.0, memory["trained"].item() / memory["to_train"].item())
-        an_epoch = memory["to_train"].item() / self.epochs
-        if self.held_out is not None and self.feedback and memory["trained"] % an_epoch == 0:
-            self._listen(network, self.held_out, memory, progress)
+        if self.held_out is not None and self.feedback:
+            an_epoch = memory["to_train"].item() / self.epochs
+            if memory["trained"].item() >= an_epoch * memory[LISTENED].item():
+                self._listen(network, self.held_out, memory, progress)
+                memory[LISTENED] += 1
         x_adv, units = x, 0.0
         share = self._share(progress)
         if self.attack is not None and share > 0:
@@ -209,7 +215,7 @@ class Verified:
         images not verified, at the ε of this moment, among those and the misclassified ones, a mean
         over the epochs that halves with each, in [0.1, 0.95].
         """
-        x, labels = to_unit(held_out.images[:_LISTENED]), held_out.labels[:_LISTENED]
+        x, labels = to_unit(held_out.images[:_HELD_OUT]), held_out.labels[:_HELD_OUT]
         plain = bare(network)
         graph = _graph(plain, tuple(x.shape[1:]))
         with evaluating(plain), torch.no_grad():

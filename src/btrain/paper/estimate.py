@@ -17,9 +17,8 @@ from btrain.paper.plan import Plan, Row
 from btrain.paper.sheets.notes import IMAGES
 from btrain.settings import Config
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
+from btrain.settings.run import CLASSES, SHAPES
 
-_SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "mnist": (1, 28, 28),
-           "mnist_sample": (1, 28, 28), "digits": (1, 8, 8)}  # fmt: skip
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 # Of an image that stands all: 100 and 9·100 steps of APGD, 9·100 of FAB, 5,000 queries of Square.
@@ -63,7 +62,7 @@ def cost(job: Job, row: Row) -> Cost:
         f"{model}, {config.train.epochs} epochs of "
         f"{'?' if images is None else f'{images:,}'} images, batches of {config.train.batch_size}"
     )
-    if images is None or tested is None or data.name.name not in _SHAPES:
+    if images is None or tested is None or data.name not in SHAPES:
         return Cost(settings, None, None)
     unit = _forward_flops(config)
     training = None if units is None else units * images * config.train.epochs * unit
@@ -86,11 +85,11 @@ def _attack_units(wanted: EvalSettings, attack: str) -> int:
 
 def _forward_flops(config: Config) -> int:
     """Return the FLOPs of one image, by torch's counter, on a network without memory of its own."""
-    name = config.dataset.name.name
+    name = config.dataset.name
     meta = torch.device("meta")
     with meta:
-        network = make_model(config.model, 100 if name == "cifar100" else 10, _SHAPES[name])
-    return forward_flops(network, _SHAPES[name], meta)
+        network = make_model(config.model, CLASSES[name], SHAPES[name])
+    return forward_flops(network, SHAPES[name], meta)
 
 
 def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:

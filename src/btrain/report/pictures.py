@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def accuracy_curve(
                 color=_MARK,
                 **place,
             )
-        for (name, points), (colour, marker, style) in zip(lines.items(), _LINES, strict=False):
+        for (name, points), (colour, marker, style) in zip(lines.items(), cycle(_LINES)):
             axes.plot(
                 *zip(*sorted(points), strict=True), color=colour, linewidth=2, marker=marker,
                 markersize=5, linestyle=style, clip_on=False, label=name,

@@ -17,6 +17,7 @@ from btrain.errors import UserError
 from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_number, read_object
+from btrain.settings.run import CLASSES
 from btrain.untrusted import read_text
 
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
@@ -87,7 +88,7 @@ class Run:
     @property
     def classes(self) -> int | None:
         """Return how many classes the data have, where the settings or an evaluation tell."""
-        known = {"cifar10": 10, "cifar100": 100, "mnist": 10, "mnist_sample": 10, "digits": 10}
+        known = {name.value: count for name, count in CLASSES.items()}
         if (name := self.config.get("dataset.name")) in known:
             return known[str(name)]
         for content in self._evaluations.values():

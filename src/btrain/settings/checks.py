@@ -7,6 +7,8 @@ from typing import Any
 
 from btrain.errors import UserError
 
+_FARTHEST = 1_000_000  # √(C·H·W) of colour images of 577,000² pixels
+
 MISSING: Any = "???"  # OmegaConf's mark for a value that the user or a YAML file must give
 
 
@@ -86,6 +88,8 @@ def pixels(key: str, value: object, norm: str, *, most: float = 1, least: bool =
     if norm != "linf":
         rule = "at least 0" if least else "greater than 0"
         require(enough and finite(length), key, f"finite and {rule}", value)
+        why = f"at most {_FARTHEST:,} (farther apart than any two images)"
+        require(length <= _FARTHEST, key, why, value)
     elif not enough or not length <= most:
         rule = "at least" if least else "greater than"
         raise UserError(

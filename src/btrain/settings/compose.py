@@ -158,12 +158,12 @@ def _recipe_of(defense: str, dataset: str) -> str:
 
     # Of Hydra, for it knows the user's folder, too.
     known = GlobalHydra.instance().config_loader().get_group_options("recipe")
-    dataset = dataset.removesuffix("_sample")
     schemas = {name.name: kind for name, kind in DEFENSES.items()}
     family = "verified" if schemas.get(defense) is VerifiedConfig else "trades"
-    wanted = [f"{defense}_{dataset}", f"{family}_{dataset}", f"trades_{dataset}", defense]
-    if defense not in schemas:  # whose recipe is no one's for other data
-        wanted.insert(1, defense)
+    names = dict.fromkeys((dataset, dataset.removesuffix("_sample")))
+    wanted = [f"{of}_{name}" for name in names for of in (defense, family, "trades")]
+    # A recipe of the user's defense is no one's for other data.
+    wanted.insert(1 if defense not in schemas else len(wanted), defense)
     return next((name for name in wanted if name in known), "trades")
 
 

@@ -119,6 +119,19 @@ DATASETS: dict[DatasetName, type[DatasetConfig]] = {
 }
 
 
+SHAPES: dict[DatasetName, tuple[int, int, int]] = {
+    DatasetName.cifar10: (3, 32, 32),
+    DatasetName.cifar100: (3, 32, 32),
+    DatasetName.mnist: (1, 28, 28),
+    DatasetName.mnist_sample: (1, 28, 28),
+    DatasetName.digits: (1, 8, 8),
+}
+"""(C, H, W) of the images of data sets that are the same for everybody."""
+
+CLASSES = {name: 100 if name is DatasetName.cifar100 else 10 for name in SHAPES}
+"""K of them."""
+
+
 @dataclass
 class ModelConfig:
     """The settings that every network has; each architecture has more of its own."""

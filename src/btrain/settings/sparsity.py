@@ -80,7 +80,7 @@ class SynFlowConfig(StaticConfig):
 
 @dataclass
 class FlightConfig(SparsityConfig):
-    """What comes and goes in the course of training, and how often."""
+    """The settings of what comes and goes in the course of training."""
 
     first_drop_rate: float = MISSING
     last_drop_rate: float = MISSING

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source as hydras
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
@@ -23,13 +23,16 @@ _OURS = "main"  # Hydra's name for the folder that the command itself brings
 
 
 def check_all() -> None:
-    """Let Hydra read every file through `CheckedFiles`."""
+    """Let Hydra read every file through `FileConfigSource`."""
     Plugins.instance()  # which registers Hydra's own
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = CheckedFiles
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
-class CheckedFiles(FileConfigSource):
-    """A folder of YAML files that are read with bounds."""
+class FileConfigSource(hydras.FileConfigSource):
+    """A folder of YAML files that are read with bounds.
+
+    It has the name of Hydra's, which takes no other for it in the processes of a sweep.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return what a file holds.

@@ -76,7 +76,7 @@ class Snapshot:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *memories: Memory
     ) -> None:
-        """Return `memories` are those of the method and of the controllers."""
+        """Keep what a step changes; `memories` are those of the method and of the controllers."""
         self._model, self._optimizer, self._memories = model, optimizer, memories
         self._before = {name: tensor.clone() for name, tensor in self._tensors()}
 

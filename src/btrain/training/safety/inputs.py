@@ -93,8 +93,9 @@ def epoch_warnings(
             f"PGD accuracy on a training batch, {watched.robust:.1f} %, is above the clean "
             f"accuracy, {watched.clean:.1f} %"
         )
-    under_attack = means["robust_acc_train"]
-    if fell(before, watched.robust) and under_attack > watched.robust + COLLAPSE:
+    under_attack = means["robust_acc_train"]  # None where training attacks nobody
+    seen = under_attack is not None and under_attack > watched.robust + COLLAPSE
+    if seen and fell(before, watched.robust):
         found.append(
             f"catastrophic overfitting: PGD accuracy on a training batch fell from {before:.1f} to "
             f"{watched.robust:.1f} % while training sees {under_attack:.1f} %"
