@@ -130,7 +130,7 @@ def test_every_yaml_file_composes(file: Path) -> None:
         name = section.name
         assert (name.name if isinstance(name, Enum) else name) == file.name
     if group == "dataset":
-        own = {"mnist": "trades_mnist", "digits": "trades_digits"}
+        own = {"mnist": "trades_mnist", "mnist_sample": "trades_mnist", "digits": "trades_digits"}
         assert config.recipe.name == own.get(file.name, "trades")
 
 
