@@ -272,7 +272,8 @@ def test_of_the_far_half_a_share_is_left_out_and_the_rest_stands_for_it() -> Non
 
 
 def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -> None:
-    settings = ["train.epochs=5", "train.skip=0.5", "train.skip_last=0.2", "bt.gamma=0.7"]
+    settings = ["train.epochs=5", "train.skip=0.5", "train.skip_last=0.2", "bt.gamma=0.7",
+                "train.score_every=1"]  # fmt: skip
     summary = train(tiny(tmp_path, *settings))
     lines = metrics(tmp_path)
     state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]
@@ -284,6 +285,8 @@ def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -
         assert line["f_b"] + line["f_r"] + line["f_o"] == pytest.approx(1)
         assert line["theoretical_speedup"] is None
     assert summary["units_per_example"] * 1500 == pytest.approx(total["units"])
+    numbers = [scores[0] for line in lines for scores in line["scores"]]
+    assert len(numbers) == len(set(numbers)) and numbers == sorted(numbers)
     whole, part = lines[0]["units_per_example"], lines[1]["units_per_example"]
     assert part <= 0.8 * (1 + 3 + 2 * 3 + 3) < 13
     assert whole > 4
@@ -329,6 +332,9 @@ def test_the_levers_go_together_with_every_defense(
     [
         (["train.skip=1"], "train.skip must be in [0, 1)"),
         (["train.skip=-0.1"], "train.skip must be in [0, 1)"),
+        (["train.skip_last=0.3"], "train.skip_last has no meaning with train.skip=0"),
+        (["attack.store=bf16"], "attack.store has no meaning with attack.start=normal"),
+        (["rival=free", "defense=pgd", "bt=uniform", "attack.start_std=0.1"], "with rival=free"),
         (["bt.robust_share=0"], "bt.robust_share must be in (0, 1]"),
         (["bt.robust_share=0.5", "bt.n_r=0"], "bt.robust_share must be 1 where robust"),
         (["train.skip=0.5", "rival=mma", "defense=pgd", "bt=uniform"], "rival=mma"),

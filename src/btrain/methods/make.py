@@ -284,8 +284,8 @@ def make_attack(
         inner_loss=defense.inner_loss,
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
-        start=make_start(attack, probe or 1.0 if kept else 1.0),
-        way=1.0 if attack.start is StartName.kept else FAR,
+        start=make_start(attack, probe if kept and probe else 1.0),
+        way=1.0 if kept else FAR,
         train_mode=attack.mode is AttackMode.train,
         probe=None if kept else probe,
     )

@@ -419,10 +419,10 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
 
 
 def _reject_unread(config: Config, overrides: Sequence[str]) -> None:
-    """Raise UserError for a setting that was typed and that training by bounds does not read."""
-    if not isinstance(config.defense, VerifiedConfig):
-        return
-    unread = config.defense.unread(config.bt)
+    """Raise UserError for a setting that was typed and that nothing reads beside the others."""
+    unread = {key: choice.written for choice in config.choices() for key in choice.unread}
+    if isinstance(config.defense, VerifiedConfig):
+        unread |= config.defense.unread(config.bt)
     for key in (override.partition("=")[0].lstrip("+") for override in overrides):
         if key in unread:
             raise UserError(f"{key} has no meaning with {unread[key]}.")

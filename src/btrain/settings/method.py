@@ -34,11 +34,13 @@ class Choice:
         written: how a user writes it.
         kinds: the words by which others may refuse it.
         refuses: kinds that it does not go with, and why.
+        unread: settings that nothing reads beside it, and that nobody shall therefore type.
     """
 
     written: str
     kinds: frozenset[str] = frozenset()
     refuses: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
 
 # ---------------------------------------------------------------------------------------- attack
@@ -106,6 +108,9 @@ class AttackConfig:
         if self.mode is AttackMode.train:
             why = "the groups of a batch would each see their own BatchNorm statistics (bt=uniform)"
             found.append(Choice("attack.mode=train", frozenset({"train_mode"}), {"chooses": why}))
+        if self.start is not Start.kept:
+            unread = frozenset({"attack.store", "attack.checkpoint_store"})
+            found.append(Choice(f"attack.start={self.start.name}", unread=unread))
         if self.start is Start.clean:
             found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
         if self.start is Start.kept:
@@ -355,6 +360,7 @@ _ALIKE = {"chooses": "a rival treats all examples alike (bt=uniform)"}
 _ATTACKS = {"augmix": "it needs an adversarial defense"}
 _OWN_LOSS = {"not_pgd": "it needs defense=pgd"}
 _NOT_GRADUALLY = {"epsilon_warmup": "it is run as published"}
+_OWN_ATTACK = frozenset({"attack.start", "attack.start_std", "attack.step_size"})
 
 
 @dataclass
@@ -365,13 +371,14 @@ class RivalConfig:
 
     kinds: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = {}
+    unread: ClassVar[frozenset[str]] = frozenset()
     mode: ClassVar[AttackMode | None] = None
     """The only mode of the attack that it goes with; None for any."""
 
     def choices(self) -> list[Choice]:
         if not self.kinds:
             return []
-        return [Choice(f"rival={self.name.name}", self.kinds, self.refuses)]
+        return [Choice(f"rival={self.name.name}", self.kinds, self.refuses, self.unread)]
 
 
 @dataclass
@@ -409,6 +416,7 @@ class FreeConfig(RivalConfig):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
     refuses: ClassVar[Mapping[str, str]] = _ALIKE | _OWN_LOSS | _NOT_GRADUALLY
+    unread: ClassVar[frozenset[str]] = _OWN_ATTACK
     mode: ClassVar[AttackMode | None] = AttackMode.train
 
     def __post_init__(self) -> None:
@@ -429,6 +437,7 @@ class MMAConfig(RivalConfig):
         | _NOT_GRADUALLY
         | {"own_ball": "its attack has a radius of its own for each example"}
     )
+    unread: ClassVar[frozenset[str]] = _OWN_ATTACK
     mode: ClassVar[AttackMode | None] = AttackMode.eval
 
     def __post_init__(self) -> None:

@@ -337,6 +337,8 @@ class TrainConfig:
         if self.skip:
             written = f"train.skip={self.skip:g}"
             found.append(Choice(written, frozenset({"skips"}), WEIGHTED | _NO_SKIPPING))
+        else:
+            found.append(Choice("train.skip=0", unread=frozenset({"train.skip_last"})))
         if self.compile:
             found.append(Choice("train.compile=true", frozenset({"compile"}), _NO_COMPILER))
         if self.cuda_graphs is not CudaGraphs.never:

@@ -177,6 +177,7 @@ def train_epoch(
     if weight is not None:
         order = order[weight[order] > 0]
     steps_per_epoch = len(batch_slices(len(order), plan.batch_size))
+    unskipped = len(batch_slices(len(split), plan.batch_size))
     began, worked, before = _clock(device), work_seconds(device), state.train_seconds
     several, first = (None if world.size == 1 else world), world.first
 
@@ -210,8 +211,9 @@ def train_epoch(
             state.memory["skipped"].zero_()
         drawn = draw(state.batch)
         while state.batch < steps_per_epoch and not over():
-            done = epoch * steps_per_epoch + state.batch
-            lr = plan.lr * plan.schedule(done / (plan.epochs * steps_per_epoch))
+            done = epoch * unskipped + state.batch
+            part = epoch * steps_per_epoch + state.batch
+            lr = plan.lr * plan.schedule(part / (plan.epochs * steps_per_epoch))
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             if first:
@@ -238,7 +240,7 @@ def train_epoch(
         "train_seconds": state.epoch_seconds,
     }
     if plan.score_every is not None:
-        means["scores"] = scores_by_batch(state.batch_sums, state.epoch * steps_per_epoch)
+        means["scores"] = scores_by_batch(state.batch_sums, state.epoch * unskipped)
     if MIX in state.memory:
         means[MIX] = float(state.memory[MIX])
     return means | (_skipped(state) if plan.skip_nonfinite else {})

@@ -105,7 +105,8 @@ def store_size(config: Config, data: Data) -> str:
 
 
 def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count > 10e6 else f"{count / 1e6:.1g} MB"
+    size = count / 1e6
+    return f"{size:,.0f} MB" if size > 10 else f"{size:.1f} MB" if size > 1 else f"{size:.1g} MB"
 
 
 def sparsity_of(config: Config, state: TrainState, data: Data) -> Sparsity | None:
