@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,9 +173,14 @@ class TrainState:
         finally:
             self.model, self.optimizer, self.average = whole
 
-    def throw_away_copy(self) -> TrainState:
-        """Return a copy of all that training changes, at the beginning of the same epoch."""
-        model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, self.memory))
+    def throw_away_copy(self, without: Container[str] = ()) -> TrainState:
+        """Return a copy of all that training changes, at the beginning of the same epoch.
+
+        Args:
+            without: names of the memory that what is tried does not read; they may be large.
+        """
+        memory = {name: tensor for name, tensor in self.memory.items() if name not in without}
+        model, optimizer, memory = copy.deepcopy((self.model, self.optimizer, memory))
         generator = torch.Generator(self.device)
         generator.set_state(self.generator.get_state())
         sums = torch.zeros_like(self.epoch_sums)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from btrain.attacks.fast_paths import make_fast_paths
+from btrain.attacks.kept import KNOWN, STORE
 from btrain.data import Split
 from btrain.errors import UserError
 from btrain.methods.cost import Costs
@@ -93,7 +94,7 @@ class Probe:
         ends = time.perf_counter() + _SHARE * self._trained - self._spent
         if time.perf_counter() + 2 * expected > ends:
             return None
-        tried = state.throw_away_copy()
+        tried = state.throw_away_copy(without=(STORE, KNOWN))
         paths = make_fast_paths(self._plain.train, state.device)
         method = make_method(self._plain, state.device, paths=paths, known=self._known)
 
