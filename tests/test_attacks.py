@@ -470,8 +470,10 @@ def test_gradalign_is_of_an_linf_ball() -> None:
 
 def test_rounding_is_no_way_out_of_an_l2_ball() -> None:
     """On the sphere of large images, whose distances a product of matrices would not resolve."""
-    x = 0.2 + 0.6 * torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    ball, moved = L2Ball(128 / 255), x + 0.05 * torch.randn_like(x)
+    generator = torch.Generator().manual_seed(0)
+    x = 0.2 + 0.6 * torch.rand(64, 3, 32, 32, generator=generator)
+    moved = (x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    ball = L2Ball(128 / 255)
     guard = InputGuard(Reach(128 / 255, "l2"))
     network = nn.Flatten()
     for at, found in ((ball.project(moved, *ball.region(x)), 0), (moved, 1)):

@@ -388,8 +388,8 @@ def test_help_shows_this_tasks_settings_alone(capsys: Capture) -> None:
     assert "btrain data corrupt" in capsys.readouterr().out
     assert main(["data", "corrupt", "--help"]) == 0
     out, _ = capsys.readouterr()
-    assert "dataset: cifar10, cifar100, digits, imagefolder, mnist" in out
-    assert "corruptions: standard" in out
+    assert "dataset=cifar10\n  or cifar100, digits, imagefolder, mnist" in out
+    assert "corrupt.corruptions=standard" in out
     assert "bullettrain" not in out
 
 

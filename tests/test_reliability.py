@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -721,8 +722,17 @@ def test_how_much_was_asked_for_is_told() -> None:
 
 
 def test_memory_that_really_ran_out(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^Memory on cpu ran out with the data and the network"):
-        train(tiny(tmp_path / "run", "model.width=10000000000000"))
+    """The network needs 1.2 GB where the kernel hands out 0.4 more."""
+    config = tiny(tmp_path / "run", "model.width=3000")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + 400_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^Memory on cpu ran out with the data and the net"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     assert not (tmp_path / "run").exists()
 
 

@@ -108,12 +108,17 @@ class OwnDatasetConfig(DatasetConfig):
         return Path(self.factory.rpartition(":")[0]).name.removesuffix(".py")
 
 
+@dataclass
+class MNISTSampleConfig(DatasetConfig):
+    """The part of MNIST that comes with btrain."""
+
+
 DATASETS: dict[DatasetName, type[DatasetConfig]] = {
     DatasetName.cifar10: FilesConfig,
     DatasetName.cifar100: FilesConfig,
     DatasetName.mnist: FilesConfig,
     DatasetName.digits: DatasetConfig,
-    DatasetName.mnist_sample: DatasetConfig,
+    DatasetName.mnist_sample: MNISTSampleConfig,
     DatasetName.imagefolder: ImageFolderConfig,
     DatasetName.own: OwnDatasetConfig,
 }
