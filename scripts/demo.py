@@ -8,7 +8,9 @@ it.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,19 +20,31 @@ from btrain.paper.sheets.arithmetic import interval
 from btrain.report import compare
 from btrain.runs.folder import RunFolder
 
+WAYS = {"TRADES": "uniform", "BulletTrain": "bullettrain"}
+HALVES = (
+    (("TRADES", 0), ("BulletTrain", 0), ("TRADES", 2)),
+    (("TRADES", 1), ("BulletTrain", 1), ("BulletTrain", 2)),
+)
+"""The runs of two processes, about equally long, one thread each."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SEEDS = (0, 1, 2)
-WAYS = {"TRADES": "bt=uniform", "BulletTrain": "bt=bullettrain"}
 
 
 def main(folder: Path) -> int:
     """Train, compare, draw; return the exit status."""
-    runs = {(way, seed): folder / f"{way}-seed{seed}" for seed in SEEDS for way in WAYS}
-    for (way, seed), run in runs.items():
+    runs = {(way, seed): run_of(folder, way, seed) for half in HALVES for way, seed in half}
+    for run in runs.values():
         shutil.rmtree(run, ignore_errors=True)
-        status = btrain(["train", "experiment=demo", WAYS[way], f"seed={seed}", f"run.dir={run}"])
-        if status:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "second.log").open("w") as log:
+        command = [sys.executable, __file__, str(folder)]
+        second = subprocess.Popen([*command, "1"], env=ENVIRONMENT, stdout=log,
+                                  stderr=subprocess.STDOUT)  # fmt: skip
+        first = subprocess.run([*command, "0"], env=ENVIRONMENT, check=False)
+        if status := first.returncode or second.wait():
+            print(f"A training failed; see {log.name} for what the second process said.")
             return status
-    print("\n" + compare(sorted(runs.values()), merge_seeds=True) + "\n")
+    print("\n" + compare([runs[way, s] for way in WAYS for s in SEEDS], merge_seeds=True) + "\n")
     summaries = {key: RunFolder(run).summary() or {} for key, run in runs.items()}
     accuracy, seconds = (
         {key: float(summary[name]) for key, summary in summaries.items()}
@@ -46,6 +60,21 @@ def main(folder: Path) -> int:
     run = runs["BulletTrain", 0]
     print(f"Next: btrain eval checkpoint={run} attack=all report=true")
     return 0
+
+
+def run_of(folder: Path, way: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return folder / f"{way}-seed{seed}"
+
+
+def train(folder: Path, half: int) -> int:
+    """Train the runs of one process; return the exit status."""
+    statuses = [
+        btrain(["train", "experiment=demo", f"bt={WAYS[way]}", f"seed={seed}",
+                f"run.dir={run_of(folder, way, seed)}"])
+        for way, seed in HALVES[half]
+    ]  # fmt: skip
+    return max(statuses)
 
 
 def said(more: dict[int, float], times: dict[int, float]) -> str:
@@ -84,4 +113,5 @@ def draw(accuracy: dict[tuple[str, int], float], seconds: dict[tuple[str, int], 
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))
+    place = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    sys.exit(train(place, int(sys.argv[2])) if len(sys.argv) > 2 else main(place))
