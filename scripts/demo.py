@@ -105,6 +105,8 @@ def draw(accuracy: dict[tuple[str, int], float], seconds: dict[tuple[str, int], 
         keys = [key for key in accuracy if key[0] == way]
         axes.plot([seconds[key] for key in keys], [accuracy[key] for key in keys], mark, label=way)
     axes.set_xlim(left=0)
+    middle = sum(accuracy.values()) / len(accuracy)
+    axes.set_ylim(middle - 5, min(middle + 5, 100))  # so that chance looks like chance
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("right under PGD-20, %")
     axes.legend(frameon=False)
