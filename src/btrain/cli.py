@@ -339,9 +339,7 @@ def _export(args: list[str]) -> None:
         from btrain.report.card import write_card
 
         export, saved = made
-        for path in write_card(
-            Path(export.out), saved, export.format, Path(export.checkpoint), export.which
-        ):
+        for path in write_card(Path(export.out), saved, export.format):
             say(f"Written to {path}.")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from btrain.durable import real
 from btrain.errors import UserError, first_line
+from btrain.untrusted import sha256
 
 GIVEN = "object:"
 """The beginning of the factory of an object that was given from Python."""
@@ -157,7 +158,7 @@ def facts(group: str, factory: str, settings: Mapping[str, Any]) -> dict[str, An
         path = getattr(sys.modules[module], "__file__", None)
         digest = _sources.get(module)
         if digest is None and path is not None and Path(path).is_file():
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            digest = sha256(Path(path))
     name = getattr(found, "__qualname__", type(found).__name__)
     return {
         "factory": factory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from btrain.settings import Config, FilesConfig, OwnModelConfig
 from btrain.settings.checks import no_farther
 from btrain.settings.compose import to_dict
 from btrain.settings.evaluation import EvalSettings, apply, compose
+from btrain.untrusted import sha256
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Target:
         path = self.checkpoint
         if self.run is not None:
             path = real(path).relative_to(real(self.run))
-        return {"checkpoint": path.as_posix(), "checkpoint_sha256": _sha256(self.checkpoint)}
+        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
 
 
 def find(settings: EvalSettings) -> Target:
@@ -245,15 +245,6 @@ def _changes(original: Config, config: Config) -> dict[str, Any]:
         for group, key in keys
         if key in after[group] and after[group][key] != before[group].get(key)
     }
-
-
-def _sha256(path: Path) -> str:
-    """Return the hash of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _name(changes: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,12 @@ from btrain.durable import write_files
 from btrain.errors import UserError
 from btrain.evaluation.result import Evaluation, wilson
 from btrain.exchange.from_run import SavedRun
+from btrain.exchange.write import BESIDE
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings.compose import to_yaml
+from btrain.untrusted import sha256
 
 _CARD = """\
 # {title}
@@ -41,38 +42,32 @@ Accuracies are percent of {examples} test images, with 95 % intervals over other
 """
 
 
-def write_card(
-    out: Path, saved: SavedRun, format: str, source: Path, which: str = "last"
-) -> list[Path]:
+def write_card(out: Path, saved: SavedRun, format: str) -> list[Path]:
     """Write `<out>.md` and `<out>.sha256`; return where.
 
     Args:
         out: the exported file.
-        saved: the run that it was made of, read from `source`, a run folder or its checkpoint.
+        saved: the run that it was made of.
         format: what `out` was exported as.
-        which: of a run folder, the last checkpoint or the best.
 
     Raises:
         UserError: a file cannot be read or written.
     """
     try:
-        sha256 = hashlib.sha256(out.read_bytes()).hexdigest()
+        digest = sha256(out)
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error.strerror}).") from error
-    card, digest = (out.with_name(out.name + end) for end in (".md", ".sha256"))
-    text = card_text(saved, source, out.name, sha256, format, which)
-    write_files({card: text.encode(), digest: f"{sha256}  {out.name}\n".encode()})
-    return [card, digest]
+    card, beside = (out.with_name(out.name + end) for end in BESIDE)
+    text = _text(saved, out.name, digest, format)
+    write_files({card: text.encode(), beside: f"{digest}  {out.name}\n".encode()})
+    return [card, beside]
 
 
-def card_text(
-    saved: SavedRun, source: Path, file: str, sha256: str, format: str, which: str = "last"
-) -> str:
+def _text(saved: SavedRun, file: str, digest: str, format: str) -> str:
     """Return the card in Markdown."""
-    config, folder = saved.config, _run_of(source)
-    best = which == "best" or source.name == "best.pt"
+    config, folder = saved.config, _run_of(saved.path)
     summary = (folder.summary() if folder is not None else None) or {}
-    rows, notes = _accuracies(folder, summary, config, saved.path, best=best)
+    rows, notes = _accuracies(folder, summary, config, saved.path)
     width, height = saved.shape[2], saved.shape[1]
     return _CARD.format(
         title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
@@ -88,7 +83,7 @@ def card_text(
         settings=_settings(config),
         facts=_facts(summary),
         file=file,
-        sha256=sha256,
+        sha256=digest,
         parameters=sum(parameter.numel() for parameter in saved.network().parameters()),
         reading=(
             f"`btrain eval checkpoint={file}` evaluates it."
@@ -98,11 +93,10 @@ def card_text(
     )
 
 
-def _run_of(source: Path) -> RunFolder | None:
-    """Return the folder that a run or one of its checkpoints is of; None for a file elsewhere."""
-    if source.is_dir():
-        return RunFolder(source)
-    return RunFolder(source.parent.parent) if source.parent.name == "checkpoints" else None
+def _run_of(checkpoint: Path) -> RunFolder | None:
+    """Return the folder of a checkpoint's run; None for a file that lies elsewhere."""
+    folder = checkpoint.parent
+    return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
 def _ball(config: Config) -> str:
@@ -111,28 +105,26 @@ def _ball(config: Config) -> str:
 
 
 def _accuracies(
-    folder: RunFolder | None, summary: dict[str, Any], config: Config, path: Path, *, best: bool
+    folder: RunFolder | None, summary: dict[str, Any], config: Config, checkpoint: Path
 ) -> tuple[list[list[str]], list[str]]:
     """Return a row an attack, of the run's own evaluation and of `btrain eval`, and remarks.
 
-    Args:
-        path: the checkpoint, whose evaluations alone are shown.
-        best: whether it is that of the best held-out epoch.
+    Those of the checkpoint alone are shown: a run may have a last and a best one.
     """
     rows, n = [], summary.get("test_examples")
-    prefix = "best_" if best else ""
+    prefix = "best_" if folder is not None and checkpoint.name == folder.best.name else ""
     pairs = (("clean", "clean_acc"), (f"PGD-{config.eval.steps}", "robust_acc"))
     for name, key in ((name, prefix + key) for name, key in pairs):
         accuracy = summary.get(key)
         if accuracy is not None and n:
             low, high = wilson(round(accuracy * n / 100), n)
             rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     try:
         told = [] if folder is None else [*Evaluation.read(folder.path / "eval").summaries()]
     except UserError:
         told = []
-    found = [of for of in told if of.settings.get("checkpoint_sha256") == sha256]
+    digest = sha256(checkpoint)
+    found = [of for of in told if of.settings.get("checkpoint_sha256") == digest]
     for of in found:
         interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
         rows.append([f"{of.attack} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])

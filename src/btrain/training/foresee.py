@@ -1,4 +1,4 @@
-"""What a run will take before it is begun: steps, time, work, memory, disk."""
+"""The cost of a run before it is begun: steps, time, work, memory, disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ALL = (1.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a run will take.
+    """The cost of a run that has not begun.
 
     Attributes:
         batches: of an epoch.

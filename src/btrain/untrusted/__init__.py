@@ -43,12 +43,17 @@ def check_hash(path: Path) -> None:
     said = re.match(r"[0-9a-f]{64}\b", read_text(beside, _LONGEST_HASH_FILE))
     if said is None:
         raise RefusedError(f"{beside.name} beside it holds no SHA-256")
-    found = hashlib.sha256()
+    if sha256(path) != said[0]:
+        raise RefusedError(f"it is not the file whose SHA-256 stands in {beside.name}")
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file's bytes; raise as `open_plain`."""
+    digest = hashlib.sha256()
     with open_plain(path) as file:
         while block := file.read(_BLOCK):
-            found.update(block)
-    if found.hexdigest() != said[0]:
-        raise RefusedError(f"it is not the file whose SHA-256 stands in {beside.name}")
+            digest.update(block)
+    return digest.hexdigest()
 
 
 _LONGEST_HASH_FILE, _BLOCK = 1 << 12, 1 << 20
