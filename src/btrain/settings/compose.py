@@ -250,6 +250,12 @@ _WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 
 def options_first(arguments: Sequence[str]) -> list[str]:
     """Put Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
+    options, settings = _apart(arguments)
+    return [*options, *settings]
+
+
+def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's own options with their values, and the words that set something."""
     options, settings, rest = [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -260,7 +266,7 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         # --info may stand alone
         if argument in _WITH_A_VALUE and rest and "=" not in rest[0] and rest[0][:1] != "-":
             options.append(rest.pop(0))
-    return [*options, *settings]
+    return options, settings
 
 
 def check_words(arguments: Sequence[str], task: str) -> None:
@@ -268,7 +274,7 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     from hydra._internal.utils import get_args_parser
 
     command = f"btrain {TASKS[task].command}"
-    if split := hints.several_words(_settings_among(arguments)):
+    if split := hints.several_words(_apart(arguments)[1]):
         raise UserError(split)
 
     class Parser(argparse.ArgumentParser):
@@ -327,11 +333,10 @@ def jobs_at_once() -> int | None:
     1 without a sweep; None where the launcher does not tell.
     """
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     hydra = HydraConfig.get()
     launcher = hydra.runtime.choices["hydra/launcher"]
-    if hydra.mode is not RunMode.MULTIRUN or launcher == "basic":
+    if not is_sweep() or launcher == "basic":
         return 1
     if launcher != "joblib":
         return None
@@ -529,7 +534,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     for known in (error, cause):
         if isinstance(known, UserError):  # of a resolver, or of a file of the user's
             return known
-    folder, overrides = user_folder(overrides), _settings_among(overrides)
+    folder, (_, overrides) = user_folder(overrides), _apart(overrides)
     if several := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
         return UserError(f"{several.group(1)} gives several values; a sweep needs --multirun.")
     if type(error).__name__ == "OverrideParseException":
@@ -571,18 +576,6 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     if isinstance(cause, RecursionError):
         return UserError("Options name each other in their defaults, without end.")
     return UserError(f"{_reason(cause) or type(cause).__name__}.")
-
-
-def _settings_among(arguments: Sequence[str]) -> list[str]:
-    """Return the words that set, add or remove something, without Hydra's options."""
-    words, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument in _WITH_A_VALUE and rest and "=" not in rest[0]:
-            rest.pop(0)
-        elif not argument.startswith("-"):
-            words.append(argument)
-    return words
 
 
 def _removed(overrides: Sequence[str], schema: type | None) -> str | None:
