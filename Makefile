@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table
+PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table sparse_augmix
 PROFILE ?= smoke
 JOBS ?= 1
 
