@@ -226,7 +226,7 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
         "--multirun",
         f"seed={','.join(map(str, seeds))}",
         f"experiment={','.join(sweep.experiments)}",
-        *job.settings,
+        *job.settings(sweep),
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
         f"logger.group={configs.quoted(name)}",
         f"logger.tags=[{job.target.name},{job.profile.name}]",

@@ -154,6 +154,8 @@ def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
         found = [spread(line.values[metric]) for line in sheet.lines]
         name = "share bounded" if metric == "f_b" else metric_name(sheet, metric)
         cells = [text(ours, form) for ours in found]
+        if metric == bounded.MEMORY and set(cells) == {NONE}:
+            continue
         if metric == bounded.TIMES:
             cells = [line.refused or cell if cell == NONE else cell
                      for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
