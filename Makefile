@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table
+PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table sparse_augmix
 PROFILE ?= smoke
 JOBS ?= 1
 
@@ -60,7 +60,7 @@ mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and it
 	$(call reproduce,mixtrain_table mixtrain_front)
 
 mixtrain_choice: $(VENV)/.installed-paper  ## BulletTrain's choice of the images that MixTrain bounds, beside chance (PROFILE=cpu: 5 seeds)
-	$(call reproduce,mixtrain_choice1 mixtrain_choice5)
+	$(call reproduce,mixtrain_choice)
 
 hero: $(VENV)/.installed-report  ## the README's picture, from results/
 	python scripts/hero.py
