@@ -31,7 +31,7 @@ def test_every_table_and_figure_of_the_experiments_is_there() -> None:
     figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
     cheap = ["cheapest_mnist", "cheapest_table"]
     bounds = ["mixtrain_choice", "mixtrain_front", "mixtrain_table"]
-    assert [*cheap, *figures, *bounds, "sparse_table", *tables] == TARGETS
+    assert [*cheap, *figures, *bounds, "sparse_augmix", "sparse_table", *tables] == TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)
