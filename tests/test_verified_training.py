@@ -23,9 +23,8 @@ from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_ri
 from btrain.paper import step as paper_step
 from btrain.paper.sheets.bounded import read_step
 from btrain.paper.step import write_step
-from btrain.processes.world import World
 from btrain.settings.compose import compose
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
 
@@ -196,11 +195,6 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
 def test_mistakes(overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         compose([*SMALL, *overrides])
-
-
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="defense=ibp needs one process; with torchrun"):
-        check_shares(compose([*SMALL, "defense=ibp"]), 1442, World(0, 2))
 
 
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:

@@ -36,6 +36,21 @@ Regulariser = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """(network, images, labels, generator) -> what is added to the loss, ()"""
 
 
+class Part(NamedTuple):
+    """The place of some of a process' examples among those of a batch, learnt from one by one.
+
+    Attributes:
+        share: of this process' examples of the batch.
+        last: whether the update follows.
+        outcomes: of the parts so far: adversarial logits, (n, K), without their graph, and labels
+            and weights.
+    """
+
+    share: float
+    last: bool
+    outcomes: list[tuple[Tensor, Tensor, Weights | None]]
+
+
 class Examples(NamedTuple):
     """A batch after line 13, in descending order of steps.
 
@@ -48,6 +63,7 @@ class Examples(NamedTuple):
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
         weights: how often each counts; None for once.
+        part: of the batch, where these are not all.
     """
 
     x: Tensor
@@ -62,6 +78,7 @@ class Examples(NamedTuple):
     share: float = 1.0
     indices: Tensor | None = None
     weights: Weights | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +165,7 @@ class BulletTrain:
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
         x, labels, x_adv, clean_logits, z, score = examples[:6]
-        allocation, perturbed, units, share, _, weights = examples[6:]
+        allocation, perturbed, units, share, _, weights, _ = examples[6:]
         m = len(x)
         if self.defense.outer_reads_clean:  # line 14
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -157,14 +174,7 @@ class BulletTrain:
             trained = m + rows
         else:
             clean_logits, adv_logits, trained = z, network(x_adv), m
-        memory["robust_fraction"] = update_robust_fraction(  # line 15
-            memory["robust_fraction"],
-            adv_logits,
-            labels,
-            momentum=self.momentum,
-            gamma=self.gamma,
-            mean=partial(self.mean, weight=None if weights is None else weights.adv),
-        )
+        self.remember_robust_fraction(memory, examples, adv_logits)  # line 15
         if weights is None:
             loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
         else:
@@ -182,6 +192,20 @@ class BulletTrain:
             weights=weights,
         )  # fmt: skip
         return Loss(loss, stats, share)
+
+    def remember_robust_fraction(
+        self, memory: Memory, examples: Examples, adv_logits: Tensor
+    ) -> None:
+        """Remember F_R, by how many examples of the batch stand. (m, K)"""
+        weights = examples.weights
+        memory["robust_fraction"] = update_robust_fraction(
+            memory["robust_fraction"],
+            adv_logits,
+            examples.labels,
+            momentum=self.momentum,
+            gamma=self.gamma,
+            mean=partial(self.mean, weight=None if weights is None else weights.adv),
+        )
 
     def weighted(
         self, allocation: Allocation, weight: Tensor | None, generator: torch.Generator

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from btrain import allocation, own
 from btrain.allocation import FAR, METRICS, Allocator
-from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
+from btrain.attacks.attack import (
+    Attack,
+    AttackInParts,
+    Start,
+    at_the_image,
+    nearby,
+    within_the_ball,
+)
 from btrain.attacks.balls import BALLS, Ball
 from btrain.attacks.fast_paths import FastPaths
 from btrain.attacks.kept import Kept
@@ -21,6 +28,7 @@ from btrain.attacks.views import augmix
 from btrain.data import Split
 from btrain.defenses import DEFENSES, Defense
 from btrain.methods import gradalign
+from btrain.methods.accumulated import AccumulatedBulletTrain
 from btrain.methods.augmix import AugMix
 from btrain.methods.base import Method
 from btrain.methods.bullettrain import BulletTrain
@@ -136,7 +144,9 @@ def make_method(
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
     if isinstance(config.defense, VerifiedConfig):
-        return make_verified(config, config.defense, paths=paths, known=known, held_out=held_out)
+        return make_verified(
+            config, config.defense, paths=paths, known=known, world=world, held_out=held_out
+        )
     method = make_bullettrain(
         config, device, plain=plain, share=share, paths=paths, known=known, world=world
     )
@@ -174,10 +184,18 @@ def make_bullettrain(
         weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
         added = gradalign.regulariser(weight, epsilon)
         method = replace(method, regulariser=(added, gradalign.UNITS))
-    if world.size == 1:
-        return method
-    parts = {item.name: getattr(method, item.name) for item in fields(method)}
-    return DealtBulletTrain(**parts, world=world)
+    parts, size = config.train.accumulate, config.train.batch_size
+    if parts > 1:
+        most = -(-size // (parts * world.size))
+        attack = AttackInParts(**_settings(method.attack), most=most)
+        settings = _settings(replace(method, attack=attack))
+        return AccumulatedBulletTrain(**settings, world=world, batch_size=size, parts=parts)
+    return method if world.size == 1 else DealtBulletTrain(**_settings(method), world=world)
+
+
+def _settings(made: Attack | BulletTrain) -> dict[str, Any]:
+    """Return what a class with more settings takes over."""
+    return {item.name: getattr(made, item.name) for item in fields(made)}
 
 
 def make_verified(
@@ -186,6 +204,7 @@ def make_verified(
     *,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
+    world: World = ALONE,
     held_out: Split | None = None,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
@@ -212,6 +231,7 @@ def make_verified(
         regulariser=defense.shi_regulariser,
         feedback=defense.dynamic is MixDynamic.feedback,
         held_out=held_out,
+        world=world,
     )
 
 
