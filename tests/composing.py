@@ -1,14 +1,21 @@
-"""Configurations for tests that make many: Hydra merges the YAML files once for equal options."""
+"""Configurations for tests that make many: the YAML files are merged once for equal options."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import omegaconf
+from hydra._internal import config_loader_impl as loader
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from btrain import own
@@ -16,9 +23,57 @@ from btrain.settings import compose as configs
 
 GROUPS = {path.name for path in Path(configs.config_dir()).iterdir() if path.is_dir()}
 
+hydras_list = loader.create_defaults_list
+hydras_merge = ConfigLoaderImpl._compose_config_from_defaults_list
+_lists: dict[tuple[str | bool | None, ...], DefaultsList] = {}
+_merged: dict[int, Any] = {}
+
+
+def remember() -> None:
+    """Let Hydra merge btrain's own files once for equal options, in a command, too.
+
+    All else is done anew: words are parsed, settings are put into a copy, values are checked.
+    """
+    loader.create_defaults_list = _list
+    ConfigLoaderImpl._compose_config_from_defaults_list = _merge  # type: ignore[method-assign]
+    parse = lru_cache(10_000)(omegaconf.base.parse)
+    omegaconf.base.parse = omegaconf._utils.parse = parse
+
+
+def _list(
+    repo: IConfigRepository,
+    config_name: str | None,
+    overrides_list: list[Override],
+    prepend_hydra: bool,
+    skip_missing: bool,
+) -> DefaultsList:
+    folders = [source.path for source in repo.get_sources() if source.scheme() == "file"]
+    if folders != [configs.config_dir()]:  # a user's files may change
+        return hydras_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
+    options = [word for word in overrides_list if repo.group_exists(word.key_or_group)]
+    key = (config_name, skip_missing, *(word.input_line for word in options))
+    if key not in _lists:
+        _lists[key] = hydras_list(repo, config_name, options, prepend_hydra, skip_missing)
+    found = _lists[key]
+    # As hydra's own `Overrides` tells them apart.
+    settings = [
+        word
+        for word in overrides_list
+        if not word.is_sweep_override() and (word not in options or isinstance(word.value(), dict))
+    ]
+    return DefaultsList(found.defaults, found.defaults_tree, settings, found.overrides)
+
+
+def _merge(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> Any:
+    if not any(found.defaults is defaults for found in _lists.values()):
+        return hydras_merge(self, defaults, repo)
+    if id(defaults) not in _merged:
+        _merged[id(defaults)] = hydras_merge(self, defaults, repo)
+    return copy.deepcopy(_merged[id(defaults)])
+
 
 def compose(overrides: Sequence[str] = ()) -> Any:
-    """Return `btrain.settings.compose.compose(overrides)`, in a seventh of the time.
+    """Return `btrain.settings.compose.compose(overrides)`, without Hydra's own settings.
 
     The options (`model=small_cnn`) choose the YAML files; a setting (`model.width=4`) is put into
     what they come to, by Hydra's own function, as Hydra does.

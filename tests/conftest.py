@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import composing
 from btrain import models
 from btrain.cli import main
 from btrain.data import Data, load
@@ -21,6 +22,8 @@ from evaluation_page import write_evaluation
 # The networks are tiny: more threads only wait for each other. Child processes inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+composing.remember()
 
 DEAREST = (
     "test_paper.py", "test_config.py", "test_launchers.py", "test_training.py", "test_bench.py",

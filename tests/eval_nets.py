@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from btrain.data import Data
+from btrain.evaluation import autoattack
 from btrain.evaluation.examples import Examples
 
 CPU = torch.device("cpu")
@@ -52,6 +56,19 @@ def of_split(images: Tensor, labels: Tensor, classes: int = 10) -> Examples:
 
 def digits_examples(digits: Data, count: int | None = None) -> Examples:
     return of_split(digits.test.images[:count], digits.test.labels[:count])
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let AutoAttack take a few steps of each of its attacks."""
+    make = autoattack._Ensemble.__init__
+
+    def shortened(self: autoattack._Ensemble, *arguments: Any) -> None:
+        make(self, *arguments)
+        attacks = self._library
+        attacks.apgd.n_iter = attacks.apgd_targeted.n_iter = attacks.fab.n_iter = 10
+        attacks.square.n_queries = 100
+
+    monkeypatch.setattr(autoattack._Ensemble, "__init__", shortened)
 
 
 def trained_on(

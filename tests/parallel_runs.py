@@ -1,6 +1,6 @@
-"""Started by `test_parallel_runs.py` with torchrun: all that processes of a run tell each other.
+"""The work of `test_parallel_runs.py`: all that the processes of a run tell each other.
 
-`python -m parallel_runs FOLDER` leaves FOLDER/<rank>.json, FOLDER/<rank>.threads and the runs.
+Each leaves FOLDER/<rank>.json, FOLDER/<rank>.threads, and all together the runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,14 @@ FEW = (1, 2, 5)
 
 
 def main(folder: Path) -> None:
+    """Do all of it, to the end of an interpreter, which a fork by itself has not."""
+    atexit._clear()
     atexit.register(leave_threads, folder)  # the first one here is the last one called
+    _main(folder)
+    atexit._run_exitfuncs()
+
+
+def _main(folder: Path) -> None:
     done: dict[str, Any] = {"summaries": {}}
     probe._SHARE = 100.0  # epochs of two batches leave no room within 1 %
     for name, own in RUNS.items():
@@ -131,7 +137,3 @@ def stopped_by_one(world: World) -> list[Any]:
         except Interrupted as interrupted:
             return [before, stop.made(), interrupted.number]
     return [before]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -23,6 +23,7 @@ from btrain.methods.make import make_methods
 from btrain.methods.statistics import stacked
 from btrain.processes.world import World, joined
 from btrain.settings import Config
+from btrain.settings.method import VerifiedConfig
 from btrain.training.update import train_batch
 from composing import compose
 from steps import memory_of
@@ -96,6 +97,17 @@ CASES = {
     "BatchNorm, shared": (["model=preact_resnet18", "bt.share_clean_forward=true"], MIXED, 40),
     "BatchNorm, augmix": ([*AUGMIX, "model=preact_resnet18"], MIXED, 40),
     "BatchNorm, pool": (["model=preact_resnet18", "bt.pool=2", "train.batch_size=20"], MIXED, 40),
+    "mixtrain": (
+        ["defense=mixtrain", "bt=bullettrain", "defense.per_batch=3", "defense.ramp=0"],
+        MIXED,
+        51,
+    ),
+    "mtl_ibp": (["defense=mtl_ibp", "attack.steps=2", "train.epochs=1"], MIXED, 51),
+    "sabr of one": (
+        ["defense=sabr", "bt=random", "defense.per_batch=1", "attack.steps=2", "defense.ramp=0"],
+        MIXED,
+        50,
+    ),
     "bf16": (["model=preact_resnet18", "train.precision=bf16", "bt.warmup_epochs=1"], MIXED, 40),
 }
 """Overrides, labels, examples of a batch."""
@@ -146,6 +158,8 @@ def run(
     several, fractions, stats = None if world.size == 1 else world, [], []
     for number in range(STEPS):
         x = to_unit(digits.train.images[number * m : (number + 1) * m])
+        if isinstance(config.defense, VerifiedConfig):  # whose bounds do not pass by the hook
+            x = x.double()
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
         network, method = paths.view(world.wrapped(model.train())), method_of(number // 2)
         sums = train_batch(network, optimizer, method, batch, memory, generator, several)

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+import composing
 from btrain import models
 from btrain.allocation import METRICS
 from btrain.cli import main
@@ -115,6 +116,27 @@ def changed(composed: DictConfig, settings: dict[str, Any]) -> Config:
 
 
 # The YAML files
+
+
+@pytest.mark.parametrize(
+    ("words", "task"),
+    [
+        (["defense=pgd", "dataset=mnist", "attack.steps=7", "hydra/launcher=joblib"], "train"),
+        (
+            ["bt=own", "+bt.settings.a=1", "bt.factory=x.py:f", "run.dir=x", "hydra.job.name=y"],
+            "train",
+        ),
+        (["bench.out=x.json"], "bench"),
+    ],
+)
+def test_what_the_tests_remember_is_what_hydra_composes(
+    words: list[str], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered = [composed_by_hydra(words, task) for _ in range(2)]
+    monkeypatch.setattr(composing.loader, "create_defaults_list", composing.hydras_list)
+    anew = composed_by_hydra(words, task)
+    assert OmegaConf.to_yaml(anew) == OmegaConf.to_yaml(remembered[0])
+    assert remembered == [anew, anew]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

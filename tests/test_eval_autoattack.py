@@ -23,7 +23,7 @@ from btrain.evaluation.autoattack import InParts, autoattack_stands
 from btrain.evaluation.examples import Examples, as_evaluated
 from btrain.evaluation.pgd import Pgd, pgd_stands
 from btrain.evaluation.worst_case import Partial
-from eval_nets import CPU, Linear, digits_examples, of_split, trained_on
+from eval_nets import CPU, Linear, digits_examples, of_split, shorten, trained_on
 
 EPSILON = 0.1
 BALL = LinfBall(EPSILON)
@@ -79,14 +79,7 @@ def test_our_pgd_and_the_librarys_agree_within_one_of_500(digits: Data) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's ensemble with a few steps of each attack."""
-    make = autoattack._Ensemble.__init__
-
-    def shortened(self: autoattack._Ensemble, *arguments: Any) -> None:
-        make(self, *arguments)
-        self._library.apgd_targeted.n_iter = self._library.fab.n_iter = 10
-        self._library.square.n_queries = 100
-
-    monkeypatch.setattr(autoattack._Ensemble, "__init__", shortened)
+    shorten(monkeypatch)
 
 
 @pytest.mark.usefixtures("short")
@@ -131,20 +124,30 @@ def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
         handle.remove()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(robust_net: nn.Module, digits: Data) -> tuple[Tensor, int]:
+    """What holds out of twelve digits in batches of five, and the passes that took."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        patch.setattr(autoattack, "BATCH", 5)
+        (whole, _), passes = forward_passes(
+            robust_net, lambda: standing(robust_net, digits_examples(digits, 12), batch_size=5)
+        )
+    return whole, passes
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_an_interrupted_autoattack_goes_on_where_it_was(
     robust_net: nn.Module,
     digits: Data,
+    uninterrupted: tuple[Tensor, int],
     tmp_path: Path,
     share: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(autoattack, "BATCH", 5)
-    examples = digits_examples(digits, 12)
-    (whole, _), passes = forward_passes(
-        robust_net, lambda: standing(robust_net, examples, batch_size=5)
-    )
+    examples, (whole, passes) = digits_examples(digits, 12), uninterrupted
     partial = Partial(tmp_path / "autoattack.partial.npz", {"epsilon": EPSILON})
     remove = interrupting(robust_net, int(share * passes))
     with pytest.raises(InterruptedAttackError):
@@ -190,10 +193,10 @@ def test_an_interrupted_pgd_goes_on_where_it_was(
 def test_the_batch_size_bounds_the_passes_and_not_the_result(
     robust_net: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autoattack, "BATCH", 16)
-    examples = digits_examples(digits, 32)
+    monkeypatch.setattr(autoattack, "BATCH", 8)
+    examples = digits_examples(digits, 16)
     found, longest = [], []
-    for batch_size in (3, 16, 1000):
+    for batch_size in (3, 8, 1000):
         seen: list[int] = []
         handle = robust_net.register_forward_pre_hook(
             lambda _, x, seen=seen: seen.append(len(x[0]))
@@ -201,10 +204,10 @@ def test_the_batch_size_bounds_the_passes_and_not_the_result(
         found.append(standing(robust_net, examples, batch_size=batch_size)[0])
         handle.remove()
         longest.append(max(seen))
-    assert longest == [3, 16, 16]
+    assert longest == [3, 8, 8]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
-    assert 0 < found[0].sum() < 32
+    assert 0 < found[0].sum() < 16
 
 
 def test_a_network_in_parts_has_the_gradients_of_the_whole(preact: nn.Module) -> None:
@@ -220,6 +223,7 @@ def test_a_network_in_parts_has_the_gradients_of_the_whole(preact: nn.Module) ->
         torch.testing.assert_close(InParts(preact, 3)(x), whole.detach())
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("classes", "version", "ball"),
     [
@@ -299,8 +303,8 @@ class UpstreamsAutoAttack:
             model, norm=norm, eps=eps, seed=seed, version=version, device=device
         )
         self.attacks_to_run = self.inner.attacks_to_run
-        self.apgd_targeted, self.fab = self.inner.apgd_targeted, self.inner.fab
-        self.square = self.inner.square
+        self.apgd, self.apgd_targeted = self.inner.apgd, self.inner.apgd_targeted
+        self.fab, self.square = self.inner.fab, self.inner.square
 
     def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> Tensor:
         print("Warning: it seems to be a dynamic defense!")
@@ -334,6 +338,7 @@ def test_nothing_left_to_attack(plain_net: nn.Module, digits: Data) -> None:
     assert not stands.any()
 
 
+@pytest.mark.usefixtures("short")
 def test_global_random_state_stays(robust_net: nn.Module, digits: Data) -> None:
     state = torch.get_rng_state()
     standing(robust_net, digits_examples(digits, 2), version="rand")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ import torch
 from btrain.cli import main
 from btrain.errors import Interrupted, UserError
 from btrain.training.safety.finite import NotFiniteError
+from torchrun import command, in_a_fork
 
 installed = pytest.mark.skipif(
     find_spec("hydra_plugins.hydra_joblib_launcher") is None
@@ -27,9 +27,10 @@ installed = pytest.mark.skipif(
 )
 
 SWEEP = [
-    sys.executable, "-m", "btrain", "train", "--multirun", "dataset=digits", "model=small_cnn",
+    "train", "--multirun", "dataset=digits", "model=small_cnn",
     "model.width=4", "dataset.test_examples=50", "eval.steps=2", "device=cpu",
 ]  # fmt: skip
+SAID = Path("said")
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 SUBMITIT = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
 
@@ -42,11 +43,10 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     launcher: list[str], jobs: int | None, here: Path
 ) -> None:
     settings = ["dataset.train_examples=100", "train.epochs=1", "run.dir=runs/${bt.gamma}"]
-    done = subprocess.run(
-        [*SWEEP, *launcher, *settings, "bt.gamma=2,0.8"], capture_output=True, text=True
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 1, said
+    done = in_a_fork(swept, (*SWEEP, *launcher, *settings, "bt.gamma=2,0.8"), "loky", said=SAID)
+    done.join(200)
+    said = SAID.read_text()
+    assert done.exitcode == 1, said
     assert said.count("btrain: bt.gamma must be in (0, 1], not 2.0.") == 1
     assert "Traceback" not in said
     assert "\nbt.gamma=0.8 " in done.stdout and "1 of 2 runs did not finish:" in done.stdout
@@ -54,6 +54,30 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     assert not Path("runs/2").exists()
     (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
     assert session["jobs"] == jobs
+
+
+IDLE = """
+import os, signal
+from joblib import Parallel, delayed
+from btrain.processes.parent import watch_in_workers
+watch_in_workers(os.getpid())
+workers = set(Parallel(n_jobs=2)(delayed(os.getpid)() for _ in range(8)))
+print(*workers, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@installed
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux' /proc")
+def test_workers_without_a_job_end_with_the_sweep(here: Path) -> None:
+    with Path("said").open("w+") as file:  # a pipe would stay open as long as the workers
+        subprocess.run([sys.executable, "-c", IDLE], stdout=file, stderr=subprocess.DEVNULL)
+        file.seek(0)
+        workers, until = file.readline().split(), time.monotonic() + 30
+    assert workers
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < until  # joblib itself waits for five minutes
+        time.sleep(0.1)
 
 
 @installed
@@ -70,26 +94,41 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
 def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
     kill: Callable[[int, int], None], status: int, sentence: str, times: int, here: Path
 ) -> None:
-    command = [*SWEEP, *JOBLIB, "train.epochs=2000", "seed=0,1", "run.dir=runs/s${seed}"]
-    with Path("said").open("w+") as file:
-        sweep = subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
-        folders = [Path(f"runs/s{seed}") for seed in (0, 1)]
-        until = time.monotonic() + 120
-        while not all((folder / "checkpoints/last.pt").exists() for folder in folders):
-            assert sweep.poll() is None and time.monotonic() < until
-            time.sleep(0.1)
-        jobs = [json.loads((folder / "run.lock").read_text())["pid"] for folder in folders]
-        kill(sweep.pid, jobs[0])
-        assert sweep.wait(60) == status
-        for job in jobs:
-            with pytest.raises(ProcessLookupError):
-                while time.monotonic() < until + 60:
-                    os.kill(job, 0)
-                    time.sleep(0.1)
-        file.seek(0)
-        said = file.read()
+    settings = ["train.epochs=2000", "seed=0,1", "run.dir=runs/s${seed}"]
+    sweep = in_a_fork(swept, (*SWEEP, *JOBLIB, *settings), "fork", said=SAID)
+    folders = [Path(f"runs/s{seed}") for seed in (0, 1)]
+    until = time.monotonic() + 120
+    while not all((folder / "checkpoints/last.pt").exists() for folder in folders):
+        assert sweep.exitcode is None and time.monotonic() < until
+        time.sleep(0.1)
+    jobs = [json.loads((folder / "run.lock").read_text())["pid"] for folder in folders]
+    assert sweep.pid is not None and sweep.pid not in jobs
+    kill(sweep.pid, jobs[0])
+    sweep.join(60)
+    assert sweep.exitcode == status
+    for job in jobs:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < until + 60:
+                os.kill(job, 0)
+                time.sleep(0.1)
+    said = SAID.read_text()
     assert sum(sentence in line for line in said.splitlines() if "btrain: " in line) == times
     assert "Traceback" not in said
+
+
+def swept(arguments: tuple[str, ...], jobs: str) -> None:
+    """Run `btrain …` in a session of its own, to the end of an interpreter, which a fork has not.
+
+    `jobs` is how joblib starts its processes: "fork" ones need not import torch anew.
+    """
+    from joblib.externals.loky.backend import context
+
+    os.setsid()
+    context.set_start_method(jobs)
+    try:
+        command(arguments)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(

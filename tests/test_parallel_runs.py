@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import parallel_runs
 from btrain.build import load_data, make_model
 from btrain.cli import main
 from btrain.evaluation import Accuracy, evaluate
-from btrain.processes import launched
+from btrain.processes import launched as by_torchrun
 from composing import compose
 from parallel_runs import COMMON, FEW, RUNS, accuracy_of
-from torchrun import torchrun
+from torchrun import in_a_fork, launched
 
 CPU, PROCESSES = torch.device("cpu"), 3
 
@@ -25,8 +26,10 @@ CPU, PROCESSES = torch.device("cpu"), 3
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what three processes have left."""
     folder = tmp_path_factory.mktemp("runs")
-    script = str(Path(__file__).with_name("parallel_runs.py"))
-    assert torchrun(PROCESSES, script, str(folder)).wait(300) == 0
+    said = folder / "said"
+    run = in_a_fork(launched, PROCESSES, parallel_runs.main, folder, said=said)
+    run.join(300)
+    assert run.exitcode == 0, said.read_text()
     return folder
 
 
@@ -131,7 +134,7 @@ def test_what_several_processes_do_not_share_is_refused(
     assert len(told) == 1
     assert "needs one process, and torchrun started 2" in told[0]
     of_two.setenv("RANK", "1")
-    of_two.setattr(launched, "GRACE_SECONDS", 0)
+    of_two.setattr(by_torchrun, "GRACE_SECONDS", 0)
     assert main([*command]) == 1
     assert capsys.readouterr().err == ""
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.bench.look import look
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.methods.bullettrain import BulletTrain, Examples, rows_to_forward
@@ -27,6 +26,7 @@ from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from btrain.training.timing.look import look
 from composing import compose
 from steps import take
 

@@ -27,7 +27,7 @@ from btrain.processes.launched import (
     is_first,
     processes,
 )
-from btrain.processes.parent import not_outliving
+from btrain.processes.parent import not_outliving, watch_in_workers
 from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
@@ -281,6 +281,9 @@ def _run_with_hydra(
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
+    if "hydra/launcher=joblib" in args:
+        with suppress(ImportError):  # of which Hydra tells
+            watch_in_workers(sweep)
     main = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name=task)(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = [f"btrain {configs.TASKS[task].command}", *args]

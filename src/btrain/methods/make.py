@@ -144,7 +144,9 @@ def make_method(
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
     if isinstance(config.defense, VerifiedConfig):
-        return make_verified(config, config.defense, paths=paths, known=known, held_out=held_out)
+        return make_verified(
+            config, config.defense, paths=paths, known=known, world=world, held_out=held_out
+        )
     method = make_bullettrain(
         config, device, plain=plain, share=share, paths=paths, known=known, world=world
     )
@@ -202,6 +204,7 @@ def make_verified(
     *,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
+    world: World = ALONE,
     held_out: Split | None = None,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
@@ -228,6 +231,7 @@ def make_verified(
         regulariser=defense.shi_regulariser,
         feedback=defense.dynamic is MixDynamic.feedback,
         held_out=held_out,
+        world=world,
     )
 
 

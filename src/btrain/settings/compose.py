@@ -86,7 +86,7 @@ def register() -> None:
     for group, (_, options) in OPTIONS.items():
         for option, schema in options.items():
             store(group=group, name=f"{option.name}_schema", node=_with_free_settings(schema))
-    user_files.check_all()
+    user_files.register()
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)

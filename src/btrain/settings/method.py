@@ -396,7 +396,7 @@ class YopoConfig(FastConfig):
 class GradAlignConfig(RivalConfig):
     grad_align_weight: float = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = (
         _ALIKE
         | _ATTACKS
@@ -414,7 +414,7 @@ class GradAlignConfig(RivalConfig):
 class FreeConfig(RivalConfig):
     replays: int = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = _ALIKE | _OWN_LOSS | _NOT_GRADUALLY
     unread: ClassVar[frozenset[str]] = _OWN_ATTACK
     mode: ClassVar[AttackMode | None] = AttackMode.train
@@ -430,7 +430,7 @@ class MMAConfig(RivalConfig):
     bisections: int = MISSING
     clean_weight: float = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = (
         _ALIKE
         | _OWN_LOSS
