@@ -52,6 +52,7 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     assert done.returncode == 1, said
     assert said.count("btrain: bt.gamma must be in (0, 1], not 2.0.") == 1
     assert "Traceback" not in said
+    assert "\nbt.gamma=0.8 " in done.stdout and "1 of 2 runs did not finish:" in done.stdout
     assert json.loads(Path("runs/0.8/summary.json").read_text())["epochs"] == 1
     assert not Path("runs/2").exists()
     (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
