@@ -45,6 +45,9 @@ commands:
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
 
+to begin, with images that come with btrain:
+  btrain train dataset=digits model=small_cnn attack.epsilon=0.1 recipe.lr=0.1 train.epochs=10
+
 `btrain <command> --help` tells more, `btrain --version` the version;
 `eval "$(btrain --completion bash)"`, or zsh or fish, completes these words at Tab.
 """
