@@ -351,6 +351,7 @@ def test_the_levers_go_together_with_every_defense(
         (["bt.guard=0.5", "bt.pool=2"], "bt.guard=0.5 does not go with bt.pool=2"),
         (["bt.score=last", "bt.pool=2"], "bt.score=last does not go with bt.pool=2"),
         (["bt.score=last", "bt=uniform"], "bt=uniform"),
+        (["bt.score=last", "train.accumulate=2"], "train.accumulate=2"),
     ],
 )
 def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:

@@ -528,6 +528,7 @@ _NO_LAST = {
     "other_choice": "it may read the logits of now",
     "own_defense": "its loss may have no clean pass",
     "pool": "the pool is scored at once",
+    "parts": "the targets of a batch are computed in one pass",
 }
 _NO_POOL = {
     "rival": "a rival is run as published",
