@@ -580,7 +580,7 @@ class BulletTrainConfig(ChoosingConfig):
     n_r: int = MISSING
     n_o: int = MISSING
     robust_share: float = 1.0
-    guard: float | None = None
+    guard: float = 1.0
     guard_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -588,8 +588,7 @@ class BulletTrainConfig(ChoosingConfig):
         at_least(0, "bt.n_o", self.n_o)
         at_least(0, "bt.n_r", self.n_r)
         require(0 < self.robust_share <= 1, "bt.robust_share", "in (0, 1]", self.robust_share)
-        if self.guard is not None:
-            require(0 <= self.guard < 1, "bt.guard", "in [0, 1), or null", self.guard)
+        require(0 <= self.guard <= 1, "bt.guard", "in [0, 1]", self.guard)
 
     def choices(self) -> list[Choice]:
         found = super().choices()
@@ -599,14 +598,14 @@ class BulletTrainConfig(ChoosingConfig):
         if self.robust_share < 1:
             written = f"bt.robust_share={self.robust_share:g}"
             found.append(Choice(written, frozenset({"weighted"}), WEIGHTED))
-        if self.guard is not None:
+        if self.guard < 1:
             found.append(Choice(f"bt.guard={self.guard:g}", frozenset(), _NO_GUARD))
         else:
-            found.append(Choice("bt.guard=null", unread=frozenset({"bt.guard_steps"})))
+            found.append(Choice("bt.guard=1", unread=frozenset({"bt.guard_steps"})))
         return found
 
     def unkept(self) -> BTConfig:
-        return replace(self, guard=None, score=super().unkept().score)
+        return replace(self, guard=1.0, score=super().unkept().score)
 
     def check_order(self) -> None:
         """Raise UserError unless N_O ≤ N_R ≤ N_B."""
@@ -616,7 +615,7 @@ class BulletTrainConfig(ChoosingConfig):
                 f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a robust "
                 "example gets no more steps than a boundary one."
             )
-        if self.guard is not None:
+        if self.guard < 1:
             between = self.n_o <= self.guard_steps <= self.n_r
             rule = f"from bt.n_o = {self.n_o} to bt.n_r = {self.n_r}"
             require(between, "bt.guard_steps", rule, self.guard_steps)

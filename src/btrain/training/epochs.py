@@ -122,7 +122,7 @@ def weights_of_epoch(state: TrainState, plan: Plan) -> Tensor | None:
         return None
     weight = state.memory["weight"]
     if state.batch == 0:
-        many = plan.guard is not None and float(state.memory[OUTLIERS]) > plan.guard
+        many = plan.guard < 1 and float(state.memory[OUTLIERS]) > plan.guard
         if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs and not many:
             weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
         else:

@@ -47,7 +47,7 @@ class Plan:
         clip_norm: the longest gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
-        guard: nor does one that more than this share of outliers precede; None for any share.
+        guard: nor does one that more than this share of outliers precede.
     """
 
     seed: int
@@ -64,7 +64,7 @@ class Plan:
     clip_norm: float | None = None
     skip: float = 0.0
     skip_last: float = 0.0
-    guard: float | None = None
+    guard: float = 1.0
 
 
 def make_plan(config: Config) -> Plan:
@@ -90,7 +90,7 @@ def make_plan(config: Config) -> Plan:
         clip_norm=recipe.clip_norm,
         skip=config.train.skip,
         skip_last=config.train.skip_last,
-        guard=None if guard is None else guard.share,
+        guard=1.0 if guard is None else guard.share,
     )
 
 
