@@ -34,7 +34,7 @@ $(VENV)/.installed-paper: $(VENV)/.installed
 setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
 
 $(VENV)/.installed-report: $(VENV)/.installed
-	$(PIP) --editable ".[report]"
+	$(PIP) --editable ".[report,eval]"
 	@touch $@
 
 demo: $(VENV)/.installed-report  ## TRADES with and without BulletTrain on a part of MNIST, three seeds (two minutes on two cores)

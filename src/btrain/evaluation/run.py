@@ -26,6 +26,7 @@ from btrain.evaluation.result import (
     Result,
     Samples,
     Sanity,
+    of_a_part,
     versions,
 )
 from btrain.evaluation.sanity import EXAMPLES, check_sanity
@@ -211,7 +212,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
     config, device, norm = target.config, target.device, target.threat(target.epsilon).norm
     wanted, notes = config.dataset.test_examples, []
     if wanted is not None:
-        notes.append(f"{wanted} test images, class-balanced, not the whole test set.")
+        notes.append(of_a_part(wanted))
     if target.trained_norm not in (None, norm):
         notes.append(f"Attacked in {norm}, not in {target.trained_norm} as trained.")
     elif target.trained not in (None, target.epsilon):

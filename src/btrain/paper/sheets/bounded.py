@@ -13,16 +13,20 @@ from btrain.paper.sheets.arithmetic import Values, of_an_epoch
 from btrain.runs.json_fields import is_number
 from btrain.runs.read import FINISHED, Run
 from btrain.settings.evaluation import VERIFIED
+from btrain.settings.method import DEFENSES, VerifiedConfig
 from btrain.untrusted import read_text
 
 KINDS = ("verified", "front")
 """The kinds of its sheets."""
 
 EPOCH, TIMES, MEMORY = "epoch_seconds", "times_plain", "step_memory_mb"
-BEST = "verified_best"
+BOUNDED, BEST = "share_bounded", "verified_best"
 _LARGEST = 1 << 16  # bytes
+_DEFENSE = "defense.name"
+_FAMILY = {name.value for name, kind in DEFENSES.items() if kind is VerifiedConfig}
 
 METRICS = {
+    BOUNDED: "share bounded",
     EPOCH: "s an epoch",
     TIMES: "× baseline's time",
     MEMORY: "MB in a step",
@@ -96,6 +100,7 @@ def values(
         times = {seed: 1 / ratio for seed, ratio in speedup.items() if ratio}
     seconds = {seed: of_an_epoch(run, "train_seconds") for seed, run in runs.items()}
     return {
+        BOUNDED: {s: f for s, f in found["f_b"].items() if runs[s].config.get(_DEFENSE) in _FAMILY},
         EPOCH: {seed: own for seed, own in seconds.items() if own is not None},
         TIMES: times,
         MEMORY: {seed: step.peak_memory_mb for seed, step in steps.items()},
