@@ -107,7 +107,7 @@ def draw(theme: str) -> bytes:
                                 "axes.facecolor": "none", "figure.facecolor": "none"}):  # fmt: skip
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
         panels = (("MNIST, ε = 0.2", mnist(), (-2, 96)),
-                  ("four classes of CIFAR-10 (JPEG), ε = 0.031", cifar(), (30, 52)))  # fmt: skip
+                  ("four classes of CIFAR-10 (JPEG), ε = 0.031", cifar(), (24, 52)))  # fmt: skip
         of = {}
         for axes, (title, points, (low, high)) in zip(figure.subplots(1, 2), panels, strict=True):
             for label, runs in points.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import pickle
@@ -45,12 +44,15 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     launcher: list[str], jobs: int | None, here: Path
 ) -> None:
     settings = ["dataset.train_examples=100", "train.epochs=1", "run.dir=runs/${bt.gamma}"]
-    done = in_a_fork(swept, (*SWEEP, *launcher, *settings, "bt.gamma=2,0.8"), "loky", said=SAID)
-    done.join(200)
-    said = SAID.read_text()
-    assert done.exitcode == 1, said
+    done = subprocess.run(
+        [sys.executable, "-m", "btrain", *SWEEP, *launcher, *settings, "bt.gamma=2,0.8"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
     assert said.count("btrain: bt.gamma must be in (0, 1], not 2.0.") == 1
     assert "Traceback" not in said
+    assert "\nbt.gamma=0.8 " in done.stdout and "1 of 2 runs did not finish:" in done.stdout
     assert json.loads(Path("runs/0.8/summary.json").read_text())["epochs"] == 1
     assert not Path("runs/2").exists()
     (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
@@ -96,7 +98,7 @@ def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
     kill: Callable[[int, int], None], status: int, sentence: str, times: int, here: Path
 ) -> None:
     settings = ["train.epochs=2000", "seed=0,1", "run.dir=runs/s${seed}"]
-    sweep = in_a_fork(swept, (*SWEEP, *JOBLIB, *settings), "fork", said=SAID)
+    sweep = in_a_fork(with_forked_jobs, (*SWEEP, *JOBLIB, *settings), said=SAID)
     folders = [Path(f"runs/s{seed}") for seed in (0, 1)]
     until = time.monotonic() + 120
     while not all((folder / "checkpoints/last.pt").exists() for folder in folders):
@@ -117,19 +119,13 @@ def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
     assert "Traceback" not in said
 
 
-def swept(arguments: tuple[str, ...], jobs: str) -> None:
-    """Run `btrain …` in a session of its own, to the end of an interpreter, which a fork has not.
-
-    `jobs` is how joblib starts its processes: "fork" ones need not import torch anew.
-    """
+def with_forked_jobs(arguments: tuple[str, ...]) -> None:
+    """Run `btrain …` in a session of its own; joblib's jobs need not import torch anew either."""
     from joblib.externals.loky.backend import context
 
     os.setsid()
-    context.set_start_method(jobs)
-    try:
-        command(arguments)
-    finally:
-        atexit._run_exitfuncs()
+    context.set_start_method("fork")
+    command(arguments)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(

@@ -421,7 +421,7 @@ def check_images(seen: list[torch.Tensor], split: Split, config: Config) -> None
 
 def test_bullettrain_takes_fewer_steps_at_equal_robustness(tmp_path: Path) -> None:
     """The demo's comparison in short: 1,442 real digits, two runs."""
-    common = ["dataset=digits", "model=small_cnn", "train.epochs=12", "recipe.lr=0.1",
+    common = ["dataset=digits", "model=small_cnn", "train.epochs=8", "recipe.lr=0.1",
               "attack.epsilon=0.1", "device=cpu"]  # fmt: skip
     plain, ours = (
         train(compose([*common, f"bt={bt}", f"run.dir={tmp_path / bt}"]))
