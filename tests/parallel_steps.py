@@ -52,14 +52,14 @@ CASES = {
     "attacked in train mode": (["bt=uniform", "attack.steps=2", "attack.mode=train"], MIXED, 51),
     "fast": (["rival=fast", "defense=pgd"], MIXED, 51),
     "shared clean forward": (
-        ["bt=uniform", "attack.steps=2", "bt.share_clean_forward=true"],
+        ["bt=uniform", "attack.steps=2", "bt.score=shared"],
         MIXED,
         51,
     ),
-    "shared by groups": (["bt.share_clean_forward=true"], MIXED, 51),
-    "shared, an empty group": (["bt.share_clean_forward=true"], ONE_PERTURBED, 51),
-    "shared by random groups": (["bt=random", "bt.share_clean_forward=true"], MIXED, 51),
-    "shared, mart": (["defense=mart", "bt.share_clean_forward=true"], MIXED, 51),
+    "shared by groups": (["bt.score=shared"], MIXED, 51),
+    "shared, an empty group": (["bt.score=shared"], ONE_PERTURBED, 51),
+    "shared by random groups": (["bt=random", "bt.score=shared"], MIXED, 51),
+    "shared, mart": (["defense=mart", "bt.score=shared"], MIXED, 51),
     "kept starts": (["attack.start=kept", "bt.n_b=2", "bt.n_r=1"], MIXED, 51),
     "kept starts in bf16, shared": (
         [
@@ -67,7 +67,7 @@ CASES = {
             "attack.store=bf16",
             "bt.n_b=1",
             "bt.n_r=1",
-            "bt.share_clean_forward=true",
+            "bt.score=shared",
         ],
         MIXED,
         51,
@@ -87,6 +87,9 @@ CASES = {
         MIXED,
         51,
     ),
+    "guarded": (["bt.guard=0.05", "bt.guard_steps=1", "bt.robust_share=0.5"], MIXED, 51),
+    "scores of the last visit": (["bt.score=last"], MIXED, 51),
+    "scores of the last visit, mart": (["defense=mart", "bt.score=last"], MIXED, 51),
     "pool": (["bt.pool=3", "train.batch_size=17"], MIXED, 51),
     "pool, an empty group": (["bt.pool=3", "train.batch_size=17"], ONE_PERTURBED, 50),
     "augmix": (AUGMIX, MIXED, 51),
@@ -94,7 +97,7 @@ CASES = {
     "augmix, an empty group": (AUGMIX, ONE_PERTURBED, 8),
     "plain augmix": ([*AUGMIX, "bt=uniform"], MIXED, 51),
     "augmix without JSD": ([*AUGMIX, "bt=uniform", "defense.jsd=false"], MIXED, 51),
-    "BatchNorm, shared": (["model=preact_resnet18", "bt.share_clean_forward=true"], MIXED, 40),
+    "BatchNorm, shared": (["model=preact_resnet18", "bt.score=shared"], MIXED, 40),
     "BatchNorm, augmix": ([*AUGMIX, "model=preact_resnet18"], MIXED, 40),
     "BatchNorm, pool": (["model=preact_resnet18", "bt.pool=2", "train.batch_size=20"], MIXED, 40),
     "mixtrain": (
@@ -166,7 +169,8 @@ def run(
         fractions.append(memory["robust_fraction"].double())
         stats.append(stacked(sums))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {name: memory[name] for name in memory if name.startswith("kept")}
+    kept = ("kept", "score", "outlier")
+    state |= {name: memory[name] for name in memory if name.startswith(kept)}
     return {**state, "F_R": torch.stack(fractions), "stats": torch.stack(stats)}
 
 

@@ -128,7 +128,7 @@ def test_without_robust_examples_fractions_are_refused() -> None:
 # The baseline and the control
 
 
-SHARED = "bt.share_clean_forward=true"
+SHARED = "bt.score=shared"
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         (["defense=augmix", "attack.steps=2", "bt.n_r=0"], "defense=augmix"),
         (["bt=oracle"], "bt=oracle"),
         (["bt=uniform", "attack.mode=train"], "attack.mode=train"),
-        (["bt.share_clean_forward=true"], "bt.share_clean_forward=true"),
+        (["bt.score=shared"], "bt.score=shared"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: list[str], key: str) -> None:

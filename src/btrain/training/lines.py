@@ -62,7 +62,8 @@ def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
     """Return a warning, half-way through a run, if most examples are outliers and not attacked."""
     bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
     half_way = metrics["epoch"] == (epochs + 1) // 2
-    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0
+    guarded = isinstance(bt, BulletTrainConfig) and bt.guard < 1 and bt.guard_steps > 0
+    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0 and not guarded
     if not (half_way and spared and share is not None and share > _MANY):
         return None
     return (
