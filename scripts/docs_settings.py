@@ -19,7 +19,7 @@ What `btrain train --help GROUP` tells, with the defaults of `btrain train` alon
 def _cell(text: str) -> str:
     """Return a text for a cell of a Markdown table, in which nothing is markup."""
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
-    return escaped.replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("$", "\\$")
+    return escaped.replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
 
 
 def _lines(key: str) -> Iterator[str]:

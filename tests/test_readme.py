@@ -15,6 +15,8 @@ from btrain.bench.command import parse as parse_bench
 from btrain.bench.plan import make_cases
 from btrain.cli import main
 from btrain.data import Data
+from btrain.exchange import command as export
+from btrain.report import command as report
 from btrain.settings.compose import compose
 from btrain.settings.evaluation import parse, parse_compare
 
@@ -47,6 +49,8 @@ COMMANDS = [
 ]
 BENCHES = commands("btrain bench")
 EVALUATIONS = commands("btrain eval")
+EXPORTS = commands("btrain export")
+REPORTS = commands("btrain report")
 PLANS = [command for command in commands("btrain paper") if not command.startswith("all ")]
 GOALS = sorted({*commands("make")})
 
@@ -90,6 +94,13 @@ def test_evaluations_parse(command: str) -> None:
         parse(words)
 
 
+def test_exports_and_reports_parse() -> None:
+    for command in EXPORTS:
+        assert export.parse(shlex.split(command))
+    for command in REPORTS:
+        assert report.parse(shlex.split(command))
+
+
 @pytest.mark.parametrize(("task", "command"), COMMANDS)
 def test_commands_compose(task: str, command: str) -> None:
     not_a_run_s = ("--multirun", "hydra/sweeper=", "hydra.sweeper.")  # Optuna's extra
@@ -123,7 +134,7 @@ def test_make_knows_its_goals(command: str) -> None:
 def test_there_are_commands() -> None:
     assert {task for task, _ in COMMANDS} == {task for task, _ in BEGINNINGS}
     assert all(commands(beginning) for _, beginning in BEGINNINGS)
-    assert min(map(len, (BENCHES, EVALUATIONS, PLANS, GOALS))) >= 2
+    assert min(map(len, (BENCHES, EVALUATIONS, EXPORTS, PLANS, GOALS, REPORTS))) >= 2
 
 
 def test_the_table_of_measurements_is_what_was_measured() -> None:
