@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from importlib import import_module
+from inspect import get_annotations, isfunction
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,28 @@ def test_the_table_of_measurements_is_what_was_measured() -> None:
         assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "docs" / "measurements.md"].replace(
             "**", ""
         )
+
+
+def test_functions_on_the_page_of_python_tell_shapes() -> None:
+    """A name with members is a module; alone it is a module, or a name in one."""
+    page = PAGES[ROOT / "docs" / "api.md"]
+    functions = []
+    for name, block in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page, re.MULTILINE):
+        try:
+            home = import_module(name)
+            own = [
+                name
+                for name, f in vars(home).items()
+                if isfunction(f) and f.__module__ == home.__name__
+            ]
+            names = re.findall(r"\w+", block.partition("members:")[2]) or own
+        except ModuleNotFoundError:
+            home, names = import_module(name.rpartition(".")[0]), [name.rpartition(".")[2]]
+        functions += [getattr(home, name) for name in names if not name.startswith("_")]
+    told = [f for f in functions if isfunction(f) and "Tensor" in str(get_annotations(f))]
+    assert len(told) > 15
+    for function in told:
+        assert re.search(r"\(([mn],|m, K|m, C|n, C|3,|\))", function.__doc__ or ""), function
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
