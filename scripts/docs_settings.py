@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from btrain.settings.help import groups_of, help_text
+from btrain.settings.help import group_of, groups_of
 
 _HEAD = """\
 # All settings
@@ -16,12 +16,31 @@ What `btrain train --help GROUP` tells, with the defaults of `btrain train` alon
 """  # noqa: E501
 
 
+def _cell(text: str) -> str:
+    """Return a text for a cell of a Markdown table, in which nothing is markup."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+    return escaped.replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+
+
+def _lines(key: str) -> Iterator[str]:
+    """Yield the page's lines on a group: a table of its options, and one of its settings."""
+    group = group_of(key)
+    yield f"## {key}\n"
+    if group.options:
+        yield "| option | meaning |\n|---|---|"
+        yield from (f"| `{key}={name}` | {_cell(meaning)} |" for name, meaning in group.options)
+        yield ""
+    if group.settings:
+        yield "| setting | default | meaning |\n|---|---|---|"
+        yield from (
+            f"| `{name}` | `{value}` | {_cell(meaning)} |"
+            for name, value, meaning in group.settings
+        )
+        yield ""
+
+
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the page."""
-    os.environ["COLUMNS"] = "84"
-    parts = [_HEAD]
-    for group in (*groups_of("train"), "train", "eval", "run"):
-        text = help_text([group]).rpartition("\n\n")[0].strip("\n")
-        parts.append(f"## {group}\n\n```text\n{text}\n```\n")
-    files.append(File.generated(config, "all_settings.md", content="\n".join(parts)))
+    lines = [line for key in (*groups_of("train"), "train", "eval", "run") for line in _lines(key)]
+    files.append(File.generated(config, "all_settings.md", content="\n".join([_HEAD, *lines])))
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from btrain.cli import main
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
+TOLD = set(re.findall(r"`(\w+)`", (GUIDES.parent / "files.md").read_text(encoding="utf-8")))
+"""The keys that the page of files explains."""
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FOLDER = ("dataset=imagefolder", "dataset.root=my_images", "dataset.test_examples=4")
 _SMALL = {
@@ -82,3 +85,7 @@ def test_the_commands_of_a_guide_run(page: Path, folder: Path) -> None:
         for command in text.splitlines():
             if _ELSEWHERE not in command:
                 assert main(quick(command)) == 0, command
+    for run in (folder / "runs").glob("*/summary.json"):
+        assert json.loads(run.read_text()).keys() <= TOLD
+        for line in (run.parent / "metrics.jsonl").read_text().splitlines():
+            assert json.loads(line).keys() <= TOLD

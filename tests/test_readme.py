@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from importlib import import_module
+from inspect import get_annotations, isfunction
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from btrain.bench.command import parse as parse_bench
 from btrain.bench.plan import make_cases
 from btrain.cli import main
 from btrain.data import Data
+from btrain.exchange import command as export
+from btrain.report import command as report
 from btrain.settings.compose import compose
 from btrain.settings.evaluation import parse, parse_compare
 
@@ -47,6 +51,8 @@ COMMANDS = [
 ]
 BENCHES = commands("btrain bench")
 EVALUATIONS = commands("btrain eval")
+EXPORTS = commands("btrain export")
+REPORTS = commands("btrain report")
 PLANS = [command for command in commands("btrain paper") if not command.startswith("all ")]
 GOALS = sorted({*commands("make")})
 
@@ -90,6 +96,13 @@ def test_evaluations_parse(command: str) -> None:
         parse(words)
 
 
+def test_exports_and_reports_parse() -> None:
+    for command in EXPORTS:
+        assert export.parse(shlex.split(command))
+    for command in REPORTS:
+        assert report.parse(shlex.split(command))
+
+
 @pytest.mark.parametrize(("task", "command"), COMMANDS)
 def test_commands_compose(task: str, command: str) -> None:
     not_a_run_s = ("--multirun", "hydra/sweeper=", "hydra.sweeper.")  # Optuna's extra
@@ -123,7 +136,7 @@ def test_make_knows_its_goals(command: str) -> None:
 def test_there_are_commands() -> None:
     assert {task for task, _ in COMMANDS} == {task for task, _ in BEGINNINGS}
     assert all(commands(beginning) for _, beginning in BEGINNINGS)
-    assert min(map(len, (BENCHES, EVALUATIONS, PLANS, GOALS))) >= 2
+    assert min(map(len, (BENCHES, EVALUATIONS, EXPORTS, PLANS, GOALS, REPORTS))) >= 2
 
 
 def test_the_table_of_measurements_is_what_was_measured() -> None:
@@ -148,6 +161,28 @@ def test_the_table_of_measurements_is_what_was_measured() -> None:
         assert f"| {' | '.join(cells)} |" in PAGES[ROOT / "docs" / "measurements.md"].replace(
             "**", ""
         )
+
+
+def test_functions_on_the_page_of_python_tell_shapes() -> None:
+    """A name with members is a module; alone it is a module, or a name in one."""
+    page = PAGES[ROOT / "docs" / "api.md"]
+    functions = []
+    for name, block in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page, re.MULTILINE):
+        try:
+            home = import_module(name)
+            own = [
+                name
+                for name, f in vars(home).items()
+                if isfunction(f) and f.__module__ == home.__name__
+            ]
+            names = re.findall(r"\w+", block.partition("members:")[2]) or own
+        except ModuleNotFoundError:
+            home, names = import_module(name.rpartition(".")[0]), [name.rpartition(".")[2]]
+        functions += [getattr(home, name) for name in names if not name.startswith("_")]
+    told = [f for f in functions if isfunction(f) and "Tensor" in str(get_annotations(f))]
+    assert len(told) > 15
+    for function in told:
+        assert re.search(r"\(([mn],|m, K|m, C|n, C|3,|\))", function.__doc__ or ""), function
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,7 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from btrain.errors import UserError, first_line
 from btrain.settings import compose as configs
@@ -61,6 +61,42 @@ def groups_of(task: str) -> list[str]:
     return [group for entry in defaults if isinstance(entry, dict) for group in entry]
 
 
+class Group(NamedTuple):
+    """The options of a group and the settings of the one in force, each with its meaning.
+
+    Attributes:
+        options: `(name, first sentence of its file)`; none where the group has no options.
+        settings: `(name, value as it is typed, meaning)`.
+    """
+
+    options: list[tuple[str, str]]
+    settings: list[tuple[str, str, str]]
+
+
+def group_of(key: str, task: str = "train") -> Group:
+    """Return what `--help <key>` tells, for another layout than the terminal's."""
+    from omegaconf import OmegaConf
+
+    cfg = configs.composed([], task, None)
+    node = OmegaConf.to_container(cfg).get(key)  # type: ignore[union-attr]
+    is_group = key in groups_of(task)
+    options = configs.options_of(key, None) if is_group else ()
+    told = comments(key, (_chosen(node, options) or "") if is_group else None, None, task)
+    return Group(
+        [(option, _headline(key, option, None)) for option in options],
+        list(_settings(key, node, cfg, told, is_group)),
+    )
+
+
+def _settings(
+    key: str, node: Any, cfg: Any, told: Mapping[str, str], is_group: bool
+) -> Iterator[tuple[str, str, str]]:
+    """Yield each setting of a group, its value as it is typed, and its meaning."""
+    for name, raw in _leaves(key, node or {}):
+        if not (is_group and name.rpartition(".")[2] in _NAMES):
+            yield name, _shown(cfg, name, raw), told.get(name, "")
+
+
 def _section(
     key: str, node: Any, cfg: Any, is_group: bool, folder: str | None, task: str, *, full: bool
 ) -> str:
@@ -81,9 +117,8 @@ def _section(
             others = ", ".join(option for option in options if option != chosen)
             lines.append(textwrap.fill(f"or {others}", _columns(), initial_indent="  ",
                                        subsequent_indent="  "))  # fmt: skip
-    for name, raw in _leaves(key, node or {}):
-        if not (is_group and name.rpartition(".")[2] in _NAMES):
-            lines.append(_row(f"  {name}={_shown(cfg, name, raw)}", told.get(name, "")))
+    for name, value, meaning in _settings(key, node, cfg, told, is_group):
+        lines.append(_row(f"  {name}={value}", meaning))
     return "\n".join([*lines, ""])
 
 
