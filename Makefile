@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table
+PAPER := table1 table2 table3 table4 figure2 figure3 figure4 figure5 figure6 figure7 sparse_table sparse_augmix
 PROFILE ?= smoke
 JOBS ?= 1
 
-.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck docs dist clean
+.PHONY: help setup paper $(PAPER) cheapest_table mixtrain_table mixtrain_choice demo hero concepts bench bench-gpu test test-same test-kill test-soak test-fuzz lint format typecheck docs dist clean
 
 help:  ## show this list
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ $(VENV)/.installed-paper: $(VENV)/.installed
 setup: $(VENV)/.installed-dev  ## install btrain and its development tools into .venv
 
 $(VENV)/.installed-report: $(VENV)/.installed
-	$(PIP) --editable ".[report]"
+	$(PIP) --editable ".[report,eval]"
 	@touch $@
 
 demo: $(VENV)/.installed-report  ## TRADES with and without BulletTrain on a part of MNIST, three seeds (two minutes on two cores)
@@ -60,10 +60,13 @@ mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and it
 	$(call reproduce,mixtrain_table mixtrain_front)
 
 mixtrain_choice: $(VENV)/.installed-paper  ## BulletTrain's choice of the images that MixTrain bounds, beside chance (PROFILE=cpu: 5 seeds)
-	$(call reproduce,mixtrain_choice1 mixtrain_choice5)
+	$(call reproduce,mixtrain_choice)
 
 hero: $(VENV)/.installed-report  ## the README's picture, from results/
 	python scripts/hero.py
+
+concepts: $(VENV)/.installed-report  ## the pictures of docs/concepts.md, from a network of results/weights
+	python scripts/concepts.py
 
 bench: $(VENV)/.installed  ## time training steps beside the plain defense (BENCH="option=value …")
 	OMP_NUM_THREADS=1 btrain bench $(BENCH)

@@ -23,6 +23,7 @@ from btrain.methods.make import make_methods
 from btrain.methods.statistics import stacked
 from btrain.processes.world import World, joined
 from btrain.settings import Config
+from btrain.settings.method import VerifiedConfig
 from btrain.training.update import train_batch
 from composing import compose
 from steps import memory_of
@@ -51,14 +52,14 @@ CASES = {
     "attacked in train mode": (["bt=uniform", "attack.steps=2", "attack.mode=train"], MIXED, 51),
     "fast": (["rival=fast", "defense=pgd"], MIXED, 51),
     "shared clean forward": (
-        ["bt=uniform", "attack.steps=2", "bt.share_clean_forward=true"],
+        ["bt=uniform", "attack.steps=2", "bt.score=shared"],
         MIXED,
         51,
     ),
-    "shared by groups": (["bt.share_clean_forward=true"], MIXED, 51),
-    "shared, an empty group": (["bt.share_clean_forward=true"], ONE_PERTURBED, 51),
-    "shared by random groups": (["bt=random", "bt.share_clean_forward=true"], MIXED, 51),
-    "shared, mart": (["defense=mart", "bt.share_clean_forward=true"], MIXED, 51),
+    "shared by groups": (["bt.score=shared"], MIXED, 51),
+    "shared, an empty group": (["bt.score=shared"], ONE_PERTURBED, 51),
+    "shared by random groups": (["bt=random", "bt.score=shared"], MIXED, 51),
+    "shared, mart": (["defense=mart", "bt.score=shared"], MIXED, 51),
     "kept starts": (["attack.start=kept", "bt.n_b=2", "bt.n_r=1"], MIXED, 51),
     "kept starts in bf16, shared": (
         [
@@ -66,13 +67,29 @@ CASES = {
             "attack.store=bf16",
             "bt.n_b=1",
             "bt.n_r=1",
-            "bt.share_clean_forward=true",
+            "bt.score=shared",
         ],
         MIXED,
         51,
     ),
     "a share of the robust": (["bt.robust_share=0.5"], MIXED, 51),
     "a share of the robust, mart": (["defense=mart", "bt.robust_share=0.5"], MIXED, 51),
+    "in parts": (
+        [
+            "train.accumulate=2",
+            "train.batch_size=51",
+            "defense=mart",
+            "attack.start=kept",
+            "bt.n_b=2",
+            "bt.n_r=1",
+            "bt.robust_share=0.5",
+        ],
+        MIXED,
+        51,
+    ),
+    "guarded": (["bt.guard=0.05", "bt.guard_steps=1", "bt.robust_share=0.5"], MIXED, 51),
+    "scores of the last visit": (["bt.score=last"], MIXED, 51),
+    "scores of the last visit, mart": (["defense=mart", "bt.score=last"], MIXED, 51),
     "pool": (["bt.pool=3", "train.batch_size=17"], MIXED, 51),
     "pool, an empty group": (["bt.pool=3", "train.batch_size=17"], ONE_PERTURBED, 50),
     "augmix": (AUGMIX, MIXED, 51),
@@ -80,9 +97,20 @@ CASES = {
     "augmix, an empty group": (AUGMIX, ONE_PERTURBED, 8),
     "plain augmix": ([*AUGMIX, "bt=uniform"], MIXED, 51),
     "augmix without JSD": ([*AUGMIX, "bt=uniform", "defense.jsd=false"], MIXED, 51),
-    "BatchNorm, shared": (["model=preact_resnet18", "bt.share_clean_forward=true"], MIXED, 40),
+    "BatchNorm, shared": (["model=preact_resnet18", "bt.score=shared"], MIXED, 40),
     "BatchNorm, augmix": ([*AUGMIX, "model=preact_resnet18"], MIXED, 40),
     "BatchNorm, pool": (["model=preact_resnet18", "bt.pool=2", "train.batch_size=20"], MIXED, 40),
+    "mixtrain": (
+        ["defense=mixtrain", "bt=bullettrain", "defense.per_batch=3", "defense.ramp=0"],
+        MIXED,
+        51,
+    ),
+    "mtl_ibp": (["defense=mtl_ibp", "attack.steps=2", "train.epochs=1"], MIXED, 51),
+    "sabr of one": (
+        ["defense=sabr", "bt=random", "defense.per_batch=1", "attack.steps=2", "defense.ramp=0"],
+        MIXED,
+        50,
+    ),
     "bf16": (["model=preact_resnet18", "train.precision=bf16", "bt.warmup_epochs=1"], MIXED, 40),
 }
 """Overrides, labels, examples of a batch."""
@@ -133,13 +161,16 @@ def run(
     several, fractions, stats = None if world.size == 1 else world, [], []
     for number in range(STEPS):
         x = to_unit(digits.train.images[number * m : (number + 1) * m])
+        if isinstance(config.defense, VerifiedConfig):  # whose bounds do not pass by the hook
+            x = x.double()
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
         network, method = paths.view(world.wrapped(model.train())), method_of(number // 2)
         sums = train_batch(network, optimizer, method, batch, memory, generator, several)
         fractions.append(memory["robust_fraction"].double())
         stats.append(stacked(sums))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {name: memory[name] for name in memory if name.startswith("kept")}
+    kept = ("kept", "score", "outlier")
+    state |= {name: memory[name] for name in memory if name.startswith(kept)}
     return {**state, "F_R": torch.stack(fractions), "stats": torch.stack(stats)}
 
 

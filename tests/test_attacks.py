@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from btrain.attacks.balls import L2Ball, LinfBall
 from btrain.attacks.pgd import active_counts, by_steps, early_exit_pgd, evaluation_mode, pgd
-from btrain.bench.look import look
 from btrain.data import Batch as DataBatch
 from btrain.data import Data
 from btrain.defenses import DEFENSES, ce_inner_loss, kl_inner_loss
@@ -25,6 +24,7 @@ from btrain.methods.make import make_method
 from btrain.methods.mma import MMA
 from btrain.settings import AllocatorName
 from btrain.training.safety.inputs import InputGuard
+from btrain.training.timing.look import look
 from btrain.training.update import descend
 from composing import compose
 

@@ -21,7 +21,6 @@ from btrain.allocation import BulletTrain
 from btrain.attacks.graphs import ReplayedPGD
 from btrain.bench import command, gpu
 from btrain.bench import measure as bench_measure
-from btrain.bench.look import look
 from btrain.bench.measure import Row, _timed_step, run_bench, spread
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.cli import main
@@ -35,6 +34,7 @@ from btrain.settings.bench import Contender
 from btrain.training import train
 from btrain.training.timing.forced import class_counts, force, robust_fraction_for
 from btrain.training.timing.lane import Lane, Workload
+from btrain.training.timing.look import look
 from btrain.training.timing.masked import Masked
 from btrain.training.timing.official import Official
 from btrain.training.update import train_batch
@@ -128,7 +128,7 @@ def test_without_robust_examples_fractions_are_refused() -> None:
 # The baseline and the control
 
 
-SHARED = "bt.share_clean_forward=true"
+SHARED = "bt.score=shared"
 
 
 @pytest.mark.parametrize(

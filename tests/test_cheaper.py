@@ -11,19 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation, thinned
+from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation, Guard, thinned
 from btrain.attacks.kept import KNOWN, Kept
 from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
 from btrain.defenses import DEFENSES, Weights, trades_loss
 from btrain.errors import UserError
-from btrain.methods.bullettrain import BulletTrain
+from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.processes.world import World
 from btrain.runs import checkpoint
+from btrain.settings import older
+from btrain.settings.compose import to_dict
 from btrain.training import run, setup, train
-from btrain.training.epochs import batches_in, stand_ins
+from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import many_outliers
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_shares, make_state
@@ -298,7 +300,8 @@ def summary_clean(lines: list[dict[str, Any]]) -> float:
 
 def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digits: Data) -> None:
     config = tiny(tmp_path, *KEPT, "train.skip=0.5", "bt.robust_share=0.5", "recipe.ema=0.9",
-                  "recipe.crop_padding=1", "recipe.clip_norm=1", "train.epochs=3")  # fmt: skip
+                  "recipe.crop_padding=1", "recipe.clip_norm=1", "train.epochs=3",
+                  "bt.score=last", "bt.guard=0.95", "bt.guard_steps=1")  # fmt: skip
     whole, cut, resumed = (make_state(config, digits, CPU) for _ in range(3))
     nominal = len(digits.train) // 64
     for state, batches_done in ((whole, None), (cut, 5)):
@@ -341,6 +344,14 @@ def test_the_levers_go_together_with_every_defense(
         (["train.skip=0.5", "defense=augmix"], "defense=augmix"),
         (["train.skip=0.5", "bt.pool=2"], "bt.pool=2"),
         (["train.skip=0.5", "sparsity=flying_bird"], "sparsity=flying_bird"),
+        (["bt.guard=1.1"], "bt.guard must be in [0, 1]"),
+        (["bt.guard_steps=1"], "bt.guard_steps has no meaning with bt.guard=1"),
+        (["bt.guard=0.5", "bt.guard_steps=3"], "bt.guard_steps must be from bt.n_o = 0 to bt.n_r"),
+        (["bt.guard=0.5", "defense=mixtrain"], "defense=mixtrain"),
+        (["bt.guard=0.5", "bt.pool=2"], "bt.guard=0.5 does not go with bt.pool=2"),
+        (["bt.score=last", "bt.pool=2"], "bt.score=last does not go with bt.pool=2"),
+        (["bt.score=last", "bt=uniform"], "bt=uniform"),
+        (["bt.score=last", "train.accumulate=2"], "train.accumulate=2"),
     ],
 )
 def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:
@@ -354,7 +365,76 @@ def test_several_processes_leave_nobody_out() -> None:
         check_shares(config, 1442, World(0, 2))
 
 
+# Scores of the last visit
+
+
+def test_scores_of_the_last_visit_choose_like_fresh_ones_while_weights_stand_still(
+    digits: Data,
+) -> None:
+    common, m = ["dataset=digits", "model=small_cnn", "bt.n_b=2", "bt.n_r=1"], 60
+    model = make_state(compose(common), digits, CPU).model
+    x = to_unit(digits.train.images[:m])
+    with torch.no_grad():
+        labels = (model.eval()(x).argmax(dim=1) + (torch.arange(m) % 3 == 0)) % 10
+    batch, seen = Batch(x, labels, torch.arange(m)), []
+    for settings in ([], ["bt.score=last"]):
+        config = compose([*common, *settings])
+        memory, drawn = memory_of(config, digits, CPU), generator()
+        memory["robust_fraction"] += 0.5
+        for cold in (True, False):
+            method = make_method(config, CPU, cold=cold)
+            (examples,) = method.examples(model, batch, memory, drawn)
+            loss = method.loss(model, examples, memory, drawn)
+            memory["robust_fraction"].fill_(0.5)
+        assert isinstance(examples, Examples)
+        seen.append((examples, loss))
+    (fresh, fresh_loss), (last, last_loss) = seen
+    torch.testing.assert_close(last.score, fresh.score)
+    assert torch.equal(last.allocation.steps, fresh.allocation.steps)
+    torch.testing.assert_close(last.x_adv, fresh.x_adv)
+    torch.testing.assert_close(last_loss.value, fresh_loss.value)
+    saved = m - int((last.allocation.steps > 0).sum())
+    assert 0 < saved == float(fresh_loss.stats.units - last_loss.stats.units)
+
+
+def test_the_older_name_of_shared_scores_goes_on() -> None:
+    for value, name in (("true", "shared"), ("false", "fresh")):
+        old = to_dict(compose([f"bt.share_clean_forward={value}", "run.dir=r"]))
+        new = to_dict(compose([f"bt.score={name}", "run.dir=r"]))
+        assert old == new
+        saved = {key: item for key, item in new["bt"].items() if key != "score"}
+        saved["share_clean_forward"] = value == "true"
+        assert older.translated(new | {"bt": saved}) == new
+
+
 # Outliers
+
+
+def test_a_guard_spares_nobody_while_most_are_outliers() -> None:
+    classes = torch.tensor([BOUNDARY, ROBUST, OUTLIER])
+    before, guard = Allocation(classes, torch.tensor([3, 2, 0])), Guard(0.5, 1)
+    for f_o, steps, share in ((0.51, [3, 2, 1], 1.0), (0.5, [3, 2, 0], 0.25)):
+        after, of_robust = guard(before, torch.tensor(f_o), 0.25)
+        assert after.steps.tolist() == steps
+        assert float(of_robust) == share
+
+
+def test_a_guarded_run_attacks_outliers_and_leaves_nobody_out(tmp_path: Path, digits: Data) -> None:
+    always = ["bt.guard=0", "bt.guard_steps=1"]
+    train(tiny(tmp_path / "guarded", *always, "train.epochs=1"))
+    train(tiny(tmp_path / "attacked", "bt.n_o=1", "train.epochs=1"))
+    assert same(weights(tmp_path / "guarded"), weights(tmp_path / "attacked"))
+    config = tiny(tmp_path / "skips", "train.skip=0.5", "bt.guard=0.4", "train.epochs=3")
+    state = make_state(config, digits, CPU)
+    state.epoch = 1
+    state.memory["score"].copy_(torch.arange(len(digits.train)))
+    for f_o, left_out in ((0.41, False), (0.39, True)):
+        state.memory[OUTLIERS].fill_(f_o)
+        weight = weights_of_epoch(state, make_plan(config))
+        assert weight is not None and bool((weight == 0).any()) is left_out
+    method = make_method(compose([*KEPT, *always, "bt.robust_share=0.5"]), CPU)
+    assert method.expected_units((0.1, 0.3, 0.6)) == 1 + 3 + 2 + 3
+    assert method.expected_units((0.1, 0.9, 0)) == 1 + 3 + (2 + 3) * (0.1 + 0.45)
 
 
 def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
@@ -367,6 +447,8 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert many_outliers(config, line | {"f_o": 0.4}) is None
     assert many_outliers(config, line | {"epoch": 4}) is None
     assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
+    assert many_outliers(compose([*settings, "bt.guard=0.6"]), line) is not None
+    assert many_outliers(compose([*settings, "bt.guard=0.6", "bt.guard_steps=1"]), line) is None
     assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
 
 

@@ -326,6 +326,12 @@ def test_a_finished_run_is_not_repeated(run: Path, capsys: Capture) -> None:
     assert "finished already" in out
     summary = json.loads((run / "summary.json").read_text())
     assert f"clean {summary['clean_acc']:.2f}" in out
+    right = f"{summary['clean_acc']:.1f} % of {summary['test_examples']} test images are classified"
+    assert right in out and f"{summary['robust_acc']:.1f} % also under attack (PGD-" in out
+    assert out.splitlines()[-2:] == [
+        "Next: btrain eval checkpoint=run attack=all report=true",
+        "      btrain report run",
+    ]
     assert contents(run.parent) == before
 
 
@@ -397,9 +403,13 @@ def run_folders(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in (folder / "runs").rglob("summary.json"))
 
 
-def test_a_sweep_makes_one_folder_for_each_value(here: Path) -> None:
+def test_a_sweep_makes_one_folder_for_each_value(here: Path, capsys: Capture) -> None:
     assert main(["train", *SMALL, "--multirun", "bt.gamma=0.8,0.5"]) == 0
     folders = run_folders(here)
+    *table, _, note, _, report, evaluate = capsys.readouterr().out.splitlines()[-8:]
+    assert [line.split()[0] for line in table] == ["setting", "bt.gamma=0.8", "bt.gamma=0.5"]
+    assert note.startswith("PGD: ") and report == "Next: btrain report runs"
+    assert evaluate == f"      btrain eval checkpoint=runs/{folders[1]} attack=all report=true"
     assert len(folders) == 2
     for folder, gamma in zip(folders, (0.5, 0.8), strict=True):
         assert f"bt.gamma_{gamma}" in folder
@@ -412,9 +422,11 @@ def test_a_bad_job_of_a_sweep_leaves_the_good_one(here: Path, capsys: Capture, v
     assert main(["train", "--multirun", *SMALL, f"bt.gamma={values}"]) == 1
     (folder,) = run_folders(here)
     assert "bt.gamma_0.8" in folder
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert "btrain: bt.gamma must be in (0, 1], not 2.0." in err
     assert "Traceback" not in err
+    assert "1 of 2 runs did not finish:\nbt.gamma=2: bt.gamma must be in (0, 1], not 2.0." in out
+    assert "\nbt.gamma=0.8 " in out
 
 
 # The report

@@ -181,7 +181,7 @@ def test_the_cost_of_mma_s_search(digits: Data, preact: nn.Module) -> None:
     "overrides",
     [
         [],
-        ["bt.share_clean_forward=true"],
+        ["bt.score=shared"],
         ["attack.mode=train"],
         ["attack.steps=3"],
         ["defense=mart"],

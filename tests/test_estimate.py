@@ -32,7 +32,7 @@ def job(target: str, profile: str, *extra: str) -> Job:
         ["bt.n_r=0"],
         ["defense=mart"],
         ["defense=pgd", "bt=oracle", "bt.n_o=1"],
-        ["bt.share_clean_forward=true"],
+        ["bt.score=shared"],
         ["bt.forward_unperturbed=true"],
         ["rival=fast", "bt.n_b=2"],
         ["defense=mart", "rival=yopo"],

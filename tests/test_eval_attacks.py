@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.balls import BALLS, Ball, L2Ball, LinfBall
-from btrain.bench.look import look
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import evaluate, robust_accuracy
 from btrain.evaluation.examples import as_evaluated
 from btrain.evaluation.pgd import LOSSES, Pgd, pgd_images, pgd_stands, random_start
+from btrain.training.timing.look import look
 from eval_nets import Linear, digits_examples, of_split
 
 EPSILON = 0.1

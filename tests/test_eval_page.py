@@ -116,6 +116,19 @@ def test_facts_that_differ_between_attacks_name_them(evaluation: Path) -> None:
     assert "bf16, not float32 (pgd20)" in page.words
 
 
+def test_what_all_attacks_share_stands_once(evaluation: Path) -> None:
+    part = "40 test images, class-balanced, not the whole test set."
+    for file in evaluation.glob("*.json"):
+        if file.name not in ("sanity.json", "corruptions.json"):
+            change(evaluation, file.name, test_examples=40, note=f"{part} In half the night.")
+    page = Page(write_page(evaluation))
+    assert page.words.count("not the whole test set") == 1
+    assert page.words.count("In half the night.") == 1
+    change(evaluation, "pgd20.json", note=f"{part} By day.")
+    page = Page(write_page(evaluation))
+    assert page.words.count("By day.") == 1 < page.words.count("In half the night.")
+
+
 def test_hostile_strings_stay_text(evaluation: Path) -> None:
     before = Page(write_page(evaluation))
     change(

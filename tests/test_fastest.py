@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from btrain.settings import ScheduleName
+from btrain.settings import ScheduleName, Score
 from btrain.training import train
 from composing import compose
 from test_training import metrics
@@ -32,7 +32,7 @@ def test_follows_the_recipe_of_the_data_set(dataset: str) -> None:
 def test_mnists_own_differs_in_the_allocation_alone() -> None:
     own = compose(["experiment=fastest_mnist"])
     fastest = compose(["experiment=fastest", "dataset=mnist", "model=small_cnn"])
-    bt = replace(fastest.bt, n_r=0, share_clean_forward=True)
+    bt = replace(fastest.bt, n_r=0, score=Score.shared)
     assert replace(own, run=fastest.run) == replace(fastest, bt=bt)
 
 

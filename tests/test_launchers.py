@@ -52,10 +52,35 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     assert done.returncode == 1, said
     assert said.count("btrain: bt.gamma must be in (0, 1], not 2.0.") == 1
     assert "Traceback" not in said
+    assert "\nbt.gamma=0.8 " in done.stdout and "1 of 2 runs did not finish:" in done.stdout
     assert json.loads(Path("runs/0.8/summary.json").read_text())["epochs"] == 1
     assert not Path("runs/2").exists()
     (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
     assert session["jobs"] == jobs
+
+
+IDLE = """
+import os, signal
+from joblib import Parallel, delayed
+from btrain.processes.parent import watch_in_workers
+watch_in_workers(os.getpid())
+workers = set(Parallel(n_jobs=2)(delayed(os.getpid)() for _ in range(8)))
+print(*workers, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@installed
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux' /proc")
+def test_workers_without_a_job_end_with_the_sweep(here: Path) -> None:
+    with Path("said").open("w+") as file:  # a pipe would stay open as long as the workers
+        subprocess.run([sys.executable, "-c", IDLE], stdout=file, stderr=subprocess.DEVNULL)
+        file.seek(0)
+        workers, until = file.readline().split(), time.monotonic() + 30
+    assert workers
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < until  # joblib itself waits for five minutes
+        time.sleep(0.1)
 
 
 @installed

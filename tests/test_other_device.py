@@ -18,7 +18,7 @@ COPIES = {
     f"{ATTACK} bt=oracle recipe.ema=0.9": 1,
     f"{ATTACK} bt=early_exit": 2,  # and where the batch has shrunk, after two steps of four
     f"{ATTACK} bt.pool=3": 1,
-    "model=preact_resnet18 model.width=4 bt.share_clean_forward=true attack.steps=2 bt.n_b=2": 1,
+    "model=preact_resnet18 model.width=4 bt.score=shared attack.steps=2 bt.n_b=2": 1,
     "model=small_cnn defense=augmix": 2,  # and which operations the views' chains drew
     "model=small_cnn defense=augmix bt=uniform defense.jsd=false": 1,
     "model=small_cnn defense=pgd bt=uniform rival=free": 0,

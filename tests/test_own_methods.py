@@ -157,7 +157,7 @@ def test_own_parts_keep_the_contract(here: Path, parts: tuple[str, ...], digits:
     [
         "train.precision=bf16 recipe.ema=0.9",
         "bt.pool=2",
-        "bt.share_clean_forward=true train.on_nonfinite=skip",
+        "bt.score=shared train.on_nonfinite=skip",
     ],
 )
 def test_own_parts_go_with_the_other_settings(here: Path, extra: str) -> None:

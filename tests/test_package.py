@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +21,15 @@ def run(*command: str | Path, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_uv_and_pip_take_the_same_torch() -> None:
+    pins = re.findall(r"^(torch\w*==[\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    of_uv = re.search(
+        r"^constraint-dependencies = (.*)$", (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert of_uv is not None
+    assert json.loads(of_uv[1]) == pins != []
 
 
 def test_a_wheel_in_an_empty_venv_finds_its_configs(

@@ -30,8 +30,8 @@ def job(target: str, profile: str, out: Path = Path("runs"), extra: list[str] | 
 def test_every_table_and_figure_of_the_experiments_is_there() -> None:
     figures, tables = (f"figure{n}" for n in range(2, 8)), (f"table{n}" for n in range(1, 5))
     cheap = ["cheapest_mnist", "cheapest_table"]
-    bounds = ["mixtrain_choice1", "mixtrain_choice5", "mixtrain_front", "mixtrain_table"]
-    assert [*cheap, *figures, *bounds, "sparse_table", *tables] == TARGETS
+    bounds = ["mixtrain_choice", "mixtrain_front", "mixtrain_table"]
+    assert [*cheap, *figures, *bounds, "sparse_augmix", "sparse_table", *tables] == TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -114,6 +114,17 @@ def test_a_target_sweeps_groups_and_a_profile_has_seeds_and_rows_of_its_own() ->
     assert rows[bird].attacks == []
     assert rows["sparse_cifar10"].attacks == ["autoattack"]
     assert all(len(sweep.values.get("sparsity", [0])) == 1 for sweep in of.sweeps)
+
+
+def test_a_sweep_may_have_settings_of_its_own_in_a_profile() -> None:
+    of = job("mixtrain_choice", "cpu")
+    rows = {row.name: row for row in make_plan(of).rows}
+    epochs = {
+        k: config_of(of, row.experiment, row.swept).train.epochs
+        for k in (1, 5)
+        for row in [rows[f"mixtrain_choice_random-attack.epsilon_0.2-defense.per_batch_{k}"]]
+    }
+    assert epochs == {1: 4, 5: 2} and len(rows) == 16
 
 
 def test_a_profile_is_smaller_than_the_paper_but_for_its_own() -> None:

@@ -52,8 +52,9 @@ def test_several_processes_learn_what_one_learns(
 ) -> None:
     one, several = steps[1][0][case], steps[processes][0][case]
     assert one.keys() == several.keys()
+    least = 1e-7 if case.startswith("scores") else 1e-12  # they are remembered in float32
     for name, tensor in one.items():
-        torch.testing.assert_close(several[name], tensor, rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(several[name], tensor, rtol=least, atol=least, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.bench.look import look
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.methods.bullettrain import BulletTrain, Examples, rows_to_forward
@@ -27,6 +26,7 @@ from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from btrain.training.timing.look import look
 from composing import compose
 from steps import take
 
@@ -230,7 +230,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         (["defense=augmix", "attack.steps=2", "bt.n_r=0"], "defense=augmix"),
         (["bt=oracle"], "bt=oracle"),
         (["bt=uniform", "attack.mode=train"], "attack.mode=train"),
-        (["bt.share_clean_forward=true"], "bt.share_clean_forward=true"),
+        (["bt.score=shared"], "bt.score=shared"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: list[str], key: str) -> None:

@@ -183,7 +183,7 @@ def test_the_shadow_is_the_network_of_the_last_refresh(
     ("settings", "refreshes"),
     [
         (["attack.steps=2", "bt.n_r=1"], 1),
-        (["attack.steps=2", "bt.n_r=1", "bt.share_clean_forward=true"], 1),
+        (["attack.steps=2", "bt.n_r=1", "bt.score=shared"], 1),
         (["bt=uniform", "attack.steps=2", "attack.mode=train"], 0),
         (["defense=augmix"], 0),
     ],
@@ -205,7 +205,7 @@ def test_weights_are_copied_for_an_attack_alone(
 def test_a_shared_clean_forward_moves_the_statistics_of_the_attack_too(tiles: Tensor) -> None:
     model = network().train()
     short = InBFloat16(model)
-    config = compose(["attack.steps=2", "bt.n_r=1", "bt.share_clean_forward=true"])
+    config = compose(["attack.steps=2", "bt.n_r=1", "bt.score=shared"])
     method, memory = make_bullettrain(config, CPU), {"robust_fraction": torch.tensor(0.5)}
     batch = Batch(tiles, torch.arange(24) % 10, torch.arange(24))
     next(method.examples(short, batch, memory, torch.Generator().manual_seed(0)))

@@ -10,6 +10,8 @@ import pytest
 
 from btrain.errors import UserError
 from btrain.report import compare
+from btrain.report.sweep import next_commands, sweep_table
+from btrain.runs.sweep import Job, heard
 
 SAME = ["84.92", "56.61", "0.28", "0.54", "0.18", "3.9", "2.5", "2.25×", "1.90×", "1.75×"]
 
@@ -33,6 +35,43 @@ def finished(folder: Path, seconds: float, device: str = "cpu", **changes: float
     }
     (folder / "summary.json").write_text(json.dumps(summary | changes))
     return folder
+
+
+def test_a_sweep_has_a_row_for_what_varies_and_says_what_did_not_finish(tmp_path: Path) -> None:
+    common = ["dataset=digits", "logger=wandb"]
+    wide = "model.factory=a/long/path/of/a/network/that/does/not/fit.py:Net"
+    jobs, clean = [], {0: [80.0, 84.0], 2: [90.0, 91.0]}
+    for n_r, seed in ((0, 0), (0, 1), (2, 0), (2, 1), (2, 2)):
+        number, name = len(jobs), f"n_r_{n_r}-seed{seed}"
+        jobs.append(Job(number, [*common, f"bt.n_r={n_r}", f"seed={seed}", f"run.dir={name}"]))
+        jobs[-1].folder = str(tmp_path / "runs" / name)
+        if seed < 2:
+            finished(Path(jobs[-1].folder), 9.0, clean_acc=clean[n_r][seed], robust_acc=50.0)
+    summary = Path(str(jobs[3].folder)) / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"cut": "train.max_seconds"}))
+    jobs.append(Job(5, [*common, wide, "seed=0"], failed="There is no such file."))
+    for job in reversed(jobs):
+        job.tell(tmp_path)
+    told = heard(tmp_path)
+    assert told == jobs
+    table, _, missing = sweep_table(told).split("\n\n")
+    rows = [line.split() for line in table.splitlines()]
+    assert rows[0] == ["setting", "seeds", "clean", "%", "PGD", "%", "speedup", "measured"]
+    # The deviations of two numbers are their difference over √2.
+    numbers = ["50.00", "±", "0.00", "1.90", "±", "0.00×", "1.75", "±", "0.00×"]
+    assert rows[1] == ["bt.n_r=0", "2", "82.00", "±", "2.83", *numbers]
+    assert rows[2] == ["bt.n_r=2", "(cut)", "2", "90.50", "±", "0.71", *numbers]
+    assert missing.splitlines() == [
+        "2 of 6 runs did not finish:",
+        "bt.n_r=2 seed=2: it ended without a result",
+        f"{wide} seed=0: There is no such file.",
+    ]
+    assert next_commands(told)[0] == f"btrain report --merge-seeds {tmp_path}/runs"
+    jobs[3].overrides[2] = wide
+    for line in sweep_table(jobs).split("\n\n")[0].splitlines():
+        assert len(line) <= 80
+    finished(tmp_path / "runs" / "another", 1.0)
+    assert next_commands(told)[0].endswith(" ".join(str(job.folder) for job in jobs[:4]))
 
 
 def test_the_first_run_is_the_baseline(tmp_path: Path) -> None:

@@ -368,3 +368,9 @@ def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: 
     shown = cells(sheet, "mix")
     assert shown["verified, crown_ibp %"] == "75.00" and shown["× baseline's time"] == "4.0"
     assert not any("speedup" in head for head in shown)
+    step = {"peak_memory_mb": 12.34, "times_baseline": 8.0, "steps": 200}
+    (tmp_path / "mix-seed0" / "step.json").write_text(json.dumps(step))
+    sheet = make_sheet(plan([row("plain"), row("mix")], kind="verified", attacks=attacks), tmp_path)
+    assert line(sheet, "mix").values["time_doublings"] == {0: 3.0}  # of steps, not of epochs
+    shown = cells(sheet, "mix")
+    assert (shown["MB in a step"], shown["× baseline's time"]) == ("12.3", "8.0")

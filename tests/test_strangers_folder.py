@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -266,18 +267,23 @@ def test_a_sparse_log_of_numbers_takes_no_memory(tmp_path: Path) -> None:
 # An evaluation
 
 
-def evaluation(run: Path, *attacks: str) -> EvalSettings:
-    return EvalSettings(
-        checkpoint=str(run), attacks=[*(attacks or ("pgd20",))], sanity=False, report=False
-    )
+def evaluation(run: Path, *attacks: str, **others: Any) -> EvalSettings:
+    chosen = [*(attacks or ("pgd20",))]
+    return EvalSettings(checkpoint=str(run), attacks=chosen, sanity=False, report=False, **others)
 
 
-@pytest.mark.parametrize("name", ["clean.json", "clean.npz", "pgd20.json", "pgd20.partial.npz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("clean.json", "clean.npz", "pgd20.json", "pgd20.partial.npz", "verified-ibp.json"),
+        "verified-ibp-0.05.partial.npz",
+    ],
+)
 def test_a_pipe_among_results_is_refused_ahead_of_the_attack(run: Path, name: str) -> None:
     (run / "eval").mkdir(exist_ok=True)
     os.mkfifo(run / "eval" / name)
     with pytest.raises(UserError, match=rf"{name} could not be written \(it is no ordinary file"):
-        evaluate_checkpoint(evaluation(run))
+        evaluate_checkpoint(evaluation(run, verify=["ibp"], verify_epsilon=["0.05"]))
     assert [path.name for path in (run / "eval").iterdir()] == [name]
 
 

@@ -20,9 +20,11 @@ from btrain.evaluation.result import Result
 from btrain.evaluation.verification import verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
-from btrain.processes.world import World
+from btrain.paper import step as paper_step
+from btrain.paper.sheets.bounded import read_step
+from btrain.paper.step import write_step
 from btrain.settings.compose import compose
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
 
@@ -195,11 +197,6 @@ def test_mistakes(overrides: list[str], said: str) -> None:
         compose([*SMALL, *overrides])
 
 
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="defense=ibp needs one process; with torchrun"):
-        check_shares(compose([*SMALL, "defense=ibp"]), 1442, World(0, 2))
-
-
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     method = made("defense=mixtrain", "defense.alpha=1")
     network = torch.nn.Sequential(
@@ -264,6 +261,38 @@ def test_mixtrain_goes_on_where_it_stopped(tmp_path: Path) -> None:
         for run in (whole, cut)
     )
     assert first == second[-len(first) :]
+
+
+def test_a_step_of_a_run_has_its_memory_and_its_time_over_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dataset=digits", "dataset.train_examples=100", "dataset.test_examples=50",
+             "model=small_cnn", "model.width=2", "train.epochs=1", "eval.steps=1",
+             "device=cpu"]  # fmt: skip
+    monkeypatch.setattr(paper_step, "_SECONDS", 0.2)
+    plain, bounded = tmp_path / "plain", tmp_path / "bounded"
+    for run, own in ((plain, ["defense=ibp", "defense.alpha=0"]), (bounded, ["defense=verified"])):
+        assert cli.main(["train", *words, *own, f"run.dir={run}"]) == 0
+    before = {path: path.read_bytes() for path in bounded.rglob("*") if path.is_file()}
+    random = torch.get_rng_state()
+    assert read_step(bounded) is None
+    write_step(bounded, tmp_path / "none")
+    alone = read_step(bounded)
+    assert alone is not None and alone.times_baseline is None
+    path = write_step(bounded, plain)
+    step = read_step(bounded)
+    assert step is not None and step.steps > 0 and step.times_baseline is not None
+    assert step.times_baseline > 1.5  # symbolic bounds of all images over intervals of all
+    assert step.peak_memory_mb == pytest.approx(alone.peak_memory_mb, rel=0.02)
+    parameters = json.loads((bounded / "summary.json").read_text())["parameters"]
+    state = 3 * 4 * parameters  # weights and Adam's two moments
+    write_step(plain, plain)
+    base = read_step(plain)
+    assert base is not None and state / 2**20 < base.peak_memory_mb < step.peak_memory_mb
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {p: p.read_bytes() for p in bounded.rglob("*") if p.is_file() and p != path} == before
+    path.write_text('{"peak_memory_mb": 1, "times_baseline": "2", "steps": 3}')
+    assert read_step(bounded) is None
 
 
 def test_methods_of_all_epochs_are_one(digits: Data) -> None:

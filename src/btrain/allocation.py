@@ -195,7 +195,7 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
 
 
 def thinned(
-    allocation: Allocation, share: float, generator: torch.Generator
+    allocation: Allocation, share: float | Tensor, generator: torch.Generator
 ) -> tuple[Allocation, Tensor]:
     """Take the steps of robust examples, each with probability 1 − share.
 
@@ -208,6 +208,29 @@ def thinned(
     spared = robust & (drawn >= share)
     weight = torch.where(robust, 1 / share, 1.0).masked_fill(spared, 0.0)
     return allocation._replace(steps=allocation.steps.masked_fill(spared, 0)), weight
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The care for a network that gets most examples wrong, which nobody would attack.
+
+    Attributes:
+        share: of outliers, above whose moving average nobody is spared.
+        steps: of an outlier then.
+    """
+
+    share: float
+    steps: int
+
+    def __call__(
+        self, allocation: Allocation, outlier_fraction: Tensor, robust_share: float
+    ) -> tuple[Allocation, Tensor]:
+        """Return the allocation, and the share of robust examples that keep their steps, ()."""
+        many = outlier_fraction > self.share
+        longer = allocation.steps.clamp(min=self.steps)
+        steps = torch.where(many & (allocation.classes == OUTLIER), longer, allocation.steps)
+        share = torch.full_like(outlier_fraction, robust_share).masked_fill(many, 1.0)
+        return allocation._replace(steps=steps), share
 
 
 def at_fractions(fractions: tuple[float, float, float], score: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from btrain import __version__, own
@@ -25,7 +27,7 @@ from btrain.processes.launched import (
     is_first,
     processes,
 )
-from btrain.processes.parent import not_outliving
+from btrain.processes.parent import not_outliving, watch_in_workers
 from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
@@ -42,6 +44,9 @@ commands:
   report [--watch] FOLDER          the paper's tables and figures from a folder of plans and runs
   export checkpoint=RUN …          a trained network as a file for other projects
   bench [option=value …]           how long a training step takes, beside what arithmetic allows
+
+to begin, with images that come with btrain:
+  btrain train dataset=digits model=small_cnn attack.epsilon=0.1 recipe.lr=0.1 train.epochs=10
 
 `btrain <command> --help` tells more, `btrain --version` the version;
 `eval "$(btrain --completion bash)"`, or zsh or fish, completes these words at Tab.
@@ -134,12 +139,52 @@ def _train(args: list[str]) -> None:
 
         summary = train(config, jobs=configs.jobs_at_once())
         if is_first() and not configs.is_sweep():
-            say(
-                f"Next: btrain eval checkpoint={shlex.quote(config.run.dir)} attack=all report=true"
+            from btrain.training.lines import in_words
+
+            if (words := in_words(config, summary)) is not None:
+                say(words)
+            run = shlex.quote(config.run.dir)
+            _say_next(
+                [f"btrain eval checkpoint={run} attack=all report=true", f"btrain report {run}"]
             )
         return summary.get("best_val_acc")  # what a sweeper that searches goes by
 
-    _run_with_hydra("train", args, run)
+    with _table_at_the_end(args) as place:
+        _run_with_hydra("train", args, run, place)
+
+
+@contextmanager
+def _table_at_the_end(args: list[str]) -> Iterator[Path | None]:
+    """Give the jobs of a sweep a folder to tell of themselves in, and show a table of them.
+
+    None without a sweep. Whoever interrupts one sees none.
+    """
+    if not {"-m", "--multirun"} & set(args):
+        yield None
+        return
+    with TemporaryDirectory(prefix="btrain-") as folder:
+        place = Path(folder)
+        try:
+            yield place
+        except (Exception, SystemExit):
+            _show_sweep(place)
+            raise
+        _show_sweep(place)
+
+
+def _show_sweep(place: Path) -> None:
+    from btrain.report.sweep import next_commands, sweep_table
+    from btrain.runs.sweep import heard
+
+    if jobs := heard(place):
+        show(f"\n{sweep_table(jobs)}\n")
+        _say_next(next_commands(jobs))
+
+
+def _say_next(commands: Sequence[str]) -> None:
+    """Say what to type next."""
+    for number, command in enumerate(commands):
+        say(f"{'      ' if number else 'Next: '}{command}")
 
 
 def _plan(args: list[str]) -> None:
@@ -169,8 +214,14 @@ def _data(args: list[str]) -> None:
     _run_with_hydra("corrupt", args[1:], run)
 
 
-def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) -> None:
-    """Compose the task's configuration with Hydra and runs it, once a job."""
+def _run_with_hydra(
+    task: str, args: list[str], run: Callable[[Any], object], place: Path | None = None
+) -> None:
+    """Compose the task's configuration with Hydra and runs it, once a job.
+
+    Args:
+        place: the folder in which the jobs of a sweep tell of themselves.
+    """
     from btrain.settings import compose as configs
 
     args = [configs.with_path_quoted(argument) for argument in args]
@@ -189,6 +240,8 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from btrain.runs.sweep import Job
+
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error, sweep = before == "1", os.getpid()
 
@@ -200,11 +253,18 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
         spell_out()
         configs.register()
         hydra_config = HydraConfig.get()
+        told = None if place is None else Job(hydra_config.job.num, [])
         try:
             if hydra_config.mode is not RunMode.RUN:
                 check_alone("a sweep")
+            overrides = configs.resolved(hydra_config.overrides.task)
+            if told is not None:
+                told.overrides = overrides
             with first_complains():
-                config = configs.from_hydra(cfg, configs.resolved(hydra_config.overrides.task))
+                config = configs.from_hydra(cfg, overrides)
+            if told is not None and place is not None:
+                told.folder = config.run.dir
+                told.tell(place)
             own.allow_parts(config)
             configs.check_search(config, hydra_config)
             of_joblib = hydra_config.runtime.choices["hydra/launcher"] == "joblib"
@@ -212,6 +272,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
             with nullcontext() if alone else not_outliving(sweep):
                 return run(config)
         except Exception as error:
+            if told is not None and place is not None:
+                told.failed = str(error) if isinstance(error, UserError) else repr(error)
+                told.tell(place)
             vars(error)[_OF_A_JOB] = hydra_config.runtime.choices["hydra/launcher"]
             if full_error or not isinstance(error, UserError):
                 raise
@@ -221,6 +284,9 @@ def _run_with_hydra(task: str, args: list[str], run: Callable[[Any], object]) ->
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
+    if "hydra/launcher=joblib" in args:
+        with suppress(ImportError):  # of which Hydra tells
+            watch_in_workers(sweep)
     main = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name=task)(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = [f"btrain {configs.TASKS[task].command}", *args]
@@ -334,8 +400,6 @@ def _export(args: list[str]) -> None:
 
     made = run(args)
     if made is not None and made[0].model_card:
-        from pathlib import Path
-
         from btrain.report.card import write_card
 
         export, saved = made

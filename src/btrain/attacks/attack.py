@@ -142,3 +142,42 @@ class Attack:
 
     def _first_offset(self, noise: Tensor) -> Tensor | None:
         return None if self.probe is None else self.probe * noise
+
+
+@dataclass(frozen=True)
+class AttackInParts(Attack):
+    """The same attack on some of a batch's examples after the others, in less memory.
+
+    Attributes:
+        most: how many go through the network at a time.
+    """
+
+    most: int = 1
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        labels: Tensor,
+        z: Tensor,
+        allocation: Allocation,
+        active: Sequence[int],
+        noise: Tensor,
+    ) -> tuple[Tensor, Allocation, int]:
+        """Attack a batch as `Attack` does, from the examples with the most steps on."""
+        attack, images, steps, forwarded = super().__call__, [], [], 0
+        for rows in evenly_cut(len(x), -(-len(x) // self.most)):
+            those = [min(n, rows.stop) - rows.start for n in active if n > rows.start]
+            x_adv, taken, passed = attack(
+                model, x[rows], labels[rows], z[rows], allocation.ordered(rows), those, noise[rows]
+            )
+            images.append(x_adv)
+            steps.append(taken.steps)
+            forwarded += passed
+        return torch.cat(images), allocation._replace(steps=torch.cat(steps)), forwarded
+
+
+def evenly_cut(examples: int, parts: int) -> list[slice]:
+    """Return consecutive parts of so many examples, whose sizes differ by one at the most."""
+    ends = [examples * (part + 1) // parts for part in range(parts)]
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]

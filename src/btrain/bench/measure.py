@@ -14,7 +14,6 @@ from torch import Tensor
 from btrain.allocation import Scored
 from btrain.attacks.pgd import by_steps
 from btrain.bench import output
-from btrain.bench.look import MEGABYTE, look
 from btrain.bench.output import Row
 from btrain.bench.plan import Case, make_cases, make_lanes
 from btrain.build import find_device
@@ -31,6 +30,7 @@ from btrain.settings.bench import BenchConfig, Contender
 from btrain.training.timing.clock import Product, seconds
 from btrain.training.timing.forced import deciding_logits
 from btrain.training.timing.lane import Lane
+from btrain.training.timing.look import MEGABYTE, look
 
 _SELECTIONS = 10
 _DTYPES = {Precision.float32: torch.float32, Precision.bf16: torch.bfloat16}

@@ -513,6 +513,11 @@ def read_result(folder: Path, attack: str) -> Result:
     raise UserError(f"{folder} holds no finished evaluation {attack}{have}; {how}.")
 
 
+def of_a_part(n: int) -> str:
+    """Return the sentence of a note that only n of the test images were attacked."""
+    return f"{n} test images, class-balanced, not the whole test set."
+
+
 def wilson(right: int, n: int) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927), which stays in [0, 1]."""
     p, z2 = right / n, Z**2

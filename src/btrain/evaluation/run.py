@@ -26,6 +26,7 @@ from btrain.evaluation.result import (
     Result,
     Samples,
     Sanity,
+    of_a_part,
     versions,
 )
 from btrain.evaluation.sanity import EXAMPLES, check_sanity
@@ -85,7 +86,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     if set(AUTOATTACKS) & set(_names(settings)):
         library_norm(ball)
     _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon, "norm": ball.norm})
-    check_places(_files(settings, target.folder))
+    check_places(_files(settings, target))
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
         facts["note"] = " ".join(filter(None, (facts["note"], hint)))
@@ -106,14 +107,16 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         return _attacked(settings, subject)
 
 
-def _files(settings: EvalSettings, folder: Path) -> list[Path]:
+def _files(settings: EvalSettings, target: Target) -> list[Path]:
     """Return the files that an evaluation leaves, and those that it keeps meanwhile."""
-    endings = (".json", ".npz", ".partial.npz")
-    found = ("clean", *_names(settings), *settings.verified)
-    names = [f"{name}{ending}" for name in found for ending in endings]
+    verified, radii = settings.verified, {target.epsilon, *settings.radii}
+    found = ("clean", *_names(settings), *verified)
+    names = [f"{name}{ending}" for name in found for ending in (".json", ".npz")]
+    names += [f"{name}.partial.npz" for name in _names(settings)]
+    names += [verification.unfinished(name, radius) for name in verified for radius in radii]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
-    return [folder / name for name in names]
+    return [target.folder / name for name in names]
 
 
 @contextmanager
@@ -209,7 +212,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
     config, device, norm = target.config, target.device, target.threat(target.epsilon).norm
     wanted, notes = config.dataset.test_examples, []
     if wanted is not None:
-        notes.append(f"{wanted} test images, class-balanced, not the whole test set.")
+        notes.append(of_a_part(wanted))
     if target.trained_norm not in (None, norm):
         notes.append(f"Attacked in {norm}, not in {target.trained_norm} as trained.")
     elif target.trained not in (None, target.epsilon):

@@ -21,6 +21,11 @@ from btrain.verify.graph import Graph, trace
 _BROKEN = "verified_and_broken.json"
 
 
+def unfinished(name: str, radius: float) -> str:
+    """Return the name of the file that keeps what an engine has verified at a radius so far."""
+    return f"{name}-{radius!r}.partial.npz"
+
+
 def verified(subject: Subject, graph: Graph, engine: str, radii: Sequence[float] = ()) -> Result:
     """Return which images an engine verifies at the subject's ε, and how many at other radii.
 
@@ -49,7 +54,7 @@ def verified(subject: Subject, graph: Graph, engine: str, radii: Sequence[float]
             return ~verdict.verified
 
         if subject.folder is not None:
-            path = subject.folder / f"{name}-{epsilon!r}.partial.npz"
+            path = subject.folder / unfinished(name, epsilon)
             begun.append(Partial(path, identity(facts) | {"radius": epsilon}))
         return worst_case(
             open_,

@@ -23,11 +23,14 @@ class Loss(NamedTuple):
         stats: sums over the examples for the log; None for one of several updates of a batch that
             the log does not show.
         share: of the whole batch, where several processes share it.
+        last: whether the update follows; False for a part of a batch whose gradients are added to
+            those of the parts to come.
     """
 
     value: Tensor
     stats: StepStats | None
     share: float = 1.0
+    last: bool = True
 
 
 class Reach(NamedTuple):
@@ -72,7 +75,10 @@ class Method(Protocol):
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Any]:
-        """Yield what the weights are to learn from; each is one update, made before the next."""
+        """Yield what the weights are to learn from; each is one update, made before the next.
+
+        Or one of the parts of an update: see `Loss.last`.
+        """
         ...
 
     def loss(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from btrain import allocation as allocators
 from btrain.allocation import (
+    OUTLIER,
     Allocation,
     Allocator,
     Expected,
+    Guard,
     Scored,
     filled_up,
     thinned,
@@ -32,8 +35,26 @@ from btrain.defenses import Defense, Weights
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 
+OUTLIERS = "outlier_fraction"
+"""The name of F_O's moving average in a method's memory, where a guard watches it."""
+
 Regulariser = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """(network, images, labels, generator) -> what is added to the loss, ()"""
+
+
+class Part(NamedTuple):
+    """The place of some of a process' examples among those of a batch, learnt from one by one.
+
+    Attributes:
+        share: of this process' examples of the batch.
+        last: whether the update follows.
+        outcomes: of the parts so far: adversarial logits, (n, K), without their graph, and labels
+            and weights.
+    """
+
+    share: float
+    last: bool
+    outcomes: list[tuple[Tensor, Tensor, Weights | None]]
 
 
 class Examples(NamedTuple):
@@ -48,6 +69,7 @@ class Examples(NamedTuple):
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
         weights: how often each counts; None for once.
+        part: of the batch, where these are not all.
     """
 
     x: Tensor
@@ -62,6 +84,7 @@ class Examples(NamedTuple):
     share: float = 1.0
     indices: Tensor | None = None
     weights: Weights | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +95,15 @@ class BulletTrain:
         metric: the score of each example from clean logits and labels, (m, K), (m,) -> (m,).
         gamma, momentum: γ and p of eq. 5.
         share_clean_forward: whether line 11 and the loss share one clean forward, in train mode.
+        score_last: whether examples are scored by the loss' clean logits at their last visit, and
+            of those of now only the attack's targets are computed.
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
         kept: the store of the perturbations that attacks start from; None where they do not.
         robust_share: of the robust examples, that are attacked and count for the others.
-        scores_kept: whether each example's score at its last visit is remembered, for an epoch to
-            leave out some.
+        guard: who is attacked while most examples are outliers; None for the same as ever.
+        scores_kept: whether each example's score at its last visit is remembered.
+        skips: whether an epoch leaves examples out, by these scores.
     """
 
     defense: Defense
@@ -87,11 +113,14 @@ class BulletTrain:
     gamma: float
     momentum: float
     share_clean_forward: bool = False
+    score_last: bool = False
     forward_unperturbed: bool = False
     regulariser: tuple[Regulariser, float] | None = None
     kept: Kept | None = None
     robust_share: float = 1.0
+    guard: Guard | None = None
     scores_kept: bool = False
+    skips: bool = False
     in_units: ClassVar[bool] = True
 
     def memory(self, data: Data, device: torch.device) -> Memory:
@@ -99,11 +128,12 @@ class BulletTrain:
         memory = {"robust_fraction": torch.zeros((), device=device)}  # line 8
         if self.kept is not None:
             memory |= self.kept.memory(data, device)
+        if self.guard is not None:
+            memory[OUTLIERS] = torch.zeros((), device=device)
         if self.scores_kept:
-            memory |= {
-                "score": torch.zeros(len(data.train), device=device),
-                "weight": torch.ones(len(data.train), device=device),
-            }
+            memory["score"] = torch.zeros(len(data.train), device=device)
+        if self.skips:
+            memory["weight"] = torch.ones(len(data.train), device=device)
         return memory
 
     def examples(
@@ -112,7 +142,7 @@ class BulletTrain:
         """Yield the batch once, attacked; one copy to the host, of the step counts."""
         x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
-        score = self.score(z, labels)
+        score = memory["score"][batch.indices] if self.score_last else self.score(z, labels)
         noise = self.start(batch, memory, generator)
 
         def attacked_logits(steps: int, step_size: float) -> Tensor:
@@ -121,20 +151,23 @@ class BulletTrain:
         allocation = self.allocator(  # line 12
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
-        allocation, weights = self.weighted(allocation, batch.weight, generator)
+        allocation, share = self.guarded(allocation, memory, batch.weight)
+        allocation, weights = self.weighted(allocation, share, batch.weight, generator)
         parts, clean_logits, allocation, active = self.in_order(
             [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
             clean_logits,
             allocation,
         )
         x, labels, z, score, noise, rows = parts
+        targets, targeted = self.targets(network, x, z, active)
         x_adv, allocation, forwarded = self.attack(  # line 13
-            network, x, labels, z, allocation, active, noise
+            network, x, labels, targets, allocation, active, noise
         )
         if self.kept is not None:
             self.keep(self.kept, memory, batch, rows, x_adv - x, allocation.steps > 0)
         m, overhead = len(x), allocation.overhead
-        units = 2 * forwarded + (m if z.shape[1] and clean_logits is None else 0)
+        units = 2 * forwarded + targeted
+        units += m if z.shape[1] and clean_logits is None else 0
         units += m * (2 * overhead + 1) if overhead else 0
         yield Examples(
             x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
@@ -148,7 +181,7 @@ class BulletTrain:
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
         x, labels, x_adv, clean_logits, z, score = examples[:6]
-        allocation, perturbed, units, share, _, weights = examples[6:]
+        allocation, perturbed, units, share, _, weights, _ = examples[6:]
         m = len(x)
         if self.defense.outer_reads_clean:  # line 14
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -157,14 +190,7 @@ class BulletTrain:
             trained = m + rows
         else:
             clean_logits, adv_logits, trained = z, network(x_adv), m
-        memory["robust_fraction"] = update_robust_fraction(  # line 15
-            memory["robust_fraction"],
-            adv_logits,
-            labels,
-            momentum=self.momentum,
-            gamma=self.gamma,
-            mean=partial(self.mean, weight=None if weights is None else weights.adv),
-        )
+        self.remember_robust_fraction(memory, examples, adv_logits)  # line 15
         if weights is None:
             loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
         else:
@@ -183,19 +209,53 @@ class BulletTrain:
         )  # fmt: skip
         return Loss(loss, stats, share)
 
+    def remember_robust_fraction(
+        self, memory: Memory, examples: Examples, adv_logits: Tensor
+    ) -> None:
+        """Remember F_R, by how many examples of the batch stand. (m, K)"""
+        weights = examples.weights
+        memory["robust_fraction"] = update_robust_fraction(
+            memory["robust_fraction"],
+            adv_logits,
+            examples.labels,
+            momentum=self.momentum,
+            gamma=self.gamma,
+            mean=partial(self.mean, weight=None if weights is None else weights.adv),
+        )
+
     def weighted(
-        self, allocation: Allocation, weight: Tensor | None, generator: torch.Generator
+        self,
+        allocation: Allocation,
+        share: float | Tensor,
+        weight: Tensor | None,
+        generator: torch.Generator,
     ) -> tuple[Allocation, Weights | None]:
         """Spare robust examples the attack, and return how often each example counts.
 
         Args:
+            share: of the robust examples that are attacked, a number or ().
             weight: of the batch, whose examples may stand for others, (m,); or None.
         """
         if self.robust_share == 1:
             return allocation, None if weight is None else Weights(weight, weight)
-        allocation, adv = thinned(allocation, self.robust_share, generator)
+        allocation, adv = thinned(allocation, share, generator)
         clean = torch.ones_like(adv) if weight is None else weight
         return allocation, Weights(clean, clean * adv)
+
+    def guarded(
+        self, allocation: Allocation, memory: Memory, weight: Tensor | None
+    ) -> tuple[Allocation, float | Tensor]:
+        """Return the allocation and the share of robust examples to attack, and remember F_O.
+
+        Args:
+            weight: of the batch, whose examples may stand for others, (m,); or None.
+        """
+        if self.guard is None or not self.allocator.needs_scores:
+            return allocation, self.robust_share
+        # Every process has the whole batch here.
+        f_o = BulletTrain.mean(self, (allocation.classes == OUTLIER).float(), weight)
+        memory[OUTLIERS] = self.momentum * memory[OUTLIERS] + (1 - self.momentum) * f_o
+        return self.guard(allocation, memory[OUTLIERS], self.robust_share)
 
     def remember(
         self, memory: Memory, examples: Examples, clean_logits: Tensor, adv_logits: Tensor
@@ -204,7 +264,27 @@ class BulletTrain:
         assert examples.indices is not None
         seen = (logits for logits in (examples.z, clean_logits, adv_logits) if logits.shape[1])
         score = self.metric(next(seen).detach(), examples.labels)
-        memory["score"][examples.indices] = score.to(memory["score"].dtype)
+        indices, score = self.remembered(examples.indices, score, examples.share)
+        memory["score"][indices] = score.to(memory["score"].dtype)
+
+    def remembered(self, indices: Tensor, score: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Return indices and scores to remember, (n,) each, of this share of a batch."""
+        del share
+        return indices, score
+
+    def targets(
+        self, network: nn.Module, x: Tensor, z: Tensor, active: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """Return the clean logits (m, K) that the attack reads, and for how many it took a forward.
+
+        They are z, or with scores of the last visit those of the examples that take a step; the
+        others' are zeros.
+        """
+        if not (self.score_last and self.defense.inner_reads_clean and active):
+            return z, 0
+        read = active[0]
+        logits = eval_logits(network, x[:read])
+        return torch.cat([logits, logits.new_zeros(len(x) - read, logits.shape[1])]), read
 
     def forward_clean(self, network: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the clean logits for the loss, if they are shared, and z.
@@ -216,7 +296,8 @@ class BulletTrain:
         if self.shares_clean_forward:
             clean_logits = network(x)
             return clean_logits, clean_logits.detach()
-        if self.defense.inner_reads_clean or self.allocator.needs_scores:
+        reads = self.defense.inner_reads_clean or self.allocator.needs_scores
+        if reads and not self.score_last:
             return None, eval_logits(network, x)
         return None, x.new_empty(len(x), 0)
 
@@ -322,10 +403,14 @@ class BulletTrain:
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
         """Return units an example; None where the allocator, or who is left out, cannot tell."""
         expected = self.expected(fractions)
-        if expected is None or self.scores_kept:
+        if expected is None or self.skips:
             return None
-        needs_z = self.defense.inner_reads_clean or self.allocator.needs_scores
-        scoring = 1 if needs_z and not self.shares_clean_forward else 0
+        reads = self.defense.inner_reads_clean
+        scoring = 1.0 if reads or self.allocator.needs_scores else 0.0
+        if self.shares_clean_forward:
+            scoring = 0.0
+        elif self.score_last:
+            scoring = expected.attacked if reads else 0.0
         perturbed = 1 if self.forward_unperturbed else expected.attacked
         training = 3 + 3 * perturbed if self.defense.outer_reads_clean else 3
         choosing = 2 * expected.overhead + 1 if expected.overhead else 0
@@ -334,11 +419,14 @@ class BulletTrain:
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
         """Return the attack of an average batch, with a share of the robust examples."""
-        of_all = self.allocator.expected(fractions)
-        if of_all is None or self.robust_share == 1:
-            return of_all
         boundary, robust, outlier = fractions
-        return self.allocator.expected((boundary, self.robust_share * robust, outlier))
+        allocator, share = self.allocator, self.robust_share
+        if self.guard is not None and outlier > self.guard.share:
+            share = 1.0
+            if isinstance(allocator, allocators.BulletTrain):
+                n_b, n_r, n_o = allocator.steps
+                allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
+        return allocator.expected((boundary, share * robust, outlier))
 
 
 def eval_logits(network: nn.Module, x: Tensor) -> Tensor:

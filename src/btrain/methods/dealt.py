@@ -81,6 +81,12 @@ class DealtBulletTrain(BulletTrain):
         new = self.world.gathered(new.view(torch.int8), m).view(kept.dtype).view(m, *shape)
         kept.keep(memory, batch, rows, new, attacked > 0)
 
+    def remembered(self, indices: Tensor, score: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Return indices and scores of the whole batch, for another process' next visit."""
+        told = torch.stack([indices.double(), score.double()], dim=1)
+        indices, score = self.world.gathered(told, round(len(score) / share)).unbind(dim=1)
+        return indices.long(), score
+
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the mean over the whole batch, by weight (n,) if there is one. (n,) -> ()"""
         if weight is None:

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from btrain import allocation, own
-from btrain.allocation import FAR, METRICS, Allocator
-from btrain.attacks.attack import Attack, Start, at_the_image, nearby, within_the_ball
+from btrain.allocation import FAR, METRICS, Allocator, Guard
+from btrain.attacks.attack import (
+    Attack,
+    AttackInParts,
+    Start,
+    at_the_image,
+    nearby,
+    within_the_ball,
+)
 from btrain.attacks.balls import BALLS, Ball
 from btrain.attacks.fast_paths import FastPaths
 from btrain.attacks.kept import Kept
@@ -21,6 +28,7 @@ from btrain.attacks.views import augmix
 from btrain.data import Split
 from btrain.defenses import DEFENSES, Defense
 from btrain.methods import gradalign
+from btrain.methods.accumulated import AccumulatedBulletTrain
 from btrain.methods.augmix import AugMix
 from btrain.methods.base import Method
 from btrain.methods.bullettrain import BulletTrain
@@ -40,6 +48,7 @@ from btrain.settings import (
     DefenseConfig,
     Precision,
     RivalConfig,
+    Score,
     Store,
 )
 from btrain.settings import Start as StartName
@@ -89,14 +98,15 @@ def make_methods(
     """
 
     @lru_cache(maxsize=1)
-    def made(plain: bool, share: float) -> Method:
+    def made(plain: bool, cold: bool, share: float) -> Method:
         return make_method(
-            config, device, plain=plain, share=share, paths=paths, known=known, world=world,
-            held_out=held_out,
+            config, device, plain=plain, cold=cold, share=share, paths=paths, known=known,
+            world=world, held_out=held_out,
         )  # fmt: skip
 
     def of_epoch(epoch: int) -> Method:
-        return made(epoch < config.bt.plain_epochs, config.attack.share(epoch))
+        cold = epoch == 0 and config.bt.score is Score.last
+        return made(epoch < config.bt.plain_epochs, cold, config.attack.share(epoch))
 
     return of_epoch
 
@@ -106,6 +116,7 @@ def make_method(
     device: torch.device,
     *,
     plain: bool = False,
+    cold: bool = False,
     share: float = 1.0,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
@@ -116,6 +127,7 @@ def make_method(
 
     Args:
         plain: whether every example gets N_B steps, whatever the allocator.
+        cold: whether no example has been visited, so that no last visit can score it.
         share: of ε and of the step sizes.
         paths: ways to see and attack the network; None for the plain ones.
         held_out: images that no batch is drawn from, for a weight by feedback.
@@ -136,9 +148,11 @@ def make_method(
     if isinstance(config.defense, AugMixDefenseConfig):
         return make_augmix(config, device, plain=plain, known=known, world=world)
     if isinstance(config.defense, VerifiedConfig):
-        return make_verified(config, config.defense, paths=paths, known=known, held_out=held_out)
+        return make_verified(
+            config, config.defense, paths=paths, known=known, world=world, held_out=held_out
+        )
     method = make_bullettrain(
-        config, device, plain=plain, share=share, paths=paths, known=known, world=world
+        config, device, plain=plain, cold=cold, share=share, paths=paths, known=known, world=world
     )
     if config.bt.pool > 1:
         return Pool(method, config.train.batch_size, world)
@@ -150,6 +164,7 @@ def make_bullettrain(
     device: torch.device,
     *,
     plain: bool = False,
+    cold: bool = False,
     share: float = 1.0,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
@@ -164,20 +179,31 @@ def make_bullettrain(
         metric=METRICS[bt.metric.value],
         gamma=bt.gamma,
         momentum=bt.momentum,
-        share_clean_forward=bt.share_clean_forward,
+        share_clean_forward=bt.score is Score.shared,
+        score_last=bt.score is Score.last and not cold and not plain,
         forward_unperturbed=bt.forward_unperturbed,
         kept=make_store(config.attack),
         robust_share=bt.robust_share if isinstance(bt, BulletTrainConfig) else 1.0,
-        scores_kept=config.train.skip > 0,
+        guard=make_guard(bt),
+        scores_kept=config.train.skip > 0 or bt.score is Score.last,
+        skips=config.train.skip > 0,
     )
     if isinstance(config.rival, GradAlignConfig):
         weight, epsilon = config.rival.grad_align_weight, share * config.attack.epsilon
         added = gradalign.regulariser(weight, epsilon)
         method = replace(method, regulariser=(added, gradalign.UNITS))
-    if world.size == 1:
-        return method
-    parts = {item.name: getattr(method, item.name) for item in fields(method)}
-    return DealtBulletTrain(**parts, world=world)
+    parts, size = config.train.accumulate, config.train.batch_size
+    if parts > 1:
+        most = -(-size // (parts * world.size))
+        attack = AttackInParts(**_settings(method.attack), most=most)
+        settings = _settings(replace(method, attack=attack))
+        return AccumulatedBulletTrain(**settings, world=world, batch_size=size, parts=parts)
+    return method if world.size == 1 else DealtBulletTrain(**_settings(method), world=world)
+
+
+def _settings(made: Attack | BulletTrain) -> dict[str, Any]:
+    """Return what a class with more settings takes over."""
+    return {item.name: getattr(made, item.name) for item in fields(made)}
 
 
 def make_verified(
@@ -186,6 +212,7 @@ def make_verified(
     *,
     paths: FastPaths | None = None,
     known: Known = NOTHING,
+    world: World = ALONE,
     held_out: Split | None = None,
 ) -> Verified:
     """Return training by bounds; `bt=` says who is bounded where not everybody is."""
@@ -212,6 +239,7 @@ def make_verified(
         regulariser=defense.shi_regulariser,
         feedback=defense.dynamic is MixDynamic.feedback,
         held_out=held_out,
+        world=world,
     )
 
 
@@ -313,6 +341,13 @@ def make_store(attack: AttackConfig) -> Kept | None:
     return Kept(torch.int8 if attack.store is Store.int8 else torch.bfloat16)
 
 
+def make_guard(bt: BTConfig) -> Guard | None:
+    """Return who is attacked while most examples are outliers; None for the same as ever."""
+    if not isinstance(bt, BulletTrainConfig) or bt.guard == 1:
+        return None
+    return Guard(bt.guard, bt.guard_steps)
+
+
 def make_ball(attack: AttackConfig, share: float = 1.0, known: Known = NOTHING) -> Ball:
     """Return the threat model, with a share of its radius.
 
@@ -399,7 +434,7 @@ def plain_defense(config: Config) -> Config:
     attack, bt, defense = config.attack, config.bt, config.defense
     if isinstance(defense, VerifiedConfig):  # adversarial training is what it is compared with
         defense = PGDConfig(DefenseName.pgd)
-    common = {item.name: getattr(bt, item.name) for item in fields(BTConfig)}
+    common = {item.name: getattr(bt.unkept(), item.name) for item in fields(BTConfig)}
     common |= {"name": AllocatorName.uniform, "pool": 1}
     if not isinstance(config.defense, AugMixDefenseConfig):
         common |= {"n_b": attack.steps, "step_size_b": attack.step_size}

@@ -26,6 +26,7 @@ from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
+from btrain.processes.world import ALONE, World
 from btrain.verify import bounds, losses
 from btrain.verify.graph import Graph, evaluating, trace
 
@@ -45,6 +46,7 @@ class Examples(NamedTuple):
     Attributes:
         progress: of the training, in [0, 1].
         x_adv: like x; x itself without an attack.
+        units: that the attack of an example has cost.
     """
 
     x: Tensor
@@ -92,6 +94,8 @@ class Verified:
         regulariser: weight of Shi et al.'s, while ε grows.
         feedback: whether α (convex) or the weight follows what held-out images tell.
         held_out: those images; None where the mix stays as the memory has it.
+        world: the processes that share a batch. Each decides the same for the whole of it, attacks
+            its share of the images, and bounds its share of those that are bounded.
     """
 
     engine: str
@@ -110,6 +114,7 @@ class Verified:
     regulariser: float
     feedback: bool = False
     held_out: Split | None = None
+    world: World = ALONE
     in_units: ClassVar[bool] = False
 
     def memory(self, data: Data, device: torch.device) -> Memory:
@@ -147,12 +152,15 @@ class Verified:
         share = self._share(progress)
         if self.attack is not None and share > 0:
             attack = self.attack(share)
-            sizes = torch.full((len(x),), attack.step_size_b, device=x.device)
-            noise = attack.noise(x, generator)
-            unread = x.new_empty(len(x), 0)
-            active = [len(x)] * attack.n_b
-            x_adv = attack.evenly(network, x, labels, unread, sizes, active, noise)
-            units = 2.0 * attack.n_b * len(x)
+            own, noise = self.world.share(len(x)), attack.noise(x, generator)
+            some = x[own]
+            sizes = torch.full((len(some),), attack.step_size_b, device=x.device)
+            unread = some.new_empty(len(some), 0)
+            active = [len(some)] * attack.n_b
+            x_adv = attack.evenly(network, some, labels[own], unread, sizes, active, noise[own])
+            if self.world.size > 1:
+                x_adv = self.world.gathered(x_adv.flatten(1), len(x)).view_as(x)
+            units = 2.0 * attack.n_b
         yield Examples(x, labels, x_adv, progress, units)
         memory["trained"] += len(x)
 
@@ -165,17 +173,21 @@ class Verified:
         accuracy under attack is the verified one where everybody is bounded, else unknown.
         """
         x, labels, x_adv, progress, units = examples
-        m = len(x)
-        logits = precision.full(network(x_adv if self.plain_on_attacked else x))
-        plain = F.cross_entropy(logits, labels, reduction="none")
+        m, own = len(x), self.world.share(len(x))
+        logits = precision.full(network((x_adv if self.plain_on_attacked else x)[own]))
+        loss = self._part(F.cross_entropy(logits, labels[own], reduction="none"), m)
         epsilon = self._share(progress) * self.epsilon
-        rows = self._rows(logits.detach(), labels, memory, generator)
-        loss, upper = plain.mean(), x.new_empty(m, 0)
+        z = self.world.gathered(logits.detach(), m)
+        rows = self._rows(z, labels, memory, generator)
+        bounded, upper = rows[self.world.share(len(rows))], x.new_empty(len(logits), 0)
         graph = _graph(bare(network), tuple(x.shape[1:]))
         with evaluating(bare(network)):
             if len(rows):
-                upper = self._margins(graph, x[rows], x_adv[rows], labels[rows], epsilon)
-                worst = losses.worst_case(upper, labels[rows]).mean()
+                worst = loss.new_zeros(())
+                if len(bounded):
+                    some = labels[bounded]
+                    upper = self._margins(graph, x[bounded], x_adv[bounded], some, epsilon)
+                    worst = self._part(losses.worst_case(upper, some), len(rows))
                 share, weight = self._mix(memory, progress)
                 if self.convex:
                     loss = losses.mixed(loss, worst, share=share)
@@ -184,22 +196,28 @@ class Verified:
             if self.regulariser and 0 < progress < self.ramp:
                 box = bounds.box(x, epsilon)
                 penalty = losses.regulariser(box, bounds.before_relus(graph, box))
+                penalty = penalty / self.world.size  # which all compute: it is no mean over images
                 loss = loss + self.regulariser * (1 - progress / self.ramp) * penalty
-        right = logits.detach().argmax(dim=1) == labels
+        right = z.argmax(dim=1) == labels
         classes = torch.where(right, ROBUST, OUTLIER)
         classes[rows] = BOUNDARY
         everybody = len(rows) == m
+        classes, n = classes[own], len(logits)
         stats = step_stats(
             Allocation(classes, torch.zeros_like(classes)),
-            loss.detach(),
+            loss.detach() * (m / n),  # so that the processes' add up to that of the batch
             logits.detach(),
             None,
-            x.new_empty(m, 0) if self.plain_on_attacked else logits.detach(),
-            upper.detach() if everybody else x.new_empty(m, 0),
-            labels,
-            units=units + 3.0 * m,
+            x.new_empty(n, 0) if self.plain_on_attacked else logits.detach(),
+            upper.detach() if everybody else x.new_empty(n, 0),
+            labels[own],
+            units=(units + 3.0) * n,
         )
         return Loss(loss, stats)
+
+    def _part(self, values: Tensor, of: int) -> Tensor:
+        """Return what this process' values add to the mean over so many. (n,) -> ()"""
+        return values.mean() * (len(values) / of)
 
     def _mix(self, memory: Memory, progress: float) -> tuple[float, float]:
         """Return α of the convex mix, and the weight of the other."""

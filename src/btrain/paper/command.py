@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from btrain.durable import check_places, check_within
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job, check, make_plan, unfinished
-from btrain.paper.plan import ALLOCATION, Plan
+from btrain.paper.plan import ALLOCATION, STEP, Plan, Row
 from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
@@ -167,7 +167,7 @@ def check_folders(out: Path, plans: Sequence[Plan]) -> None:
     for folder in (out / "report", out / "corrupted", *runs):
         check_within(folder, out)
     check_places(out / f"{plan.target}.json" for plan in plans)
-    check_places(run / ALLOCATION for run in runs)
+    check_places(run / name for run in runs for name in (ALLOCATION, STEP))
 
 
 def _check_only(jobs: Sequence[Job]) -> None:
@@ -200,10 +200,10 @@ def reproduce(job: Job, plan: Plan, known: Runs, command: Command) -> tuple[int,
             failed += not _done(command, "train", *_training(job, *left))
     wanted = set(job.wanted(row.experiment for row in plan.rows))
     runs = [
-        _evaluate(job, plan, row.name, job.out / folder, command)
+        _evaluate(job, plan, row, seed, command)
         for row in plan.rows
         if row.experiment in wanted
-        for folder in row.runs.values()
+        for seed in row.runs
     ]
     told = f"btrain report {shlex.quote(str(job.out))} target={job.target.name}"
     from btrain.paper.sheets.files import show_sheets
@@ -226,7 +226,7 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
         "--multirun",
         f"seed={','.join(map(str, seeds))}",
         f"experiment={','.join(sweep.experiments)}",
-        *job.settings,
+        *job.settings(sweep),
         *(f"{key}={','.join(values)}" for key, values in sweep.values.items()),
         f"logger.group={configs.quoted(name)}",
         f"logger.tags=[{job.target.name},{job.profile.name}]",
@@ -234,8 +234,9 @@ def _training(job: Job, sweep: Sweep, seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def _evaluate(job: Job, plan: Plan, row: str, folder: Path, command: Command) -> bool:
+def _evaluate(job: Job, plan: Plan, row: Row, seed: int, command: Command) -> bool:
     """Make a run's evaluations; return whether it is trained and all of them are there."""
+    folder = job.out / row.runs[seed]
     if not (folder / "summary.json").is_file():
         return False
     try:
@@ -246,12 +247,18 @@ def _evaluate(job: Job, plan: Plan, row: str, folder: Path, command: Command) ->
                 f"checkpoint={folder}",
                 *_corruptions(job, folder, settings, command),
             )
-            for settings in job.profile.evaluations(job.target, row)
+            for settings in job.profile.evaluations(job.target, row.name)
         ]
         if plan.kind == "allocation":
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
+        if plan.kind in ("verified", "front"):
+            from btrain.paper.sheets.sheet import baseline_of
+            from btrain.paper.step import write_step
+
+            base = job.out / run_name(baseline_of(plan, row) or row.name, seed)
+            done.append(_safely(lambda: write_step(folder, base)) is not None)
     except UserError as error:
         complain(error)
         return False
@@ -303,8 +310,13 @@ def _done(command: Command, *arguments: str) -> bool:
 
 
 def _guarded(told: str, what: Callable[[], _T]) -> _T | None:
-    """Say and do it; a mistake or a defect is told, and is no reason to lose other runs."""
+    """Say and do it, safely."""
     say(f"$ {told}", flush=True)
+    return _safely(what)
+
+
+def _safely(what: Callable[[], _T]) -> _T | None:
+    """Do it; a mistake or a defect is told, and is no reason to lose other runs."""
     try:
         return what()
     except (Interrupted, KeyboardInterrupt):

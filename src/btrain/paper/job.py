@@ -51,7 +51,8 @@ class Job:
         values = self.profile.sweep.get(self.target.name, {})
         without = self.profile.leave_out.get(self.target.name, [])
         return [
-            Sweep(
+            replace(
+                sweep,
                 experiments=left,
                 values={key: values.get(key, own) for key, own in sweep.values.items()},
             )
@@ -59,10 +60,9 @@ class Job:
             if (left := [name for name in sweep.experiments if name not in without])
         ]
 
-    @property
-    def settings(self) -> list[str]:
-        """Return the settings of every training, but for its experiment, seed and swept values."""
-        return merged(self.profile.settings(self.target.name), self.extra)
+    def settings(self, sweep: Sweep) -> list[str]:
+        """Return the settings of a sweep's trainings, but for experiment, seed and swept values."""
+        return merged(self.profile.settings(sweep.train or self.target.name), self.extra)
 
     @property
     def seeds(self) -> list[int]:
@@ -84,9 +84,9 @@ def check(job: Job) -> None:
     for key in (setting.partition("=")[0].lstrip("+~") for setting in job.extra):
         if key in _OURS or key in swept:
             raise UserError(f"{key} is set by btrain paper itself in {job.target.name}.")
-    experiments = dict.fromkeys(name for sweep in job.sweeps for name in sweep.experiments)
-    for name in job.wanted(experiments):
-        config_of(job, name, {})
+    for sweep in job.sweeps:
+        for name in job.wanted(sweep.experiments):
+            _config(job, sweep, name, {})
 
 
 def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
@@ -95,9 +95,18 @@ def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
     Raises:
         UserError: the experiment does not take its settings.
     """
+    _, sweep = max(
+        ((len(values), sweep) for sweep in job.sweeps for name, values in sweep.rows()
+         if name == experiment and values.items() <= swept.items()),
+        key=lambda found: found[0],
+    )  # fmt: skip
+    return _config(job, sweep, experiment, swept)
+
+
+def _config(job: Job, sweep: Sweep, experiment: str, swept: Mapping[str, str]) -> Config:
     from omegaconf import OmegaConf
 
-    own = (setting for setting in job.settings if not setting.startswith("hydra"))
+    own = (setting for setting in job.settings(sweep) if not setting.startswith("hydra"))
     groups = [f"{key}={value}" for key, value in swept.items() if "." not in key]
     point = _composed(f"experiment={experiment}", *groups, *own).copy()
     for key, value in swept.items():
@@ -221,7 +230,7 @@ def unfinished(job: Job, sweep: Sweep) -> tuple[Sweep, list[int]] | None:
                 seed: job.out / run_name(row_name(experiment, swept), seed) for seed in job.seeds
             }
             ended = [seed for seed in folders if (folders[seed] / "summary.json").is_file()]
-            config = config_of(job, experiment, swept) if ended else None
+            config = _config(job, sweep, experiment, swept) if ended else None
             left += [
                 (experiment, swept, seed)
                 for seed, folder in folders.items()

@@ -32,7 +32,9 @@ KINDS = (
 )
 """The ways in which a target is shown."""
 ALLOCATION = "allocation.json"
-"""The settings that `btrain paper` adds to the run of a target of that kind."""
+"""The file that `btrain paper` adds to the run of a target of that kind."""
+STEP = "step.json"
+"""The file that `btrain paper` adds to a run trained by bounds: what one step costs."""
 _SEED_DIGITS = 20
 _LONGEST_PART = 255  # bytes of a folder's name
 

@@ -18,10 +18,14 @@ class Sweep:
 
     A key without a dot is that of a group, with one of its options, for Hydra would not take the
     settings of one in a sweep over several.
+
+    Attributes:
+        train: the name under which a profile has its settings; None for the target's own.
     """
 
     experiments: list[str]
     values: dict[str, list[str]]
+    train: str | None = None
 
     def rows(self) -> list[tuple[str, dict[str, str]]]:
         """Return (experiment, the values that are its own), in the sweep's order."""
@@ -62,8 +66,8 @@ class Profile:
 
     Attributes:
         seeds: of every row, by target, `default` for the others.
-        train: settings of `btrain train` by target, `default` for the others; in the file a name
-            stands for that target's.
+        train: settings of `btrain train` by target, or by the name that a sweep has for its own,
+            `default` for the others; in the file a name stands for that target's.
         sweep: swept values by target and key, where fewer than the target's are wanted.
         leave_out: experiments that are no rows at this scale, by target.
         evaluate_more: evaluations of some rows alone, beside the target's, by target and row; in
@@ -79,9 +83,9 @@ class Profile:
     evaluate_more: dict[str, dict[str, list[list[str]]]]
     tflops: float | None
 
-    def settings(self, target: str) -> list[str]:
-        """Return the settings of a target's runs besides their experiment."""
-        return self.train.get(target, self.train["default"])
+    def settings(self, name: str) -> list[str]:
+        """Return the settings of a target's or a sweep's runs besides their experiment."""
+        return self.train.get(name, self.train["default"])
 
     def evaluations(self, target: Target, row: str) -> list[list[str]]:
         """Return the settings of each `btrain eval` of a row's runs."""
@@ -186,7 +190,9 @@ def _sweeps(run: Mapping[str, Any]) -> list[Sweep]:
     groups = [key for key in values if "." not in key]
     return [
         Sweep(
-            list(run["experiments"]), values | {k: [v] for k, v in zip(groups, some, strict=True)}
+            list(run["experiments"]),
+            values | {k: [v] for k, v in zip(groups, some, strict=True)},
+            run.get("train"),
         )
         for some in itertools.product(*(values[key] for key in groups))
     ]

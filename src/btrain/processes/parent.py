@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import Any
 
 from btrain.processes.launched import is_first
 from btrain.terminal import complain
@@ -37,6 +38,23 @@ def not_outliving(parent: int) -> Iterator[None]:
     with _at_work:
         watch(parent)
         yield
+
+
+def watch_in_workers(sweep: int) -> None:
+    """Let joblib's workers end with the sweep's process before they have a job, too.
+
+    Else one that has none yet would wait for it for joblib's five minutes.
+    """
+    from joblib import register_parallel_backend
+    from joblib._parallel_backends import LokyBackend
+
+    class Watching(LokyBackend):  # type: ignore[misc]
+        def configure(self, *args: Any, **kwargs: Any) -> int:
+            """Return the number of workers, which are made."""
+            kwargs |= {"initializer": watch, "initargs": (sweep,)}
+            return int(super().configure(*args, **kwargs))
+
+    register_parallel_backend("loky", Watching)
 
 
 def _end_with(parent: int) -> None:

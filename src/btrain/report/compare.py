@@ -18,7 +18,8 @@ from btrain.runs.folder import RunFolder, flat
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
 
-_Cell = Callable[[Runs, Runs], str]
+Cell = Callable[[Runs, Runs], str]
+"""(runs of a row, runs of the first row) -> a cell of the table."""
 
 
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
@@ -57,22 +58,25 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     if len({str(run.get(_THREAT)) for summaries in rows.values() for run in summaries}) == 1:
         left_out.add("PGD's ball")
     sparse = "macs_share" in known
-    columns = [column for column in _COLUMNS if column[0] not in left_out]
+    columns = [column for column in COLUMNS if column[0] not in left_out]
     columns += _SPARSE if sparse else []
     table = markdown(
         ["run", *(head for head, _ in columns)],
         [
-            [_name(name, summaries), *(cell(summaries, baseline) for _, cell in columns)]
+            [
+                with_cut(Path(name).name, summaries),
+                *(cell(summaries, baseline) for _, cell in columns),
+            ]
             for name, summaries in rows.items()
         ],
     )
     return f"{table}\n\n{_MASKED_KERNELS}" if sparse else table
 
 
-def _name(path: str, runs: Runs) -> str:
+def with_cut(name: str, runs: Runs) -> str:
     """Return a row's name, with a word on runs that were cut ahead of their end."""
     cut = any(isinstance(run.get("cut"), str) for run in runs)
-    return f"{Path(path).name}{' (cut)' if cut else ''}"
+    return f"{name}{' (cut)' if cut else ''}"
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
@@ -91,7 +95,7 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
+def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> Cell:
     """Return the cell of a number: mean ± standard deviation of several runs, – of unknown ones."""
 
     def cell(runs: Runs, baseline: Runs) -> str:
@@ -103,7 +107,7 @@ def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> _Cell:
     return cell
 
 
-def _less(key: str, other: str) -> _Cell:
+def _less(key: str, other: str) -> Cell:
     """Return the cell of a difference of two numbers of each run."""
 
     def cell(runs: Runs, baseline: Runs) -> str:
@@ -115,7 +119,7 @@ def _less(key: str, other: str) -> _Cell:
     return cell
 
 
-def _or_dense(key: str, form: str, dense: str | float, divisor: float = 1) -> _Cell:
+def _or_dense(key: str, form: str, dense: str | float, divisor: float = 1) -> Cell:
     """Return the cell of a number that a dense run lacks: it is another one's, or fixed."""
     shown = _mean("value", form, divisor=divisor)
 
@@ -185,7 +189,7 @@ def _against_first(runs: Runs, baseline: Runs) -> str:
     return f"{theirs / ours:.2f}×" if ours else NONE
 
 
-_COLUMNS: list[tuple[str, _Cell]] = [
+COLUMNS: list[tuple[str, Cell]] = [
     ("seeds", lambda runs, baseline: str(len(runs))),
     ("clean %", _mean("clean_acc", ".2f")),
     ("PGD %", _mean("robust_acc", ".2f")),
@@ -203,7 +207,7 @@ _COLUMNS: list[tuple[str, _Cell]] = [
     ("first row's time", _against_first),
 ]
 
-_SPARSE: list[tuple[str, _Cell]] = [
+_SPARSE: list[tuple[str, Cell]] = [
     ("best PGD %", _mean("best_robust_acc", ".2f")),
     ("best − final", _less("best_robust_acc", "robust_acc")),
     ("train − test", _less("train_robust_acc", "robust_acc")),

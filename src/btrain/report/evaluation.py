@@ -20,6 +20,7 @@ from btrain.evaluation.result import (
     Samples,
     Sanity,
     Summary,
+    of_a_part,
 )
 from btrain.pages import tables
 from btrain.pages.html import number, render
@@ -119,7 +120,7 @@ def _page(evaluation: Evaluation) -> str:
         classes=_class_table(attacks),
         number=number,
         corrupted=corrupted,
-        corrupted_note=corrupted and _fact("note")(corrupted),
+        corrupted_note=corrupted and _note(corrupted),
         corruptions=corrupted and _corruption_table(corrupted),
         samples=evaluation.samples and _samples(evaluation.samples),
         files=evaluation.files,
@@ -159,6 +160,7 @@ def _facts(attacks: list[Summary]) -> list[tuple[str, str]]:
         ("defense", _common(attacks, _fact("defense"))),
         ("data", _common(attacks, _fact("dataset"))),
         ("images", _common(attacks, _images)),
+        ("note", _of_all(attacks) or ""),
         ("checkpoint", _common(attacks, _fact("checkpoint"))),
         ("ε", _common(attacked, _epsilon)),
         ("seed", _common(attacks, _fact("seed"))),
@@ -216,13 +218,28 @@ def _length(value: float) -> str:
     return f"{value:.4g} ({255 * value:.4g}/255)"
 
 
+def _note(attack: Summary) -> str:
+    """Return an attack's note, without what the page's facts say of the images."""
+    note = _fact("note")(attack) or ""
+    n = attack.settings.get("test_examples")
+    return note if n is None else note.replace(of_a_part(n), "").strip()
+
+
+def _of_all(attacks: list[Summary]) -> str | None:
+    """Return the note that all attacks of a page have and that then stands once, or None."""
+    notes = {_note(attack) for attack in attacks}
+    return notes.pop() if len(attacks) > 1 and len(notes) == 1 else None
+
+
 def _attack_table(attacks: list[Summary]) -> Markup:
     head = ["attack", "accuracy (%)", "95 % interval", "0 to 100 %"]
     head += ["steps", "restarts", "step size", "loss", "time"]
-    return tables.html(head, map(_attack_row, attacks), "lines")
+    shared = _of_all(attacks) is not None
+    rows = [_attack_row(attack, "" if shared else _note(attack)) for attack in attacks]
+    return tables.html(head, rows, "lines")
 
 
-def _attack_row(attack: Summary) -> list[Cell | str]:
+def _attack_row(attack: Summary, note: str) -> list[Cell | str]:
     low, high = attack.ci95 or (attack.accuracy, attack.accuracy)
     interval = Markup("{} to {}").format(number(low), number(high)) if attack.ci95 else NONE
     bar = Markup(
@@ -230,7 +247,7 @@ def _attack_row(attack: Summary) -> list[Cell | str]:
         '<b style="left:{:.2f}%"></b></span>'
     ).format(low, high - low, attack.accuracy)
     return [
-        Cell(attack.attack, small=_fact("note")(attack) or ""),
+        Cell(attack.attack, small=note),
         Markup("<strong>{}</strong>").format(number(attack.accuracy)),
         interval,
         bar,

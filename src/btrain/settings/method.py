@@ -21,6 +21,7 @@ from btrain.settings.names import (
     MixDynamic,
     MixForm,
     RivalName,
+    Score,
     Start,
     Store,
 )
@@ -396,7 +397,7 @@ class YopoConfig(FastConfig):
 class GradAlignConfig(RivalConfig):
     grad_align_weight: float = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = (
         _ALIKE
         | _ATTACKS
@@ -414,7 +415,7 @@ class GradAlignConfig(RivalConfig):
 class FreeConfig(RivalConfig):
     replays: int = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = _ALIKE | _OWN_LOSS | _NOT_GRADUALLY
     unread: ClassVar[frozenset[str]] = _OWN_ATTACK
     mode: ClassVar[AttackMode | None] = AttackMode.train
@@ -430,7 +431,7 @@ class MMAConfig(RivalConfig):
     bisections: int = MISSING
     clean_weight: float = MISSING
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"rival", "own_step", "one_process"})
     refuses: ClassVar[Mapping[str, str]] = (
         _ALIKE
         | _OWN_LOSS
@@ -477,7 +478,8 @@ class BTConfig:
     step_size_b: Any = MISSING
     metric: Metric = MISSING
     forward_unperturbed: bool = MISSING
-    share_clean_forward: bool = MISSING
+    score: Score = Score.fresh
+    share_clean_forward: bool | None = None
     pool: int = 1
     probe_every: int | None = None
 
@@ -489,6 +491,9 @@ class BTConfig:
         require(0 < self.gamma <= 1, "bt.gamma", "in (0, 1]", self.gamma)
         require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
         self.step_size_b = pixels("bt.step_size_b", self.step_size_b, "l2")
+        if self.share_clean_forward is not None:  # the name of earlier versions
+            self.score = Score.shared if self.share_clean_forward else Score.fresh
+            self.share_clean_forward = None
         at_least(1, "bt.pool", self.pool)
         at_least(0, "bt.probe_every", self.probe_every)
 
@@ -501,16 +506,30 @@ class BTConfig:
         found = [Choice(f"bt={self.name.name}", self.kinds, self.refuses)]
         if self.pool > 1:
             found.append(Choice(f"bt.pool={self.pool}", frozenset({"pool"}), _NO_POOL))
-        if self.share_clean_forward:
-            found.append(Choice("bt.share_clean_forward=true", frozenset({"shared"}), _ONE_PASS))
+        if self.score is Score.shared:
+            found.append(Choice("bt.score=shared", frozenset({"shared"}), _ONE_PASS))
+        if self.score is Score.last:
+            found.append(Choice("bt.score=last", frozenset(), _ONE_PASS | _NO_LAST))
         if self.forward_unperturbed:
             found.append(Choice("bt.forward_unperturbed=true", frozenset(), _ONE_PASS))
         return found
+
+    def unkept(self) -> BTConfig:
+        """Return the same for work that remembers nothing from batch to batch."""
+        return replace(self, score=Score.fresh) if self.score is Score.last else self
 
     def check_order(self) -> None:
         """Raise UserError where the budgets do not go together; one budget always does."""
 
 
+_NO_LAST = {
+    "alike": "no example is told from another",
+    "attacks_by_itself": "its own attack needs the logits of now",
+    "other_choice": "it may read the logits of now",
+    "own_defense": "its loss may have no clean pass",
+    "pool": "the pool is scored at once",
+    "parts": "the targets of a batch are computed in one pass",
+}
 _NO_POOL = {
     "rival": "a rival is run as published",
     "augmix": "there is no attack",
@@ -523,6 +542,11 @@ WEIGHTED = {
     "own_defense": "its loss is one number for the whole batch",
     "augmix": "its loss counts every example once",
     "pool": "its batches are weighed one by one",
+}
+_NO_GUARD = {
+    "own_step": "it has a choice of its own",
+    "augmix": "it makes views of boundary examples alone",
+    "pool": "the batches of a pool are allocated at once",
 }
 _NEEDS_ATTACK = {"augmix": "it needs an attack"}
 _VIEWS_NEAR_THE_BOUNDARY = {"augmix": "it makes views of boundary examples alone"}
@@ -556,12 +580,15 @@ class BulletTrainConfig(ChoosingConfig):
     n_r: int = MISSING
     n_o: int = MISSING
     robust_share: float = 1.0
+    guard: float = 1.0
+    guard_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "bt.n_o", self.n_o)
         at_least(0, "bt.n_r", self.n_r)
         require(0 < self.robust_share <= 1, "bt.robust_share", "in (0, 1]", self.robust_share)
+        require(0 <= self.guard <= 1, "bt.guard", "in [0, 1]", self.guard)
 
     def choices(self) -> list[Choice]:
         found = super().choices()
@@ -571,7 +598,14 @@ class BulletTrainConfig(ChoosingConfig):
         if self.robust_share < 1:
             written = f"bt.robust_share={self.robust_share:g}"
             found.append(Choice(written, frozenset({"weighted"}), WEIGHTED))
+        if self.guard < 1:
+            found.append(Choice(f"bt.guard={self.guard:g}", frozenset(), _NO_GUARD))
+        else:
+            found.append(Choice("bt.guard=1", unread=frozenset({"bt.guard_steps"})))
         return found
+
+    def unkept(self) -> BTConfig:
+        return replace(self, guard=1.0, score=super().unkept().score)
 
     def check_order(self) -> None:
         """Raise UserError unless N_O ≤ N_R ≤ N_B."""
@@ -581,6 +615,10 @@ class BulletTrainConfig(ChoosingConfig):
                 f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a robust "
                 "example gets no more steps than a boundary one."
             )
+        if self.guard < 1:
+            between = self.n_o <= self.guard_steps <= self.n_r
+            rule = f"from bt.n_o = {self.n_o} to bt.n_r = {self.n_r}"
+            require(between, "bt.guard_steps", rule, self.guard_steps)
         share = "1 where robust examples take no step (bt.n_r=0)"
         require(self.n_r > 0 or self.robust_share == 1, "bt.robust_share", share, self.robust_share)
 

@@ -56,6 +56,12 @@ class Store(Enum):
     bf16 = "bf16"
 
 
+class Score(Enum):
+    fresh = "fresh"
+    shared = "shared"
+    last = "last"
+
+
 class AttackMode(Enum):
     eval = "eval"
     train = "train"

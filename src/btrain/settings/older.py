@@ -49,6 +49,10 @@ def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
             read = {item.name for kind in kinds for item in fields(kind)}
             unread = common - read if kinds else set()
             settings[group] = {key: value for key, value in node.items() if key not in unread}
+    bt = settings.get("bt")
+    if isinstance(bt, Mapping) and isinstance(shared := bt.get("share_clean_forward"), bool):
+        score = "shared" if shared else "fresh"
+        settings["bt"] = {**bt, "share_clean_forward": None, "score": score}
     model, dataset = settings.get("model"), settings.get("dataset")
     if isinstance(model, Mapping) and model.get("depth", 0) is None:
         settings["model"] = {key: value for key, value in model.items() if key != "depth"}

@@ -318,6 +318,7 @@ class TrainConfig:
     max_seconds: float | None = None
     checkpoint_every: int = 1
     score_every: int | None = None
+    accumulate: int = 1
     skip: float = 0.0
     skip_last: float = 0.15
     on_nonfinite: OnNonfinite = OnNonfinite.stop
@@ -332,6 +333,9 @@ class TrainConfig:
         at_least(2, "train.batch_size", self.batch_size)
         at_least(1, "train.checkpoint_every", self.checkpoint_every)
         at_least(1, "train.score_every", self.score_every)
+        parts = f"between 1 and half of train.batch_size = {self.batch_size}"
+        fit = 1 <= self.accumulate <= self.batch_size // 2
+        require(fit, "train.accumulate", parts, self.accumulate)
         require(0 <= self.skip < 1, "train.skip", "in [0, 1)", self.skip)
         require(0 <= self.skip_last <= 1, "train.skip_last", "in [0, 1]", self.skip_last)
         if self.max_seconds is not None:
@@ -339,6 +343,9 @@ class TrainConfig:
 
     def choices(self) -> list[Choice]:
         found = []
+        if self.accumulate > 1:
+            written = f"train.accumulate={self.accumulate}"
+            found.append(Choice(written, frozenset({"parts"}), _NO_PARTS))
         if self.skip:
             written = f"train.skip={self.skip:g}"
             found.append(Choice(written, frozenset({"skips"}), WEIGHTED | _NO_SKIPPING))
@@ -352,6 +359,14 @@ class TrainConfig:
         return found
 
 
+_NO_PARTS = {
+    "own_step": "its step is one of the whole batch",
+    "augmix": "an image and its views share a pass, or the pass that chooses is the loss's",
+    "pool": "a pool makes passes larger, parts make them smaller",
+    "shared": "the shared pass with its graph is one of the whole batch",
+    "train_mode": "BatchNorm's statistics in the attack are those of the whole batch",
+    "graphs": "its groups are rounded up in the whole batch, not in the parts",
+}
 _NO_SKIPPING = {"moving_masks": "the masks change after so many batches"}
 _NO_COMPILER = {
     "own_step": "its step has another attack",

@@ -17,6 +17,7 @@ from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.methods.base import Method
+from btrain.methods.bullettrain import OUTLIERS
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
@@ -114,13 +115,15 @@ def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
 def weights_of_epoch(state: TrainState, plan: Plan) -> Tensor | None:
     """Return how many examples each stands for in the epoch under way, (n,); None for one each.
 
-    The first epoch, which no scores precede, and the last ones leave out nobody.
+    The first epoch, which no scores precede, and the last ones leave out nobody, nor does one that
+    begins with more outliers than the guard has.
     """
     if not plan.skip:
         return None
     weight = state.memory["weight"]
     if state.batch == 0:
-        if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs:
+        many = plan.guard < 1 and float(state.memory[OUTLIERS]) > plan.guard
+        if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs and not many:
             weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
         else:
             weight.fill_(1.0)

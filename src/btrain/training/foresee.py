@@ -99,7 +99,8 @@ def foresee(config: Config) -> Foreseen:
         return late or state.batch >= min(_BATCHES, batches - 1)
 
     size = f"train.batch_size={config.train.batch_size}"
-    with explained_memory(device, size, "a smaller one or a smaller model may fit"):
+    more = f"train.accumulate={2 * config.train.accumulate}"
+    with explained_memory(device, size, f"{more}, a smaller batch or a smaller model may fit"):
         warm = take(lambda: state.batch == 1)
         seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
     if not units > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
@@ -61,7 +62,8 @@ def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
     """Return a warning, half-way through a run, if most examples are outliers and not attacked."""
     bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
     half_way = metrics["epoch"] == (epochs + 1) // 2
-    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0
+    guarded = isinstance(bt, BulletTrainConfig) and bt.guard < 1 and bt.guard_steps > 0
+    spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0 and not guarded
     if not (half_way and spared and share is not None and share > _MANY):
         return None
     return (
@@ -94,6 +96,23 @@ def headline(summary: dict[str, Any]) -> str:
         f"clean {number(summary['clean_acc'])} %, "
         f"{_attack(summary)} {number(summary['robust_acc'])} %; boundary/robust/outlier "
         f"{fractions(summary)}; {speedup(summary)}{summary['train_seconds']:.1f} s of training"
+    )
+
+
+def in_words(config: Config, summary: dict[str, Any]) -> str | None:
+    """Return the accuracies of a run for who sees such numbers for the first time.
+
+    None where the summary of an earlier version does not tell them all.
+    """
+    n, clean, robust = (summary.get(key) for key in ("test_examples", "clean_acc", "robust_acc"))
+    if type(n) is not int or n < 1 or clean is None or robust is None:
+        return None
+    share = min(max(robust / 100, 0.0), 1.0)
+    ball = {"linf": "L∞", "l2": "L2"}.get(config.attack.norm, "radius")
+    return (
+        f"{clean:.1f} % of {n:,} test images are classified right, and {robust:.1f} % also under "
+        f"attack ({_attack(summary)}, {ball} {config.eval.epsilon:.3g}); with so many images that "
+        f"is known to ± {196 * math.sqrt(share * (1 - share) / n):.1f} points."
     )
 
 

@@ -175,7 +175,9 @@ def _train(
     with recording as record, stop_on_signals(world) as stop:
         evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
-        with explained_memory(state.device, size, "a smaller one or a smaller model may fit"):
+        more = f"train.accumulate={2 * config.train.accumulate}"
+        advice = f"{more}, a smaller batch or a smaller model may fit"
+        with explained_memory(state.device, size, advice):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         if record is not None:
             log.info("evaluation on %d test images", len(data.test))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from btrain.data.augmentation import batch_slices
+from btrain.methods.make import make_guard
 from btrain.settings import Config, OnNonfinite, ScheduleName
 from btrain.settings.method import FreeConfig
 
@@ -46,6 +47,7 @@ class Plan:
         clip_norm: the longest gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
+        guard: nor does one that more than this share of outliers precede.
     """
 
     seed: int
@@ -62,11 +64,12 @@ class Plan:
     clip_norm: float | None = None
     skip: float = 0.0
     skip_last: float = 0.0
+    guard: float = 1.0
 
 
 def make_plan(config: Config) -> Plan:
     """Return the plan of a run, whose portions are batches, or pools of them attacked at once."""
-    recipe = config.recipe
+    recipe, guard = config.recipe, make_guard(config.bt)
     milestones = [milestone / recipe.epochs for milestone in recipe.milestones]
     schedules = {
         ScheduleName.step: step_decay(milestones, recipe.lr_factors),
@@ -87,6 +90,7 @@ def make_plan(config: Config) -> Plan:
         clip_norm=recipe.clip_norm,
         skip=config.train.skip,
         skip_last=config.train.skip_last,
+        guard=1.0 if guard is None else guard.share,
     )
 
 

@@ -13,7 +13,7 @@ from btrain.data.augmentation import batch_slices
 from btrain.methods.make import make_method
 from btrain.methods.statistics import UNITS
 from btrain.processes.world import World
-from btrain.settings import AllocatorName, AttackMode, Config, DefenseName, Start
+from btrain.settings import AllocatorName, AttackMode, Config, DefenseName, Score, Start
 from btrain.settings.method import BTConfig, PGDConfig, RivalConfig, UniformConfig
 from btrain.settings.names import SearchName
 from btrain.settings.sparsity import RobustBirdConfig
@@ -91,7 +91,7 @@ def search_method(config: Config, name: SearchName) -> Config:
     steps = 0 if name is SearchName.plain else attack.steps
     common = {item.name: getattr(config.bt, item.name) for item in fields(BTConfig)}
     common |= {"name": AllocatorName.uniform, "n_b": steps, "step_size_b": attack.step_size}
-    common |= {"pool": 1, "forward_unperturbed": False, "share_clean_forward": False}
+    common |= {"pool": 1, "forward_unperturbed": False, "score": Score.fresh}
     return replace(
         config, defense=defense, attack=attack, bt=UniformConfig(**common), rival=RivalConfig()
     )

@@ -28,7 +28,7 @@ from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
 
-_NEED_ONE_PROCESS = ("own_step", "graphs", "skips")
+_NEED_ONE_PROCESS = ("one_process", "graphs", "skips")
 """Kinds of `settings.method.Choice`."""
 
 

@@ -27,6 +27,8 @@ def train_batch(
 ) -> StepStats:
     """Learn from one batch: one update, or several; the gradients of the last one stay.
 
+    An update may follow several losses, whose gradients are added.
+
     Args:
         network: as a step sees it (see `fast_paths`).
         memory: of the method, which changes it.
@@ -38,11 +40,13 @@ def train_batch(
     Returns:
         The sums over the batch, of all processes.
     """
-    shown = []
+    shown, begins = [], True
     for examples in method.examples(network, batch, memory, generator):
-        loss, stats, share = method.loss(network, examples, memory, generator)
-        descend(optimizer, loss if world is None else world.weighted(loss, share), clip_norm)
-        for controller in controllers:
+        loss, stats, share, last = method.loss(network, examples, memory, generator)
+        loss = loss if world is None else world.weighted(loss, share)
+        descend(optimizer, loss, clip_norm, begins=begins, ends=last)
+        begins = last
+        for controller in controllers if last else ():
             controller.after_update(optimizer)
         if stats is not None:
             shown.append(stats)
@@ -53,10 +57,25 @@ def train_batch(
     return StepStats._make(world.sum(stacked(stats)))
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None = None) -> None:
-    """Update the weights once, along the loss's gradient cut to a length."""
-    optimizer.zero_grad(set_to_none=True)
+def descend(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    clip_norm: float | None = None,
+    *,
+    begins: bool = True,
+    ends: bool = True,
+) -> None:
+    """Update the weights once, along the loss's gradient cut to a length.
+
+    Args:
+        begins: whether the loss is the first one of the update; else its gradient is added.
+        ends: whether it is the last one; else the weights stay.
+    """
+    if begins:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    if not ends:
+        return
     if clip_norm is not None:
         weights = (weight for group in optimizer.param_groups for weight in group["params"])
         shorten([weight.grad for weight in weights if weight.grad is not None], clip_norm)

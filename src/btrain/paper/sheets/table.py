@@ -149,14 +149,16 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
 def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
     """Return the columns of training by bounds behind the accuracies: who is bounded, and time."""
     columns = []
-    for metric, form in (("f_b", ".2f"), (bounded.EPOCH, ".1f"), (bounded.TIMES, ".1f")):
+    for metric in (bounded.BOUNDED, bounded.EPOCH, bounded.TIMES, bounded.MEMORY):
+        form = ".2f" if metric == bounded.BOUNDED else ".1f"
         found = [spread(line.values[metric]) for line in sheet.lines]
-        name = "share bounded" if metric == "f_b" else metric_name(sheet, metric)
         cells = [text(ours, form) for ours in found]
+        if metric == bounded.MEMORY and set(cells) == {NONE}:
+            continue
         if metric == bounded.TIMES:
             cells = [line.refused or cell if cell == NONE else cell
                      for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
-        columns.append((name, cells))
+        columns.append((metric_name(sheet, metric), cells))
     return columns
 
 

@@ -77,6 +77,7 @@ class Lane:
         self.config = replace(
             self.config,
             attack=self.config.attack.unkept(),
+            bt=self.config.bt.unkept(),
             train=replace(self.config.train, skip=0.0),
         )
         self.model = copy.deepcopy(self.workload.network).to(self.device).train()
