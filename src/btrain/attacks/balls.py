@@ -14,6 +14,8 @@ from torch import Tensor
 class Ball:
     """The neighbourhood of an image; subclass it for a threat model of your own.
 
+    Images, gradients and differences are (m, C, H, W).
+
     Attributes:
         norm: the name of the norm in files and tables.
         epsilon: the radius in [0, 1] pixel units, one number or one for each example, (m,).

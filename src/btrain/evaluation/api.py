@@ -119,7 +119,9 @@ def sanity_checks(
     """Look for signs that a network masks its gradients, so that `robust_accuracy` flatters it.
 
     Args:
-        model, images, labels, epsilon, norm: as for `robust_accuracy`; some hundred images suffice.
+        model: maps images in [0, 1] to logits.
+        images, labels: (n, C, H, W) and (n,), as for `robust_accuracy`; some hundred suffice.
+        epsilon, norm: the ball, in [0, 1] pixel units.
 
     Raises:
         UserError: images, labels, logits or settings are not what an attack assumes, or the model

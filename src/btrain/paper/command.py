@@ -257,7 +257,8 @@ def _evaluate(job: Job, plan: Plan, row: Row, seed: int, command: Command) -> bo
             from btrain.paper.sheets.sheet import baseline_of
             from btrain.paper.step import write_step
 
-            write_step(folder, job.out / run_name(baseline_of(plan, row) or row.name, seed))
+            base = job.out / run_name(baseline_of(plan, row) or row.name, seed)
+            done.append(_safely(lambda: write_step(folder, base)) is not None)
     except UserError as error:
         complain(error)
         return False
@@ -309,8 +310,13 @@ def _done(command: Command, *arguments: str) -> bool:
 
 
 def _guarded(told: str, what: Callable[[], _T]) -> _T | None:
-    """Say and do it; a mistake or a defect is told, and is no reason to lose other runs."""
+    """Say and do it, safely."""
     say(f"$ {told}", flush=True)
+    return _safely(what)
+
+
+def _safely(what: Callable[[], _T]) -> _T | None:
+    """Do it; a mistake or a defect is told, and is no reason to lose other runs."""
     try:
         return what()
     except (Interrupted, KeyboardInterrupt):

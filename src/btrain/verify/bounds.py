@@ -66,7 +66,7 @@ _AT_THE_END: dict[str, Lines] = {
 
 
 class Box(NamedTuple):
-    """A box of images, centre and radius of each pixel, both like the images."""
+    """A box of images: the centre and the radius of each pixel, both (m, C, H, W)."""
 
     centre: Tensor
     radius: Tensor
@@ -83,7 +83,7 @@ def box(x: Tensor, epsilon: float | Tensor) -> Box:
     """Return all images within ε of x in each pixel and within [0, 1].
 
     Args:
-        x: images in [0, 1].
+        x: images in [0, 1], (m, C, H, W).
         epsilon: in pixel units, or a tensor that is broadcast to x; 0 gives x alone.
     """
     lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
@@ -111,7 +111,7 @@ def engines(named: str) -> tuple[str, ...]:
 def margins(
     graph: Graph, images: Box, labels: Tensor, *, engine: str, memory: int = MEMORY
 ) -> Tensor:
-    """Upper bounds of all other logits minus the labelled one, over the box.
+    """Return upper bounds of all other logits minus the labelled one, over the box.
 
     The two logits' difference is bounded, not each by itself. An image is verified where all its
     margins but the labelled one, which is 0, are below 0.
@@ -140,13 +140,16 @@ def margins(
 
 
 def verified(upper: Tensor, labels: Tensor) -> Tensor:
-    """True for images none of whose wrong logits can reach the right one, (m, K), (m,) -> (m,)."""
+    """Return which images have no wrong logit that can reach the right one.
+
+    `upper` is what `margins` returns. (m, K), (m,) -> (m,) bool
+    """
     wrong = torch.ones_like(upper, dtype=torch.bool).scatter_(1, labels[:, None], False)
     return ((upper < 0) | ~wrong).all(dim=1)
 
 
 def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> Interval:
-    """Bounds of each logit by itself over the box, (m, K) each; otherwise like `margins`."""
+    """Return bounds of each logit by itself over the box, (m, K) each; otherwise like `margins`."""
     bounds = [
         _in_chunks(graph, images, None, engine=name, memory=memory) for name in engines(engine)
     ]
