@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import itertools
+import re
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from btrain.errors import UserError
 from btrain.evaluation import evaluate, robust_accuracy
 from btrain.evaluation.examples import as_evaluated
 from btrain.evaluation.pgd import LOSSES, Pgd, pgd_images, pgd_stands, random_start
+from btrain.evaluation.worst_case import worst_case
 from btrain.training.timing.look import look
 from eval_nets import Linear, digits_examples, of_split
 
@@ -360,3 +363,23 @@ def test_uint8_and_unit_floats_are_the_same_images(robust_net: nn.Module, digits
     second = robust_accuracy(robust_net, images.float() / 255, labels, epsilon=EPSILON)
     assert (first.correct == second.correct).all()
     assert of_split(images, labels).sha256() != of_split(images, labels.flip(0)).sha256()
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_tells_what_is_left_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten images; the first round fools the odd ones, which no later round attacks."""
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    seen = []
+
+    def attack(number: int, some: Tensor) -> Tensor:
+        seen.append(re.findall(r"(\w+):.* (\d+)/(\d+) ", screen.getvalue().split("\r")[-1]))
+        return (some % 2 == 1) & (number == 0)
+
+    everybody = torch.ones(10, dtype=torch.bool)
+    stands = worst_case(attack, everybody, rounds=["a", "b"], batch_size=10, show_progress=True)
+    assert stands.nonzero().flatten().tolist() == [0, 2, 4, 6, 8]
+    assert seen == [[("a", "0", "20")], [("b", "10", "15")]]

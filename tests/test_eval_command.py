@@ -15,6 +15,7 @@ import torch
 from btrain.cli import main
 from btrain.data import Data
 from btrain.evaluation import run as runs
+from eval_nets import shorten
 
 Capture = pytest.CaptureFixture[str]
 
@@ -209,6 +210,7 @@ def test_files_that_do_not_tell_their_norm_are_of_linf(runs_here: Path, capsys: 
 
 
 def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
     monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
     few = ["dataset.test_examples=12", "sanity=false"]
     assert main(["eval", "checkpoint=A", "attack=all", *few]) == 0

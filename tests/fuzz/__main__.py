@@ -155,16 +155,15 @@ def _inside(names: Sequence[str], first: int, inputs: int, report: Path) -> None
 
 
 def _reader(name: str, folder: Path) -> Reader:
-    """A reader that has read a few inputs: its modules are imported, its buffers made."""
+    """A reader of a folder of its own."""
     module, _, kind = READERS[name].partition(".")
     folder.mkdir()
     reader: Reader = getattr(import_module(f"fuzz.{module}"), kind)(folder)
-    _sound(name, reader)
     return reader
 
 
 def _sound(name: str, reader: Reader) -> list[int]:
-    """Which of a few inputs the reader takes."""
+    """Which of a few inputs the reader takes; now its modules are imported, its buffers made."""
     taken = []
     for number in range(_WARM_UP):
         reader.write(Random(f"{name} warm-up {number}"))

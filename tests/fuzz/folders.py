@@ -36,13 +36,14 @@ class Planted:
         self._elsewhere.mkdir()
         self._secret.write_bytes(_SECRET)
         self._config = compose(["dataset=digits"])
+        self._text = to_yaml(self._config)
         self._result = Result("clean", np.array([True]), np.array([0]), ("a",), 1.5, {})
 
     def write(self, rng: Random) -> None:
         shutil.rmtree(self._run, ignore_errors=True)
         (self._run / "checkpoints").mkdir(parents=True)
         (self._run / "eval").mkdir()
-        (self._run / "config.yaml").write_text(to_yaml(self._config))
+        (self._run / "config.yaml").write_text(self._text)
         names = [*_FILES, *_FOLDERS, *(f"{name}.tmp" for name in _FILES)]
         for name in rng.sample(names, rng.choice((1, 1, 2, 5))):
             self._plant(self._run / name, rng)

@@ -53,26 +53,32 @@ def worst_case(
     first, pending = 0, None
     if partial is not None and (saved := partial.load(len(stands))) is not None:
         stands, pending, first = saved
-    for number in range(first, len(rounds)):
-        indices = (stands if pending is None else pending).nonzero().flatten()
-        pending = torch.zeros_like(stands).index_fill_(0, indices, True)
-        with _bar(rounds[number], len(indices), show_progress) as bar:
+    pending = stands if pending is None else pending
+    later = len(rounds) - first - 1
+    with _bar(int(pending.sum()) + later * int(stands.sum()), show_progress) as bar:
+        for number in range(first, len(rounds)):
+            indices, later = pending.nonzero().flatten(), len(rounds) - number - 1
+            pending = torch.zeros_like(stands).index_fill_(0, indices, True)
+            bar.set_description(rounds[number])
             for batch in batches(indices, batch_size):
                 stands[batch] = ~attack(number, batch).cpu()
                 pending[batch] = False
                 if partial is not None:
                     partial.save(stands, pending, number)
+                fooled = len(batch) - int(stands[batch].sum())
                 bar.set_postfix_str(f"{int(stands.sum())} stand", refresh=False)
+                bar.total -= later * fooled
                 bar.update(len(batch))
-        pending = None
+            pending = stands
     return stands
 
 
-def _bar(name: str, examples: int, show: bool) -> Any:
+def _bar(attacks: int, show: bool) -> Any:
+    """Return a bar of all rounds, of an attack on an image each: it tells what is left of all."""
     from tqdm import tqdm
 
     hidden = None if show else True
-    return tqdm(total=examples, desc=name, unit="image", leave=False, disable=hidden)
+    return tqdm(total=attacks, unit="img", leave=False, disable=hidden)
 
 
 class Partial:
