@@ -94,7 +94,7 @@ def cifar() -> Points:
     }
     clipped = "cheap_trades_same-recipe.clip_norm_1.0"
     return found | cheap(
-        "four_classes", {"these, clipped gradients": clipped, "cheapest": "cheapest"}, PLAIN * 15
+        "four_classes", {"TRADES, clipped gradients": clipped, "cheapest": "cheapest"}, PLAIN * 15
     )
 
 
