@@ -175,11 +175,12 @@ def test_a_time_limit_ends_a_run_cleanly_and_more_time_continues_it(tmp_path: Pa
 
 
 def test_time_that_is_up_before_the_first_batch_leaves_an_untrained_network(tmp_path: Path) -> None:
-    summary = train(tiny(tmp_path, "train.max_seconds=1e-9"))
+    summary = train(tiny(tmp_path, "train.epochs=1", "train.max_seconds=1e-9"))
     assert summary["epochs"] == 0
     assert summary["theoretical_speedup"] is summary["attack_steps_mean"] is None
     log = (tmp_path / "train.log").read_text()
     assert "boundary/robust/outlier –/–/–; 0.0 s" in log  # and no speedup
+    assert train(tiny(tmp_path, "train.epochs=1"))["epochs"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(

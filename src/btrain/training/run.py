@@ -292,6 +292,8 @@ def _train_epochs(
                     record.save()
                 stop.obey()
             if means is None:
+                if record is not None and not folder.last.is_file():
+                    record.save()  # for more time to go on from
                 break
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
             metrics |= speedups(costs, means)
