@@ -40,6 +40,7 @@ def remember() -> None:
     loader.create_defaults_list = _list
     ConfigLoaderImpl._compose_config_from_defaults_list = _merge  # type: ignore[method-assign]
     defaults_list._create_interpolation_map = _choices
+    configs.keys_of = cache(configs.keys_of)  # which the hints of mistakes go through
     parse = lru_cache(10_000)(omegaconf.base.parse)
     omegaconf.base.parse = omegaconf._utils.parse = parse
 
