@@ -10,13 +10,15 @@ from typing import Any
 
 import omegaconf
 from hydra._internal import config_loader_impl as loader
+from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
-from hydra._internal.defaults_list import DefaultsList
-from hydra.core.default_element import ResultDefault
+from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from btrain import own
 from btrain.settings import compose as configs
@@ -24,6 +26,7 @@ from btrain.settings import compose as configs
 GROUPS = {path.name for path in Path(configs.config_dir()).iterdir() if path.is_dir()}
 
 hydras_list = loader.create_defaults_list
+hydras_choices = defaults_list._create_interpolation_map
 hydras_merge = ConfigLoaderImpl._compose_config_from_defaults_list
 _lists: dict[tuple[str | bool | None, ...], DefaultsList] = {}
 _merged: dict[int, Any] = {}
@@ -36,6 +39,8 @@ def remember() -> None:
     """
     loader.create_defaults_list = _list
     ConfigLoaderImpl._compose_config_from_defaults_list = _merge  # type: ignore[method-assign]
+    defaults_list._create_interpolation_map = _choices
+    configs.keys_of = cache(configs.keys_of)  # which the hints of mistakes go through
     parse = lru_cache(10_000)(omegaconf.base.parse)
     omegaconf.base.parse = omegaconf._utils.parse = parse
 
@@ -62,6 +67,13 @@ def _list(
         if not word.is_sweep_override() and (word not in options or isinstance(word.value(), dict))
     ]
     return DefaultsList(found.defaults, found.defaults_tree, settings, found.overrides)
+
+
+def _choices(overrides: Overrides, defaults: list[InputDefault], self_added: bool) -> DictConfig:
+    """What interpolations among the defaults can refer to; Hydra makes it where there are none."""
+    if any(default.is_interpolation() for default in defaults):
+        return hydras_choices(overrides, defaults, self_added)
+    return OmegaConf.create()
 
 
 def _merge(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> Any:

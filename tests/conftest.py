@@ -26,10 +26,11 @@ torch.set_num_threads(1)
 composing.remember()
 
 DEAREST = (
-    "test_paper.py", "test_config.py", "test_launchers.py", "test_training.py", "test_bench.py",
-    "test_own_parts.py", "test_parallel.py", "test_reliability.py", "test_eval_autoattack.py",
-    "test_torchrun.py", "test_estimate.py", "test_eval_order.py", "test_cli.py", "test_kill.py",
-    "test_parallel_runs.py", "test_extending.py",
+    "test_paper.py", "test_training.py", "test_fuzz.py", "test_bench.py", "test_own_parts.py",
+    "test_config.py", "test_eval_autoattack.py", "test_bounds.py", "test_launchers.py",
+    "test_reliability.py", "test_parallel.py", "test_torchrun.py", "test_parallel_runs.py",
+    "test_kill.py", "test_eval_command.py", "test_eval_sanity.py", "test_estimate.py",
+    "test_cost.py", "test_cli.py", "test_eval_order.py", "test_extending.py",
 )  # fmt: skip
 """The files that take longest, in that order."""
 

@@ -134,6 +134,8 @@ def test_what_the_tests_remember_is_what_hydra_composes(
 ) -> None:
     remembered = [composed_by_hydra(words, task) for _ in range(2)]
     monkeypatch.setattr(composing.loader, "create_defaults_list", composing.hydras_list)
+    choices = "hydra._internal.defaults_list._create_interpolation_map"
+    monkeypatch.setattr(choices, composing.hydras_choices)
     anew = composed_by_hydra(words, task)
     assert OmegaConf.to_yaml(anew) == OmegaConf.to_yaml(remembered[0])
     assert remembered == [anew, anew]

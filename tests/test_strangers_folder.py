@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +36,7 @@ from btrain.settings.evaluation import EvalSettings
 from btrain.training import train
 from sheets import plan, row
 from test_training import tiny
+from torchrun import command, in_a_fork
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no pipes, no links")
 
@@ -304,17 +303,14 @@ def test_one_process_runs_an_attack_in_a_folder(run: Path) -> None:
 
 
 def test_two_evaluations_at_once_end_in_a_result_and_a_sentence(run: Path) -> None:
-    command = [sys.executable, "-m", "btrain", "eval", f"checkpoint={run}", "attack=pgd100x10"]
-    command += ["dataset.test_examples=60", "sanity=false", "report=false"]
-    both = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in both]
-    for process, words in zip(both, said, strict=True):
-        assert process.returncode == 0 or "is in use by process" in words
-        assert "Traceback" not in words
-    assert 0 in [process.returncode for process in both]
+    words = ("eval", f"checkpoint={run}", "attack=pgd100x10", "dataset.test_examples=60")
+    files = [run.parent / f"said{number}" for number in range(2)]
+    both = [in_a_fork(command, (*words, "sanity=false", "report=false"), said=f) for f in files]
+    for process, file in zip(both, files, strict=True):
+        process.join(300)
+        assert process.exitcode == 0 or "is in use by process" in file.read_text()
+        assert "Traceback" not in file.read_text()
+    assert 0 in [process.exitcode for process in both]
     assert len([*(run / "eval").glob("*/pgd100x10.json")]) == 1
 
 
