@@ -157,7 +157,7 @@ def test_a_run_in_parts_with_all_that_acts_on_weights_resumes(tmp_path: Path, di
         (["rival=free", "defense=pgd"], "rival=free"),
         (["defense=augmix"], "defense=augmix"),
         (["bt.pool=2"], r"bt\.pool=2"),
-        (["bt.share_clean_forward=true"], r"bt\.share_clean_forward=true"),
+        (["bt.score=shared"], r"bt\.score=shared"),
         (["bt=uniform", "attack.mode=train"], r"attack\.mode=train"),
         (["train.cuda_graphs=auto"], r"train\.cuda_graphs=auto"),
     ],

@@ -347,6 +347,9 @@ def test_the_levers_go_together_with_every_defense(
         (["bt.guard=1.1"], "bt.guard must be in [0, 1]"),
         (["bt.guard_steps=1"], "bt.guard_steps has no meaning with bt.guard=1"),
         (["bt.guard=0.5", "bt.guard_steps=3"], "bt.guard_steps must be from bt.n_o = 0 to bt.n_r"),
+        (["bt.guard=0.5"], "bt.guard=0.5 guards nothing: it lifts bt.robust_share and train.skip"),
+        (["bt=oracle", "bt.guard=0.5", "bt.guard_steps=-3"], "bt.guard_steps must be"),
+        (["bt.share_clean_forward=false", "bt.score=last"], "contradicts bt.score=last"),
         (["bt.guard=0.5", "defense=mixtrain"], "defense=mixtrain"),
         (["bt.guard=0.5", "bt.pool=2"], "bt.guard=0.5 does not go with bt.pool=2"),
         (["bt.score=last", "bt.pool=2"], "bt.score=last does not go with bt.pool=2"),
@@ -432,6 +435,10 @@ def test_a_guarded_run_attacks_outliers_and_leaves_nobody_out(tmp_path: Path, di
         state.memory[OUTLIERS].fill_(f_o)
         weight = weights_of_epoch(state, make_plan(config))
         assert weight is not None and bool((weight == 0).any()) is left_out
+    late = tiny(tmp_path / "skips", "train.skip=0.5", "bt.guard=0.4", "bt.warmup_epochs=1",
+                "train.epochs=3")  # fmt: skip
+    weight = weights_of_epoch(state, make_plan(late))  # the first behind the warm-up, as F_O is 0
+    assert weight is not None and bool((weight == 1).all())
     method = make_method(compose([*KEPT, *always, "bt.robust_share=0.5"]), CPU)
     assert method.expected_units((0.1, 0.3, 0.6)) == 1 + 3 + 2 + 3
     assert method.expected_units((0.1, 0.9, 0)) == 1 + 3 + (2 + 3) * (0.1 + 0.45)
@@ -447,8 +454,9 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert many_outliers(config, line | {"f_o": 0.4}) is None
     assert many_outliers(config, line | {"epoch": 4}) is None
     assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
-    assert many_outliers(compose([*settings, "bt.guard=0.6"]), line) is not None
-    assert many_outliers(compose([*settings, "bt.guard=0.6", "bt.guard_steps=1"]), line) is None
+    guarded = [*settings, "bt.guard=0.6", "bt.robust_share=0.5"]
+    assert many_outliers(compose(guarded), line) is not None
+    assert many_outliers(compose([*guarded, "bt.guard_steps=1"]), line) is None
     assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
 
 

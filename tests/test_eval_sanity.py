@@ -26,7 +26,7 @@ FALLS, STEPS, UNBOUNDED, ONE_STEP, BLACK_BOX, GRADIENTS = (
 )
 
 
-def checked(model: nn.Module, digits: Data, count: int = 200, batch_size: int = 70) -> Sanity:
+def checked(model: nn.Module, digits: Data, count: int = 120, batch_size: int = 70) -> Sanity:
     images, labels = digits.test.images[:count], digits.test.labels[:count]
     return sanity_checks(model, images, labels, epsilon=EPSILON, batch_size=batch_size)
 

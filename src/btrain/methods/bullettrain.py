@@ -181,7 +181,8 @@ class BulletTrain:
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
         x, labels, x_adv, clean_logits, z, score = examples[:6]
-        allocation, perturbed, units, share, _, weights, _ = examples[6:]
+        allocation, perturbed, units, share = examples[6:10]
+        weights = examples.weights
         m = len(x)
         if self.defense.outer_reads_clean:  # line 14
             clean_logits = network(x) if clean_logits is None else clean_logits
@@ -390,8 +391,8 @@ class BulletTrain:
     @property
     def eq7(self) -> bool:
         """Return whether eq. 7 describes what it costs."""
-        plain = self.kept is None and self.robust_share == 1 and not self.scores_kept
-        return plain and self.regulariser is None
+        unweighted = self.robust_share == 1 and not self.skips and self.guard is None
+        return unweighted and self.kept is None and self.regulariser is None
 
     @property
     def reach(self) -> Reach:

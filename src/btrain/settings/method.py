@@ -492,8 +492,13 @@ class BTConfig:
         require(0 <= self.momentum < 1, "bt.momentum", "in [0, 1)", self.momentum)
         self.step_size_b = pixels("bt.step_size_b", self.step_size_b, "l2")
         if self.share_clean_forward is not None:  # the name of earlier versions
-            self.score = Score.shared if self.share_clean_forward else Score.fresh
-            self.share_clean_forward = None
+            meant = Score.shared if self.share_clean_forward else Score.fresh
+            if self.score not in (Score.fresh, meant):
+                raise UserError(
+                    f"bt.share_clean_forward={str(self.share_clean_forward).lower()}, an older "
+                    f"name of bt.score={meant.name}, contradicts bt.score={self.score.name}."
+                )
+            self.score, self.share_clean_forward = meant, None
         at_least(1, "bt.pool", self.pool)
         at_least(0, "bt.probe_every", self.probe_every)
 
@@ -589,6 +594,7 @@ class BulletTrainConfig(ChoosingConfig):
         at_least(0, "bt.n_r", self.n_r)
         require(0 < self.robust_share <= 1, "bt.robust_share", "in (0, 1]", self.robust_share)
         require(0 <= self.guard <= 1, "bt.guard", "in [0, 1]", self.guard)
+        at_least(0, "bt.guard_steps", self.guard_steps)
 
     def choices(self) -> list[Choice]:
         found = super().choices()
@@ -603,6 +609,11 @@ class BulletTrainConfig(ChoosingConfig):
         else:
             found.append(Choice("bt.guard=1", unread=frozenset({"bt.guard_steps"})))
         return found
+
+    @property
+    def guards_nothing(self) -> bool:
+        """Return whether there is a guard that changes no example's steps."""
+        return self.guard < 1 and self.robust_share == 1 and self.guard_steps <= self.n_o
 
     def unkept(self) -> BTConfig:
         return replace(self, guard=1.0, score=super().unkept().score)

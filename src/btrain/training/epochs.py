@@ -115,14 +115,15 @@ def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
 def weights_of_epoch(state: TrainState, plan: Plan) -> Tensor | None:
     """Return how many examples each stands for in the epoch under way, (n,); None for one each.
 
-    The first epoch, which no scores precede, and the last ones leave out nobody, nor does one that
-    begins with more outliers than the guard has.
+    The first epoch, which no scores precede, and the last ones leave out nobody; with a guard nor
+    does one that no epoch precedes that counted outliers, or that begins with more of them.
     """
     if not plan.skip:
         return None
     weight = state.memory["weight"]
     if state.batch == 0:
-        many = plan.guard < 1 and float(state.memory[OUTLIERS]) > plan.guard
+        unknown = state.epoch <= plan.plain_epochs
+        many = plan.guard < 1 and (unknown or float(state.memory[OUTLIERS]) > plan.guard)
         if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs and not many:
             weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
         else:

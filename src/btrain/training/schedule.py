@@ -48,6 +48,7 @@ class Plan:
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
         guard: nor does one that more than this share of outliers precede.
+        plain_epochs: the first epochs, which count none.
     """
 
     seed: int
@@ -65,6 +66,7 @@ class Plan:
     skip: float = 0.0
     skip_last: float = 0.0
     guard: float = 1.0
+    plain_epochs: int = 0
 
 
 def make_plan(config: Config) -> Plan:
@@ -91,6 +93,7 @@ def make_plan(config: Config) -> Plan:
         skip=config.train.skip,
         skip_last=config.train.skip_last,
         guard=1.0 if guard is None else guard.share,
+        plain_epochs=config.bt.plain_epochs,
     )
 
 

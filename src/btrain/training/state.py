@@ -19,6 +19,7 @@ from btrain.controllers.sparsity.controller import Sparsity
 from btrain.errors import UserError
 from btrain.exchange.read import start_from
 from btrain.methods.base import Memory
+from btrain.methods.bullettrain import OUTLIERS
 from btrain.methods.statistics import StepStats, stacked
 from btrain.untrusted import RefusedError
 
@@ -241,9 +242,10 @@ class TrainState:
         for name in ("epoch_sums", "total_sums", "batch_sums"):
             if not _all_small(saved.get(name)):
                 raise RefusedError(f"a number of its {name} is too large")
-        fraction = saved["memory"]["robust_fraction"]
-        if not bool(((fraction >= 0) & (fraction <= 1)).all()):
-            raise RefusedError("its robust_fraction is no fraction")
+        for name in ("robust_fraction", OUTLIERS):
+            fraction = saved["memory"].get(name, torch.zeros(()))
+            if not bool(((fraction >= 0) & (fraction <= 1)).all()):
+                raise RefusedError(f"its {name} is no fraction")
         self.evaluated.load_state_dict(saved["model"])
         if self.average is not None:
             self.model.load_state_dict(saved["trained_model"])
