@@ -70,7 +70,7 @@ def _list(
 
 
 def _choices(overrides: Overrides, defaults: list[InputDefault], self_added: bool) -> DictConfig:
-    """What interpolations among the defaults can refer to; Hydra makes it where there are none."""
+    """Return the options that interpolations among the defaults can name, if there are any."""
     if any(default.is_interpolation() for default in defaults):
         return hydras_choices(overrides, defaults, self_added)
     return OmegaConf.create()

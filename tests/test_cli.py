@@ -327,7 +327,7 @@ def test_a_finished_run_is_not_repeated(run: Path, capsys: Capture) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert f"clean {summary['clean_acc']:.2f}" in out
     right = f"{summary['clean_acc']:.1f} % of {summary['test_examples']} test images are classified"
-    assert right in out and f"{summary['robust_acc']:.1f} % also under attack (PGD-" in out
+    assert right in out and f"{summary['robust_acc']:.1f} % also under PGD-" in out
     assert out.splitlines()[-2:] == [
         "Next: btrain eval checkpoint=run attack=all report=true",
         "      btrain report run",

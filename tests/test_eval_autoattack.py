@@ -126,7 +126,7 @@ def forward_passes(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(robust_net: nn.Module, digits: Data) -> tuple[Tensor, int]:
-    """What holds out of twelve digits in batches of five, and the passes that took."""
+    """Return which of twelve digits hold out in batches of five, and the passes that took."""
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
         patch.setattr(autoattack, "BATCH", 5)

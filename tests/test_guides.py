@@ -34,10 +34,8 @@ _SMALLER = {
     "dataset.train_examples=1000": (),
     "dataset.val_examples=500": ("dataset.val_examples=8",),
     "device=cuda": ("device=cpu",),
-    "hydra/launcher=joblib": (),  # tests/test_launchers.py runs the launchers
-    "hydra.launcher.n_jobs=4": (),
 }
-"""What stands for a word of the guide: another data set, a smaller network, this machine."""
+"""The words that stand for one of a guide: another data set, a smaller network, this machine."""
 
 
 def quick(command: str) -> list[str]:

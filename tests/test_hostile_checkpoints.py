@@ -335,13 +335,12 @@ def test_every_number_of_a_state_is_of_its_kind_and_range(
         reloaded(tmp_path / "last.pt", state.state_dict() | {key: value})
 
 
+@pytest.mark.parametrize("name", ["robust_fraction", "outlier_fraction"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 5.0, -0.1])
-def test_the_robust_fraction_is_one(state: TrainState, value: float) -> None:
+def test_a_running_fraction_is_one(state: TrainState, name: str, value: float) -> None:
     content = state.state_dict()
-    content["memory"] = {"robust_fraction": torch.tensor(value)}
-    with pytest.raises(
-        UserError, match=r"like this: (its robust_fraction|not every number of its)"
-    ):
+    content["memory"] = {"robust_fraction": torch.zeros(()), name: torch.tensor(value)}
+    with pytest.raises(UserError, match=rf"like this: (its {name}|not every number of its)"):
         state.load_state_dict(content)
 
 

@@ -62,11 +62,11 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
 IDLE = """
 import os, signal
 from joblib import Parallel, delayed
-from btrain.processes.parent import watch_in_workers
-watch_in_workers(os.getpid())
-workers = set(Parallel(n_jobs=2)(delayed(os.getpid)() for _ in range(8)))
-print(*workers, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+from btrain.processes.parent import watched_workers
+with watched_workers(os.getpid()):
+    workers = set(Parallel(n_jobs=2)(delayed(os.getpid)() for _ in range(8)))
+    print(*workers, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

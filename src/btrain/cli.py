@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ from btrain.processes.launched import (
     is_first,
     processes,
 )
-from btrain.processes.parent import not_outliving, watch_in_workers
+from btrain.processes.parent import not_outliving, watched_workers
 from btrain.terminal import complain, say, show, spell_out
 
 USAGE = """\
@@ -167,7 +168,8 @@ def _table_at_the_end(args: list[str]) -> Iterator[Path | None]:
         try:
             yield place
         except (Exception, SystemExit):
-            _show_sweep(place)
+            with suppress(OSError, UserError):  # which would hide what ended the sweep
+                _show_sweep(place)
             raise
         _show_sweep(place)
 
@@ -217,7 +219,7 @@ def _data(args: list[str]) -> None:
 def _run_with_hydra(
     task: str, args: list[str], run: Callable[[Any], object], place: Path | None = None
 ) -> None:
-    """Compose the task's configuration with Hydra and runs it, once a job.
+    """Compose the task's configuration with Hydra and run it, once a job.
 
     Args:
         place: the folder in which the jobs of a sweep tell of themselves.
@@ -284,14 +286,13 @@ def _run_with_hydra(
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
-    if "hydra/launcher=joblib" in args:
-        with suppress(ImportError):  # of which Hydra tells
-            watch_in_workers(sweep)
+    of_joblib = "hydra/launcher=joblib" in args and find_spec("joblib") is not None
+    watched = watched_workers(sweep) if of_joblib else nullcontext()
     main = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name=task)(job)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
     sys.argv = [f"btrain {configs.TASKS[task].command}", *args]
     try:
-        with _interrupted_by_sigterm():
+        with _interrupted_by_sigterm(), watched:
             main()
     except Exception as error:
         of_a_job = vars(error).get(_OF_A_JOB)

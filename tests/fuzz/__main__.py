@@ -163,7 +163,7 @@ def _reader(name: str, folder: Path) -> Reader:
 
 
 def _sound(name: str, reader: Reader) -> list[int]:
-    """Which of a few inputs the reader takes; now its modules are imported, its buffers made."""
+    """Return which of a few inputs the reader takes, whose modules are imported by that."""
     taken = []
     for number in range(_WARM_UP):
         reader.write(Random(f"{name} warm-up {number}"))

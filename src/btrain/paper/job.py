@@ -62,7 +62,7 @@ class Job:
 
     def settings(self, sweep: Sweep) -> list[str]:
         """Return the settings of a sweep's trainings, but for experiment, seed and swept values."""
-        return merged(self.profile.settings(sweep.train or self.target.name), self.extra)
+        return merged(self.profile.settings(self.target.name, sweep.train), self.extra)
 
     @property
     def seeds(self) -> list[int]:

@@ -74,7 +74,7 @@ class _Steps:
 
 
 def write_step(folder: Path, baseline: Path) -> Path:
-    """Write `<folder>/step.json` of a finished run, unless it is there and says all.
+    """Write `<folder>/step.json` of a finished run, unless it is there, says all and is newer.
 
     Args:
         baseline: the run whose steps are timed beside its own, if that is finished.
@@ -84,7 +84,11 @@ def write_step(folder: Path, baseline: Path) -> Path:
     """
     path, known = folder / STEP, read_step(folder)
     trained = (baseline / "summary.json").is_file()
-    if known is not None and (known.times_baseline is not None or not trained):
+    if (
+        known is not None
+        and (known.times_baseline is not None or not trained)
+        and path.stat().st_mtime >= (folder / "summary.json").stat().st_mtime
+    ):
         return path
     with torch.random.fork_rng():
         own = _Steps(folder)

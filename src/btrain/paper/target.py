@@ -83,9 +83,10 @@ class Profile:
     evaluate_more: dict[str, dict[str, list[list[str]]]]
     tflops: float | None
 
-    def settings(self, name: str) -> list[str]:
-        """Return the settings of a target's or a sweep's runs besides their experiment."""
-        return self.train.get(name, self.train["default"])
+    def settings(self, target: str, sweep: str | None = None) -> list[str]:
+        """Return the settings of runs besides their experiment: the sweep's, or the target's."""
+        own = self.train.get(target, self.train["default"])
+        return own if sweep is None else self.train.get(sweep, own)
 
     def evaluations(self, target: Target, row: str) -> list[list[str]]:
         """Return the settings of each `btrain eval` of a row's runs."""

@@ -40,7 +40,8 @@ def not_outliving(parent: int) -> Iterator[None]:
         yield
 
 
-def watch_in_workers(sweep: int) -> None:
+@contextmanager
+def watched_workers(sweep: int) -> Iterator[None]:
     """Let joblib's workers end with the sweep's process before they have a job, too.
 
     Else one that has none yet would wait for it for joblib's five minutes.
@@ -55,6 +56,10 @@ def watch_in_workers(sweep: int) -> None:
             return int(super().configure(*args, **kwargs))
 
     register_parallel_backend("loky", Watching)
+    try:
+        yield
+    finally:
+        register_parallel_backend("loky", LokyBackend)
 
 
 def _end_with(parent: int) -> None:

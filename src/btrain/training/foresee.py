@@ -100,7 +100,9 @@ def foresee(config: Config) -> Foreseen:
 
     size = f"train.batch_size={config.train.batch_size}"
     more = f"train.accumulate={2 * config.train.accumulate}"
-    with explained_memory(device, size, f"{more}, a smaller batch or a smaller model may fit"):
+    with explained_memory(
+        device, size, f"{more} where it goes, a smaller batch or a smaller model may fit"
+    ):
         warm = take(lambda: state.batch == 1)
         seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
     if not units > 0:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
+from btrain.evaluation.result import wilson
 from btrain.settings import Config
 from btrain.settings.method import BulletTrainConfig
 from btrain.training.state import TrainState
@@ -107,16 +107,16 @@ def in_words(config: Config, summary: dict[str, Any]) -> str | None:
     n, clean, robust = (summary.get(key) for key in ("test_examples", "clean_acc", "robust_acc"))
     if type(n) is not int or n < 1 or clean is None or robust is None:
         return None
-    share = min(max(robust / 100, 0.0), 1.0)
+    least, most = wilson(round(min(max(robust / 100, 0.0), 1.0) * n), n)
     ball = {"linf": "L∞", "l2": "L2"}.get(config.attack.norm, "radius")
     return (
         f"{clean:.1f} % of {n:,} test images are classified right, and {robust:.1f} % also under "
-        f"attack ({_attack(summary)}, {ball} {config.eval.epsilon:.3g}); with so many images that "
-        f"is known to ± {196 * math.sqrt(share * (1 - share) / n):.1f} points."
+        f"{_attack(summary)}, {ball} {config.eval.epsilon:.3g}; of all such images it would be "
+        f"between {100 * least:.1f} and {100 * most:.1f} %."
     )
 
 
 def _attack(summary: dict[str, Any]) -> str:
-    """Return the name of the final attack; without a step it is none but its random start."""
+    """Return under what the final accuracy is; without a step that is the random start alone."""
     steps = summary.get("eval_steps")
-    return "PGD" if steps is None else f"PGD-{steps}" if steps else "under the start's noise alone"
+    return "the start's noise alone" if steps == 0 else f"PGD-{steps}" if steps else "PGD"

@@ -176,7 +176,7 @@ def _train(
         evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
         more = f"train.accumulate={2 * config.train.accumulate}"
-        advice = f"{more}, a smaller batch or a smaller model may fit"
+        advice = f"{more} where it goes, a smaller batch or a smaller model may fit"
         with explained_memory(state.device, size, advice):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         if record is not None:
