@@ -26,7 +26,7 @@ from btrain.settings import older
 from btrain.settings.compose import to_dict
 from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
-from btrain.training.lines import many_outliers
+from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_shares, make_state
 from btrain.training.update import descend, shorten
@@ -458,6 +458,13 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert many_outliers(compose(guarded), line) is not None
     assert many_outliers(compose([*guarded, "bt.guard_steps=1"]), line) is None
     assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
+    assert many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line) is None
+
+
+def test_a_network_near_chance_is_told() -> None:
+    warned = at_chance(18.9, 10)
+    assert warned is not None and "where guessing gives 10.0 %" in warned
+    assert at_chance(19.1, 10) is None
 
 
 def test_in_bf16_a_first_attack_begins_where_a_divergence_has_a_gradient() -> None:

@@ -208,6 +208,7 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         ),
         (["train", "run.dir=${a:"], "run.dir: what stands in ${…} cannot be read."),
         (["train", "train.batch_size=9223372036854775808"], "train.batch_size must be below 2^63"),
+        (["train", "bt=bullettrian"], "own, random, uniform. Did you mean bullettrain?"),
         (["train", "hydra/job_logging=nope"], "hydra/job_logging=nope is no option."),
         (["bench", "bench.seconds=${nope}"], "bench.seconds: Interpolation key 'nope' not found."),
         (["data", "corrupt", "corrupt.seed=${x}"], "${x}: Interpolation key 'x' not found."),

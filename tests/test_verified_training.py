@@ -217,6 +217,9 @@ def test_a_run_is_trained_verified_and_attacked(
              "defense=crown_ibp", "attack.epsilon=0.05", "train.epochs=5", "defense.ramp=0.3",
              "bt.probe_every=0", "device=cpu"]  # fmt: skip
     assert cli.main(["train", *words, f"run.dir={run}"]) == 0
+    lines, said = (run / "train.log").read_text(), capsys.readouterr().out
+    assert " % verified; 100.0 % of the images bounded; " in lines and "boundary" not in lines
+    assert f"eval checkpoint={run} attack=all verify=crown_ibp report=true" in said
     engines = ["ibp", "crown_ibp", "symbolic", "any"]
     arguments = [f"checkpoint={run}", "attack=pgd20,interval", f"verify={','.join(engines)}",
                  "verify.epsilon=0.02,8/255"]  # fmt: skip

@@ -146,7 +146,7 @@ def _train(args: list[str]) -> None:
                 say(words)
             run = shlex.quote(config.run.dir)
             _say_next(
-                [f"btrain eval checkpoint={run} attack=all report=true", f"btrain report {run}"]
+                [f"btrain eval checkpoint={run} {_looked_at(config)}", f"btrain report {run}"]
             )
         return summary.get("best_val_acc")  # what a sweeper that searches goes by
 
@@ -181,6 +181,21 @@ def _show_sweep(place: Path) -> None:
     if jobs := heard(place):
         show(f"\n{sweep_table(jobs)}\n")
         _say_next(next_commands(jobs))
+
+
+def _looked_at(config: Any) -> str:
+    """Return what an evaluation of a run is given: attacks that fit, bounds, its own code."""
+    from btrain.settings.method import VerifiedConfig
+
+    words = ["attack=clean,pgd20" if config.attack.name.name == "own" else "attack=all"]
+    if isinstance(config.defense, VerifiedConfig):
+        words.append(f"verify={config.defense.engine}")
+    words += [
+        f"{group}.factory={shlex.quote(factory)}"
+        for group, (factory, _) in own.parts(config).items()
+        if group in ("model", "dataset", "attack")
+    ]
+    return " ".join([*words, "report=true"])
 
 
 def _say_next(commands: Sequence[str]) -> None:

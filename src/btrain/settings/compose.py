@@ -669,8 +669,10 @@ def _unknown_option(group: str, option: str, folder: str | None) -> str:
             f"hydra/sweeper={option} is not installed; pip install 'btrain[optuna]' brings optuna. "
             "Without hydra/sweeper= every combination is tried."
         )
-    there = ", ".join(options_of(group, folder))
-    return f"{group}={option} is no option{f'; there are: {there}' if there else ''}."
+    there = options_of(group, folder)
+    meant = hints.meant(option, there)
+    listed = f"; there are: {', '.join(there)}" if there else ""
+    return f"{group}={option} is no option{listed}.{f' Did you mean {meant}?' if meant else ''}"
 
 
 def keys_of(node: type, prefix: str = "") -> list[str]:

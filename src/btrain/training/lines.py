@@ -9,7 +9,7 @@ from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
 from btrain.evaluation.result import wilson
 from btrain.settings import Config
-from btrain.settings.method import BulletTrainConfig
+from btrain.settings.method import BulletTrainConfig, VerifiedConfig
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -43,17 +43,22 @@ def tell_masks(sparsity: Sparsity) -> None:
         )
 
 
-def epoch_line(metrics: dict[str, Any]) -> str:
+def epoch_line(config: Config, metrics: dict[str, Any]) -> str:
     """Return what an epoch came to; its robust accuracy is under the attack of the training."""
+    robust = metrics["robust_acc_train"]
     held_out = (
         f", held-out {metrics['val_clean_acc']:.2f} % clean, {metrics['val_robust_acc']:.2f} % PGD"
         if "val_clean_acc" in metrics
         else ""
     )
+    if isinstance(config.defense, VerifiedConfig):
+        under = "" if robust is None else f", {robust:.2f} % verified"
+    else:
+        under = f", {number(robust)} % under the training's attack"
     return (
         f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, training images "
-        f"{number(metrics['clean_acc_train'])} % clean, {number(metrics['robust_acc_train'])} % "
-        f"under the training's attack{held_out}; boundary/robust/outlier {fractions(metrics)}; "
+        f"{number(metrics['clean_acc_train'])} % clean{under}{held_out}; "
+        f"{_shares(config, metrics)}; "
         f"{speedup(metrics)}{metrics['train_seconds']:.1f} s"
     )
 
@@ -64,12 +69,29 @@ def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
     half_way = metrics["epoch"] == (epochs + 1) // 2
     guarded = isinstance(bt, BulletTrainConfig) and bt.guard < 1 and bt.guard_steps > 0
     spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0 and not guarded
+    spared = spared and not isinstance(config.defense, VerifiedConfig)
     if not (half_way and spared and share is not None and share > _MANY):
         return None
     return (
         f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples count as "
         "outliers and are not attacked, which can cost robust accuracy; bt.n_o=1 would attack "
         "them, and more epochs make them fewer."
+    )
+
+
+def at_chance(clean: float, classes: int) -> str | None:
+    """Return a warning where a network hardly does better than guessing on clean images.
+
+    Args:
+        clean: its accuracy in percent.
+    """
+    chance = 100 / classes
+    if clean > chance + (100 - chance) / 10:
+        return None
+    return (
+        f"Only {clean:.1f} % of the clean images are classified right, where guessing gives "
+        f"{chance:.1f} %: the training failed, or has only begun, and neither robust accuracy nor "
+        "speedup says anything."
     )
 
 
@@ -84,18 +106,25 @@ def speedup(numbers: dict[str, Any]) -> str:
     return f"speedup {', '.join(known)}; "
 
 
+def _shares(config: Config, numbers: dict[str, Any]) -> str:
+    """Return who was attacked for how long, or how many were bounded."""
+    if isinstance(config.defense, VerifiedConfig):
+        return f"{100 * numbers['f_b']:.1f} % of the images bounded"
+    return f"boundary/robust/outlier {fractions(numbers)}"
+
+
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(config: Config, summary: dict[str, Any]) -> str:
     """Return what a run came to; first of all that it was cut, if it was."""
     cut = summary.get("cut")
     return (
         f"{f'cut by {cut}; ' if cut else ''}"
         f"clean {number(summary['clean_acc'])} %, "
-        f"{_attack(summary)} {number(summary['robust_acc'])} %; boundary/robust/outlier "
-        f"{fractions(summary)}; {speedup(summary)}{summary['train_seconds']:.1f} s of training"
+        f"{_attack(summary)} {number(summary['robust_acc'])} %; {_shares(config, summary)}; "
+        f"{speedup(summary)}{summary['train_seconds']:.1f} s of training"
     )
 
 

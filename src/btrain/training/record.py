@@ -59,7 +59,7 @@ class Record:
         self.folder.append_metrics(metrics)
         of_epoch = {key: value for key, value in metrics.items() if key != "scores"}
         self.tracker.log(of_epoch, metrics["epoch"])
-        log.info(epoch_line(metrics))
+        log.info(epoch_line(self.config, metrics))
 
     def end(self, summary: dict[str, Any]) -> None:
         """Write the summary of a run that came to its end."""

@@ -30,7 +30,7 @@ from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
 from btrain.terminal import say
 from btrain.training.epochs import Averages, batches_in, check_weights, train_epoch
-from btrain.training.lines import describe, fractions, headline, number, tell_masks
+from btrain.training.lines import at_chance, describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
 from btrain.training.resume import (
     adopt_best,
@@ -126,7 +126,7 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
         return None
     end = "was ended and evaluated" if summary.get("cut") else "is finished already"
     more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
-    say(f"{folder.path} {end}: {headline(summary)}{more}")
+    say(f"{folder.path} {end}: {headline(config, summary)}{more}")
     for note in changed_code(folder.provenance, _own_parts(config)):
         say(f"{note} Another run.dir trains it anew.")
     return summary
@@ -189,7 +189,9 @@ def _train(
             summary = summarise(config, state, data, folder, last, best) | trained
             summary["data_sha256"] = data_sha256
             record.end(summary)
-            log.info("%s: %s", folder.path, headline(summary))
+            log.info("%s: %s", folder.path, headline(config, summary))
+            if (warning := at_chance(summary["clean_acc"], len(data.classes))) is not None:
+                log.warning("%s", warning)
     return world.told(summary)
 
 
