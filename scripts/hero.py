@@ -120,7 +120,12 @@ def draw(theme: str) -> bytes:
                 xlim=(0, 1.12), ylim=(low, high), title=title, xlabel="cost of training, TRADES = 1"
             )
             axes.legend(
-                frameon=False, fontsize=8, loc="lower right", ncols=2 if len(points) > 5 else 1
+                frameon=False,
+                fontsize=8,
+                loc="lower right",
+                ncols=2 if len(points) > 5 else 1,
+                columnspacing=0.6,
+                handletextpad=0.2,
             )
         figure.axes[0].set_ylabel("right under AutoAttack, %")
         return drawn(figure, "svg", transparent=True)
