@@ -135,8 +135,9 @@ def make_sheet(plan: Plan, folder: Path, read: Callable[[Path], Run] = read_run)
 
 
 def _robust(plan: Plan) -> str:
-    """Return `corruptions` where the paper tells of them; in heat maps an evaluation's PGD."""
-    if any("corruptions" in row.paper for row in plan.rows):
+    """Return `corruptions` where paper or claims tell of them; in heat maps an attack's PGD."""
+    told = [*(row.paper for row in plan.rows), *([claim.metric] for claim in plan.claims)]
+    if any("corruptions" in metrics for metrics in told):
         return "corruptions"
     return plan.attacks[0] if plan.kind == "heatmaps" and plan.attacks else "robust_acc"
 
