@@ -425,7 +425,7 @@ def test_every_step_goes_with_the_l2_attack(
         assert 0.9 * epsilon < distance.max() <= epsilon + 1e-6
         assert examples.x_adv.min() >= 0
         assert examples.x_adv.max() <= 1
-        loss, _, _ = method.loss(small_cnn, examples, memory, generator)
+        loss = method.loss(small_cnn, examples, memory, generator).value
         descend(optimizer, loss)
         attacked += int((distance > 0).sum())
     assert 0 < attacked <= 60
@@ -455,7 +455,7 @@ def test_free_and_mma_stay_within_their_l2_radius(
                 distance = l2(examples.x_adv - examples.x)
                 assert (distance <= examples.margin + 1e-6).all()
             furthest = max(furthest, float(distance.max()))
-            loss, _, _ = method.loss(network, examples, memory, generator)
+            loss = method.loss(network, examples, memory, generator).value
             descend(optimizer, loss)
     assert 0.5 * radius < furthest <= radius + 1e-6
     if isinstance(method, MMA):
