@@ -184,10 +184,16 @@ def check_gradient(model: nn.Module, examples: Examples) -> None:
         )
 
 
+def hardly_above_chance(accuracy: float, classes: int) -> bool:
+    """Return whether an accuracy, in percent, is hardly above that of guessing."""
+    chance = 100 / classes
+    return accuracy <= chance + (100 - chance) / 10
+
+
 def near_chance(correct: Tensor, classes: int) -> str | None:
     """Return a hint where a model hardly does better than guessing on clean images, (n,), K."""
     accuracy, chance = 100 * correct.float().mean().item(), 100 / classes
-    if accuracy > chance + (100 - chance) / 10:
+    if not hardly_above_chance(accuracy, classes):
         return None
     return (
         f"Only {accuracy:.1f} % of the clean images are classified correctly, where guessing gives "

@@ -19,7 +19,7 @@ from btrain.methods.make import make_method
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
 from btrain.training.epochs import train_epoch
-from btrain.training.safety.out_of_memory import explained_memory
+from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_radius, known_of, make_state
 
@@ -99,10 +99,7 @@ def foresee(config: Config) -> Foreseen:
         return late or state.batch >= min(_BATCHES, batches - 1)
 
     size = f"train.batch_size={config.train.batch_size}"
-    more = f"train.accumulate={2 * config.train.accumulate}"
-    with explained_memory(
-        device, size, f"{more} where it goes, a smaller batch or a smaller model may fit"
-    ):
+    with explained_memory(device, size, smaller_batch(config.train.accumulate)):
         warm = take(lambda: state.batch == 1)
         seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
     if not units > 0:

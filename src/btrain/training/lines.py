@@ -7,6 +7,7 @@ from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
+from btrain.evaluation.examples import hardly_above_chance
 from btrain.evaluation.result import wilson
 from btrain.settings import Config
 from btrain.settings.method import BulletTrainConfig, VerifiedConfig
@@ -85,13 +86,12 @@ def at_chance(clean: float, classes: int) -> str | None:
     Args:
         clean: its accuracy in percent.
     """
-    chance = 100 / classes
-    if clean > chance + (100 - chance) / 10:
+    if not hardly_above_chance(clean, classes):
         return None
     return (
         f"Only {clean:.1f} % of the clean images are classified right, where guessing gives "
-        f"{chance:.1f} %: the training failed, or has only begun, and neither robust accuracy nor "
-        "speedup says anything."
+        f"{100 / classes:.1f} %: the training failed, or has only begun, and neither robust "
+        "accuracy nor speedup says anything."
     )
 
 

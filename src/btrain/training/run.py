@@ -41,7 +41,7 @@ from btrain.training.resume import (
 )
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.inputs import InputGuard
-from btrain.training.safety.out_of_memory import explained_memory
+from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.safety.signals import StopRequest, stop_on_signals
 from btrain.training.schedule import make_plan
 from btrain.training.scores import (
@@ -175,9 +175,7 @@ def _train(
     with recording as record, stop_on_signals(world) as stop:
         evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
-        more = f"train.accumulate={2 * config.train.accumulate}"
-        advice = f"{more} where it goes, a smaller batch or a smaller model may fit"
-        with explained_memory(state.device, size, advice):
+        with explained_memory(state.device, size, smaller_batch(config.train.accumulate)):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         if record is not None:
             log.info("evaluation on %d test images", len(data.test))

@@ -40,6 +40,12 @@ def explained_memory(device: torch.device, what: str, advice: str) -> Iterator[N
         ) from error
 
 
+def smaller_batch(accumulate: int) -> str:
+    """Return the advice where a training batch does not fit that goes in so many parts."""
+    more = f"train.accumulate={2 * accumulate}"
+    return f"{more} where it goes, a smaller batch or a smaller model may fit"
+
+
 def ran_out(error: Exception) -> bool:
     """Return whether an error says that there is no memory left."""
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
