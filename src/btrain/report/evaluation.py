@@ -78,7 +78,8 @@ def _sanity_text(sanity: Sanity) -> str:
         printable(f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}")
         for check in sanity.checks
     ]
-    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines])
+    warning = [printable(sanity.warning)] if sanity.warning else []
+    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines, *warning])
 
 
 def write_page(folder: Path) -> Path:
@@ -111,6 +112,7 @@ def _page(evaluation: Evaluation) -> str:
         attacks=_attack_table(attacks) if attacks else None,
         missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
         checks=sanity.checks if sanity else (),
+        checks_warning=sanity and sanity.warning,
         marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
         curves=_curves(sanity, next(filter(None, epsilons), None), verified),
         missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
@@ -148,6 +150,7 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
         outcomes = [check.passed for check in evaluation.sanity.checks]
         skipped = outcomes.count(None)
         label = "sanity checks passed" + (f", {skipped} skipped" if skipped else "")
+        label += ", which says nothing at chance" if evaluation.sanity.warning else ""
         tiles.append((f"{outcomes.count(True)} of {len(outcomes) - skipped}", label))
     return tiles
 
