@@ -530,6 +530,18 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def student(mean: float, deviation: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean by Student's t with n − 1 degrees of freedom; n ≥ 2.
+
+    Args:
+        deviation: of the sample.
+    """
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def versions(*others: str) -> dict[str, str]:
     """Return the versions of btrain, Python, torch, numpy and whatever else computed."""
     found = {"btrain": __version__, "python": platform.python_version()}
