@@ -21,6 +21,7 @@ from btrain.evaluation.result import (
     Sanity,
     Summary,
     of_a_part,
+    wilson,
 )
 from btrain.pages import tables
 from btrain.pages.html import number, render
@@ -37,7 +38,7 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
     """Return the end of an evaluation for the terminal: tables, checks, places of the files."""
     found = [*evaluation.summaries()]
     head = ["attack", "accuracy %", "95 % interval", "n", "ε", "seconds"]
-    parts = [tables.text(head, map(_line, found))]
+    parts = [tables.text(head, [row for one in found for row in (_line(one), *_others(one))])]
     if evaluation.corruptions is not None:
         parts.append(_corruptions_text(evaluation.corruptions))
     if evaluation.sanity is not None:
@@ -58,6 +59,15 @@ def _line(found: Summary) -> list[str]:
         radius if found.norm == "linf" else f"{found.norm} {radius}",
         NONE if found.seconds is None else f"{found.seconds:.1f}",
     ]
+
+
+def _others(found: Summary) -> Iterable[list[str]]:
+    """Yield a row for each other radius at which was verified."""
+    for epsilon, share in found.settings.get(SHARES) or ():
+        if epsilon != found.settings.get("epsilon") and found.n:
+            low, high = wilson(round(share / 100 * found.n), found.n)
+            ends = f"{100 * low:.2f} to {100 * high:.2f}"
+            yield [found.attack, f"{share:.2f}", ends, str(found.n), f"{epsilon:.4g}", NONE]
 
 
 def _corruptions_text(found: Summary) -> str:
