@@ -32,7 +32,7 @@ from btrain.processes.launched import (
     processes,
 )
 from btrain.processes.parent import not_outliving, watched_workers
-from btrain.terminal import complain, say, show, spell_out
+from btrain.terminal import complain, say, show, spell_out, tell
 
 USAGE = """\
 usage: btrain <command> …
@@ -292,6 +292,9 @@ def _run_with_hydra(
                 told.overrides = overrides
             with first_complains():
                 config = configs.from_hydra(cfg, overrides)
+            if is_first():
+                for sentence in configs.left_out(cfg, overrides):
+                    tell(sentence)
             if told is not None and place is not None:
                 told.folder = config.run.dir
                 told.tell(place)
