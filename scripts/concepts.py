@@ -33,6 +33,7 @@ from btrain.pages.pictures import drawn, look
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 EPSILON = 0.15  # more than the 0.1 of its training, so that all three classes are well filled
+WIDTH, SIZE = 5.2, 11.5  # inches and points: readable on a telephone, where it is 360 pixels wide
 SHOWN = 3  # images of each class
 GROUPS = 50  # of as many images each
 CLASSES = {OUTLIER: "outlier", BOUNDARY: "boundary", ROBUST: "robust"}
@@ -83,15 +84,15 @@ def attacked() -> Attacked:
 
 
 def draw_classes(seen: Attacked, theme: str) -> bytes:
-    """Return pairs of images, clean and attacked, beside the scores' distribution, as an SVG."""
+    """Return pairs of images, clean and attacked, above the scores' distribution, as an SVG."""
     from matplotlib.figure import Figure
 
     ink, edge, rule, colours = LOOKS[theme]
-    with look(ink, edge, rule, {"font.size": 9, "svg.fonttype": "path", "axes.facecolor": "none",
+    with look(ink, edge, rule, {"font.size": SIZE, "svg.fonttype": "path", "axes.facecolor": "none",
                                 "figure.facecolor": "none"}):  # fmt: skip
-        figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
-        grid = left.subplots(len(CLASSES), 2 * SHOWN)
+        figure = Figure(figsize=(WIDTH, 1.25 * WIDTH), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+        grid = above.subplots(len(CLASSES), 2 * SHOWN)
         for row, (number, name) in zip(grid, CLASSES.items(), strict=True):
             which = (seen.classes == number).nonzero()[:SHOWN, 0].tolist()
             for place, index in enumerate(which):
@@ -103,14 +104,12 @@ def draw_classes(seen: Attacked, theme: str) -> bytes:
                     axes.set(xticks=[], yticks=[])
                     guess = int(logits[index].argmax())
                     right_guess = guess == int(seen.labels[index])
+                    colour = colours[2 if right_guess else 1]
                     axes.set_title(
-                        f"{what}: {guess}",
-                        fontsize=7,
-                        loc="center",
-                        color=colours[2 if right_guess else 1],
+                        f"{what}\n{guess}", fontsize=SIZE - 1, loc="center", color=colour
                     )
-            row[0].set_ylabel(name, color=ink, fontsize=10)
-        axes = right.subplots()
+            row[0].set_ylabel(name, color=ink)
+        axes = below.subplots()
         order = signed_prediction_variance(seen.clean_logits, seen.labels).argsort()
         groups = seen.classes[order].view(GROUPS, -1)
         begin = torch.zeros(GROUPS)
@@ -132,9 +131,16 @@ def draw_classes(seen: Attacked, theme: str) -> bytes:
             ylabel="share of each class, %",
             xlabel="wrong and sure  ←  unsure  →  right and sure",
         )
-        axes.set_title("2,000 images, ordered by their score, %", fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3,
-                      frameon=False, fontsize=8)  # fmt: skip
+        axes.set_title("2,000 images, ordered by their score, %")
+        below.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            columnspacing=0.8,
+            handlelength=1,
+            handletextpad=0.4,
+        )
         return drawn(figure, "svg", transparent=True)
 
 
@@ -166,28 +172,39 @@ def draw_speedups(theme: str) -> bytes:
         "measured": row["speedup_measured"]["mean"],
     }
     ink, edge, rule, colours = LOOKS[theme]
-    with look(ink, edge, rule, {"font.size": 9, "svg.fonttype": "path", "axes.facecolor": "none",
+    with look(ink, edge, rule, {"font.size": SIZE, "svg.fonttype": "path", "axes.facecolor": "none",
                                 "figure.facecolor": "none"}):  # fmt: skip
-        figure = Figure(figsize=(8.4, 2.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+        above, below = upper.subplots(), lower.subplots()
         begin = [0.0] * len(work)
         parts = ("attack steps", "clean passes beside them", "update of the weights")
         for place, (part, colour) in enumerate(zip(parts, (1, 0, 3), strict=True)):
             widths = [cost[place] for cost in work.values()]
-            left.barh(list(work), widths, left=begin, label=part, color=colours[colour], height=0.6)
+            above.barh(
+                list(work), widths, left=begin, label=part, color=colours[colour], height=0.6
+            )
             begin = [start + width for start, width in zip(begin, widths, strict=True)]
         for place, total in enumerate(passes.values()):
-            left.text(total + 0.4, place, f"{total:.1f}", va="center", fontsize=8)
-        left.set_title("forward passes an image and step")
-        left.set_xlim(0, 45)
-        left.invert_yaxis()
-        left.legend(frameon=False, fontsize=8, loc="lower right")
-        right.barh(list(speedups), list(speedups.values()), color=colours[3], height=0.6)
+            above.text(total + 0.4, place, f"{total:.1f}", va="center")
+        above.set_title("forward passes an image and step")
+        above.set_xlim(0, 45)
+        above.invert_yaxis()
+        upper.legend(
+            *above.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+            columnspacing=0.8,
+            handlelength=1,
+            handletextpad=0.4,
+        )
+        below.barh(list(speedups), list(speedups.values()), color=colours[3], height=0.6)
         for place, value in enumerate(speedups.values()):
-            right.text(value + 0.05, place, f"{value:.2f}", va="center", fontsize=8)
-        right.set_title("times faster")
-        right.set_xlim(0, 3.3)
-        right.invert_yaxis()
+            below.text(value + 0.05, place, f"{value:.2f}", va="center")
+        below.set_title("times faster")
+        below.set_xlim(0, 3.3)
+        below.invert_yaxis()
         return drawn(figure, "svg", transparent=True)
 
 

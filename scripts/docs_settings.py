@@ -1,7 +1,12 @@
-"""A hook of mkdocs: the page of all settings, made of what `--help` tells of each group."""
+"""Hooks of mkdocs: the page of all settings, and pictures that follow the site's own theme.
+
+The page is made of what `--help` tells of each group. A `<picture>` in a page, which GitHub shows
+in the reader's colours, becomes two images of which the theme shows one.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +19,12 @@ _HEAD = """\
 
 What `btrain train --help GROUP` tells, with the defaults of `btrain train` alone: TRADES with BulletTrain on CIFAR-10. `key=value` on the command line changes one; other options of a group may have settings of their own, `btrain train --help bt bt=early_exit`.
 """  # noqa: E501
+
+
+_PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)">\s*</picture>'
+)
 
 
 def _cell(text: str) -> str:
@@ -44,3 +55,9 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     lines = [line for key in (*groups_of("train"), "train", "eval", "run") for line in _lines(key)]
     files.append(File.generated(config, "all_settings.md", content="\n".join([_HEAD, *lines])))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Return a page whose pictures are a light and a dark image, of which the theme shows one."""
+    images = r"![\g<alt>](\g<light>#only-light)\n![\g<alt>](\g<dark>#only-dark)"
+    return _PICTURE.sub(images, markdown)

@@ -17,6 +17,7 @@ from btrain.pages.pictures import drawn, look
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "results", ROOT / "docs" / "images"
+WIDTH, SIZE = 5.2, 11.5  # inches and points: readable on a telephone, where it is 360 pixels wide
 PLAIN = 27.0  # passes an image and epoch of TRADES with ten steps
 LOOKS = {
     "light": ("#1f2328", "#59636e", "#d1d9e0", ["#0969da", "#cf222e", "#1a7f37", "#9a6700",
@@ -103,31 +104,27 @@ def draw(theme: str) -> bytes:
     from matplotlib.figure import Figure
 
     ink, edge, rule, colours = LOOKS[theme]
-    with look(ink, edge, rule, {"font.size": 9, "svg.fonttype": "path", "axes.grid": True,
+    with look(ink, edge, rule, {"font.size": SIZE, "svg.fonttype": "path", "axes.grid": True,
                                 "axes.facecolor": "none", "figure.facecolor": "none"}):  # fmt: skip
-        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.35 * WIDTH), layout="constrained")
         panels = (("MNIST, ε = 0.2", mnist(), (-2, 96)),
-                  ("four classes of CIFAR-10 (JPEG), ε = 0.031", cifar(), (20, 52)))  # fmt: skip
-        of = {}
-        for axes, (title, points, (low, high)) in zip(figure.subplots(1, 2), panels, strict=True):
+                  ("CIFAR-10 (JPEG), four classes, ε = 0.031", cifar(), (30, 52)))  # fmt: skip
+        of: dict[str, str] = {}
+        rings: dict[str, Any] = {}
+        for axes, (title, points, (low, high)) in zip(figure.subplots(2, 1), panels, strict=True):
             for label, runs in points.items():
                 of.setdefault(label, colours[min(len(of), len(colours) - 1)])
                 costs, accuracies = zip(*runs, strict=True)
                 axes.plot(costs, accuracies, "o", ms=3, color=of[label], alpha=0.7)
                 mean = statistics.fmean(costs), statistics.fmean(accuracies)
-                axes.plot(*mean, "o", ms=9, mfc="none", mew=1.6, color=of[label], label=label)
-            axes.set(
-                xlim=(0, 1.12), ylim=(low, high), title=title, xlabel="cost of training, TRADES = 1"
-            )
-            axes.legend(
-                frameon=False,
-                fontsize=8,
-                loc="lower right",
-                ncols=2 if len(points) > 5 else 1,
-                columnspacing=0.6,
-                handletextpad=0.2,
-            )
-        figure.axes[0].set_ylabel("right under AutoAttack, %")
+                (ring,) = axes.plot(*mean, "o", ms=9, mfc="none", mew=1.6, color=of[label])
+                rings.setdefault(label, ring)
+            axes.set(xlim=(0, 1.12), ylim=(low, high), title=title, ylabel="right under attack, %")
+        figure.axes[1].set_xlabel("cost of training, TRADES = 1")
+        figure.legend(
+            rings.values(), rings, loc="outside lower center", frameon=False, ncols=2,
+            columnspacing=0.6, handletextpad=0.2,
+        )  # fmt: skip
         return drawn(figure, "svg", transparent=True)
 
 

@@ -40,6 +40,7 @@ from btrain.settings.compose import (
     OPTIONS,
     config_dir,
     from_hydra,
+    left_out,
     read_yaml,
     register,
     run_name,
@@ -548,6 +549,24 @@ def test_an_allocator_refuses_what_it_does_not_read(name: str) -> None:
             changed(cfg, {f"bt.{key}": 1})
     with pytest.raises(UserError, match=f"^bt.{unread[0]} is no setting with bt={name}.$"):
         compose([*option, f"bt.{unread[0]}=1"])
+
+
+def test_what_an_experiment_gives_a_replaced_option_is_left_out() -> None:
+    words = ["experiment=cheapest", "bt=uniform"]
+    assert left_out(composed_by_hydra(words, "train"), words) == [
+        "bt=uniform has no bt.n_r, bt.robust_share, bt.guard: left out, though "
+        "experiment=cheapest gives them."
+    ]
+    assert compose(words).bt.n_b == 1
+    with pytest.raises(UserError, match=r"^bt\.n_r is no setting with bt=uniform\.$"):
+        compose([*words, "bt.n_r=1"])
+    kept = composed_by_hydra(["experiment=cheapest"], "train")
+    assert left_out(kept, ["experiment=cheapest"]) == []
+    words = ["experiment=cheap_kept", "attack=l2_pgd"]
+    with pytest.raises(UserError, match=r"experiment=cheap_kept sets attack\.start; attack\.start=…"):
+        compose(words)
+    with pytest.raises(UserError, match=r"\(attack\.store=bf16\)\.$"):
+        compose([*words, "attack.start=kept"])
 
 
 def test_an_allocator_reads_what_is_its_own() -> None:

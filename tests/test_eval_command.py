@@ -214,13 +214,22 @@ def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.Mo
     monkeypatch.setattr(runs, "CHAIN", ("pgd20", "pgd100x10", "autoattack"))
     few = ["dataset.test_examples=12", "sanity=false"]
     assert main(["eval", "checkpoint=A", "attack=all", *few]) == 0
-    assert "Without corruptions: dataset.corruptions_root=" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Without corruptions: dataset.corruptions_root=" in out
     folder = runs_here / "A" / "eval" / "dataset.test_examples_12"
     names = ["clean", "pgd20", "pgd100x10", "autoattack"]
     each = [arrays(folder / f"{name}.npz")["correct"] for name in names]
     for weaker, stronger in itertools.pairwise(each):
         assert not (stronger & ~weaker).any()
     found = [content(folder / f"{name}.json") for name in names]
+    left = ["pgd100x10, autoattack", "autoattack"]  # nothing is told behind the last
+    told = [line for line in err.splitlines() if "left:" in line]
+    assert told == [
+        f"{one['attack']}: {one['accuracy']:.2f} %; left: {others}"
+        for one, others in zip(found[1:3], left, strict=True)
+    ]
+    rounds = f"AutoAttack, square: {each[3].sum()} of 12 images are still classified right"
+    assert rounds in err.splitlines()
     assert [one.get("started_from") for one in found] == [None, None, "pgd20", "pgd100x10"]
     assert found[2]["started_with"] == each[1].sum()
     assert found[3]["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]

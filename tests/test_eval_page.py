@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from btrain.errors import UserError
-from btrain.evaluation.result import Result
-from btrain.report.evaluation import duration, write_page
+from btrain.evaluation.result import Evaluation, Result
+from btrain.report.evaluation import describe, duration, write_page
 from disks import full_disk
 from evaluation_page import Page, change, samples, write_samples
 
@@ -295,6 +295,9 @@ def test_verified_shares_are_a_curve_and_no_attack(tmp_path: Path) -> None:
     assert "at the lowest, under pgd20" in page.words
     assert "verified at the most, by ibp" in page.words
     assert "verified, ibp" in page.source and "87.5 % at 0, " in page.source
+    table = describe(Evaluation.read(tmp_path), None).splitlines()
+    rows = [line.split()[:2] + line.split()[-2:-1] for line in table if "verified-ibp" in line]
+    assert rows == [["verified-ibp", "25.00", "0.1"], ["verified-ibp", "37.50", "0.05"]]
     damaged = tmp_path / "verified-ibp.json"
     damaged.write_text(damaged.read_text().replace("37.5", "137.5"))
     with pytest.raises(UserError, match="shares"):

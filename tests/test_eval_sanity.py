@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from btrain.attacks.balls import LinfBall
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.evaluation import sanity, sanity_checks
+from btrain.evaluation.result import Evaluation
 from btrain.evaluation.sanity import Sanity
+from btrain.report.evaluation import describe, write_page
 from eval_nets import Quantised, Scaled, digits_examples
 
 EPSILON = 0.1
@@ -39,6 +42,7 @@ def verdicts(found: Sanity) -> dict[str, str]:
 def test_an_honest_network_passes(name: str, digits: Data, request: pytest.FixtureRequest) -> None:
     found = checked(request.getfixturevalue(name), digits)
     assert set(verdicts(found).values()) == {"passed"}
+    assert found.warning is None
     radii = [x for x, _ in found.curves["epsilon"]]
     assert radii == pytest.approx([EPSILON * i / 2 for i in range(9)])
     assert [x for x, _ in found.curves["steps"]] == [0, 1, 2, 5, 10, 20, 50]
@@ -85,6 +89,22 @@ def test_the_checks_do_not_depend_on_the_batch_size(robust_net: nn.Module, digit
     assert few == many
     square = next(check for check in few.checks if check.name == BLACK_BOX).numbers["square"]
     assert 0 < square < few.curves["epsilon"][0][1]  # it did something, and not everything
+
+
+def test_checks_of_a_network_at_chance_say_that_they_mean_nothing(
+    robust_net: nn.Module, digits: Data, tmp_path: Path
+) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e-3 * robust_net(x) + torch.eye(10)[0]
+
+    found = checked(Constant(), digits)
+    assert found.warning is not None
+    assert "guessing gives 10.0 %: of such a network these checks say nothing" in found.warning
+    found.write(tmp_path, {})
+    assert Sanity.read(tmp_path / "sanity.json").warning == found.warning
+    assert found.warning in describe(Evaluation(tmp_path, [], sanity=found), None).splitlines()
+    assert "which says nothing at chance" in write_page(tmp_path).read_text()
 
 
 def test_a_rise_is_named_with_its_numbers() -> None:

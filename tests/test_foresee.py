@@ -24,6 +24,7 @@ def test_work_and_steps_are_those_of_the_run(
     assert main(["plan", *WORDS, "bt=uniform"]) == 0
     page = capsys.readouterr().out
     assert "2 epochs of 10 batches, 20 in all" in page and "boundary" not in page
+    assert "held by this whole process" in page and "jobs" not in page
     assert not list(tmp_path.iterdir())
     assert main(["train", *WORDS, "bt=uniform", "eval.steps=0", "run.dir=run"]) == 0
     summary = json.loads(Path("run/summary.json").read_text())
@@ -40,6 +41,22 @@ def test_the_papers_shares_are_assumed_where_they_matter() -> None:
     # and 2 for .54, whose adversarial passes .18 do without, one pass to score all.
     by_hand = (2 * (3 * 0.28 + 2 * 0.54) + 1 + 3 + 3 * 0.82) / (2 * 3 + 1 + 6)
     assert ours.flops / plain.flops == pytest.approx(by_hand)
+
+
+def test_a_sweep_is_told_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--multirun", *WORDS, "bt=uniform", "train.epochs=1,3"]) == 0
+    out, err = capsys.readouterr()
+    assert "Launching 2 jobs" in err and not list(tmp_path.iterdir())
+    *jobs, _, total = out.splitlines()
+    work = [float(line.split()[1]) for line in jobs if line.startswith("work")]
+    disk = [line.split()[1] for line in jobs if line.startswith("disk")]
+    assert len(work) == 2 and work[1] == pytest.approx(3 * work[0], rel=0.01)
+    assert total.startswith("in all   2 jobs: ") and disk[0] == disk[1]
+    assert float(total.split(", ")[1].split()[0]) == pytest.approx(sum(work), rel=0.01)
+    assert float(total.split(", ")[2].split()[0]) == pytest.approx(6 * float(disk[0]), abs=3)
 
 
 def test_an_epoch_of_two_batches_cannot_be_timed() -> None:

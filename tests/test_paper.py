@@ -178,7 +178,9 @@ def test_runs_lie_where_the_plan_says_and_are_not_repeated(
     made = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in folders}
     capsys.readouterr()
     assert cli.main(command) == 0
-    assert "$ btrain train" not in capsys.readouterr().out  # nor launched
+    told = capsys.readouterr()
+    assert "$ btrain train" not in told.out + told.err  # nor launched
+    assert "$ btrain" in told.err  # as what comes behind is
     assert cli.main([*command, "train.batch_size=30"]) == 1
     assert "belongs to a run with train.batch_size=20, not 30" in capsys.readouterr().err
     assert made == {f: (f / "summary.json").stat().st_mtime_ns for f in folders}

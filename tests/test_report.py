@@ -6,14 +6,16 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from btrain.errors import UserError
+from btrain.evaluation.result import Result, wilson
 from btrain.report import compare
 from btrain.report.sweep import next_commands, sweep_table
 from btrain.runs.sweep import Job, heard
 
-SAME = ["84.92", "56.61", "0.28", "0.54", "0.18", "3.9", "2.5", "2.25×", "1.90×", "1.75×"]
+SAME = ["84.92", "56.61"]
 
 
 def finished(folder: Path, seconds: float, device: str = "cpu", **changes: float | None) -> Path:
@@ -76,9 +78,8 @@ def test_a_sweep_has_a_row_for_what_varies_and_says_what_did_not_finish(tmp_path
 
 def test_the_first_run_is_the_baseline(tmp_path: Path) -> None:
     table = compare([finished(tmp_path / "plain", 90.0), finished(tmp_path / "ours", 40.0)])
-    head, ruler, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    )
+    table, shared = table.split("\n\n")
+    head, ruler, *rows = cells(table)
     assert head[0] == "run"
     assert set("".join(ruler)) == {"-"}
     assert rows == [
@@ -86,11 +87,36 @@ def test_the_first_run_is_the_baseline(tmp_path: Path) -> None:
         ["ours", *SAME, "40.0", "2.25×"],
     ]
     assert len({len(line) for line in table.splitlines()}) == 1
+    assert shared == (
+        "The same in all rows: F_B/F_R/F_O 0.28/0.54/0.18; mean steps 3.9; TFLOP 2.5; "
+        "speedup (FLOPs) 1.90×; speedup (measured) 1.75×."
+    )
+
+
+def test_robust_accuracies_have_intervals_and_verified_shares_a_column(tmp_path: Path) -> None:
+    for seed, robust in enumerate((50.0, 52.0, 57.0)):
+        path = finished(tmp_path / f"a-seed{seed}", 9.0, robust_acc=robust, seed=seed)
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | {"test_examples": 100}))
+    labels = np.zeros(100, dtype=np.int64)
+    for name, right in (("autoattack", 40), ("verified-crown", 10), ("verified-ibp", 5)):
+        result = Result(name, np.arange(100) < right, labels, ("0",), 1.0, {"classes": ["0"]})
+        result.write(tmp_path / "a-seed0" / "eval")
+    head, _, first, *_ = cells(compare([tmp_path]))
+    row = dict(zip(head, first, strict=True))
+    # 50 of 100: (1 ± z / √(n + z²)) / 2.
+    assert row["PGD 95 %"] == "40.4 to 59.6"
+    low, high = wilson(40, 100)
+    assert row["AutoAttack 95 %"] == f"{100 * low:.1f} to {100 * high:.1f}"
+    assert row["verified %"] == "10.00"
+    head, _, merged = cells(compare([tmp_path], merge_seeds=True).split("\n\n")[0])
+    # The mean is 53, its deviation √(13/3), and Student's t with 2 degrees of freedom 4.3027.
+    assert dict(zip(head, merged, strict=True))["PGD 95 %"] == "44.0 to 62.0"
 
 
 def test_times_of_different_devices_are_not_divided(tmp_path: Path) -> None:
     table = compare([finished(tmp_path / "a", 90.0), finished(tmp_path / "b", 4.0, "NVIDIA H200")])
-    assert "other device" in table.splitlines()[-1]
+    assert "other device" in table.splitlines()[3]
     assert "22.50" not in table
 
 
@@ -126,13 +152,14 @@ def test_accuracies_under_other_attacks_are_told_apart(tmp_path: Path) -> None:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None:
     for seed, (accuracy, seconds) in enumerate([(50.0, 60.0), (52.0, 70.0), (57.0, 50.0)]):
         finished(tmp_path / f"plain-seed{seed}", seconds, robust_acc=accuracy, seed=seed)
-        finished(tmp_path / f"ours-seed{seed}", seconds / 2, theoretical_speedup=None, seed=seed)
+        finished(tmp_path / f"ours-seed{seed}", seconds / 2, speedup_measured=None, seed=seed)
     names = [f"{method}-seed{seed}" for method in ("plain", "ours") for seed in range(3)]
     head, _, plain, ours = cells(compare([tmp_path / name for name in names], merge_seeds=True))
     row = dict(zip(head, plain, strict=True))
@@ -142,7 +169,7 @@ def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None
     assert row["training s"] == "60.0 ± 10.0"
     row = dict(zip(head, ours, strict=True))
     assert row["first row's time"] == "2.00×"
-    assert row["speedup (eq. 7)"] == "–"
+    assert row["speedup (measured)"] == "–"
 
 
 def test_runs_of_other_folders_and_of_one_seed_are_not_merged(tmp_path: Path) -> None:

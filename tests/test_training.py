@@ -341,7 +341,7 @@ def test_the_last_batch_may_hold_one_example(tmp_path: Path) -> None:
 
 
 ALLOCATORS = [f"bt={name.name}" for name in AllocatorName if name is not AllocatorName.own]
-RIVALS = ["rival=fast", "rival=yopo"]  # of every adversarial defense
+RIVALS = ["rival=fast", "rival=nfgsm", "rival=yopo"]  # of every adversarial defense
 CONTRACT = [
     *itertools.product(DEFENSES, ALLOCATORS + RIVALS),
     *itertools.product(["pgd", "mart"], ["rival=gradalign"]),

@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -13,10 +14,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from btrain import __version__, own
 from btrain.errors import Interrupted, UserError
@@ -29,7 +32,7 @@ from btrain.processes.launched import (
     processes,
 )
 from btrain.processes.parent import not_outliving, watched_workers
-from btrain.terminal import complain, say, show, spell_out
+from btrain.terminal import complain, say, show, spell_out, tell
 
 USAGE = """\
 usage: btrain <command> …
@@ -205,14 +208,24 @@ def _say_next(commands: Sequence[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    """Run `btrain.training.foresee.foresee`, once a job."""
+    """Run `btrain.training.foresee.foresee`, once a job; tell the sum of a sweep."""
+    with TemporaryDirectory(prefix="btrain-") as folder:  # jobs may be processes of their own
+        place = Path(folder)
 
-    def run(config: Any) -> None:
-        from btrain.training.foresee import foresee
+        def run(config: Any) -> None:
+            from btrain.training.foresee import foresee
 
-        show(foresee(config).sentences())
+            found = foresee(config)
+            show(found.sentences())
+            with suppress(OSError):
+                (place / f"{uuid4()}.json").write_text(json.dumps(asdict(found)))
 
-    _run_with_hydra("train", args, run)
+        sweep = {"-m", "--multirun"} & set(args)  # of which Hydra would leave a file in runs/
+        _run_with_hydra("train", [*args, *([f"hydra.sweep.dir={place}"] if sweep else [])], run)
+        if len(files := [*place.glob("*.json")]) > 1:
+            from btrain.training.foresee import Foreseen, in_all
+
+            show(f"\n{in_all([Foreseen(**json.loads(file.read_text())) for file in files])}")
 
 
 def _data(args: list[str]) -> None:
@@ -279,6 +292,9 @@ def _run_with_hydra(
                 told.overrides = overrides
             with first_complains():
                 config = configs.from_hydra(cfg, overrides)
+            if is_first():
+                for sentence in configs.left_out(cfg, overrides):
+                    tell(sentence)
             if told is not None and place is not None:
                 told.folder = config.run.dir
                 told.tell(place)

@@ -53,6 +53,11 @@ def complain(message: object) -> None:
     print(f"btrain: {printable(str(message))}", file=sys.stderr)
 
 
+def tell(message: str) -> None:
+    """Print how far a command has come, on one line of the standard error."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
 def overwrite(message: str) -> None:
     """Write over the last line of the standard error."""
     print(f"\r\x1b[K{printable(message)}", end="", file=sys.stderr, flush=True)

@@ -269,6 +269,7 @@ class Sanity:
         n: images that were attacked; None where the file does not tell.
         curves: points (x, accuracy in percent) over "epsilon" and over "steps".
         norm: of the ball; older files do not tell, and are of L∞.
+        warning: why the verdicts mean nothing, if they do not.
     """
 
     n: int | None
@@ -276,6 +277,7 @@ class Sanity:
     checks: tuple[Check, ...]
     curves: Mapping[str, list[tuple[float, float]]]
     norm: str = "linf"
+    warning: str | None = None
 
     def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the file holds; the facts tell whose checks these are."""
@@ -284,6 +286,7 @@ class Sanity:
             "n": self.n,
             "norm": self.norm,
             "epsilon": self.epsilon,
+            "warning": self.warning,
             "checks": [
                 {
                     "name": check.name,
@@ -327,6 +330,7 @@ class Sanity:
                 key: _curve(curves, key) for key in ("epsilon", "steps") if curves.optional(key)
             },
             norm=fields.optional_text("norm") or "linf",
+            warning=fields.optional_text("warning"),
         )
 
 
@@ -524,6 +528,18 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def student(mean: float, deviation: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean by Student's t with n − 1 degrees of freedom; n ≥ 2.
+
+    Args:
+        deviation: of the sample.
+    """
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+    return mean - half, mean + half
 
 
 def versions(*others: str) -> dict[str, str]:

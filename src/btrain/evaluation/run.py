@@ -35,7 +35,7 @@ from btrain.precision import bf16_hint
 from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
-from btrain.terminal import say
+from btrain.terminal import say, tell
 from btrain.verify.graph import Graph
 
 _SAMPLES = 12
@@ -54,7 +54,7 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         library()  # rather now than after an hour of PGD
     target = find(settings)
     if settings.precision == "bf16" and (hint := bf16_hint("precision", target.device)):
-        say(hint)
+        tell(hint)
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
@@ -134,20 +134,28 @@ def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
 
 def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
     assert subject.folder is not None
-    results = []
+    results: list[Result] = []
     graph = verification.graph_of(subject) if settings.bounded else None
     start = Start(subject.correct)
-    for name in _names(settings):
-        result = _attack(settings, subject, name, start, graph)
+    names = _names(settings)
+    left = [*names, *settings.verified, *(["sanity checks"] if settings.sanity else [])]
+
+    def done(result: Result) -> None:
+        """Keep a result, and tell it where others are still to come: each may take minutes."""
         results.append(result)
+        del left[0]
+        if left:
+            tell(f"{result.attack}: {result.accuracy:.2f} %; left: {', '.join(left)}")
+
+    for name in names:
+        result = _attack(settings, subject, name, start, graph)
+        done(result)
         if settings.attacks == ["all"] and name in CHAIN:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     if graph is not None:
-        results += [
-            verification.verified(subject, graph, engine, settings.radii)
-            for engine in settings.verify
-        ]
+        for engine in settings.verify:
+            done(verification.verified(subject, graph, engine, settings.radii))
         verification.compare(subject, results)
     sanity = _sanity(subject) if settings.sanity else None
     if settings.report:

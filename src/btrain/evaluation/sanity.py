@@ -18,7 +18,12 @@ from btrain import precision
 from btrain.attacks.balls import Ball, LinfBall
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import BATCH, InParts, library, library_norm, square_refuses
-from btrain.evaluation.examples import Examples, batches, own_random_state
+from btrain.evaluation.examples import (
+    Examples,
+    batches,
+    hardly_above_chance,
+    own_random_state,
+)
 from btrain.evaluation.pgd import Pgd, Threat, farthest, pgd_stands
 from btrain.evaluation.result import Check, Sanity
 
@@ -30,6 +35,10 @@ QUERIES = 500
 TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
 FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
 FLAT = 1.0  # percent of the examples
+_AT_CHANCE = (
+    "{clean:.1f} % of the clean images are classified right, where guessing gives {chance:.1f} %: "
+    "of such a network these checks say nothing, passed or not."
+)
 
 
 def check_sanity(
@@ -93,7 +102,16 @@ def check_sanity(
         _gradients(model, examples, batch_size),
     )
     curves = {"epsilon": by_radius, "steps": by_steps}
-    return Sanity(len(examples), epsilon, checks, curves, threat(epsilon).norm)
+    clean, classes = percent(correct), len(examples.classes)
+    warning = _AT_CHANCE.format(clean=clean, chance=100 / classes)
+    return Sanity(
+        len(examples),
+        epsilon,
+        checks,
+        curves,
+        threat(epsilon).norm,
+        warning if hardly_above_chance(clean, classes) else None,
+    )
 
 
 def _falls(name: str, unit: str, curve: Sequence[tuple[float, float]], tolerance: float) -> Check:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from btrain.evaluation.examples import batches
 from btrain.evaluation.result import write_arrays
+from btrain.terminal import tell
 from btrain.untrusted.arrays import read_npz
 
 _KEYS = ("identity", "stands", "pending", "round", "seconds")
@@ -39,7 +40,8 @@ def worst_case(
 
     A round takes the standing examples in full batches of `batch_size`, so that later rounds cost
     what is left. After every batch the state is kept in `partial`, from which an interrupted
-    evaluation goes on.
+    evaluation goes on. Where progress is wanted and no bar can be drawn, each of several rounds is
+    told in a line.
 
     Args:
         attack: called with the number of a round and the examples of a batch.
@@ -70,6 +72,11 @@ def worst_case(
                 bar.total -= later * fooled
                 bar.update(len(batch))
             pending = stands
+            if show_progress and bar.disable and len(rounds) > 1:
+                tell(
+                    f"{rounds[number]}: {int(stands.sum())} of {len(stands)} images are still "
+                    "classified right"
+                )
     return stands
 
 

@@ -21,7 +21,7 @@ from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
 from btrain.settings import Config, hints, words
 from btrain.settings import compose as configs
-from btrain.terminal import complain, say, show
+from btrain.terminal import complain, show, tell
 
 Command = Callable[[Sequence[str]], int]
 """Runs `btrain <arguments>` and returns its exit status."""
@@ -253,7 +253,7 @@ def _evaluate(job: Job, plan: Plan, row: Row, seed: int, command: Command) -> bo
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
-        if plan.kind in ("verified", "front"):
+        if plan.kind in ("verified", "front", "cost"):
             from btrain.paper.sheets.sheet import baseline_of
             from btrain.paper.step import write_step
 
@@ -311,7 +311,7 @@ def _done(command: Command, *arguments: str) -> bool:
 
 def _guarded(told: str, what: Callable[[], _T]) -> _T | None:
     """Say and do it, safely."""
-    say(f"$ {told}", flush=True)
+    tell(f"$ {told}")
     return _safely(what)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from btrain.durable import real
 from btrain.errors import UserError
-from btrain.evaluation.result import Result
-from btrain.pages.tables import NONE, markdown
+from btrain.evaluation.result import Result, student, wilson
+from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
+from btrain.settings.evaluation import VERIFIED
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
@@ -23,13 +24,14 @@ Cell = Callable[[Runs, Runs], str]
 
 
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
-    """Return a Markdown table of runs; its last column compares training times with the first's.
+    """Return a Markdown table of runs, and below it what all of them share.
 
-    Times are compared where device, data, network and epochs are the first row's; elsewhere the
-    column says what is not. The other speedups are each run's own, over the plain defense: by
-    eq. 7, by counted FLOPs, and measured by its probe. AutoAttack's column is there if it has been
-    run on one of them, that of the ball and the steps of PGD where they differ; where one of them
-    is sparse, all are shown with their counted work and their robust overfitting.
+    Accuracies and times are always there, AutoAttack and the verified share if one of the runs has
+    them; of several rows no other column is empty or the same in all. Where one of the runs is
+    sparse, all are shown with their counted work and their robust overfitting. Times are compared
+    with the first row's where device, data, network and epochs are its; elsewhere the column says
+    what is not. The other speedups are each run's own, over the plain defense: by counted FLOPs,
+    and measured by its probe.
 
     Args:
         runs: run folders, or folders of them, which stand for their runs in the order of time.
@@ -50,27 +52,54 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
         row = rows.setdefault(name, [])
         if summary.get("seed") in [other.get("seed") for other in row]:
             raise UserError(f"{folder.path} has the seed of another run in its row.")
-        row.append(summary | _beside(folder))
+        row.append(_with_interval(summary) | _beside(folder))
     baseline = next(iter(rows.values()))
     known = {key for summaries in rows.values() for run in summaries for key in run}
     left_out = set() if merge_seeds else {"seeds"}
-    left_out |= set() if _AUTOATTACK in known else {"AutoAttack %"}
-    if len({str(run.get(_THREAT)) for summaries in rows.values() for run in summaries}) == 1:
-        left_out.add("PGD's ball")
+    left_out |= set() if _AUTOATTACK in known else {"AutoAttack %", "AutoAttack 95 %"}
+    left_out |= set() if _VERIFIED in known else {"verified %"}
     sparse = "macs_share" in known
-    columns = [column for column in COLUMNS if column[0] not in left_out]
-    columns += _SPARSE if sparse else []
-    table = markdown(
-        ["run", *(head for head, _ in columns)],
-        [
-            [
-                with_cut(Path(name).name, summaries),
-                *(cell(summaries, baseline) for _, cell in columns),
-            ]
-            for name, summaries in rows.items()
-        ],
-    )
-    return f"{table}\n\n{_MASKED_KERNELS}" if sparse else table
+    columns = [
+        (head, [cell(summaries, baseline) for summaries in rows.values()])
+        for head, cell in [*COLUMNS, *(_SPARSE if sparse else [])]
+        if head not in left_out
+    ]
+    shared = {
+        head: cells[0] for head, cells in columns if len({*cells}) == 1 and _may_go(head, cells)
+    }
+    names = [with_cut(Path(name).name, summaries) for name, summaries in rows.items()]
+    shown = [("run", names), *(column for column in columns if column[0] not in shared)]
+    table = markdown([head for head, _ in shown], zip(*(cells for _, cells in shown), strict=True))
+    alike = [f"{head} {value}" for head, value in shared.items() if value != NONE]
+    notes = [f"The same in all rows: {plain('; '.join(alike))}."] if alike and len(rows) > 1 else []
+    notes += [_intervals(rows.values())] if any(_is_interval(head) for head, _ in shown) else []
+    notes += [_MASKED_KERNELS] if sparse else []
+    return "\n\n".join([table, *(["\n".join(notes)] if notes else [])])
+
+
+def _may_go(head: str, cells: Sequence[str]) -> bool:
+    """Return whether a column need not be drawn, all of whose cells are the same."""
+    if _is_interval(head):
+        return cells[0] == NONE
+    return head == "PGD's ball" if len(cells) == 1 else head not in _ALWAYS
+
+
+_ALWAYS = (
+    *("seeds", "clean %", "PGD %", "AutoAttack %", "verified %", "training s", "first row's time"),
+    *("best − final", "train − test"),
+)
+
+
+def _is_interval(head: str) -> bool:
+    return head.endswith("95 %")
+
+
+def _intervals(rows: Iterable[Runs]) -> str:
+    """Return what the intervals of the rows tell of."""
+    several = {len(runs) > 1 for runs in rows}
+    one, more = "of a run over other test images (Wilson)", "of several over other seeds (Student)"
+    kinds = [one] * (False in several) + [more] * (True in several)
+    return f"95 %: the interval {', '.join(kinds)}."
 
 
 def with_cut(name: str, runs: Runs) -> str:
@@ -107,6 +136,23 @@ def _mean(key: str, form: str, unit: str = "", divisor: float = 1) -> Cell:
     return cell
 
 
+def _interval(key: str) -> Cell:
+    """Return the cell of a 95 % interval: over seeds, or of the only run over test images."""
+
+    def cell(runs: Runs, baseline: Runs) -> str:
+        del baseline
+        values = [run.get(key) for run in runs]
+        known = [value for value in values if value is not None]
+        ends = runs[0].get(f"{key} 95") if len(runs) == 1 else None
+        if len(known) > 1 and len(known) == len(values):
+            ends = student(statistics.fmean(known), statistics.stdev(known), len(known))
+        if ends is None:
+            return NONE
+        return f"{max(ends[0], 0):.1f} to {min(ends[1], 100):.1f}"
+
+    return cell
+
+
 def _less(key: str, other: str) -> Cell:
     """Return the cell of a difference of two numbers of each run."""
 
@@ -138,12 +184,25 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
+def _with_interval(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary with the interval of its robust accuracy, where it tells the images."""
+    n, robust = summary.get("test_examples"), summary["robust_acc"]
+    if type(n) is not int or n < 1 or robust is None:
+        return summary
+    low, high = wilson(round(min(max(robust / 100, 0.0), 1.0) * n), n)
+    return summary | {"robust_acc 95": (100 * low, 100 * high)}
+
+
 def _beside(folder: RunFolder) -> dict[str, Any]:
-    """Return what else a run folder tells: AutoAttack's result, and the settings of `_SAME`."""
+    """Return what else a run folder tells: evaluations, and the settings of `_SAME`."""
     found: dict[str, Any] = {}
     evaluated = Result.read(folder.path / "eval", _AUTOATTACK)
     if evaluated is not None:
-        found[_AUTOATTACK] = evaluated.accuracy
+        found |= {_AUTOATTACK: evaluated.accuracy, f"{_AUTOATTACK} 95": evaluated.ci95}
+    engines = {file.stem for file in (folder.path / "eval").glob(f"{VERIFIED}*.json")}
+    bounds = [Result.read(folder.path / "eval", engine) for engine in engines]
+    if shares := [result.accuracy for result in bounds if result is not None]:
+        found[_VERIFIED] = max(shares)
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
         found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
@@ -167,11 +226,20 @@ def _ball(runs: Runs, baseline: Runs) -> str:
     return threats.pop() if len(threats) == 1 else "several"
 
 
+def _fractions(runs: Runs, baseline: Runs) -> str:
+    """Return the shares of boundary, robust and outlier examples, means over the runs."""
+    del baseline
+    keys = ("f_b", "f_r", "f_o")
+    if any(run.get(key) is None for run in runs for key in keys):
+        return NONE
+    return "/".join(f"{statistics.fmean(run[key] for run in runs):.2f}" for key in keys)
+
+
 _THREAT = "threat"
 _NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
 
-_AUTOATTACK = "autoattack"
+_AUTOATTACK, _VERIFIED = "autoattack", "verified"
 _SAME = {
     "data": ("dataset.name", "dataset.factory", "dataset.train_examples"),
     "network": ("model.name", "model.factory", "model.width", "model.depth"),
@@ -193,14 +261,14 @@ COLUMNS: list[tuple[str, Cell]] = [
     ("seeds", lambda runs, baseline: str(len(runs))),
     ("clean %", _mean("clean_acc", ".2f")),
     ("PGD %", _mean("robust_acc", ".2f")),
+    ("PGD 95 %", _interval("robust_acc")),
     ("PGD's ball", _ball),
     ("AutoAttack %", _mean(_AUTOATTACK, ".2f")),
-    ("F_B", _mean("f_b", ".2f")),
-    ("F_R", _mean("f_r", ".2f")),
-    ("F_O", _mean("f_o", ".2f")),
+    ("AutoAttack 95 %", _interval(_AUTOATTACK)),
+    ("verified %", _mean(_VERIFIED, ".2f")),
+    ("F_B/F_R/F_O", _fractions),
     ("mean steps", _mean("attack_steps_mean", ".1f")),
     ("TFLOP", _mean("flops", ".3g", divisor=1e12)),
-    ("speedup (eq. 7)", _mean("theoretical_speedup", ".2f", "×")),
     ("speedup (FLOPs)", _mean("speedup_flops", ".2f", "×")),
     ("speedup (measured)", _mean("speedup_measured", ".2f", "×")),
     ("training s", _mean("train_seconds", ".1f")),

@@ -21,6 +21,7 @@ from btrain.evaluation.result import (
     Sanity,
     Summary,
     of_a_part,
+    wilson,
 )
 from btrain.pages import tables
 from btrain.pages.html import number, render
@@ -37,7 +38,7 @@ def describe(evaluation: Evaluation, page: Path | None) -> str:
     """Return the end of an evaluation for the terminal: tables, checks, places of the files."""
     found = [*evaluation.summaries()]
     head = ["attack", "accuracy %", "95 % interval", "n", "ε", "seconds"]
-    parts = [tables.text(head, map(_line, found))]
+    parts = [tables.text(head, [row for one in found for row in (_line(one), *_others(one))])]
     if evaluation.corruptions is not None:
         parts.append(_corruptions_text(evaluation.corruptions))
     if evaluation.sanity is not None:
@@ -60,6 +61,15 @@ def _line(found: Summary) -> list[str]:
     ]
 
 
+def _others(found: Summary) -> Iterable[list[str]]:
+    """Yield a row for each other radius at which was verified."""
+    for epsilon, share in found.settings.get(SHARES) or ():
+        if epsilon != found.settings.get("epsilon") and found.n:
+            low, high = wilson(round(share / 100 * found.n), found.n)
+            ends = f"{100 * low:.2f} to {100 * high:.2f}"
+            yield [found.attack, f"{share:.2f}", ends, str(found.n), f"{epsilon:.4g}", NONE]
+
+
 def _corruptions_text(found: Summary) -> str:
     extra = found.settings.get("extra_table") or {}
     rows = [*_severities(found.settings["table"], ".2f")]
@@ -78,7 +88,8 @@ def _sanity_text(sanity: Sanity) -> str:
         printable(f"{check.verdict:<10}  {check.name:<{width}}  {check.detail}")
         for check in sanity.checks
     ]
-    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines])
+    warning = [printable(sanity.warning)] if sanity.warning else []
+    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines, *warning])
 
 
 def write_page(folder: Path) -> Path:
@@ -111,6 +122,7 @@ def _page(evaluation: Evaluation) -> str:
         attacks=_attack_table(attacks) if attacks else None,
         missing=[name for name in STANDARD if name not in {a.attack for a in attacks}],
         checks=sanity.checks if sanity else (),
+        checks_warning=sanity and sanity.warning,
         marks={"passed": "✓", "suspicious": "⚠", "skipped": NONE},
         curves=_curves(sanity, next(filter(None, epsilons), None), verified),
         missing_curves=[name for name in ("epsilon", "steps") if name not in curves],
@@ -148,6 +160,7 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
         outcomes = [check.passed for check in evaluation.sanity.checks]
         skipped = outcomes.count(None)
         label = "sanity checks passed" + (f", {skipped} skipped" if skipped else "")
+        label += ", which says nothing at chance" if evaluation.sanity.warning else ""
         tiles.append((f"{outcomes.count(True)} of {len(outcomes) - skipped}", label))
     return tiles
 

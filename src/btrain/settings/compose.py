@@ -85,7 +85,7 @@ def register() -> None:
     store(name="bench_schema", node=BenchRun)
     for group, (_, options) in OPTIONS.items():
         for option, schema in options.items():
-            store(group=group, name=f"{option.name}_schema", node=_with_free_settings(schema))
+            store(group=group, name=f"{option.name}_schema", node=_open(schema))
     user_files.register()
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
@@ -94,13 +94,16 @@ def register() -> None:
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
 
 
-def _with_free_settings(schema: type) -> Any:
-    """Return the schema as OmegaConf has it; `settings` takes new keys without a `+`."""
+def _open(schema: type) -> Any:
+    """Return the schema as OmegaConf has it, which takes other keys, too.
+
+    An experiment may give settings to an option that the user then replaces; `from_hydra` refuses
+    all others.
+    """
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(schema)
-    if FREE in node:
-        OmegaConf.set_struct(node[FREE], False)
+    OmegaConf.set_struct(node, False)
     return node
 
 
@@ -389,7 +392,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     Raises:
         UserError: a value is missing or out of range, or `+key=value` added a key.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for override in overrides:
@@ -403,12 +406,19 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
                 )
     if removed := _removed(overrides, OmegaConf.get_type(cfg)):
         raise UserError(f"{removed} takes away what every run needs.")
+    if replaced := _replaced(cfg, overrides):
+        cfg = cfg.copy()
+        with open_dict(cfg):
+            for group, leaf in replaced:
+                del cfg[group][leaf]
     try:
         config: Any = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} has no default; please give {error.full_key}=…."
         ) from error
+    except UserError as error:
+        raise _with_giver(error, overrides) from None
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
@@ -418,6 +428,66 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
         if config.run.dir is None:
             config.run.dir = str(Path("runs") / run_name(config, overrides))
     return config
+
+
+def _replaced(cfg: Any, overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the group and name of each setting that a file gave to an option that was replaced.
+
+    The option that was typed instead does not have it, another of the group has, and nobody has
+    typed it.
+    """
+    from omegaconf import OmegaConf
+
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    return [
+        (group, str(leaf))
+        for group, (_, options) in OPTIONS.items()
+        if group in typed and group in cfg
+        for leaf in cfg[group]
+        if leaf not in get_type_hints(OmegaConf.get_type(cfg[group]))
+        and any(leaf in get_type_hints(schema) for schema in options.values())
+        and not any(f"{key}.".startswith(f"{group}.{leaf}.") for key in typed)
+    ]
+
+
+def _with_giver(error: UserError, overrides: Sequence[str]) -> UserError:
+    """Return a mistake that also names the experiment, where it is one of a setting of its file."""
+    given = {override.partition("=")[0]: override for override in overrides}
+    name = given.get("experiment", "").partition("=")[2]
+    keys = [
+        key
+        for key in _settings_of(name)
+        if key not in given and re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", str(error))
+    ]
+    if not keys:
+        return error
+    return UserError(f"{error} experiment={name} sets {keys[0]}; {keys[0]}=… would change that.")
+
+
+def _settings_of(experiment: str) -> list[str]:
+    """Return the keys that an experiment of btrain's sets, `bt.n_b`, with those it is made of."""
+    file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
+    if not re.fullmatch(r"\w+", experiment) or not file.is_file():
+        return []
+    content = read_yaml(file)
+    bases = [of for of in content.pop("defaults", []) if isinstance(of, str)]
+    keys = [f"{group}.{leaf}" for group, of in content.items() if isinstance(of, dict)
+            for leaf in of]  # fmt: skip
+    return keys + [key for base in bases for key in _settings_of(base)]
+
+
+def left_out(cfg: Any, overrides: Sequence[str]) -> list[str]:
+    """Return sentences on the settings that an experiment gave to an option that was replaced."""
+    keys: dict[str, list[str]] = {}
+    for group, leaf in _replaced(cfg, overrides):
+        keys.setdefault(group, []).append(f"{group}.{leaf}")
+    given = {override.partition("=")[0]: override for override in overrides}
+    file = given.get("experiment", "a file")
+    return [
+        f"{given[group]} has no {', '.join(of)}: left out, though {file} gives "
+        f"{'it' if len(of) == 1 else 'them'}."
+        for group, of in keys.items()
+    ]
 
 
 def _reject_unread(config: Config, overrides: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from btrain.training.setup import check_radius, known_of, make_state
 
 _SECONDS, _BATCHES = 10.0, 20
 _ALL = (1.0, 0.0, 0.0)
+_CHECKPOINTS = 3  # of a run, at the most
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Foreseen:
         timed: batches that were tried.
         seconds: of training, without the evaluations.
         flops: of the whole training.
-        memory: the most that was held while steps were tried, bytes.
+        memory: the most that was held until steps had been tried, bytes: on a GPU by tensors, on
+            a CPU by the whole process, Python and the data set with it.
         checkpoint: bytes of one.
         by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
     """
@@ -61,10 +63,20 @@ class Foreseen:
             f"time     {_duration(self.seconds)} of training on {self.device}, by {self.timed} "
             f"batches tried{assumed}; evaluations come on top",
             f"work     {self.flops:.3g} FLOPs",
-            f"memory   {_size(self.memory)} at the most so far",
-            f"disk     {_size(self.checkpoint)} a checkpoint, three at the most",
+            f"memory   {_size(self.memory)} at the most, {_whose_memory(self.device)}",
+            f"disk     {_size(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
         return "\n".join(lines)
+
+
+def in_all(jobs: Sequence[Foreseen]) -> str:
+    """Return the cost of all jobs of a sweep for people, on one line."""
+    disk = sum(_CHECKPOINTS * job.checkpoint for job in jobs)
+    return (
+        f"in all   {len(jobs)} jobs: {_duration(sum(job.seconds for job in jobs))} of training one "
+        f"after another, {sum(job.flops for job in jobs):.3g} FLOPs, {_size(disk)} of checkpoints "
+        "at the most"
+    )
 
 
 def foresee(config: Config) -> Foreseen:
@@ -133,6 +145,12 @@ def _memory(device: torch.device) -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def _whose_memory(device: str) -> str:
+    if device.startswith("cuda"):
+        return "held by tensors on the GPU"
+    return "held by this whole process, with Python, torch and the data set"
 
 
 def _duration(seconds: float) -> str:

@@ -140,8 +140,8 @@ def in_words(config: Config, summary: dict[str, Any]) -> str | None:
     ball = {"linf": "L∞", "l2": "L2"}.get(config.attack.norm, "radius")
     return (
         f"{clean:.1f} % of {n:,} test images are classified right, and {robust:.1f} % also under "
-        f"{_attack(summary)}, {ball} {config.eval.epsilon:.3g}; of all such images it would be "
-        f"between {100 * least:.1f} and {100 * most:.1f} %."
+        f"{_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On other images like these the "
+        f"{robust:.1f} % would be between {100 * least:.1f} and {100 * most:.1f} % (95 % interval)."
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain.evaluation.compare import compare
+from btrain.evaluation.result import student
 from btrain.runs.read import FINISHED, Run
 
 FEWEST_DIFFERING = 25  # examples, for z to be nearly normal
@@ -47,10 +48,7 @@ def interval(values: Mapping[int, float]) -> tuple[float, float] | None:
     found = spread(values)
     if found is None or found.sd is None:
         return None
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(found.n - 1, 0.975)) * found.sd / math.sqrt(found.n)
-    return found.mean - half, found.mean + half
+    return student(found.mean, found.sd, found.n)
 
 
 def verdict(
