@@ -305,7 +305,7 @@ def test_a_sweep_over_an_own_option_in_processes_of_its_own(here: Path) -> None:
 
 
 def a_whole_sweep(arguments: tuple[str, ...]) -> None:
-    """Run a sweep, and let its workers go, as an interpreter does at its end; a fork does not."""
+    """Run a sweep, and let its workers go: an interpreter does so at its end, a fork does not."""
     from joblib.externals.loky import get_reusable_executor
 
     try:
