@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ hydras_list = loader.create_defaults_list
 hydras_choices = defaults_list._create_interpolation_map
 hydras_merge = ConfigLoaderImpl._compose_config_from_defaults_list
 _lists: dict[tuple[str | bool | None, ...], DefaultsList] = {}
-_merged: dict[int, Any] = {}
+_merged: dict[int, bytes] = {}
 
 
 def remember() -> None:
@@ -80,8 +80,8 @@ def _merge(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigR
     if not any(found.defaults is defaults for found in _lists.values()):
         return hydras_merge(self, defaults, repo)
     if id(defaults) not in _merged:
-        _merged[id(defaults)] = hydras_merge(self, defaults, repo)
-    return copy.deepcopy(_merged[id(defaults)])
+        _merged[id(defaults)] = pickle.dumps(hydras_merge(self, defaults, repo))
+    return pickle.loads(_merged[id(defaults)])  # a copy, four times as fast as by `copy.deepcopy`
 
 
 def compose(overrides: Sequence[str] = ()) -> Any:
@@ -92,7 +92,7 @@ def compose(overrides: Sequence[str] = ()) -> Any:
     """
     options = tuple(word for word in overrides if word.partition("=")[0] in GROUPS)
     settings = [word for word in overrides if word not in options]
-    cfg = _composed(options).copy()
+    cfg = pickle.loads(_composed(options))
     try:
         parsed = OverridesParser.create().parse_overrides(settings)
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
@@ -104,5 +104,5 @@ def compose(overrides: Sequence[str] = ()) -> Any:
 
 
 @cache
-def _composed(options: tuple[str, ...]) -> Any:
-    return configs.composed(options, "train")
+def _composed(options: tuple[str, ...]) -> bytes:
+    return pickle.dumps(configs.composed(options, "train"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -39,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the dearest files first: with `--dist=loadfile` all cores then end about together."""
     place = {name: number for number, name in enumerate(DEAREST)}
     items.sort(key=lambda item: place.get(item.path.name, len(DEAREST)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is there for good: libraries and the tests themselves."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

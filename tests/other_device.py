@@ -1,13 +1,11 @@
-"""Training on a device that is not the CPU, to be run as a program: `other_device.py SETTING …`.
+"""Training on a device that is not the CPU, in a process of its own, for torch keeps the device.
 
 Tensors of the device "other" are computed on the CPU, but they mix with the CPU's as little as a
-GPU's do: an operation on both raises, and so does a generator of the wrong one. Prints how often a
-training step copies to the host.
+GPU's do: an operation on both raises, and so does a generator of the wrong one.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,8 +160,9 @@ def copies_of_a_step(settings: list[str], device: torch.device) -> int:
     return counts[-1]
 
 
-if __name__ == "__main__":
+def main(settings: list[str]) -> None:
+    """Print, for each text of settings, how often a training step copies to the host."""
     torch.set_num_threads(1)
     with other_device() as other:
-        for words in sys.argv[1:]:
-            print(words, copies_of_a_step(words.split(), other), sep="\t")
+        for words in settings:
+            print(words, copies_of_a_step(words.split(), other), sep="\t", flush=True)

@@ -153,9 +153,17 @@ sys.exit(main(sys.argv[1:]))
 def test_help_and_mistakes_answer_before_torch_is_imported(
     tmp_path: Path, arguments: list[str], status: int, words: list[str]
 ) -> None:
+    check_torch_free(tmp_path, arguments, status, words)
+
+
+def test_a_report_of_runs_imports_no_torch(run: Path) -> None:
+    check_torch_free(run.parent, ["report", "run"], 0, ["| run ", "speedup (FLOPs)"])
+
+
+def check_torch_free(folder: Path, arguments: list[str], status: int, words: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-c", TORCH_FREE, *arguments],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,

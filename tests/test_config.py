@@ -562,8 +562,8 @@ def test_what_an_experiment_gives_a_replaced_option_is_left_out() -> None:
         compose([*words, "bt.n_r=1"])
     kept = composed_by_hydra(["experiment=cheapest"], "train")
     assert left_out(kept, ["experiment=cheapest"]) == []
-    words = ["experiment=cheapest", "attack=l2_pgd"]
-    with pytest.raises(UserError, match=r"experiment=cheapest sets attack\.start; attack\.start=…"):
+    words = ["experiment=cheap_kept", "attack=l2_pgd"]
+    with pytest.raises(UserError, match=r"experiment=cheap_kept sets attack\.start; attack\.start=…"):
         compose(words)
     with pytest.raises(UserError, match=r"\(attack\.store=bf16\)\.$"):
         compose([*words, "attack.start=kept"])

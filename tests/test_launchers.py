@@ -19,7 +19,7 @@ import torch
 from btrain.cli import main
 from btrain.errors import Interrupted, UserError
 from btrain.training.safety.finite import NotFiniteError
-from torchrun import command, in_a_fork
+from torchrun import in_a_fork, with_forked_jobs
 
 installed = pytest.mark.skipif(
     find_spec("hydra_plugins.hydra_joblib_launcher") is None
@@ -43,9 +43,14 @@ SUBMITIT = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
 def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     launcher: list[str], jobs: int | None, here: Path
 ) -> None:
-    settings = ["dataset.train_examples=100", "train.epochs=1", "run.dir=runs/${bt.gamma}"]
+    option = here / "mine" / "model" / "thin.yaml"  # which a new interpreter has to find
+    option.parent.mkdir(parents=True)
+    option.write_text("defaults:\n  - small_cnn\n\nwidth: 4\n")
+    words = [word for word in SWEEP if not word.startswith("model")]
+    settings = ["model=thin", "--config-dir", "mine", "dataset.train_examples=100",
+                "train.epochs=1", "run.dir=runs/${bt.gamma}"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "btrain", *SWEEP, *launcher, *settings, "bt.gamma=2,0.8"],
+        [sys.executable, "-m", "btrain", *words, *launcher, *settings, "bt.gamma=2,0.8"],
         capture_output=True, text=True,
     )  # fmt: skip
     said = done.stdout + done.stderr
@@ -117,15 +122,6 @@ def test_the_end_of_a_sweep_ends_its_jobs_and_they_can_go_on(
     said = SAID.read_text()
     assert sum(sentence in line for line in said.splitlines() if "btrain: " in line) == times
     assert "Traceback" not in said
-
-
-def with_forked_jobs(arguments: tuple[str, ...]) -> None:
-    """Run `btrain …` in a session of its own; joblib's jobs need not import torch anew either."""
-    from joblib.externals.loky.backend import context
-
-    os.setsid()
-    context.set_start_method("fork")
-    command(arguments)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
+
+import other_device
+from torchrun import in_a_fork
 
 ATTACK = "model=small_cnn model.width=4 attack.steps=4 bt.n_b=4"
 COPIES = {
@@ -32,10 +33,10 @@ COPIES = {
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="needs a torch in which a device can be made in Python",
 )
-def test_no_step_mixes_devices_or_waits_for_one_without_need() -> None:
-    program = Path(__file__).with_name("other_device.py")
-    command = [sys.executable, str(program), *COPIES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
+def test_no_step_mixes_devices_or_waits_for_one_without_need(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    process = in_a_fork(other_device.main, [*COPIES], said=said)
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
+    lines = [line.split("\t") for line in said.read_text().splitlines()]
     assert {words: int(copies) for words, copies in lines} == COPIES

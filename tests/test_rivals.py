@@ -17,6 +17,7 @@ from btrain.attacks.pgd import pgd
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.methods.gradalign import misalignment
+from btrain.methods.make import make_attack
 from btrain.methods.mma import MMA, soft_logit_margin
 from composing import compose
 from steps import memory_of, step_of, take
@@ -78,6 +79,25 @@ def test_yopo_is_pgd_with_its_inner_steps_in_one(digits: Data, architecture: str
         noise=noise,
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_nfgsm_steps_from_noise_beyond_the_ball_and_is_not_projected(
+    small_cnn: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, labels = batch
+    config = compose(["dataset=digits", "defense=pgd", "rival=nfgsm", "attack.epsilon=0.1"])
+    attack = make_attack(config, 1.0, None)
+    noise = attack.noise(x, torch.Generator().manual_seed(0))
+    inside = (x > 0.2) & (x < 0.8)  # there the box cuts no noise off
+    assert 0.19 < noise[inside].abs().max() <= 0.2
+    assert 0.3 < (noise[inside].abs() > 0.1).float().mean() < 0.7  # half of it
+    start = (x + noise).requires_grad_()
+    loss = F.cross_entropy(small_cnn(start), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, [start])
+    z = torch.zeros(len(x), 10)
+    ours = attack.evenly(small_cnn, x, labels, z, attack.sizes(torch.ones(len(x))), [len(x)], noise)
+    torch.testing.assert_close(ours, (x + noise + 0.1 * gradient.sign()).clamp(0, 1))
+    assert (ours - x).abs().max() > 0.2
 
 
 def test_misalignment_is_one_minus_the_cosine_of_the_input_gradients(

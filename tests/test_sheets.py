@@ -352,6 +352,19 @@ def test_sparse_rows_tell_overfitting_gap_and_three_costs(tmp_path: Path) -> Non
     assert verdict.verdict == "holds"
 
 
+def test_sheets_of_cost_tell_units_memory_and_time_over_the_baseline(tmp_path: Path) -> None:
+    for name, units in (("plain", 3.0), ("cheap", 4.5)):
+        finished(tmp_path / f"{name}-seed0", units_per_example=units, epochs=8)
+        step = {"peak_memory_mb": 2 * units, "times_baseline": units / 3, "steps": 200}
+        (tmp_path / f"{name}-seed0" / "step.json").write_text(json.dumps(step))
+    sheet = make_sheet(plan([row("plain"), row("cheap")], kind="cost"), tmp_path)
+    shown = cells(sheet, "cheap")
+    assert (shown["u an epoch"], shown["u in all"]) == ("4.50", "36.0")
+    assert (shown["× baseline's time"], shown["MB in a step"]) == ("1.50", "9.0")
+    assert not any("speedup" in head for head in shown)
+    assert line(sheet, "cheap").values["time_doublings"] == {0: pytest.approx(0.585, abs=1e-3)}
+
+
 def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: Path) -> None:
     for name, seconds in (("plain", 10.0), ("mix", 40.0)):
         run = finished(tmp_path / f"{name}-seed0", seconds=seconds)

@@ -21,7 +21,7 @@ from btrain.evaluation.verification import verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.paper import step as paper_step
-from btrain.paper.sheets.bounded import read_step
+from btrain.paper.sheets.cost import read_step
 from btrain.paper.step import write_step
 from btrain.settings.compose import compose
 from btrain.training.setup import make_state

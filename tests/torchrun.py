@@ -77,6 +77,15 @@ def command(arguments: tuple[str, ...]) -> None:
     run_command()
 
 
+def with_forked_jobs(arguments: tuple[str, ...]) -> None:
+    """Run `btrain …` in a session of its own; joblib's jobs need not import torch anew either."""
+    from joblib.externals.loky.backend import context
+
+    os.setsid()
+    context.set_start_method("fork")
+    command(arguments)
+
+
 def unasked_for(arguments: tuple[str, ...]) -> None:
     """Do the same without the signal that torch asks for at the end of an agent that has forked.
 

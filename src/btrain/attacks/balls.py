@@ -77,6 +77,25 @@ class LinfBall(Ball):
         return difference.abs().flatten(1).amax(dim=1)
 
 
+class NoisyBall(LinfBall):
+    """The box itself around a start with more noise than ε (N-FGSM, de Jorge et al., 2022).
+
+    Attributes:
+        noise: the radius of the start's noise, in ε.
+    """
+
+    def __init__(self, epsilon: float | Tensor, noise: float) -> None:
+        super().__init__(epsilon)
+        self.noise = noise
+
+    def start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        return LinfBall(self.noise * self.epsilon).start(x, generator)
+
+    def region(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return black and white: nothing is projected onto the ball."""
+        return torch.zeros_like(x), torch.ones_like(x)
+
+
 class L2Ball(Ball):
     """The ball in which the Euclidean length of the change is at most ε."""
 

@@ -21,7 +21,7 @@ from btrain.attacks.attack import (
     nearby,
     within_the_ball,
 )
-from btrain.attacks.balls import BALLS, Ball
+from btrain.attacks.balls import BALLS, Ball, NoisyBall
 from btrain.attacks.fast_paths import FastPaths
 from btrain.attacks.kept import Kept
 from btrain.attacks.views import augmix
@@ -61,6 +61,7 @@ from btrain.settings.method import (
     GradAlignConfig,
     MartConfig,
     MMAConfig,
+    NFGSMConfig,
     OracleConfig,
     OwnAllocatorConfig,
     OwnAttackConfig,
@@ -307,8 +308,11 @@ def make_attack(
     attack, bt = config.attack, config.bt
     defense = defense or make_defense(config.defense, known)
     probe, kept = probe_factor(config, share, known, defense), attack.start is StartName.kept
+    ball = make_ball(attack, share, known)
+    if isinstance(config.rival, NFGSMConfig):
+        ball = NoisyBall(ball.epsilon, config.rival.noise)
     made = Attack(
-        ball=make_ball(attack, share, known),
+        ball=ball,
         inner_loss=defense.inner_loss,
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,

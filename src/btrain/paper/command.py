@@ -253,7 +253,7 @@ def _evaluate(job: Job, plan: Plan, row: Row, seed: int, command: Command) -> bo
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
-        if plan.kind in ("verified", "front"):
+        if plan.kind in ("verified", "front", "cost"):
             from btrain.paper.sheets.sheet import baseline_of
             from btrain.paper.step import write_step
 

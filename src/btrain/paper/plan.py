@@ -21,6 +21,7 @@ from btrain.runs.json_fields import Fields
 
 KINDS = (
     "table",
+    "cost",
     "heatmaps",
     "fractions",
     "scores",
@@ -34,7 +35,7 @@ KINDS = (
 ALLOCATION = "allocation.json"
 """The file that `btrain paper` adds to the run of a target of that kind."""
 STEP = "step.json"
-"""The file that `btrain paper` adds to a run trained by bounds: what one step costs."""
+"""The file that `btrain paper` adds to a run of a target that tells costs: those of a step."""
 _SEED_DIGITS = 20
 _LONGEST_PART = 255  # bytes of a folder's name
 

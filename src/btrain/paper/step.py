@@ -1,4 +1,4 @@
-"""The cost of one training step of a finished run: its memory, and its time over the baseline's."""
+"""The cost of training a finished run: what a step holds, and an epoch's time over another's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btrain.errors import UserError
 from btrain.exchange.from_run import read_config
 from btrain.methods.make import make_method
 from btrain.paper.plan import STEP
-from btrain.paper.sheets.bounded import Step, read_step
+from btrain.paper.sheets.cost import Step, read_step
 from btrain.runs.folder import RunFolder
 from btrain.training.epochs import batches_in, train_epoch
 from btrain.training.resume import load_newest
@@ -29,7 +29,7 @@ _SECONDS, _TURNS = 4.0, 40
 
 
 class _Steps:
-    """The training steps of a finished run as it would go on, on a copy whose weights stay."""
+    """The training steps of a finished run's middle epoch, on a copy whose weights stay."""
 
     def __init__(self, folder: Path) -> None:
         run = RunFolder(folder)
@@ -41,7 +41,7 @@ class _Steps:
         data = load_data(config, device)
         self._state = make_state(config, data, device)
         self._state.load_state_dict(saved["state"])
-        self._state.epoch = config.train.epochs - 1
+        self._state.epoch = config.train.epochs // 2
         plan = make_plan(config)
         self._plan = replace(plan, lr=0.0, max_seconds=None, score_every=None)
         self._paths = make_fast_paths(config.train, device)
@@ -49,10 +49,15 @@ class _Steps:
         self._split = data.train
         self._tried = self._state.throw_away_copy()
 
+    @property
+    def an_epoch(self) -> int:
+        """The number of steps of an epoch, fewer where images are left out of it."""
+        return batches_in(self._tried, len(self._split), self._plan)
+
     def take(self, many: int) -> float:
         """Take so many steps, or fewer to the end of an epoch; return the seconds of one."""
         tried = self._tried
-        if tried.batch == batches_in(tried, len(self._split), self._plan):
+        if tried.batch == self.an_epoch:
             self._state.generator = tried.generator  # other draws than before
             tried = self._tried = self._state.throw_away_copy()
         first, before = tried.batch, tried.epoch_work or 0.0
@@ -99,7 +104,7 @@ def write_step(folder: Path, baseline: Path) -> Path:
 
 
 def _times(own: _Steps, base: _Steps) -> tuple[float, int]:
-    """Return the ratio of their mean seconds a step, and how many of either were timed."""
+    """Return the ratio of their seconds an epoch, and how many steps of either were timed."""
     base.take(_TURN)  # neither's first steps count
     spent = [0.0, 0.0]
     turns = 0
@@ -107,4 +112,4 @@ def _times(own: _Steps, base: _Steps) -> tuple[float, int]:
         for i, steps in enumerate((own, base)):
             spent[i] += steps.take(_TURN)
         turns += 1
-    return spent[0] / spent[1], turns * _TURN
+    return spent[0] * own.an_epoch / (spent[1] * base.an_epoch), turns * _TURN

@@ -404,7 +404,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     """Turn a composed configuration into its task's checked dataclasses; name the run folder.
 
     Args:
-        cfg: what Hydra composed; a top-level `hydra` node is ignored.
+        cfg: what Hydra composed, without its own settings; it is left as it is.
         overrides: the command line's, for the name of the run folder.
 
     Raises:
@@ -422,13 +422,13 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
                 raise UserError(
                     f"{override} would give an option another one's name; choose {group}={value}."
                 )
-    cfg = cfg.copy()
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
-        if removed := _removed(overrides, OmegaConf.get_type(cfg)):
-            raise UserError(f"{removed} takes away what every run needs.")
-        for group, leaf in _replaced(cfg, overrides):
-            del cfg[group][leaf]
+    if removed := _removed(overrides, OmegaConf.get_type(cfg)):
+        raise UserError(f"{removed} takes away what every run needs.")
+    if replaced := _replaced(cfg, overrides):
+        cfg = cfg.copy()
+        with open_dict(cfg):
+            for group, leaf in replaced:
+                del cfg[group][leaf]
     try:
         config: Any = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
@@ -557,9 +557,18 @@ def defaults(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the text of a run folder's `config.yaml`."""
-    from omegaconf import OmegaConf
+    import yaml
+    from omegaconf._utils import get_omega_conf_dumper  # which quotes a text that looks a number
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return str(
+        yaml.dump(
+            to_dict(config),
+            default_flow_style=False,
+            allow_unicode=True,
+            sort_keys=False,
+            Dumper=get_omega_conf_dumper(),
+        )
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -389,6 +389,23 @@ class FastConfig(RivalConfig):
 
 
 @dataclass
+class NFGSMConfig(FastConfig):
+    noise: float = MISSING
+
+    refuses: ClassVar[Mapping[str, str]] = (
+        _ALIKE
+        | _ATTACKS
+        | {
+            "l2": "its noise and its step are those of an L∞ ball",
+            "own_ball": "its noise and its step are those of an L∞ ball",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, "rival.noise", self.noise)
+
+
+@dataclass
 class YopoConfig(FastConfig):
     pass
 
@@ -457,6 +474,7 @@ class MMAConfig(RivalConfig):
 RIVALS: dict[RivalName, type[RivalConfig]] = {
     RivalName.none: RivalConfig,
     RivalName.fast: FastConfig,
+    RivalName.nfgsm: NFGSMConfig,
     RivalName.yopo: YopoConfig,
     RivalName.gradalign: GradAlignConfig,
     RivalName.free: FreeConfig,

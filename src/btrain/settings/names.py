@@ -94,6 +94,7 @@ class AllocatorName(Enum):
 class RivalName(Enum):
     none = "none"
     fast = "fast"
+    nfgsm = "nfgsm"
     yopo = "yopo"
     gradalign = "gradalign"
     free = "free"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from btrain.evaluation.result import Result
 from btrain.paper.plan import Claim, Plan, Row
-from btrain.paper.sheets import bounded, notes, sparse
+from btrain.paper.sheets import bounded, cost, notes, sparse
 from btrain.paper.sheets.arithmetic import (
     UNDECIDED,
     Paired,
@@ -164,6 +164,8 @@ def _line(
     values[FLOPS] = flops_speedup(ours, theirs) if theirs else _values(ours, FLOPS)
     if plan.kind in bounded.KINDS:
         values |= bounded.values(ours, values[MEASURED], values)
+    elif plan.kind == cost.KIND:
+        values |= cost.values(ours, values[MEASURED])
     if refused is not None and values[MEASURED]:
         without = ", ".join(str(seed) for seed in ours if seed not in values[MEASURED])
         own = [*own, f"times of seed {without} not compared: {refused}"]

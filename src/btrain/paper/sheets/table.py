@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from btrain.pages.tables import NONE
-from btrain.paper.sheets import bounded, sparse
+from btrain.paper.sheets import bounded, cost, sparse
 from btrain.paper.sheets.arithmetic import FEWEST_DIFFERING, Spread, interval, spread
 from btrain.paper.sheets.sheet import FLOPS, MEASURED, Line, Sheet, Verdict
 from btrain.runs.json_fields import is_number
@@ -27,6 +28,7 @@ _NAMES = {
     MEASURED: "speedup, measured",
     "train_seconds": "training time",
     **sparse.METRICS,
+    **cost.METRICS,
     **bounded.METRICS,
     **bounded.NAMES,
 }
@@ -54,6 +56,8 @@ def _of_a_table(sheet: Sheet) -> list[tuple[str, list[str]]]:
     if sheet.plan.kind in bounded.KINDS:
         return columns + _bounded(sheet)
     columns += _fractions(sheet)
+    if sheet.plan.kind == cost.KIND:
+        return columns + _costs(sheet, (cost.UNITS, cost.ALL_UNITS, cost.TIMES, cost.MEMORY))
     for metric in ("theoretical_speedup", FLOPS, MEASURED):
         columns += _speedup(sheet, metric)
     return columns
@@ -148,14 +152,21 @@ def _fractions(sheet: Sheet) -> list[tuple[str, list[str]]]:
 
 def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
     """Return the columns of training by bounds behind the accuracies: who is bounded, and time."""
+    found = [spread(line.values[bounded.BOUNDED]) for line in sheet.lines]
+    share = (metric_name(sheet, bounded.BOUNDED), [text(ours, ".2f") for ours in found])
+    return [share, *_costs(sheet, (bounded.EPOCH, cost.TIMES, cost.MEMORY))]
+
+
+def _costs(sheet: Sheet, metrics: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the columns of what training costs, without those that no row has a number for."""
     columns = []
-    for metric in (bounded.BOUNDED, bounded.EPOCH, bounded.TIMES, bounded.MEMORY):
-        form = ".2f" if metric == bounded.BOUNDED else ".1f"
+    for metric in metrics:
         found = [spread(line.values[metric]) for line in sheet.lines]
-        cells = [text(ours, form) for ours in found]
-        if metric == bounded.MEMORY and set(cells) == {NONE}:
+        short = metric == cost.UNITS or (metric == cost.TIMES and sheet.plan.kind == cost.KIND)
+        cells = [text(ours, ".2f" if short else ".1f") for ours in found]
+        if metric == cost.MEMORY and set(cells) == {NONE}:
             continue
-        if metric == bounded.TIMES:
+        if metric == cost.TIMES:
             cells = [line.refused or cell if cell == NONE else cell
                      for line, cell in zip(sheet.lines, cells, strict=True)]  # fmt: skip
         columns.append((metric_name(sheet, metric), cells))
@@ -253,6 +264,8 @@ def legend(sheet: Sheet) -> list[str]:
         sentences += [named, sparse.LEGEND]
     elif sheet.plan.kind in bounded.KINDS:
         sentences += [named, bounded.LEGEND]
+    elif sheet.plan.kind == cost.KIND:
+        sentences += [named, cost.LEGEND]
     elif baselines:
         sentences.append(
             f"{named} Speedups by FLOPs and "
