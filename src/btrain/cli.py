@@ -317,6 +317,7 @@ def _run_with_hydra(
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
+    configs.loosen(args)
     of_joblib = "hydra/launcher=joblib" in args and find_spec("joblib") is not None
     watched = watched_workers(sweep) if of_joblib else nullcontext()
     main = hydra.main(version_base="1.3", config_path=configs.config_dir(), config_name=task)(job)

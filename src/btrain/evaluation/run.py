@@ -54,7 +54,7 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         library()  # rather now than after an hour of PGD
     target = find(settings)
     if settings.precision == "bf16" and (hint := bf16_hint("precision", target.device)):
-        tell(hint)
+        say(hint)
     examples = Examples(
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )

@@ -83,9 +83,8 @@ def register() -> None:
     store(name="schema", node=Config)
     store(name="corrupt_schema", node=CorruptConfig)
     store(name="bench_schema", node=BenchRun)
-    for group, (_, options) in OPTIONS.items():
-        for option, schema in options.items():
-            store(group=group, name=f"{option.name}_schema", node=_open(schema))
+    for group in OPTIONS:
+        _store_options(group)
     user_files.register()
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
@@ -94,17 +93,35 @@ def register() -> None:
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
 
 
-def _open(schema: type) -> Any:
-    """Return the schema as OmegaConf has it, which takes other keys, too.
+_loose: set[str] = set()
+"""The groups whose schemas take other keys at the moment."""
 
-    An experiment may give settings to an option that the user then replaces; `from_hydra` refuses
-    all others.
+
+def loosen(words: Sequence[str]) -> None:
+    """Let an experiment of a command line give settings to options that the words replace.
+
+    `from_hydra` leaves these out, and refuses all other keys that the schemas do not have.
     """
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    wanted = typed & OPTIONS.keys() if "experiment" in typed else set[str]()
+    changed = _loose ^ wanted
+    _loose.symmetric_difference_update(changed)
+    for group in changed:
+        _store_options(group)
+
+
+def _store_options(group: str) -> None:
+    """Make the schemas of a group's options known to Hydra; `settings` takes any key."""
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    node = OmegaConf.structured(schema)
-    OmegaConf.set_struct(node, False)
-    return node
+    for option, schema in OPTIONS[group][1].items():
+        node = OmegaConf.structured(schema)
+        if group in _loose:
+            OmegaConf.set_struct(node, False)
+        elif FREE in node:
+            OmegaConf.set_struct(node[FREE], False)
+        ConfigStore.instance().store(group=group, name=f"{option.name}_schema", node=node)
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
@@ -201,6 +218,7 @@ def composed(overrides: Sequence[str], task: str, folder: str | None = None) -> 
     from hydra import initialize_config_dir
 
     register()
+    loosen(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=config_dir()):
             if folder is not None:
