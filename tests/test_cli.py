@@ -157,7 +157,7 @@ def test_help_and_mistakes_answer_before_torch_is_imported(
 
 
 def test_a_report_of_runs_imports_no_torch(run: Path) -> None:
-    check_torch_free(run.parent, ["report", "run"], 0, ["| run ", "speedup (eq. 7)"])
+    check_torch_free(run.parent, ["report", "run"], 0, ["| run ", "speedup (FLOPs)"])
 
 
 def check_torch_free(folder: Path, arguments: list[str], status: int, words: list[str]) -> None:
