@@ -205,8 +205,13 @@ def _attacks(job: Job, rows: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for row in rows:
         for settings in job.profile.evaluations(job.target, row):
-            names |= dict.fromkeys(asked(settings).results)
+            names |= dict.fromkeys(_results(*settings))
     return list(names)
+
+
+@lru_cache  # for the rows of a table share their evaluations
+def _results(*settings: str) -> tuple[str, ...]:
+    return tuple(asked(settings).results)
 
 
 def asked(settings: Sequence[str]) -> EvalSettings:

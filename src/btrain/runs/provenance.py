@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ _CHUNK = 4096  # images
 _CPU_FACTS = {"family": "cpu family", "model": "model"}
 
 
+@cache  # a process goes on with the code that it began with
 def git_commit() -> str | None:
     """Return the commit of btrain's own source, or None where it is not a checkout."""
     return None if not _is_checkout() else _git("rev-parse", "HEAD")
 
 
+@cache
 def git_dirty() -> bool | None:
     """Return whether btrain's own source differs from its commit; None where it is no checkout."""
     changes = _git("status", "--porcelain", "--", ".") if _is_checkout() else None
