@@ -563,7 +563,8 @@ def test_what_an_experiment_gives_a_replaced_option_is_left_out() -> None:
     kept = composed_by_hydra(["experiment=cheapest"], "train")
     assert left_out(kept, ["experiment=cheapest"]) == []
     words = ["experiment=cheap_kept", "attack=l2_pgd"]
-    with pytest.raises(UserError, match=r"experiment=cheap_kept sets attack\.start; attack\.start=…"):
+    told = r"experiment=cheap_kept sets attack\.start; attack\.start=…"
+    with pytest.raises(UserError, match=told):
         compose(words)
     with pytest.raises(UserError, match=r"\(attack\.store=bf16\)\.$"):
         compose([*words, "attack.start=kept"])
