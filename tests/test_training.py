@@ -409,6 +409,8 @@ def check_images(seen: list[torch.Tensor], split: Split, config: Config) -> None
     """What the network was trained on lies in the box, and but for AugMix in the ε-ball."""
     images = split.images.float() / 255
     radius = config.attack.epsilon * (1.5 * 1.05 if config.rival.name is RivalName.mma else 1)
+    if config.rival.name is RivalName.nfgsm:  # noise of 2·ε and a step of ε, by design
+        radius *= 3
     for x in seen:
         # GradAlign's noise and what Free brings from the batch before leave the box.
         leaves = config.rival.name in (RivalName.gradalign, RivalName.free)

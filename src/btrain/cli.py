@@ -256,8 +256,9 @@ def _run_with_hydra(
 
     args = [configs.with_path_quoted(argument) for argument in args]
     args = configs.options_first(args)
-    if {"-m", "--multirun"} & set(args):
-        check_alone("--multirun")
+    for word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
+        if word in args:
+            check_alone(word)
     if {"-h", "--help"} & set(args):
         from btrain.settings.help import help_text
 

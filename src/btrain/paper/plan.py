@@ -21,7 +21,6 @@ from btrain.runs.json_fields import Fields
 
 KINDS = (
     "table",
-    "cost",
     "heatmaps",
     "fractions",
     "scores",
@@ -30,6 +29,7 @@ KINDS = (
     "sparse",
     "verified",
     "front",
+    "cost",
 )
 """The ways in which a target is shown."""
 ALLOCATION = "allocation.json"
