@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,19 @@ def attacked() -> Attacked:
         return Attacked(images, adversarial, labels, clean, network(adversarial))
 
 
+def legend_below(figure: Any, axes: Any, columns: int) -> None:
+    """Put the names of what is drawn in these axes below a part of the picture."""
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        columnspacing=0.8,
+        handlelength=1,
+        handletextpad=0.4,
+    )
+
+
 def draw_classes(seen: Attacked, theme: str) -> bytes:
     """Return pairs of images, clean and attacked, above the scores' distribution, as an SVG."""
     from matplotlib.figure import Figure
@@ -132,15 +146,7 @@ def draw_classes(seen: Attacked, theme: str) -> bytes:
             xlabel="wrong and sure  ←  unsure  →  right and sure",
         )
         axes.set_title("2,000 images, ordered by their score, %")
-        below.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            columnspacing=0.8,
-            handlelength=1,
-            handletextpad=0.4,
-        )
+        legend_below(below, axes, columns=3)
         return drawn(figure, "svg", transparent=True)
 
 
@@ -190,15 +196,7 @@ def draw_speedups(theme: str) -> bytes:
         above.set_title("forward passes an image and step")
         above.set_xlim(0, 45)
         above.invert_yaxis()
-        upper.legend(
-            *above.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=2,
-            frameon=False,
-            columnspacing=0.8,
-            handlelength=1,
-            handletextpad=0.4,
-        )
+        legend_below(upper, above, columns=2)
         below.barh(list(speedups), list(speedups.values()), color=colours[3], height=0.6)
         for place, value in enumerate(speedups.values()):
             below.text(value + 0.05, place, f"{value:.2f}", va="center")
