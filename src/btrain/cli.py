@@ -221,7 +221,11 @@ def _plan(args: list[str]) -> None:
                 (place / f"{uuid4()}.json").write_text(json.dumps(asdict(found)))
 
         sweep = {"-m", "--multirun"} & set(args)  # of which Hydra would leave a file in runs/
-        _run_with_hydra("train", [*args, *([f"hydra.sweep.dir={place}"] if sweep else [])], run)
+        if sweep and not any("submitit" in word for word in args):  # whose jobs write there
+            from btrain.settings.compose import quoted
+
+            args = [f"hydra.sweep.dir={quoted(str(place))}", *args]
+        _run_with_hydra("train", args, run)
         if len(files := [*place.glob("*.json")]) > 1:
             from btrain.training.foresee import Foreseen, in_all
 

@@ -309,14 +309,15 @@ def make_attack(
     defense = defense or make_defense(config.defense, known)
     probe, kept = probe_factor(config, share, known, defense), attack.start is StartName.kept
     ball = make_ball(attack, share, known)
+    start = make_start(attack, probe if kept and probe else 1.0)
     if isinstance(config.rival, NFGSMConfig):
-        ball = NoisyBall(ball.epsilon, config.rival.noise)
+        ball, start = NoisyBall(ball.epsilon, config.rival.noise), within_the_ball
     made = Attack(
         ball=ball,
         inner_loss=defense.inner_loss,
         n_b=bt.n_b,
         step_size_b=share * bt.step_size_b,
-        start=make_start(attack, probe if kept and probe else 1.0),
+        start=start,
         way=1.0 if kept else FAR,
         train_mode=attack.mode is AttackMode.train,
         probe=None if kept else probe,

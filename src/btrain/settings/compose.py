@@ -557,18 +557,9 @@ def defaults(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the text of a run folder's `config.yaml`."""
-    import yaml
-    from omegaconf._utils import get_omega_conf_dumper  # which quotes a text that looks a number
+    from omegaconf import OmegaConf
 
-    return str(
-        yaml.dump(
-            to_dict(config),
-            default_flow_style=False,
-            allow_unicode=True,
-            sort_keys=False,
-            Dumper=get_omega_conf_dumper(),
-        )
-    )
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

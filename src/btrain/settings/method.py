@@ -400,9 +400,10 @@ class NFGSMConfig(FastConfig):
             "own_ball": "its noise and its step are those of an L∞ ball",
         }
     )
+    unread: ClassVar[frozenset[str]] = frozenset({"attack.start", "attack.start_std"})
 
     def __post_init__(self) -> None:
-        at_least(0, "rival.noise", self.noise)
+        require(0 <= self.noise <= 100, "rival.noise", "in [0, 100]", self.noise)
 
 
 @dataclass

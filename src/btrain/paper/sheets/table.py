@@ -158,7 +158,7 @@ def _bounded(sheet: Sheet) -> list[tuple[str, list[str]]]:
 
 
 def _costs(sheet: Sheet, metrics: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return the columns of what training costs, without those that no row has a number for."""
+    """Return the columns of what training costs; memory only if a row has a number for it."""
     columns = []
     for metric in metrics:
         found = [spread(line.values[metric]) for line in sheet.lines]
