@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
-from torchrun import forked, in_a_fork, with_forked_jobs
+from torchrun import ENVIRONMENT, forked
 
 NETS = """\
 import torch
@@ -296,22 +298,13 @@ def test_a_sweep_over_an_own_option_in_processes_of_its_own(here: Path) -> None:
     jobs = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "model=my_net", "--config-dir",
             "mine", "model.settings.width=1,2", "train.epochs=1",
             "run.dir=runs/${model.settings.width}"]  # fmt: skip
-    said = here / "said"
-    sweep = in_a_fork(a_whole_sweep, (*words, *jobs, "--multirun"), said=said)
-    sweep.join(200)
-    assert sweep.exitcode == 0, said.read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "btrain", *words, *jobs, "--multirun"],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     for width in (1, 2):
         assert weights(f"runs/{width}")["model.0.weight"].shape[0] == width
-
-
-def a_whole_sweep(arguments: tuple[str, ...]) -> None:
-    """Run a sweep, and let its workers go: an interpreter does so at its end, a fork does not."""
-    from joblib.externals.loky import get_reusable_executor
-
-    try:
-        with_forked_jobs(arguments)
-    finally:
-        get_reusable_executor().shutdown()
 
 
 def test_a_mistake_in_own_code_is_one_sentence_and_leaves_nothing(
