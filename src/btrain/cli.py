@@ -163,7 +163,7 @@ def _table_at_the_end(args: list[str]) -> Iterator[Path | None]:
 
     None without a sweep. Whoever interrupts one sees none.
     """
-    if not {"-m", "--multirun"} & set(args):
+    if not _sweeping(args):
         yield None
         return
     with TemporaryDirectory(prefix="btrain-") as folder:
@@ -201,6 +201,11 @@ def _looked_at(config: Any) -> str:
     return " ".join([*words, "report=true"])
 
 
+def _sweeping(args: Sequence[str]) -> list[str]:
+    """Return the words that ask for a sweep."""
+    return [word for word in args if word in ("-m", "--multirun", "hydra.mode=MULTIRUN")]
+
+
 def _say_next(commands: Sequence[str]) -> None:
     """Say what to type next."""
     for number, command in enumerate(commands):
@@ -220,8 +225,8 @@ def _plan(args: list[str]) -> None:
             with suppress(OSError):
                 (place / f"{uuid4()}.json").write_text(json.dumps(asdict(found)))
 
-        sweep = {"-m", "--multirun"} & set(args)  # of which Hydra would leave a file in runs/
-        if sweep and not any("submitit" in word for word in args):  # whose jobs write there
+        # Hydra would leave a file of a sweep in runs/; submitit's jobs write into its folder.
+        if _sweeping(args) and not any("submitit" in word for word in args):
             from btrain.settings.compose import quoted
 
             args = [f"hydra.sweep.dir={quoted(str(place))}", *args]
@@ -260,9 +265,8 @@ def _run_with_hydra(
 
     args = [configs.with_path_quoted(argument) for argument in args]
     args = configs.options_first(args)
-    for word in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
-        if word in args:
-            check_alone(word)
+    if words := _sweeping(args):
+        check_alone(words[0])
     if {"-h", "--help"} & set(args):
         from btrain.settings.help import help_text
 

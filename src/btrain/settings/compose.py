@@ -499,7 +499,7 @@ def left_out(cfg: Any, overrides: Sequence[str]) -> list[str]:
     keys: dict[str, list[str]] = {}
     for group, leaf in _replaced(cfg, overrides):
         keys.setdefault(group, []).append(f"{group}.{leaf}")
-    given = {override.partition("=")[0]: override for override in overrides}
+    given = {override.lstrip("+").partition("=")[0]: override for override in overrides}
     file = given.get("experiment", "a file")
     return [
         f"{given[group]} has no {', '.join(of)}: left out, though {file} gives "
