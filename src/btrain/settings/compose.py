@@ -124,6 +124,12 @@ def _store_options(group: str) -> None:
         ConfigStore.instance().store(group=group, name=f"{option.name}_schema", node=node)
 
 
+@cache
+def _types(schema: type) -> dict[str, Any]:
+    """Return a schema's settings with their types, evaluated once."""
+    return get_type_hints(schema)
+
+
 def schema_of(saved: Mapping[str, Any]) -> Any:
     """Return the schema of a saved configuration, with that of each group's own option."""
     from omegaconf import OmegaConf
@@ -462,8 +468,8 @@ def _replaced(cfg: Any, overrides: Sequence[str]) -> list[tuple[str, str]]:
         for group, (_, options) in OPTIONS.items()
         if group in typed and group in cfg
         for leaf in cfg[group]
-        if leaf not in get_type_hints(OmegaConf.get_type(cfg[group]))
-        and any(leaf in get_type_hints(schema) for schema in options.values())
+        if leaf not in _types(OmegaConf.get_type(cfg[group]))
+        and any(leaf in _types(schema) for schema in options.values())
         and not any(f"{key}.".startswith(f"{group}.{leaf}.") for key in typed)
     ]
 
@@ -722,7 +728,7 @@ def _unread(key: str, kind: str) -> str | None:
     group, _, leaf = key.partition(".")
     if group not in OPTIONS:
         return None
-    if not any(leaf in get_type_hints(schema) for schema in OPTIONS[group][1].values()):
+    if not any(leaf in _types(schema) for schema in OPTIONS[group][1].values()):
         return None
     chosen = _chosen(key, kind)
     return f"{key} is no setting with {chosen}." if chosen else None
@@ -766,7 +772,7 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
     A group without options has settings alone.
     """
     keys = [] if prefix or node is not Config else ["experiment"]
-    for name, kind in get_type_hints(node).items():
+    for name, kind in _types(node).items():
         if get_origin(kind) is ClassVar:
             continue
         options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]
