@@ -114,6 +114,7 @@ def compose(overrides: Sequence[str] = ()) -> Any:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
     except HydraException as error:
         raise configs.explain(error, overrides) from error
+    cfg, _ = configs.without_replaced(cfg, overrides)
     config = configs.from_hydra(cfg, overrides)
     own.allow_parts(config)
     return config
