@@ -273,7 +273,7 @@ def _run_with_hydra(
         show(help_text(args, task), end="")
         return
     configs.check_words(args, task)
-    configs.user_folder(args)
+    folder = configs.user_folder(args)
 
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -300,10 +300,10 @@ def _run_with_hydra(
             if told is not None:
                 told.overrides = overrides
             with first_complains():
-                config = configs.from_hydra(cfg, overrides)
-            if is_first():
-                for sentence in configs.left_out(cfg, overrides):
-                    tell(sentence)
+                cfg, notes = configs.without_replaced(cfg, overrides)
+                config = configs.from_hydra(cfg, overrides, folder)
+            for note in notes if is_first() else ():
+                tell(note)
             if told is not None and place is not None:
                 told.folder = config.run.dir
                 told.tell(place)
