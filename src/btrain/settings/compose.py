@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
@@ -132,14 +132,26 @@ _types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
-    """Return the schema of a saved configuration, with that of each group's own option."""
+    """Return the schema of a saved configuration, with that of each group's own option.
+
+    It is the same object for equal options, to be merged into and not to be changed.
+    """
+    names = []
+    for group, (key, _) in OPTIONS.items():
+        node = saved.get(group)
+        name = node.get(key) if isinstance(node, Mapping) else None
+        names.append((group, name if isinstance(name, str) else None))
+    return _schema_with(tuple(names))
+
+
+@lru_cache(maxsize=64)
+def _schema_with(names: tuple[tuple[str, str | None], ...]) -> Any:
+    """Return the schema with that of the option of this name in each group, where there is one."""
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(Config)
-    for group, (key, options) in OPTIONS.items():
-        node = saved.get(group)
-        name = node.get(key) if isinstance(node, Mapping) else None
-        for option, kind in options.items():
+    for group, name in names:
+        for option, kind in OPTIONS[group][1].items():
             if option.name == name:
                 schema[group] = OmegaConf.structured(kind)
     return schema
