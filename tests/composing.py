@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,71 @@ from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from btrain import own
 from btrain.settings import compose as configs
+from btrain.settings import user_files
 
 GROUPS = {path.name for path in Path(configs.config_dir()).iterdir() if path.is_dir()}
 
 hydras_list = loader.create_defaults_list
 hydras_choices = defaults_list._create_interpolation_map
+hydras_parse = OverridesParser.parse_rule
 hydras_merge = ConfigLoaderImpl._compose_config_from_defaults_list
 _lists: dict[tuple[str | bool | None, ...], DefaultsList] = {}
 _merged: dict[int, bytes] = {}
-_of_hydra: dict[tuple[str, ...], bytes] = {}
+_schemas: dict[str, tuple[ConfigNode, bytes]] = {}
+_files: dict[tuple[str, str], bytes] = {}
+_begun: dict[tuple[Any, ...], bytes] = {}
 
 
 def remember() -> None:
     """Let Hydra merge btrain's own files once for equal options, in a command, too.
 
-    All else is done anew: words are parsed, settings are put into a copy, values are checked.
+    Equal words are parsed once. All else is done anew: settings are put into a copy, values are
+    checked.
     """
     loader.create_defaults_list = _list
     ConfigLoaderImpl._compose_config_from_defaults_list = _merge  # type: ignore[method-assign]
     defaults_list._create_interpolation_map = _choices
+    OverridesParser.parse_rule = _parse  # type: ignore[method-assign]
+    user_files._parsed_once = _file
+    ConfigStore.load = _schema  # type: ignore[method-assign]
     configs.keys_of = cache(configs.keys_of)  # which the hints of mistakes go through
     parse = lru_cache(10_000)(omegaconf.base.parse)
     omegaconf.base.parse = omegaconf._utils.parse = parse
+
+
+@cache
+def _parsed(word: str, rule: str) -> Any:
+    return hydras_parse(OverridesParser.create(), word, rule)
+
+
+def _parse(self: OverridesParser, word: str, rule: str) -> Any:
+    return copy.copy(_parsed(word, rule))  # which gets a loader of its own
+
+
+def _file(source: ConfigSource, name: str, parse: Callable[[str], ConfigResult]) -> ConfigResult:
+    key = (source.full_path(), name)
+    if key not in _files:
+        _files[key] = pickle.dumps(parse(name))
+    found: ConfigResult = pickle.loads(_files[key])
+    return found
+
+
+def _schema(self: ConfigStore, config_path: str) -> ConfigNode:
+    stored = self._load(config_path)
+    if config_path not in _schemas or _schemas[config_path][0] is not stored:
+        _schemas[config_path] = stored, pickle.dumps(stored)
+    found: ConfigNode = pickle.loads(_schemas[config_path][1])
+    return found
 
 
 def _list(
@@ -87,15 +122,16 @@ def _merge(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigR
 
 
 def _merge_anew(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: Any) -> Any:
-    """Go on as Hydra does from what its own files come to, which stand ahead of all others."""
-    own = [*takewhile(lambda default: str(default.config_path).startswith("hydra/"), defaults)]
-    key = tuple(str(default.config_path) for default in own)
-    if key not in _of_hydra:
-        _of_hydra[key] = pickle.dumps(hydras_merge(self, own, repo))
-    cfg = pickle.loads(_of_hydra[key])
-    with flag_override(cfg, "no_deepcopy_set_nodes", True):
-        for default in defaults[len(own) :]:
+    """Go on as Hydra does from the longest list that was merged before and begins alike."""
+    steps = [(str(d.config_path), d.package, d.is_self, d.primary) for d in defaults]
+    loosened = tuple(ConfigStore.instance().load("loosened.yaml").node)  # by the words, no file's
+    keys = [(loosened, *steps[: n + 1]) for n in range(len(steps))]
+    start = next((n for n in range(len(keys), 0, -1) if keys[n - 1] in _begun), 0)
+    cfg = pickle.loads(_begun[keys[start - 1]]) if start else OmegaConf.create()
+    for default, key in zip(defaults[start:], keys[start:], strict=True):
+        with flag_override(cfg, "no_deepcopy_set_nodes", True):
             cfg.merge_with(self._load_single_config(default, repo).config)
+        _begun[key] = pickle.dumps(cfg)
     cfg._metadata.ref_type = cfg._metadata.object_type
     return cfg
 
@@ -106,6 +142,13 @@ def compose(overrides: Sequence[str] = ()) -> Any:
     The options (`model=small_cnn`) choose the YAML files; a setting (`model.width=4`) is put into
     what they come to, by Hydra's own function, as Hydra does.
     """
+    config = pickle.loads(_checked(tuple(overrides)))
+    own.allow_parts(config)
+    return config
+
+
+@cache
+def _checked(overrides: tuple[str, ...]) -> bytes:
     options = tuple(word for word in overrides if word.partition("=")[0] in GROUPS)
     settings = [word for word in overrides if word not in options]
     cfg = pickle.loads(_composed(options))
@@ -115,9 +158,7 @@ def compose(overrides: Sequence[str] = ()) -> Any:
     except HydraException as error:
         raise configs.explain(error, overrides) from error
     cfg, _ = configs.without_replaced(cfg, overrides)
-    config = configs.from_hydra(cfg, overrides)
-    own.allow_parts(config)
-    return config
+    return pickle.dumps(configs.from_hydra(cfg, overrides))
 
 
 @cache

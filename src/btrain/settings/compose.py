@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -125,6 +125,10 @@ def _store_options(group: str) -> None:
         if FREE in node:
             OmegaConf.set_struct(node[FREE], False)
         ConfigStore.instance().store(group=group, name=f"{option.name}_schema", node=node)
+
+
+_types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+"""A schema's settings with their types, evaluated once."""
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
@@ -457,8 +461,8 @@ def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]
         replaced = [
             leaf
             for leaf in map(str, cfg[group])
-            if leaf not in get_type_hints(OmegaConf.get_type(cfg[group]))
-            and any(leaf in get_type_hints(schema) for schema in options.values())
+            if leaf not in _types(OmegaConf.get_type(cfg[group]))
+            and any(leaf in _types(schema) for schema in options.values())
             and not any(f"{key}.".startswith(f"{group}.{leaf}.") for key in given)
         ]
         if not replaced:
@@ -769,7 +773,7 @@ def _unread(key: str, kind: str) -> str | None:
     group, _, leaf = key.partition(".")
     if group not in OPTIONS:
         return None
-    if not any(leaf in get_type_hints(schema) for schema in OPTIONS[group][1].values()):
+    if not any(leaf in _types(schema) for schema in OPTIONS[group][1].values()):
         return None
     chosen = _chosen(key, kind)
     return f"{key} is no setting with {chosen}." if chosen else None
@@ -813,7 +817,7 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
     A group without options has settings alone.
     """
     keys = [] if prefix or node is not Config else ["experiment"]
-    for name, kind in get_type_hints(node).items():
+    for name, kind in _types(node).items():
         if get_origin(kind) is ClassVar:
             continue
         options = OPTIONS[name][1].values() if name in OPTIONS and not prefix else [kind]

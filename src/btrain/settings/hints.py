@@ -35,8 +35,7 @@ def meant(key: str, known: Collection[str]) -> str | None:
 
 def _nearness(group: str, other: str) -> tuple[float, int]:
     """Return how near a group is to the one that was typed, then how often its settings are set."""
-    alike = _ratio(group, other)
-    return (alike if group and alike >= _LIKE else 0.0), -_rank(f"{other}.")
+    return (_ratio(group, other, _LIKE) if group else 0.0), -_rank(f"{other}.")
 
 
 def _rank(key: str) -> int:
@@ -46,13 +45,21 @@ def _rank(key: str) -> int:
 
 
 def _likeness(key: str, candidate: str) -> float:
-    """Return how like two keys are, of 1: as wholes, or in their last parts."""
-    leaves = _ratio(key.rpartition(".")[2], candidate.rpartition(".")[2])
-    return max(_ratio(key, candidate), 0.8 * leaves)
+    """Return how like two keys are, of 1: as wholes, or in their last parts; 0 below `_LIKE`."""
+    leaves = _ratio(key.rpartition(".")[2], candidate.rpartition(".")[2], _LIKE / 0.8)
+    return max(_ratio(key, candidate, _LIKE), 0.8 * leaves)
 
 
-def _ratio(one: str, other: str) -> float:
-    return SequenceMatcher(a=one, b=other, autojunk=False).ratio()
+def _ratio(one: str, other: str, least: float) -> float:
+    """Return how like two words are, of 1, or 0 below `least`: most are by length or letters."""
+    length = len(one) + len(other)
+    if 2 * min(len(one), len(other)) < least * length:
+        return 0.0
+    matcher = SequenceMatcher(a=one, b=other, autojunk=False)
+    if matcher.quick_ratio() < least:
+        return 0.0
+    ratio = matcher.ratio()
+    return ratio if ratio >= least else 0.0
 
 
 def option(arguments: Sequence[str], known: Collection[str], command: str) -> str:
