@@ -23,7 +23,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
-from btrain.settings.names import Start
+from btrain.settings.names import DatasetName, Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
@@ -96,6 +96,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
     OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
+    OmegaConf.register_new_resolver("augment", _augment, replace=True)
 
 
 def loosen(words: Sequence[str]) -> None:
@@ -185,6 +186,19 @@ def _length(value: object) -> float:
 def _with_views(augmix: object, views: int, steps: int) -> int:
     """Return `${with_views:${attack.augmix},1,10}` = 1 where views stand for attack steps."""
     return steps if augmix is None else views
+
+
+def _augment(dataset: Mapping[str, Any], usual: bool | int) -> bool | int:
+    """Return `${augment:${dataset},4}` = 4: a recipe's augmentation, as far as the images allow.
+
+    Of data of the user's own nobody knows what a crop or a mirror does to them: 0 or false. A crop
+    moves the images of a folder by an eighth of their side at most.
+    """
+    if dataset["name"] is DatasetName.own:
+        return type(usual)()
+    if dataset["name"] is DatasetName.imagefolder and type(usual) is int:
+        return min(usual, max(int(dataset["image_size"]), 0) // 8)
+    return usual
 
 
 def _recipe_of(defense: str, dataset: str) -> str:
