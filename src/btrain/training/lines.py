@@ -11,6 +11,7 @@ from btrain.evaluation.examples import hardly_above_chance
 from btrain.evaluation.result import wilson
 from btrain.settings import Config
 from btrain.settings.method import BulletTrainConfig, VerifiedConfig
+from btrain.terminal import counted, plural
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -27,9 +28,10 @@ def describe(config: Config, data: Data, state: TrainState) -> str:
     """Return what a run trains on, how images are augmented and how far they are attacked."""
     held_out = f", {len(data.val)} held out" if data.val is not None else ""
     where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
+    train, test, classes = len(data.train), len(data.test), len(data.classes)
     return (
-        f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
-        f"{len(data.classes)} classes; {_augmentation(config)}; {_radius(config)}{where} on "
+        f"{counted(train, 'training image')}{held_out}, {counted(test, 'test image')}, "
+        f"{counted(classes, 'class')}; {_augmentation(config)}; {_radius(config)}{where} on "
         f"{state.device}"
     )
 
@@ -157,9 +159,10 @@ def in_words(config: Config, summary: dict[str, Any]) -> str | None:
     least, most = wilson(round(min(max(robust / 100, 0.0), 1.0) * n), n)
     ball = _BALLS.get(config.attack.norm, "radius")
     return (
-        f"{clean:.1f} % of {n:,} test images are classified right, and {robust:.1f} % also under "
-        f"{_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On other images like these the "
-        f"{robust:.1f} % would be between {100 * least:.1f} and {100 * most:.1f} % (95 % interval)."
+        f"{clean:.1f} % of {n:,} test {plural(n, 'image is', 'images are')} classified right, and "
+        f"{robust:.1f} % also under {_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On "
+        f"other images like these the {robust:.1f} % would be between {100 * least:.1f} and "
+        f"{100 * most:.1f} % (95 % interval)."
     )
 
 

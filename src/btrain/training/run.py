@@ -28,7 +28,7 @@ from btrain.runs.provenance import changed_code, check_same_data, data_hash, ext
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
-from btrain.terminal import say
+from btrain.terminal import counted, say
 from btrain.training.epochs import Averages, batches_in, check_weights, train_epoch
 from btrain.training.lines import at_chance, describe, fractions, headline, number, tell_masks
 from btrain.training.record import Record
@@ -180,7 +180,7 @@ def _train(
         with explained_memory(state.device, size, smaller_batch(config.train.accumulate)):
             _train_epochs(config, state, data, folder, stop, evaluator, record)
         if record is not None:
-            log.info("evaluation on %d test images", len(data.test))
+            log.info("evaluation on %s", counted(len(data.test), "test image"))
         with _evaluation(config, state, stop):
             trained = training_accuracy(evaluator, state, data)
             last, best = final_accuracies(evaluator, state, data, folder)
