@@ -156,7 +156,8 @@ def _merge(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigR
 def _merge_anew(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: Any) -> Any:
     """Go on as Hydra does from the longest list that was merged before and begins alike."""
     steps = [(str(d.config_path), d.package, d.is_self, d.primary) for d in defaults]
-    keys = [(frozenset(configs._loose), *steps[: n + 1]) for n in range(len(steps))]
+    loosened = tuple(ConfigStore.instance().load("loosened.yaml").node)  # by the words, no file's
+    keys = [(loosened, *steps[: n + 1]) for n in range(len(steps))]
     start = next((n for n in range(len(keys), 0, -1) if keys[n - 1] in _begun), 0)
     cfg = pickle.loads(_begun[keys[start - 1]]) if start else OmegaConf.create()
     for default, key in zip(defaults[start:], keys[start:], strict=True):
@@ -188,6 +189,7 @@ def _checked(overrides: tuple[str, ...]) -> bytes:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
     except HydraException as error:
         raise configs.explain(error, overrides) from error
+    cfg, _ = configs.without_replaced(cfg, overrides)
     return pickle.dumps(configs.from_hydra(cfg, overrides))
 
 

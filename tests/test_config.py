@@ -40,12 +40,12 @@ from btrain.settings.compose import (
     OPTIONS,
     config_dir,
     from_hydra,
-    left_out,
     read_yaml,
     register,
     run_name,
     to_dict,
     to_yaml,
+    without_replaced,
 )
 from btrain.settings.compose import compose as compose_anew
 from btrain.settings.compose import composed as composed_by_hydra
@@ -225,7 +225,8 @@ def test_every_defense_has_its_recipe_on_every_data_set(defense: str, dataset: s
     found = compose([*options, *NEEDS.get(options[1], [])]).recipe
     whole = dataset.removesuffix("_sample")
     images = whole if whole in ("mnist", "digits") else "colour"
-    expected = RecipeConfig(name=found.name, **RECIPES[defense, images])
+    augmentation = {"crop_padding": 0, "flip": False} if dataset == "own" else {}
+    expected = RecipeConfig(name=found.name, **RECIPES[defense, images] | augmentation)
     assert found == expected
 
 
@@ -551,13 +552,21 @@ def test_an_allocator_refuses_what_it_does_not_read(name: str) -> None:
         compose([*option, f"bt.{unread[0]}=1"])
 
 
-def test_what_an_experiment_gives_a_replaced_option_is_left_out() -> None:
+def left_out(cfg: Any, words: list[str]) -> list[str]:
+    return without_replaced(cfg, words)[1]
+
+
+def test_what_an_experiment_gives_a_replaced_option_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     words = ["experiment=cheapest", "bt=uniform"]
-    assert left_out(composed_by_hydra(words, "train"), words) == [
+    told = [
         "bt=uniform has no bt.n_r, bt.robust_share, bt.guard: left out, though "
         "experiment=cheapest gives them."
     ]
-    assert compose(words).bt.n_b == 1
+    assert left_out(composed_by_hydra(words, "train"), words) == told
+    assert compose_anew(words).bt.n_b == 1  # as Python has it
+    assert [record.getMessage() for record in caplog.records] == told
     with pytest.raises(UserError, match=r"^bt\.n_r is no setting with bt=uniform\.$"):
         compose([*words, "bt.n_r=1"])
     kept = composed_by_hydra(["experiment=cheapest"], "train")
@@ -568,6 +577,32 @@ def test_what_an_experiment_gives_a_replaced_option_is_left_out() -> None:
         compose(words)
     with pytest.raises(UserError, match=r"\(attack\.store=bf16\)\.$"):
         compose([*words, "attack.start=kept"])
+
+
+def test_only_what_an_experiment_wrote_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "bt/wrong": "defaults: [uniform, _self_]\nn_r: 1\n",
+        "experiment/ours": "# @package _global_\ndefaults: [cheapest]\nbt: {n_b: 3, n_r: 2}\n",
+        "experiment/torn": "# @package _global_\nbt: {n_r: 2, n_b: 1}\n",
+        "experiment/typo": "# @package _global_\nbt: {nb: 3}\n",
+    }.items():
+        Path("mine", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("mine", f"{name}.yaml").write_text(text)
+    for words, said in (
+        ("experiment=cheapest bt=wrong", "bt.n_r is no setting with bt=uniform."),
+        ("experiment=typo bt=uniform", "There is no setting bt.nb. Did you mean bt.n_b?"),
+        ("experiment=ours bt.n_o=4", "bt.n_o must be at most bt.n_r = 2, not 4. experiment=ours "
+         "sets bt.n_r; bt.n_r=… would change that."),
+    ):  # fmt: skip
+        command = ["train", "--config-dir", "mine", "dataset=digits", *words.split()]
+        assert main(command) == 1
+        assert capsys.readouterr().err == f"btrain: {said}\n"
+    assert main(["train", "--config-dir", "mine", "dataset=digits", "experiment=torn"]) == 1
+    told = "experiment=torn sets bt.n_r and bt.n_b; bt.n_r=… or bt.n_b=… would change that.\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_an_allocator_reads_what_is_its_own() -> None:

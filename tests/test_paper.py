@@ -13,9 +13,11 @@ import pytest
 from btrain import cli
 from btrain.errors import UserError
 from btrain.evaluation.autoattack import LIBRARIES
+from btrain.paper import step
 from btrain.paper.job import Job, check, config_of, make_plan, unfinished
 from btrain.paper.plan import read_plan
 from btrain.paper.sheets import pictures
+from btrain.paper.sheets.cost import read_step
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
 from btrain.settings.compose import config_dir
@@ -251,6 +253,17 @@ def test_a_report_that_cannot_be_written_is_no_success(
     assert cli.main(["paper", "table2", "only=table2_bt_nr0", f"out={tmp_path}", *SMALLER]) == 1
     assert (tmp_path / "table2_bt_nr0-seed1" / "summary.json").is_file()
     assert "no report of table2" in capsys.readouterr().err
+
+
+def test_a_table_of_cost_has_the_time_and_memory_of_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_SECONDS", 0.1)
+    row = "fastest_mnist"  # its own baseline: it takes its own time
+    assert cli.main(["paper", "cheapest_mnist", f"only={row}", f"out={tmp_path}", *SMALLER]) == 0
+    for seed in (0, 1):
+        found = read_step(tmp_path / f"{row}-seed{seed}")
+        assert found is not None and found.times_baseline == pytest.approx(1, rel=0.5)
 
 
 def test_official_corruptions_of_other_data_are_a_sentence(

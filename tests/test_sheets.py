@@ -53,6 +53,17 @@ def test_means_deviations_and_differences_are_those_by_hand(tmp_path: Path) -> N
     assert found["speedup, eq. 7 | paper"] == "2.3×"
 
 
+def test_a_number_that_no_row_has_is_left_out_once_a_run_is_finished(tmp_path: Path) -> None:
+    rows = [row("a", paper={"autoattack": 44.0}), row("b")]
+    of = plan(rows, attacks=["autoattack", "pgd100x10"])
+    every = cells(make_sheet(of, tmp_path), "a")
+    finished(tmp_path / "a-seed0", theoretical_speedup=None)
+    some = cells(make_sheet(of, tmp_path), "a")
+    gone = {"PGD-100×10 %", "speedup, eq. 7"}
+    assert gone <= every.keys() and not gone & some.keys()
+    assert some["AutoAttack %"] == "–" and some["AutoAttack % | paper"] == "44.00"
+
+
 def test_speedups_are_paired_by_seed(tmp_path: Path) -> None:
     for seed, (base, ours) in enumerate([(100.0, 50.0), (120.0, 40.0)]):
         finished(tmp_path / f"a-seed{seed}", seconds=base, flops=4e12)
@@ -355,7 +366,7 @@ def test_sparse_rows_tell_overfitting_gap_and_three_costs(tmp_path: Path) -> Non
 def test_sheets_of_cost_tell_units_memory_and_time_over_the_baseline(tmp_path: Path) -> None:
     for name, units in (("plain", 3.0), ("cheap", 4.5)):
         finished(tmp_path / f"{name}-seed0", units_per_example=units, epochs=8)
-        step = {"peak_memory_mb": 2 * units, "times_baseline": units / 3, "steps": 200}
+        step = {"peak_memory_mb": 2 * units, "times_baseline": units / 3, "steps": 200, "epoch": 2}
         (tmp_path / f"{name}-seed0" / "step.json").write_text(json.dumps(step))
     sheet = make_sheet(plan([row("plain"), row("cheap")], kind="cost"), tmp_path)
     shown = cells(sheet, "cheap")
@@ -381,7 +392,7 @@ def test_sheets_of_training_by_bounds_tell_ratios_and_the_best_engine(tmp_path: 
     shown = cells(sheet, "mix")
     assert shown["verified, crown_ibp %"] == "75.00" and shown["× baseline's time"] == "4.0"
     assert not any("speedup" in head for head in shown)
-    step = {"peak_memory_mb": 12.34, "times_baseline": 8.0, "steps": 200}
+    step = {"peak_memory_mb": 12.34, "times_baseline": 8.0, "steps": 200, "epoch": 2}
     (tmp_path / "mix-seed0" / "step.json").write_text(json.dumps(step))
     sheet = make_sheet(plan([row("plain"), row("mix")], kind="verified", attacks=attacks), tmp_path)
     assert line(sheet, "mix").values["time_doublings"] == {0: 3.0}  # of steps, not of epochs

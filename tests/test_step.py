@@ -37,6 +37,7 @@ from btrain.defenses import DEFENSES, kl_inner_loss
 from btrain.methods.augmix import AugMix
 from btrain.methods.bullettrain import BulletTrain, forward_prefix, rows_to_forward
 from btrain.methods.statistics import StepStats, averages, stacked, step_stats
+from btrain.settings import Score
 from steps import take
 
 EPSILON = 0.1
@@ -193,7 +194,7 @@ def test_the_host_reads_the_counts_once_the_batch_is_put_in_order(
 
 def test_a_shared_clean_forward_saves_one(preact: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     m = len(batch[0])
-    shared = replace(method(Uniform(3)), share_clean_forward=True)
+    shared = replace(method(Uniform(3)), scoring=Score.shared)
     assert forward_sizes(preact, batch, shared) == [m] * (1 + 3 + 1)
     # The clean logits of the loss carry their gradient although they decided the classes.
     before = copy.deepcopy(preact)

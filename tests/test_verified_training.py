@@ -294,8 +294,30 @@ def test_a_step_of_a_run_has_its_memory_and_its_time_over_anothers(
     assert base is not None and state / 2**20 < base.peak_memory_mb < step.peak_memory_mb
     assert torch.equal(torch.get_rng_state(), random)
     assert {p: p.read_bytes() for p in bounded.rglob("*") if p.is_file() and p != path} == before
-    path.write_text('{"peak_memory_mb": 1, "times_baseline": "2", "steps": 3}')
+    path.write_text('{"peak_memory_mb": 1, "times_baseline": "2", "steps": 3, "epoch": 1}')
     assert read_step(bounded) is None
+    older = '{"peak_memory_mb": 1, "times_baseline": 0.01, "steps": 3}'
+    path.write_text(older)  # newer than the run, but of another measure
+    write_step(bounded, tmp_path / "none")
+    assert path.read_text() != older and read_step(bounded) is not None
+
+
+def test_the_time_over_anothers_is_that_of_the_middle_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dataset=digits", "dataset.train_examples=100", "dataset.test_examples=50",
+             "model=small_cnn", "model.width=2", "train.epochs=3", "train.batch_size=5",
+             "eval.steps=0", "bt.probe_every=0", "device=cpu"]  # fmt: skip
+    monkeypatch.setattr(paper_step, "_SECONDS", 0.3)
+    whole, skipping = tmp_path / "whole", tmp_path / "skipping"
+    skip = ["train.skip=0.9", "train.skip_last=0.5"]  # of the second epoch alone
+    for run, own in ((whole, []), (skipping, skip)):
+        assert cli.main(["train", *words, *own, f"run.dir={run}"]) == 0
+    write_step(skipping, whole)
+    step = read_step(skipping)
+    assert step is not None and step.epoch == 2 and step.times_baseline is not None
+    # 45 of the 50 far images are left out: 11 steps of the same kind for 20.
+    assert step.times_baseline == pytest.approx(11 / 20, rel=0.3)
 
 
 def test_methods_of_all_epochs_are_one(digits: Data) -> None:

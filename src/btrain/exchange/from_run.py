@@ -355,7 +355,7 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
     _check_plain(saved, origin)
     key = repr(saved)
     if key not in _read:
-        config = _checked(translated(saved), origin)
+        config = _checked(dict(translated(saved)), origin)
         _read.clear()
         _read[key] = config
     return copy.deepcopy(_read[key])
@@ -365,7 +365,7 @@ _read: dict[str, Config] = {}
 """The configuration read last: a run's `config.yaml` and its checkpoint mostly say the same."""
 
 
-def _checked(saved: Mapping[str, Any], origin: Path) -> Config:
+def _checked(saved: dict[str, Any], origin: Path) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

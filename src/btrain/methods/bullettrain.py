@@ -34,6 +34,7 @@ from btrain.data import Batch, Data
 from btrain.defenses import Defense, Weights
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
+from btrain.settings import Score
 
 OUTLIERS = "outlier_fraction"
 """The name of F_O's moving average in a method's memory, where a guard watches it."""
@@ -94,9 +95,9 @@ class BulletTrain:
     Attributes:
         metric: the score of each example from clean logits and labels, (m, K), (m,) -> (m,).
         gamma, momentum: γ and p of eq. 5.
-        share_clean_forward: whether line 11 and the loss share one clean forward, in train mode.
-        score_last: whether examples are scored by the loss' clean logits at their last visit, and
-            of those of now only the attack's targets are computed.
+        scoring: by which logits examples are scored: by a forward pass of their own (line 11), by
+            the loss' clean logits, in train mode, or by those of an example's last visit, so that
+            now only the attack's targets are computed.
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
         kept: the store of the perturbations that attacks start from; None where they do not.
@@ -112,8 +113,7 @@ class BulletTrain:
     metric: Callable[[Tensor, Tensor], Tensor]
     gamma: float
     momentum: float
-    share_clean_forward: bool = False
-    score_last: bool = False
+    scoring: Score = Score.fresh
     forward_unperturbed: bool = False
     regulariser: tuple[Regulariser, float] | None = None
     kept: Kept | None = None
@@ -142,7 +142,9 @@ class BulletTrain:
         """Yield the batch once, attacked; one copy to the host, of the step counts."""
         x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
-        score = memory["score"][batch.indices] if self.score_last else self.score(z, labels)
+        score = (
+            memory["score"][batch.indices] if self.scoring is Score.last else self.score(z, labels)
+        )
         noise = self.start(batch, memory, generator)
 
         def attacked_logits(steps: int, step_size: float) -> Tensor:
@@ -281,7 +283,7 @@ class BulletTrain:
         They are z, or with scores of the last visit those of the examples that take a step; the
         others' are zeros.
         """
-        if not (self.score_last and self.defense.inner_reads_clean and active):
+        if not (self.scoring is Score.last and self.defense.inner_reads_clean and active):
             return z, 0
         read = active[0]
         logits = eval_logits(network, x[:read])
@@ -298,7 +300,7 @@ class BulletTrain:
             clean_logits = network(x)
             return clean_logits, clean_logits.detach()
         reads = self.defense.inner_reads_clean or self.allocator.needs_scores
-        if reads and not self.score_last:
+        if reads and self.scoring is not Score.last:
             return None, eval_logits(network, x)
         return None, x.new_empty(len(x), 0)
 
@@ -306,7 +308,7 @@ class BulletTrain:
     def shares_clean_forward(self) -> bool:
         """Return whether line 11 and the loss share one clean forward."""
         in_train_mode = self.attack.train_mode and self.defense.inner_reads_clean
-        return self.share_clean_forward or in_train_mode
+        return self.scoring is Score.shared or in_train_mode
 
     def score(self, z: Tensor, labels: Tensor) -> Tensor:
         """Return the metric, NaN where no logits were computed. (m, K), (m,) -> (m,)"""
@@ -410,7 +412,7 @@ class BulletTrain:
         scoring = 1.0 if reads or self.allocator.needs_scores else 0.0
         if self.shares_clean_forward:
             scoring = 0.0
-        elif self.score_last:
+        elif self.scoring is Score.last:
             scoring = expected.attacked if reads else 0.0
         perturbed = 1 if self.forward_unperturbed else expected.attacked
         training = 3 + 3 * perturbed if self.defense.outer_reads_clean else 3

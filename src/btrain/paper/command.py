@@ -16,6 +16,7 @@ from btrain.durable import check_places, check_within
 from btrain.errors import Interrupted, UserError
 from btrain.paper.job import Job, check, make_plan, unfinished
 from btrain.paper.plan import ALLOCATION, STEP, Plan, Row
+from btrain.paper.sheets import bounded, cost
 from btrain.paper.target import Sweep, names, read_profile, read_target, row_name, run_name
 from btrain.runs.folder import RunFolder
 from btrain.runs.read import Runs
@@ -253,7 +254,7 @@ def _evaluate(job: Job, plan: Plan, row: Row, seed: int, command: Command) -> bo
             from btrain.paper.batch import write_allocation
 
             write_allocation(folder)
-        if plan.kind in ("verified", "front", "cost"):
+        if plan.kind in (*bounded.KINDS, cost.KIND):
             from btrain.paper.sheets.sheet import baseline_of
             from btrain.paper.step import write_step
 

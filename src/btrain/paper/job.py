@@ -106,9 +106,10 @@ def config_of(job: Job, experiment: str, swept: Mapping[str, str]) -> Config:
 def _config(job: Job, sweep: Sweep, experiment: str, swept: Mapping[str, str]) -> Config:
     from omegaconf import OmegaConf
 
-    own = (setting for setting in job.settings(sweep) if not setting.startswith("hydra"))
+    own = [setting for setting in job.settings(sweep) if not setting.startswith("hydra")]
     groups = [f"{key}={value}" for key, value in swept.items() if "." not in key]
-    point = _composed(f"experiment={experiment}", *groups, *own).copy()
+    words = [f"experiment={experiment}", *groups, *own]
+    point, _ = configs.without_replaced(_composed(*words).copy(), [*words, *swept])
     for key, value in swept.items():
         if "." in key:
             OmegaConf.update(point, key, value)

@@ -41,7 +41,7 @@ class _Steps:
         data = load_data(config, device)
         self._state = make_state(config, data, device)
         self._state.load_state_dict(saved["state"])
-        self._state.epoch = config.train.epochs // 2
+        self._state.epoch = self.epoch = config.train.epochs // 2
         plan = make_plan(config)
         self._plan = replace(plan, lr=0.0, max_seconds=None, score_every=None)
         self._paths = make_fast_paths(config.train, device)
@@ -99,7 +99,7 @@ def write_step(folder: Path, baseline: Path) -> Path:
         own = _Steps(folder)
         peak = own.peak_memory_mb()
         ratio, timed = _times(own, _Steps(baseline)) if trained else (None, 0)
-    write_file(path, json.dumps(asdict(Step(peak, ratio, timed))).encode() + b"\n")
+    write_file(path, json.dumps(asdict(Step(peak, ratio, timed, own.epoch + 1))).encode() + b"\n")
     return path
 
 

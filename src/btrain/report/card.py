@@ -16,6 +16,7 @@ from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings.compose import to_yaml
+from btrain.terminal import counted, plural
 from btrain.untrusted import sha256
 
 _CARD = """\
@@ -25,7 +26,7 @@ _CARD = """\
 
 {table}
 
-Accuracies are percent of {examples} test images, with 95 % intervals over other draws of images.
+Accuracies are percent of {examples} test {images}, with 95 % intervals over other draws of images.
 {attacks}
 
 ## How it was trained
@@ -42,13 +43,14 @@ Accuracies are percent of {examples} test images, with 95 % intervals over other
 """
 
 
-def write_card(out: Path, saved: SavedRun, format: str) -> list[Path]:
+def write_card(out: Path, saved: SavedRun, format: str, parameters: int) -> list[Path]:
     """Write `<out>.md` and `<out>.sha256`; return where.
 
     Args:
         out: the exported file.
         saved: the run that it was made of.
         format: what `out` was exported as.
+        parameters: how many `out` has.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -58,12 +60,12 @@ def write_card(out: Path, saved: SavedRun, format: str) -> list[Path]:
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error.strerror}).") from error
     card, beside = (out.with_name(out.name + end) for end in BESIDE)
-    text = _text(saved, out.name, digest, format)
+    text = _text(saved, out.name, digest, format, parameters)
     write_files({card: text.encode(), beside: f"{digest}  {out.name}\n".encode()})
     return [card, beside]
 
 
-def _text(saved: SavedRun, file: str, digest: str, format: str) -> str:
+def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int) -> str:
     """Return the card in Markdown."""
     config, folder = saved.config, _run_of(saved.path)
     summary = (folder.summary() if folder is not None else None) or {}
@@ -72,19 +74,21 @@ def _text(saved: SavedRun, file: str, digest: str, format: str) -> str:
     return _CARD.format(
         title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
         sentence=(
-            f"A `{config.model.name}` for {saved.classes} classes of `{config.dataset.title}`, "
-            f"{width}×{height} images with {saved.shape[0]} channel(s) in [0, 1], made robust with "
+            f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
+            f"`{config.dataset.title}`, {width}×{height} images with "
+            f"{counted(saved.shape[0], 'channel')} in [0, 1], made robust with "
             f"`defense={config.defense.name.name}` and `bt={config.bt.name.name}` against changes "
             f"in {_ball(config)}."
         ),
         table=markdown(["under", "right %", "95 % interval", "n"], rows),
+        images=plural(summary.get("test_examples"), "image"),
         examples=summary.get("test_examples", "the"),
         attacks=" ".join(notes),
         settings=_settings(config),
         facts=_facts(summary),
         file=file,
         sha256=digest,
-        parameters=sum(parameter.numel() for parameter in saved.network().parameters()),
+        parameters=parameters,
         reading=(
             f"`btrain eval checkpoint={file}` evaluates it."
             if format in ("checkpoint", "compact")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, lru_cache
@@ -22,10 +23,13 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
-from btrain.settings.names import Start
+from btrain.settings.names import DatasetName, Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
+from btrain.settings.words import names as names_in
 from btrain.untrusted import read_text
+
+log = logging.getLogger("btrain")
 
 _LARGEST_YAML = 64 << 10  # bytes; a run's has 3,000
 _DEEPEST = 50  # lists in lists of an override, of which Python's parser takes some hundreds
@@ -85,29 +89,31 @@ def register() -> None:
     store(name="bench_schema", node=BenchRun)
     for group in OPTIONS:
         _store_options(group)
+    loosen([])
     user_files.register()
     OmegaConf.register_new_resolver("scale", _scale, replace=True)
     OmegaConf.register_new_resolver("full_step", _full_step, replace=True)
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
     OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
-
-
-_loose: set[str] = set()
-"""The groups whose schemas take other keys at the moment."""
+    OmegaConf.register_new_resolver("augment", _augment, replace=True)
 
 
 def loosen(words: Sequence[str]) -> None:
     """Let an experiment of a command line give settings to options that the words replace.
 
-    `from_hydra` leaves these out, and refuses all other keys that the schemas do not have.
+    `without_replaced` leaves these out, and `from_hydra` refuses all other keys that the schemas do
+    not have. Files that are read before `loosened`, an option's own among them, meet the schemas.
     """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
     typed = {word.lstrip("+").partition("=")[0] for word in words}
-    wanted = typed & OPTIONS.keys() if "experiment" in typed else set[str]()
-    changed = _loose ^ wanted
-    _loose.symmetric_difference_update(changed)
-    for group in changed:
-        _store_options(group)
+    groups = sorted(typed & OPTIONS.keys()) if "experiment" in typed else []
+    node = OmegaConf.create({group: {} for group in groups})
+    for group in groups:
+        OmegaConf.set_struct(node[group], False)
+    ConfigStore.instance().store(name="loosened", node=node)
 
 
 def _store_options(group: str) -> None:
@@ -117,17 +123,13 @@ def _store_options(group: str) -> None:
 
     for option, schema in OPTIONS[group][1].items():
         node = OmegaConf.structured(schema)
-        if group in _loose:
-            OmegaConf.set_struct(node, False)
-        elif FREE in node:
+        if FREE in node:
             OmegaConf.set_struct(node[FREE], False)
         ConfigStore.instance().store(group=group, name=f"{option.name}_schema", node=node)
 
 
-@cache
-def _types(schema: type) -> dict[str, Any]:
-    """Return a schema's settings with their types, evaluated once."""
-    return get_type_hints(schema)
+_types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+"""A schema's settings with their types, evaluated once."""
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
@@ -186,6 +188,19 @@ def _with_views(augmix: object, views: int, steps: int) -> int:
     return steps if augmix is None else views
 
 
+def _augment(dataset: Mapping[str, Any], usual: bool | int) -> bool | int:
+    """Return `${augment:${dataset},4}` = 4: a recipe's augmentation, as far as the images allow.
+
+    Of data of the user's own nobody knows what a crop or a mirror does to them: 0 or false. A crop
+    moves the images of a folder by an eighth of their side at most.
+    """
+    if dataset["name"] is DatasetName.own:
+        return type(usual)()
+    if dataset["name"] is DatasetName.imagefolder and type(usual) is int:
+        return min(usual, max(int(dataset["image_size"]), 0) // 8)
+    return usual
+
+
 def _recipe_of(defense: str, dataset: str) -> str:
     """Return the recipe of a defense on a data set: `${recipe_of:${defense},${dataset}}`.
 
@@ -213,12 +228,15 @@ def _divided(count: int, divisor: float) -> int:
 def compose(overrides: Sequence[str] = (), task: str = "train") -> Any:
     """Return the configuration of a task's command with the overrides, of its schema's class.
 
-    The overrides are the user's, who allows what they name.
+    The overrides are the user's, who allows what they name. The log tells what is left out.
 
     Raises:
         UserError: an unknown key or option, a wrong type, a value out of range.
     """
-    config = from_hydra(composed(overrides, task), overrides)
+    cfg, notes = without_replaced(composed(overrides, task), overrides)
+    config = from_hydra(cfg, overrides)
+    for note in notes:
+        log.warning("%s", note)
     own.allow_parts(config)
     return config
 
@@ -283,14 +301,42 @@ def with_path_quoted(argument: str) -> str:
     return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
 
 
-_WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg",
-                 "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")  # fmt: skip
+_SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun",
+          "-i": "--info", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
+          "-sc": "--shell-completion"}  # fmt: skip
+_WITH_A_VALUE = ("--config-dir", "--config-path", "--config-name", "--cfg", "--package", "--info",
+                 "--experimental-rerun")  # fmt: skip
+_LONG = (*_SHORT.values(), "--hydra-help", "--version", "--resolve", "--experimental-rerun")
 
 
-def options_first(arguments: Sequence[str]) -> list[str]:
-    """Put Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
-    options, settings = _apart(arguments)
-    return [*options, *settings]
+def arranged(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line as all that follows takes them.
+
+    Hydra's own options are spelt out, as `-m` and argparse's `--multi` stand for `--multirun`, and
+    ahead of the settings, as argparse wants them; paths are quoted.
+    """
+    options, settings = _apart([_spelt_out(argument) for argument in arguments])
+    return [*options, *map(with_path_quoted, settings)]
+
+
+def _spelt_out(argument: str) -> str:
+    """Return an argument with the option that it begins with in full; others stay as they are."""
+    option, *value = argument.partition("=")
+    long = [name for name in _LONG if option.startswith("--") and name.startswith(option)]
+    if option in _SHORT:
+        option = _SHORT[option]
+    elif len(long) == 1:
+        option = long[0]
+    return "".join([option, *value])
+
+
+def is_sweep_asked_for(arguments: Sequence[str]) -> bool:
+    """Return whether the words of a command line, arranged, ask for a sweep."""
+    modes = [word.lstrip("+").partition("=") for word in arguments]
+    return "--multirun" in arguments or any(
+        key == "hydra.mode" and value.strip("'\"") in ("MULTIRUN", "RunMode.MULTIRUN", "2")
+        for key, _, value in modes
+    )
 
 
 def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -330,7 +376,8 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     for position, argument in enumerate(arguments):
         if argument in ("--shell-completion", "-sc"):
             raise UserError('Tab completion comes by eval "$(btrain --completion bash)".')
-        if argument in unknown and argument.startswith("-"):
+        several = argument[:2] != "--" and argument.partition("=")[0] not in _SHORT  # -mr
+        if argument.startswith("-") and (several or argument in unknown):
             keys = keys_of(TASKS[task].schema)
             raise UserError(hints.option(arguments[position:], keys, command))
 
@@ -343,7 +390,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
-        if option in ("--config-dir", "-cd"):
+        if option == "--config-dir":
             folder = value if equals else following
             if not Path(folder).is_dir():
                 raise UserError(f"--config-dir {folder} is no folder.")
@@ -418,17 +465,58 @@ def resolved(overrides: Any) -> list[str]:
     return found
 
 
-def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
+def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return a configuration without what an experiment gave to options that the words replace.
+
+    That is what the option typed instead does not have, another of the group has, and nobody has
+    typed.
+
+    Args:
+        cfg: what Hydra composed, without its own settings; it is left as it is.
+
+    Returns:
+        The configuration, and a sentence for each option on what it lacks.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    given = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    notes = []
+    for group, (_, options) in OPTIONS.items() if "experiment" in given else ():
+        if group not in given:
+            continue
+        replaced = [
+            leaf
+            for leaf in map(str, cfg[group])
+            if leaf not in _types(OmegaConf.get_type(cfg[group]))
+            and any(leaf in _types(schema) for schema in options.values())
+            and not any(f"{key}.".startswith(f"{group}.{leaf}.") for key in given)
+        ]
+        if not replaced:
+            continue
+        cfg = cfg.copy()
+        with open_dict(cfg):
+            for leaf in replaced:
+                del cfg[group][leaf]
+        keys = ", ".join(f"{group}.{leaf}" for leaf in replaced)
+        notes.append(
+            f"{given[group]} has no {keys}: left out, though {given['experiment'].lstrip('+')} "
+            f"gives {'it' if len(replaced) == 1 else 'them'}."
+        )
+    return cfg, notes
+
+
+def from_hydra(cfg: Any, overrides: Sequence[str], folder: str | None = None) -> Any:
     """Turn a composed configuration into its task's checked dataclasses; name the run folder.
 
     Args:
         cfg: what Hydra composed, without its own settings; it is left as it is.
         overrides: the command line's, for the name of the run folder.
+        folder: of more options, as --config-dir gives.
 
     Raises:
         UserError: a value is missing or out of range, or `+key=value` added a key.
     """
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     for override in overrides:
@@ -442,11 +530,6 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
                 )
     if removed := _removed(overrides, OmegaConf.get_type(cfg)):
         raise UserError(f"{removed} takes away what every run needs.")
-    if replaced := _replaced(cfg, overrides):
-        cfg = cfg.copy()
-        with open_dict(cfg):
-            for group, leaf in replaced:
-                del cfg[group][leaf]
     try:
         config: Any = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
@@ -454,7 +537,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
             f"{error.full_key} has no default; please give {error.full_key}=…."
         ) from error
     except UserError as error:
-        raise _with_giver(error, overrides) from None
+        raise _with_giver(error, overrides, folder) from None
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     _reject_added_keys(config, "", type(config))
@@ -466,64 +549,40 @@ def from_hydra(cfg: Any, overrides: Sequence[str]) -> Any:
     return config
 
 
-def _replaced(cfg: Any, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the group and name of each setting that a file gave to an option that was replaced.
+def _with_giver(error: UserError, overrides: Sequence[str], folder: str | None) -> UserError:
+    """Return a mistake that also names the experiment, where it is one of settings of its file."""
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    for name in names_in(given.get("experiment", "")):
+        keys = [
+            key
+            for key in dict.fromkeys(_settings_of(name, folder))
+            if key not in given
+            and re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", str(error))
+        ]
+        if keys:
+            changes = " or ".join(f"{key}=…" for key in keys)
+            return UserError(
+                f"{error} experiment={name} sets {' and '.join(keys)}; {changes} would change that."
+            )
+    return error
 
-    The option that was typed instead does not have it, another of the group has, and nobody has
-    typed it.
+
+def _settings_of(experiment: str, folder: str | None) -> list[str]:
+    """Return the keys that an experiment sets, `bt.n_b`, with those of what it is made of.
+
+    Args:
+        folder: of the user's, whose experiments are taken ahead of btrain's own.
     """
-    from omegaconf import OmegaConf
-
-    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
-    return [
-        (group, str(leaf))
-        for group, (_, options) in OPTIONS.items()
-        if group in typed and group in cfg
-        for leaf in cfg[group]
-        if leaf not in _types(OmegaConf.get_type(cfg[group]))
-        and any(leaf in _types(schema) for schema in options.values())
-        and not any(f"{key}.".startswith(f"{group}.{leaf}.") for key in typed)
-    ]
-
-
-def _with_giver(error: UserError, overrides: Sequence[str]) -> UserError:
-    """Return a mistake that also names the experiment, where it is one of a setting of its file."""
-    given = {override.partition("=")[0]: override for override in overrides}
-    name = given.get("experiment", "").partition("=")[2]
-    keys = [
-        key
-        for key in _settings_of(name)
-        if key not in given and re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", str(error))
-    ]
-    if not keys:
-        return error
-    return UserError(f"{error} experiment={name} sets {keys[0]}; {keys[0]}=… would change that.")
-
-
-def _settings_of(experiment: str) -> list[str]:
-    """Return the keys that an experiment of btrain's sets, `bt.n_b`, with those it is made of."""
-    file = Path(config_dir()) / "experiment" / f"{experiment}.yaml"
-    if not re.fullmatch(r"\w+", experiment) or not file.is_file():
+    places = [Path(place) / "experiment" for place in (folder, config_dir()) if place is not None]
+    files = (place / f"{experiment.removeprefix('/experiment/')}.yaml" for place in places)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         return []
     content = read_yaml(file)
     bases = [of for of in content.pop("defaults", []) if isinstance(of, str)]
     keys = [f"{group}.{leaf}" for group, of in content.items() if isinstance(of, dict)
             for leaf in of]  # fmt: skip
-    return keys + [key for base in bases for key in _settings_of(base)]
-
-
-def left_out(cfg: Any, overrides: Sequence[str]) -> list[str]:
-    """Return sentences on the settings that an experiment gave to an option that was replaced."""
-    keys: dict[str, list[str]] = {}
-    for group, leaf in _replaced(cfg, overrides):
-        keys.setdefault(group, []).append(f"{group}.{leaf}")
-    given = {override.lstrip("+").partition("=")[0]: override for override in overrides}
-    file = given.get("experiment", "a file")
-    return [
-        f"{given[group]} has no {', '.join(of)}: left out, though {file} gives "
-        f"{'it' if len(of) == 1 else 'them'}."
-        for group, of in keys.items()
-    ]
+    return keys + [key for base in bases for key in _settings_of(base, folder)]
 
 
 def _reject_unread(config: Config, overrides: Sequence[str]) -> None:

@@ -56,18 +56,21 @@ class Step:
             either taken in turns in one process; CPU time on a CPU. None where the baseline is
             not trained.
         steps: of either, that were timed; nothing of a run changes by them.
+        epoch: whose steps they are, from 1. Older files have none and told the time of a step of
+            the last epoch over the baseline's: they count as not there.
     """
 
     peak_memory_mb: float
     times_baseline: float | None
     steps: int
+    epoch: int
 
 
 def read_step(folder: Path) -> Step | None:
     """Return what a run's `step.json` holds, or None where there is no sound one."""
     try:
         step = Step(**json.loads(read_text(folder / STEP, _LARGEST)))
-        known = [step.peak_memory_mb, step.steps]
+        known = [step.peak_memory_mb, step.steps, step.epoch]
         known += [] if step.times_baseline is None else [step.times_baseline]
         sound = all(is_number(value) and value >= 0 for value in known)
         sound = sound and step.times_baseline != 0
