@@ -130,8 +130,8 @@ def foresee(config: Config) -> Foreseen:
     if not units > 0:
         raise UserError(
             f"{size} makes {counted(batches, 'batch', 'batches')} of "
-            f"{counted(len(data.train), 'training image')}; an epoch needs three batches for some of "
-            "them to be timed."
+            f"{counted(len(data.train), 'training image')}; an epoch needs three batches for some "
+            "of them to be timed."
         )
     images = float(state.epoch_sums[EXAMPLES]) * (state.batch - 1) / state.batch
     expected = method.expected_units(PAPER_FRACTIONS)
