@@ -73,5 +73,6 @@ def test_memory_is_that_of_the_job_and_not_of_those_before() -> None:
 
 
 def test_an_epoch_of_two_batches_cannot_be_timed() -> None:
-    with pytest.raises(UserError, match="needs three batches"):
+    told = r"^train.batch_size=100 makes 2 batches of 200 .* needs three batches"
+    with pytest.raises(UserError, match=told):
         foresee(compose([*WORDS, "train.batch_size=100"]))

@@ -128,7 +128,11 @@ def foresee(config: Config) -> Foreseen:
         warm = take(lambda: state.batch == 1)
         seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
     if not units > 0:
-        raise UserError("An epoch needs three batches for some of them to be timed.")
+        raise UserError(
+            f"{size} makes {counted(batches, 'batch', 'batches')} of "
+            f"{counted(len(data.train), 'training image')}; an epoch needs three batches for some "
+            "of them to be timed."
+        )
     images = float(state.epoch_sums[EXAMPLES]) * (state.batch - 1) / state.batch
     expected = method.expected_units(PAPER_FRACTIONS)
     each = units / images if expected is None else expected
