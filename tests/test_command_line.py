@@ -13,7 +13,14 @@ import btrain
 from btrain.cli import main
 from btrain.errors import UserError
 from btrain.settings import hints
-from btrain.settings.compose import TASKS, check_search, check_words, keys_of
+from btrain.settings.compose import (
+    TASKS,
+    arranged,
+    check_search,
+    check_words,
+    is_sweep_asked_for,
+    keys_of,
+)
 from btrain.settings.evaluation import CUSTOM, PRESETS, parse, parse_compare, words_for
 from btrain.settings.user_files import FileConfigSource
 from composing import compose
@@ -76,6 +83,7 @@ def test_what_is_no_key_of_a_run_is_told_with_the_one_that_was_meant(
         (["seed=3", "--bt.gamma=.5"], "without dashes: bt.gamma=.5."),
         (["--abacus"], "There is no option --abacus; `btrain train --help` lists what there is."),
         (["-x"], "There is no option -x"),
+        (["-mr", "seed=0,1"], "There is no option -mr"),
         (["seed=1", "--config-dir"], "--config-dir/-cd: a value is missing; see btrain train --h"),
         (["--cfg", "jobs"], "--cfg/-c: invalid choice: 'jobs' (there are: "),
         (
@@ -106,6 +114,14 @@ def test_dashes_and_spaces_are_told_with_what_to_write(arguments: list[str], tol
 )
 def test_what_hydra_takes_passes(arguments: list[str]) -> None:
     check_words(arguments, "train")
+
+
+@pytest.mark.parametrize("asking", ["-m", "--multi", "--m", "++hydra.mode='MULTIRUN'"])
+def test_whatever_asks_for_a_sweep_is_taken_for_it(asking: str) -> None:
+    words = ["seed=0,1", asking, "--config-d", "mine", "dataset.root=a, b"]
+    assert is_sweep_asked_for(arranged(words))
+    assert not is_sweep_asked_for(arranged([*words[:1], *words[2:], "hydra.mode=RUN"]))
+    assert {"--config-dir", "mine", "dataset.root='a, b'"} <= set(arranged(words))
 
 
 @pytest.mark.parametrize(

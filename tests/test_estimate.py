@@ -60,7 +60,7 @@ def test_the_flops_of_a_row_are_those_that_its_run_counts(tmp_path: Path) -> Non
     row = next(row for row in make_plan(of).rows if row.name == "table2_trades")
     found = cost(of, row)
     assert found.training == pytest.approx(summary["flops"])
-    assert "1 epochs of 60 images, batches of 20" in found.settings
+    assert "1 epoch of 60 images, batches of 20" in found.settings
     unit = summary["flops"] / (27 * 60)
     # The run's own PGD-20 on 20 test images and after its epoch on a batch of 20; PGD-20.
     own, twenty = 42 * (20 + 20), 42 * 20

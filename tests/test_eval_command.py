@@ -43,7 +43,7 @@ def arrays(path: Path) -> dict[str, Any]:
 
 def test_a_run_folder_is_enough(runs_here: Path, capsys: Capture, digits: Data) -> None:
     assert main(["eval", "checkpoint=A"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     folder = runs_here / "A" / "eval"
     assert {path.name for path in folder.iterdir()} == {
         "clean.json", "clean.npz", "pgd20.json", "pgd20.npz", "sanity.json",
@@ -68,9 +68,11 @@ def test_a_run_folder_is_enough(runs_here: Path, capsys: Capture, digits: Data) 
     for key in ("checkpoint_sha256", "data_sha256", "epsilon", "seed", "dataset", "versions"):
         assert sanity[key] == found[key]
     assert len(sanity["checks"]) == 6
-    for check in sanity["checks"]:
+    for number, check in enumerate(sanity["checks"], start=1):
         assert check["verdict"] in ("passed", "suspicious", "skipped")
         assert f"{check['name']}" in out
+        told = f"sanity check {number} of 6: {check['name']}: {check['verdict']}"
+        assert told in err.splitlines()
     assert "pgd20" in out
     assert f"{found['accuracy']:.2f}" in out
 

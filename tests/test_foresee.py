@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from btrain.cli import main
 from btrain.errors import UserError
@@ -57,6 +59,17 @@ def test_a_sweep_is_told_in_all(
     assert total.startswith("in all   2 jobs: ") and disk[0] == disk[1]
     assert float(total.split(", ")[1].split()[0]) == pytest.approx(sum(work), rel=0.01)
     assert float(total.split(", ")[2].split()[0]) == pytest.approx(6 * float(disk[0]), abs=3)
+
+
+def test_memory_is_that_of_the_job_and_not_of_those_before() -> None:
+    torch.ones(100_000_000)  # which is gone again
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = foresee(compose([*WORDS, "train.epochs=1"]))
+    assert "1 epoch of 10 batches" in told.sentences()
+    if told.alone:
+        assert told.memory < peak - 2e8
+    else:  # what no Linux tells
+        assert "since it began" in told.sentences()
 
 
 def test_an_epoch_of_two_batches_cannot_be_timed() -> None:

@@ -12,7 +12,7 @@ import btrain
 ROOT = Path(btrain.__file__).parent
 
 LAYERS = [
-    ["errors"],
+    ["errors", "lazy"],
     ["durable", "own", "pages", "terminal", "untrusted"],
     ["settings"],
     ["precision", "allocation", "data", "models", "corruptions", "processes"],

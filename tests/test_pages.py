@@ -42,6 +42,14 @@ def test_markdown_is_aligned_and_its_cells_are_text() -> None:
     assert len({len(line) for line in (head, ruler, first, last)}) == 1
 
 
+def test_a_table_for_a_file_is_not_padded_and_the_terminal_s_is() -> None:
+    head, rows = ["", "b"], [["x|y\\", "1"], ["longer", ""]]
+    table, padded = tables.compact(head, rows), tables.markdown(head, rows)
+    assert table.splitlines() == ["|  | b |", "|---|---|", r"| x\|y\\ | 1 |", "| longer |  |"]
+    assert tables.aligned(f"# |\n\n{table}\n\nend") == f"# |\n\n{padded}\n\nend"
+    assert len({*map(len, padded.splitlines())}) == 1
+
+
 def test_csv_keeps_texts_and_no_formula() -> None:
     cells = ['=cmd|"x"', "a, b", None, -1.5]
     (row,) = list(csv.reader(io.StringIO(tables.comma_separated(["a"] * 4, [cells]))))[1:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from inspect import get_annotations, isfunction
 from pathlib import Path
@@ -183,6 +185,21 @@ def test_functions_on_the_page_of_python_tell_shapes() -> None:
     assert len(told) > 15
     for function in told:
         assert re.search(r"\(([mn],|m, K|m, C|n, C|3,|\))", function.__doc__ or ""), function
+
+
+def test_what_the_page_of_python_names_is_there_after_import_btrain() -> None:
+    named = re.findall(r"^::: (\S+)", PAGES[ROOT / "docs" / "api.md"], re.MULTILINE)
+    named = [name.replace("attacks.pgd.pgd", "attacks.pgd") for name in named]  # the function
+    script = (
+        "import sys, btrain\n"
+        "assert {'train', 'load', 'evaluation', 'verify'} <= set(dir(btrain))\n"
+        "assert {'api', 'pgd', 'result', 'robust_accuracy'} <= set(dir(btrain.evaluation))\n"
+        "assert 'torch' not in sys.modules\n"
+        f"print(*({', '.join(named)}), sep='\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(named) > 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

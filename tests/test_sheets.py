@@ -53,6 +53,17 @@ def test_means_deviations_and_differences_are_those_by_hand(tmp_path: Path) -> N
     assert found["speedup, eq. 7 | paper"] == "2.3×"
 
 
+def test_a_number_that_no_row_has_is_left_out_once_a_run_is_finished(tmp_path: Path) -> None:
+    rows = [row("a", paper={"autoattack": 44.0}), row("b")]
+    of = plan(rows, attacks=["autoattack", "pgd100x10"])
+    every = cells(make_sheet(of, tmp_path), "a")
+    finished(tmp_path / "a-seed0", theoretical_speedup=None)
+    some = cells(make_sheet(of, tmp_path), "a")
+    gone = {"PGD-100×10 %", "speedup, eq. 7"}
+    assert gone <= every.keys() and not gone & some.keys()
+    assert some["AutoAttack %"] == "–" and some["AutoAttack % | paper"] == "44.00"
+
+
 def test_speedups_are_paired_by_seed(tmp_path: Path) -> None:
     for seed, (base, ours) in enumerate([(100.0, 50.0), (120.0, 40.0)]):
         finished(tmp_path / f"a-seed{seed}", seconds=base, flops=4e12)

@@ -228,7 +228,7 @@ def test_less_epsilon_verifies_more(net: tuple[nn.Module, Graph]) -> None:
 def test_a_verified_and_broken_image_is_reported() -> None:
     verified = torch.tensor([True, True, False, True])
     accuracy.refuse_broken(verified, torch.tensor([False, False, True, False]))
-    with pytest.raises(accuracy.VerifiedAndBrokenError, match=r"1 images .*: 3\.") as raised:
+    with pytest.raises(accuracy.VerifiedAndBrokenError, match=r"^1 image is .*: 3\.") as raised:
         accuracy.refuse_broken(verified, torch.tensor([False, False, True, True]))
     assert raised.value.indices == (3,)
 

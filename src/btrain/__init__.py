@@ -2,7 +2,7 @@
 
 `btrain train` is the command line and `train` the same from Python; `load` brings back the network
 of a run. `btrain.allocation`, `btrain.attacks` and `btrain.defenses` are BulletTrain as pure
-functions, for other people's training loops.
+functions, for other people's training loops. A module is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -11,10 +11,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from btrain import lazy
+
 if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes do not wait for
     from torch import nn
 
+    from btrain import (
+        allocation,
+        attacks,
+        corruptions,
+        data,
+        defenses,
+        errors,
+        evaluation,
+        exchange,
+        models,
+        verify,
+    )
+
+__all__ = [
+    "allocation",
+    "attacks",
+    "corruptions",
+    "data",
+    "defenses",
+    "errors",
+    "evaluation",
+    "exchange",
+    "load",
+    "models",
+    "train",
+    "verify",
+]
+
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = lazy.attributes(
+    __name__, [name for name in __all__ if name not in ("load", "train")]
+)
 
 
 def train(overrides: Sequence[str] = (), *, model: Any = None, data: Any = None) -> dict[str, Any]:

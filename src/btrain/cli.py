@@ -153,6 +153,7 @@ def _train(args: list[str]) -> None:
             )
         return summary.get("best_val_acc")  # what a sweeper that searches goes by
 
+    args = configs.arranged(args)
     with _table_at_the_end(args) as place:
         _run_with_hydra("train", args, run, place)
 
@@ -163,7 +164,9 @@ def _table_at_the_end(args: list[str]) -> Iterator[Path | None]:
 
     None without a sweep. Whoever interrupts one sees none.
     """
-    if not _sweeping(args):
+    from btrain.settings.compose import is_sweep_asked_for
+
+    if not is_sweep_asked_for(args):
         yield None
         return
     with TemporaryDirectory(prefix="btrain-") as folder:
@@ -201,11 +204,6 @@ def _looked_at(config: Any) -> str:
     return " ".join([*words, "report=true"])
 
 
-def _sweeping(args: Sequence[str]) -> list[str]:
-    """Return the words that ask for a sweep."""
-    return [word for word in args if word in ("-m", "--multirun", "hydra.mode=MULTIRUN")]
-
-
 def _say_next(commands: Sequence[str]) -> None:
     """Say what to type next."""
     for number, command in enumerate(commands):
@@ -214,6 +212,9 @@ def _say_next(commands: Sequence[str]) -> None:
 
 def _plan(args: list[str]) -> None:
     """Run `btrain.training.foresee.foresee`, once a job; tell the sum of a sweep."""
+    from btrain.settings import compose as configs
+
+    args = configs.arranged(args)
     with TemporaryDirectory(prefix="btrain-") as folder:  # jobs may be processes of their own
         place = Path(folder)
 
@@ -226,10 +227,9 @@ def _plan(args: list[str]) -> None:
                 (place / f"{uuid4()}.json").write_text(json.dumps(asdict(found)))
 
         # Hydra would leave a file of a sweep in runs/; submitit's jobs write into its folder.
-        if _sweeping(args) and not any("submitit" in word for word in args):
-            from btrain.settings.compose import quoted
-
-            args = [f"hydra.sweep.dir={quoted(str(place))}", *args]
+        is_sweep = configs.is_sweep_asked_for(args)
+        if is_sweep and not any("submitit" in word or "hydra.sweep.dir" in word for word in args):
+            args.append(f"hydra.sweep.dir={configs.quoted(str(place))}")
         _run_with_hydra("train", args, run)
         if len(files := [*place.glob("*.json")]) > 1:
             from btrain.training.foresee import Foreseen, in_all
@@ -250,7 +250,9 @@ def _data(args: list[str]) -> None:
 
         corrupt_dataset(config)
 
-    _run_with_hydra("corrupt", args[1:], run)
+    from btrain.settings.compose import arranged
+
+    _run_with_hydra("corrupt", arranged(args[1:]), run)
 
 
 def _run_with_hydra(
@@ -259,15 +261,14 @@ def _run_with_hydra(
     """Compose the task's configuration with Hydra and run it, once a job.
 
     Args:
+        args: arranged.
         place: the folder in which the jobs of a sweep tell of themselves.
     """
     from btrain.settings import compose as configs
 
-    args = [configs.with_path_quoted(argument) for argument in args]
-    args = configs.options_first(args)
-    if words := _sweeping(args):
-        check_alone(words[0])
-    if {"-h", "--help"} & set(args):
+    if configs.is_sweep_asked_for(args):
+        check_alone("--multirun")
+    if "--help" in args:
         from btrain.settings.help import help_text
 
         show(help_text(args, task), end="")

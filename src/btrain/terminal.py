@@ -38,6 +38,18 @@ def _spelt(error: UnicodeError) -> tuple[str, int]:
     return "".join(shown), error.end
 
 
+def plural(count: object, one: str, many: str | None = None) -> str:
+    """Return the word for so many: `image` of 1, else `images`, or what is given as `many`."""
+    if count == 1:
+        return one
+    return many or f"{one}{'es' if one.endswith('s') else 's'}"
+
+
+def counted(count: object, one: str, many: str | None = None) -> str:
+    """Return a number of things in words: `1 image`, `2 images`."""
+    return f"{count} {plural(count, one, many)}"
+
+
 def say(message: str, *, flush: bool = False) -> None:
     """Print a message on one line, whatever names are part of it."""
     show(printable(message), flush=flush)

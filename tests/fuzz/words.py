@@ -85,7 +85,7 @@ class CommandLines:
 
     @staticmethod
     def _of_a_run(words: list[str]) -> None:
-        words = configs.options_first([configs.with_path_quoted(word) for word in words])
+        words = configs.arranged(words)
         configs.check_words(words, "train")
         settings = [word for word in words if not word.startswith("-")]
         try:

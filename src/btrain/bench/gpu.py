@@ -27,6 +27,7 @@ from btrain.pages import tables
 from btrain.precision import to_channels_last
 from btrain.settings import DefenseName, Precision
 from btrain.settings.bench import BenchConfig
+from btrain.terminal import counted
 from btrain.training.safety.out_of_memory import ran_out
 from btrain.training.timing.clock import seconds
 from btrain.training.timing.lane import CLASSES
@@ -188,7 +189,7 @@ def _add_evaluation(
 
     def taken(n: int, channels_last: bool) -> float:
         layout = " in channels_last" if channels_last else ""
-        tell(f"{config.model.name}: PGD-20 on {n} images{layout}")
+        tell(f"{config.model.name}: PGD-20 on {counted(n, 'image')}{layout}")
         attack = partial(
             evaluate,
             models[channels_last],

@@ -21,6 +21,7 @@ from btrain.settings import Config, CudaGraphs, DefenseName, TrainConfig
 from btrain.settings.bench import BenchConfig, Contender
 from btrain.settings.compose import compose
 from btrain.settings.method import BulletTrainConfig
+from btrain.terminal import counted
 from btrain.training.epochs import epoch_order
 from btrain.training.timing.forced import class_counts
 from btrain.training.timing.lane import CLASSES, Lane, Workload
@@ -119,8 +120,8 @@ def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> l
     images = len(load_data(config, torch.device("cpu")).train)
     if max(batch_sizes) > images:
         raise UserError(
-            f"bench.batch_sizes: {path} was trained on {images} images, fewer than "
-            f"{max(batch_sizes)}."
+            f"bench.batch_sizes: {path} was trained on {counted(images, 'image')}, fewer "
+            f"than {max(batch_sizes)}."
         )
     return [
         Case(replace(config, train=replace(config.train, batch_size=size)), None, run)

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from btrain import lazy
 from btrain.errors import UserError
 from btrain.settings.corrupt import CORRUPTIONS, EXTRA_CORRUPTIONS, check_name
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from btrain.corruptions import frost, read
     from btrain.corruptions.arrays import Corruption, Images
 
 __all__ = [
@@ -29,7 +31,11 @@ __all__ = [
     "check_name",
     "check_severity",
     "corrupt",
+    "frost",
+    "read",
 ]
+
+__getattr__, __dir__ = lazy.attributes(__name__, ("frost", "read"))
 
 SEVERITIES = 5
 SMALLEST_SIDE = 8

@@ -35,7 +35,7 @@ from btrain.durable import check_places, make_folder, replacing
 from btrain.errors import UserError
 from btrain.processes.parent import watch
 from btrain.settings.corrupt import CorruptConfig
-from btrain.terminal import say
+from btrain.terminal import counted, say
 
 _BYTE_LABELS = 256
 
@@ -68,9 +68,11 @@ def corrupt_dataset(config: CorruptConfig) -> None:
         processes=settings.processes,
         frost=frost,
     )
+    there = len(settings.names) - len(written)
     say(
-        f"{config.out}: {len(images)} images × {SEVERITIES} severities × {len(settings.names)} "
-        f"corruptions, regenerated; {len(settings.names) - len(written)} were there already."
+        f"{config.out}: {counted(len(images), 'image')} × {SEVERITIES} severities × "
+        f"{counted(len(settings.names), 'corruption')}, regenerated; "
+        f"{counted(there, 'was', 'were')} there already."
     )
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from btrain.data.source import Images, Source
 from btrain.errors import UserError
+from btrain.terminal import counted, plural
 from btrain.untrusted import RefusedError, read_text
 from btrain.untrusted.images import SUFFIXES, open_image
 
@@ -148,8 +149,8 @@ def _is_image(file: Path) -> bool:
 
 def _say_left_out(paths: Sequence[Path], kind: str, why: str) -> None:
     if paths:
-        count = f"1 {kind} is" if len(paths) == 1 else f"{len(paths)} {kind}s are"
-        log.warning("%s left out, %s: %r.", count, why, str(paths[0]))
+        are = plural(len(paths), f"{kind} is", f"{kind}s are")
+        log.warning("%d %s left out, %s: %r.", len(paths), are, why, str(paths[0]))
 
 
 def _annotated(folder: Path, classes: Sequence[str]) -> Files:
@@ -216,7 +217,7 @@ def _say_changed(files: Sequence[Path], decoded: Sequence[_Decoded], image_size:
 
     def count(is_one: Callable[[_Decoded], bool]) -> tuple[str, list[int]]:
         which = [i for i, image in enumerate(decoded) if is_one(image)]
-        return ("1 image" if len(which) == 1 else f"{len(which)} images"), which
+        return counted(len(which), "image"), which
 
     images, oblong = count(lambda image: image.size[0] != image.size[1])
     if oblong:
@@ -224,13 +225,13 @@ def _say_changed(files: Sequence[Path], decoded: Sequence[_Decoded], image_size:
         width, height = decoded[worst].size
         log.warning(
             "%s that %s not square %s squeezed to %d×%d, the longest of %d×%d: %r.", images,
-            *(("is", "is") if len(oblong) == 1 else ("are", "are")), image_size, image_size,
-            width, height, str(files[worst]),
+            *2 * (plural(len(oblong), "is", "are"),), image_size, image_size, width, height,
+            str(files[worst]),
         )  # fmt: skip
     images, deep = count(lambda image: image.deep)
     if deep:
         log.warning(
-            "%s of 16 bits a channel %s cut to 8: %r.", images, "is" if len(deep) == 1 else "are",
+            "%s of 16 bits a channel %s cut to 8: %r.", images, plural(len(deep), "is", "are"),
             str(files[deep[0]]),
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain.errors import UserError
+from btrain.terminal import counted
 
 Images = npt.NDArray[np.uint8]  # (n, C, H, W)
 Labels = npt.NDArray[np.int64]  # (n,)
@@ -40,7 +41,9 @@ def in_memory(
         UserError: the counts differ, or a label is outside [0, K); it names `origin`.
     """
     if len(images) != len(labels) or len(images) == 0:
-        raise UserError(f"{origin} holds {len(images)} images for {len(labels)} labels.")
+        raise UserError(
+            f"{origin} holds {counted(len(images), 'image')} for {counted(len(labels), 'label')}."
+        )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(
             f"{origin} holds labels from {labels.min()} to {labels.max()}; "

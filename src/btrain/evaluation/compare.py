@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from btrain.errors import UserError
 from btrain.evaluation.result import Result, Z, read_result
+from btrain.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Comparison:
         return (
             f"{self.attack}: A {self.accuracy_a:.2f} %, B {self.accuracy_b:.2f} %, difference "
             f"{self.difference:+.2f} points (95 % interval {self.ci95[0]:+.2f} to "
-            f"{self.ci95[1]:+.2f}); {self.only_a} examples only A gets right, {self.only_b} only "
-            f"B; exact McNemar test p = {self.p:.3g}: {verdict}."
+            f"{self.ci95[1]:+.2f}); {counted(self.only_a, 'example')} only A gets "
+            f"right, {self.only_b} only B; exact McNemar test p = {self.p:.3g}: {verdict}."
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples, predictions
+from btrain.terminal import counted
 
 SEVERITIES = 5
 
@@ -110,8 +111,8 @@ def _matching(labels: Tensor, examples: Examples, root: Path) -> Tensor:
         if torch.equal(labels[chosen], wanted):
             return chosen
     raise UserError(
-        f"{root} holds {len(labels)} images whose labels are not those of the {len(wanted)} test "
-        "images: it was made of another test set."
+        f"{root} holds {counted(len(labels), 'image')} whose labels are not those "
+        f"of the {counted(len(wanted), 'test image')}: it was made of another test set."
     )
 
 

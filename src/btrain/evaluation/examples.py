@@ -14,6 +14,7 @@ from btrain import precision
 from btrain.attacks.pgd import evaluation_mode
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError, first_line
+from btrain.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def predictions(model: nn.Module, examples: Examples, *, batch_size: int) -> Ten
         logits = clean_logits(model, examples, indices)
         if logits.shape[1] != len(examples.classes):
             raise UserError(
-                f"The model has {logits.shape[1]} classes, the data set {len(examples.classes)}."
+                f"The model has {counted(logits.shape[1], 'class')}, the data set "
+                f"{len(examples.classes)}."
             )
         found.append(logits.argmax(dim=1).cpu())
     return torch.cat(found)

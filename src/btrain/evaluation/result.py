@@ -23,6 +23,7 @@ from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.runs.json_fields import Fields, dumped, is_number
 from btrain.settings.evaluation import CHAIN, words_for
+from btrain.terminal import counted
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", *CHAIN)
@@ -519,7 +520,7 @@ def read_result(folder: Path, attack: str) -> Result:
 
 def of_a_part(n: int) -> str:
     """Return the sentence of a note that only n of the test images were attacked."""
-    return f"{n} test images, class-balanced, not the whole test set."
+    return f"{counted(n, 'test image')}, class-balanced, not the whole test set."
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

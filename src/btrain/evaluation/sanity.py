@@ -26,6 +26,7 @@ from btrain.evaluation.examples import (
 )
 from btrain.evaluation.pgd import Pgd, Threat, farthest, pgd_stands
 from btrain.evaluation.result import Check, Sanity
+from btrain.terminal import tell
 
 EXAMPLES = 500
 STEPS = (0, 1, 2, 5, 10, 20, 50)
@@ -34,6 +35,7 @@ QUERIES = 500
 
 TOLERANCE = 2.0  # points, or two examples if that is more: what one random start may do
 FEW_LEFT = 5.0  # percent, of a model that nothing should be left of
+_CHECKS = 6
 FLAT = 1.0  # percent of the examples
 _AT_CHANCE = (
     "{clean:.1f} % of the clean images are classified right, where guessing gives {chance:.1f} %: "
@@ -84,30 +86,37 @@ def check_sanity(
     def percent(stands: Tensor) -> float:
         return 100 * int(stands.sum()) / len(examples)
 
+    checks: list[Check] = []
+
+    def done(check: Check) -> None:
+        checks.append(check)
+        if show_progress:
+            tell(f"sanity check {len(checks)} of {_CHECKS}: {check.name}: {check.verdict}")
+
+    tolerance = max(TOLERANCE, 200 / len(examples))
     radii = list(dict.fromkeys(min(factor * epsilon, unbounded) for factor in RADII))
     by_radius = [(radius, percent(left(radius, 20))) for radius in radii]
+    done(_falls("accuracy falls with ε", "ε", by_radius, tolerance))
     after = [left(epsilon, steps) for steps in STEPS]
     by_steps = [(float(n), percent(stands)) for n, stands in zip(STEPS, after, strict=True)]
+    done(_falls("accuracy falls with steps", "steps", by_steps, tolerance))
+    done(_wins(None if unbounded == math.inf else percent(left(unbounded, 50)), unbounded))
+    done(_one_step(by_steps, tolerance))
     # Square climbs the margin, so PGD does, too, on what the cross-entropy leaves.
     white_box = percent(left(epsilon, STEPS[-1], "cw", of=after[-1]))
-    tolerance = max(TOLERANCE, 200 / len(examples))
-    checks = (
-        _falls("accuracy falls with ε", "ε", by_radius, tolerance),
-        _falls("accuracy falls with steps", "steps", by_steps, tolerance),
-        _wins(None if unbounded == math.inf else percent(left(unbounded, 50)), unbounded),
-        _one_step(by_steps, tolerance),
+    done(
         _black_box(
             model, examples, correct, threat(epsilon), seed, batch_size, white_box, tolerance
-        ),
-        _gradients(model, examples, batch_size),
+        )
     )
+    done(_gradients(model, examples, batch_size))
     curves = {"epsilon": by_radius, "steps": by_steps}
     clean, classes = percent(correct), len(examples.classes)
     warning = _AT_CHANCE.format(clean=clean, chance=100 / classes)
     return Sanity(
         len(examples),
         epsilon,
-        checks,
+        tuple(checks),
         curves,
         threat(epsilon).norm,
         warning if hardly_above_chance(clean, classes) else None,

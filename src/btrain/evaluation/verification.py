@@ -15,6 +15,7 @@ from btrain.evaluation.examples import batches
 from btrain.evaluation.result import SHARES, Result, write_json
 from btrain.evaluation.worst_case import Partial, worst_case
 from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
+from btrain.terminal import counted
 from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
 
@@ -141,6 +142,6 @@ def compare(subject: Subject, results: Sequence[Result]) -> None:
     write_json(path, {"broken": found} | subject.facts)
     which, indices = next(iter(found.items()))
     raise UserError(
-        f"{len(indices)} images are verified and broken by an attack ({which}): the bounds are "
-        f"wrong. {path} names them."
+        f"{counted(len(indices), 'image is', 'images are')} verified and broken by an "
+        f"attack ({which}): the bounds are wrong. {path} tells which."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -383,11 +384,23 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
         UserError: a setting is unknown, of another type or out of range, or refers to something
             else (`${…}`), or one is missing that the options do not give.
     """
+    _check_plain(saved, origin)
+    key = repr(saved)
+    if key not in _read:
+        config = _checked(dict(translated(saved)), origin)
+        _read.clear()
+        _read[key] = config
+    return copy.deepcopy(_read[key])
+
+
+_read: dict[str, Config] = {}
+"""The configuration read last: a run's `config.yaml` and its checkpoint mostly say the same."""
+
+
+def _checked(saved: dict[str, Any], origin: Path) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_plain(saved, origin)
-    saved = translated(saved)
     try:
         settings = OmegaConf.merge(configs.schema_of(saved), OmegaConf.create(saved))
         missing = sorted(OmegaConf.missing_keys(settings))

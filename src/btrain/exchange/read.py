@@ -16,6 +16,7 @@ from btrain.models.preact_resnet import PreActResNet
 from btrain.models.resnet import ResNet
 from btrain.models.small_cnn import SmallCNN
 from btrain.models.wide_resnet import WideResNet
+from btrain.terminal import counted, plural
 from btrain.untrusted import RefusedError, check_hash, tensors
 from btrain.untrusted.pickles import AsksForCodeError
 
@@ -101,7 +102,7 @@ def start_from(model: nn.Module, path: Path) -> str:
     there, here = len(weights[other[0]]), len(own[other[0]])
     return (
         f"The network starts from the weights of {path} but for a new head, {layers[-1]}: there "
-        f"are {here} classes here and {there} there."
+        f"{plural(here, 'is', 'are')} {counted(here, 'class')} here and {there} there."
     )
 
 
@@ -131,7 +132,8 @@ def _agreed_normalisation(
     for constants in (mean, std):
         if constants is not None and constants.numel() not in (1, channels):
             raise UserError(
-                f"{origin} normalises {constants.numel()} channels, the model has {channels}."
+                f"{origin} normalises {counted(constants.numel(), 'channel')}, "
+                f"the model has {channels}."
             )
         if constants is not None and not constants.is_floating_point():
             raise UserError(f"{origin} normalises with constants of type {_type(constants)}.")
@@ -383,7 +385,7 @@ def _check_shapes(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], origi
     weight, bias = ["", "", *own][-2:]  # of the classifier, (K, features) and (K,)
     if wrong == [weight, bias] and theirs[weight].shape[1:] == own[weight].shape[1:]:
         classes, k = len(theirs[weight]), len(own[weight])
-        raise UserError(f"{origin} has {classes} classes, the model {k}.")
+        raise UserError(f"{origin} has {counted(classes, 'class')}, the model {k}.")
     if wrong:
         key = wrong[0]
         more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""

@@ -27,6 +27,7 @@ from btrain.errors import UserError
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 from btrain.processes.world import ALONE, World
+from btrain.terminal import counted
 from btrain.verify import bounds, losses
 from btrain.verify.graph import Graph, evaluating, trace
 
@@ -126,7 +127,8 @@ class Verified:
         images = len(data.train)
         if self.k is not None and self.k > images:
             raise UserError(
-                f"defense.k={self.k} is more than the {images} images of an epoch; null bounds all."
+                f"defense.k={self.k} is more than the {counted(images, 'image')} of an "
+                "epoch; null bounds all."
             )
         memory = {
             "robust_fraction": torch.zeros((), device=device),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup
@@ -34,11 +36,31 @@ def text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose columns are aligned in the source as well, its cells escaped."""
-    lines = [[plain(cell) for cell in cells] for cells in (head, *rows)]
-    widths = _widths(lines)
-    shown = [f"| {' | '.join(map(_left, cells, widths))} |" for cells in lines]
-    ruler = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return "\n".join([shown[0], ruler, *shown[1:]])
+    return aligned(compact(head, rows))
+
+
+def compact(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table for a file: a longer cell changes its own line alone."""
+    lines = [f"| {' | '.join(map(plain, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], f"|{len(head) * '---|'}", *lines[1:]])
+
+
+def aligned(document: str) -> str:
+    """Return a Markdown document with the columns of its tables aligned, for the terminal."""
+    shown: list[str] = []
+    for is_table, lines in groupby(document.split("\n"), lambda line: line.startswith("|")):
+        if not is_table:
+            shown += lines
+            continue
+        head, _, *rows = (
+            [cell.strip() for cell in re.split(r" \|(?= |$)", line[1:])[:-1]] for line in lines
+        )
+        widths = _widths([head, *rows])
+        for cells in (head, *rows):
+            shown.append(f"| {' | '.join(map(_left, cells, widths))} |")
+            if cells is head:
+                shown.append(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return "\n".join(shown)
 
 
 def plain(words: str) -> str:

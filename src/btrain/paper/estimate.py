@@ -18,6 +18,7 @@ from btrain.paper.sheets.notes import IMAGES
 from btrain.settings import Config
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.settings.run import CLASSES, SHAPES
+from btrain.terminal import counted, plural
 
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -59,8 +60,9 @@ def cost(job: Job, row: Row) -> Cost:
     width = getattr(config.model, "width", None)
     model = config.model.name if width is None else f"{config.model.name} of width {width}"
     settings = (
-        f"{model}, {config.train.epochs} epochs of "
-        f"{'?' if images is None else f'{images:,}'} images, batches of {config.train.batch_size}"
+        f"{model}, {counted(config.train.epochs, 'epoch')} of "
+        f"{'?' if images is None else f'{images:,}'} {plural(images, 'image')}, "
+        f"batches of {config.train.batch_size}"
     )
     if images is None or tested is None or data.name not in SHAPES:
         return Cost(settings, None, None)
@@ -104,7 +106,7 @@ def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
         costs = [(row, cost(job, row)) for row in rows]
         for row, found in costs:
             lines.append(
-                f"  {row.name}: {found.settings}; {len(row.runs)} seeds of "
+                f"  {row.name}: {found.settings}; {counted(len(row.runs), 'seed')} of "
                 f"{_work(found.training)} to train, {_work(found.evaluation)} to evaluate"
             )
         lines.append(f"  {_total(job, costs)}")

@@ -16,6 +16,7 @@ from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings.compose import to_yaml
+from btrain.terminal import counted, plural
 from btrain.untrusted import sha256
 
 _CARD = """\
@@ -25,7 +26,7 @@ _CARD = """\
 
 {table}
 
-Accuracies are percent of {examples} test images, with 95 % intervals over other draws of images.
+Accuracies are percent of {examples} test {images}, with 95 % intervals over other draws of images.
 {attacks}
 
 ## How it was trained
@@ -73,12 +74,14 @@ def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int)
     return _CARD.format(
         title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
         sentence=(
-            f"A `{config.model.name}` for {saved.classes} classes of `{config.dataset.title}`, "
-            f"{width}×{height} images with {saved.shape[0]} channel(s) in [0, 1], made robust with "
+            f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
+            f"`{config.dataset.title}`, {width}×{height} images with "
+            f"{counted(saved.shape[0], 'channel')} in [0, 1], made robust with "
             f"`defense={config.defense.name.name}` and `bt={config.bt.name.name}` against changes "
             f"in {_ball(config)}."
         ),
         table=markdown(["under", "right %", "95 % interval", "n"], rows),
+        images=plural(summary.get("test_examples"), "image"),
         examples=summary.get("test_examples", "the"),
         attacks=" ".join(notes),
         settings=_settings(config),

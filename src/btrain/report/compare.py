@@ -15,6 +15,7 @@ from btrain.evaluation.result import Result, student, wilson
 from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
 from btrain.settings.evaluation import VERIFIED
+from btrain.terminal import counted
 
 Runs = Sequence[dict[str, Any]]
 """The summaries of one row: of one run, or of runs that differ in their seed."""
@@ -217,7 +218,7 @@ def _threat(settings: Mapping[str, Any]) -> str:
     if epsilon is None or steps is None:
         return NONE
     length = f"{epsilon:.3g}" if isinstance(epsilon, float) else epsilon
-    return f"{norm} {length}, {steps} steps"
+    return f"{norm} {length}, {counted(steps, 'step')}"
 
 
 def _ball(runs: Runs, baseline: Runs) -> str:

@@ -29,6 +29,7 @@ from btrain.pages.tables import NONE, Cell
 from btrain.report import pictures
 from btrain.runs.json_fields import phrase
 from btrain.settings.evaluation import VERIFIED
+from btrain.terminal import counted
 
 _SAMPLE_CHARACTERS = 1_200_000
 """Room for sample images, so that a page stays under 2 MB."""
@@ -89,7 +90,7 @@ def _sanity_text(sanity: Sanity) -> str:
         for check in sanity.checks
     ]
     warning = [printable(sanity.warning)] if sanity.warning else []
-    return "\n".join([f"Sanity checks on {sanity.n} test images:", *lines, *warning])
+    return "\n".join([f"Sanity checks on {counted(sanity.n, 'test image')}:", *lines, *warning])
 
 
 def write_page(folder: Path) -> Path:

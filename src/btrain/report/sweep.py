@@ -13,6 +13,7 @@ from btrain.pages.tables import text
 from btrain.report.compare import COLUMNS, Cell, with_cut
 from btrain.runs.read import FINISHED, Run, read_run
 from btrain.runs.sweep import Job
+from btrain.terminal import counted
 
 _WIDTH = 80
 _NARROWEST = 16  # of a name
@@ -65,7 +66,8 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
         first, *others = textwrap.wrap(with_cut(name, runs), room) or [""]
         lines += [[first, *numbers], *([other] for other in others)]
     steps = {run.get("eval_steps") for runs in rows.values() for run in runs}
-    attack = f"{steps.pop()} steps on the test set" if len(steps) == 1 else "on the test set"
+    step = f"{counted(steps.pop(), 'step')} " if len(steps) == 1 else ""
+    attack = f"{step}on the test set"
     work = "in FLOPs, and measured," if measured else "in FLOPs"
     note = f"PGD: {attack}; speedup: over the plain defense, {work.rstrip(',')}."
     return f"{text(['setting', *shown], lines)}\n\n{note}"

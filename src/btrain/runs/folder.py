@@ -30,7 +30,7 @@ from btrain.runs.lengthening import LENGTH, lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
-from btrain.settings.older import translated
+from btrain.settings.older import as_begun, translated
 from btrain.terminal import complain
 from btrain.untrusted import open_plain, read_text
 
@@ -133,6 +133,19 @@ class RunFolder:
                 f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
                 f"{ours.get(key)}; please name another run.dir."
             )
+
+    def as_begun(self, config: Config) -> tuple[Config, str | None]:
+        """Return a configuration with what the folder's run has had by an older default.
+
+        Returns:
+            The configuration, and a sentence for the log where that changes it.
+
+        Raises:
+            UserError: the folder's configuration cannot be read.
+        """
+        if not self._config.is_file():
+            return config, None
+        return as_begun(config, read_yaml(self._config))
 
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""

@@ -18,6 +18,7 @@ from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_number, read_object
 from btrain.settings.run import CLASSES
+from btrain.terminal import counted
 from btrain.untrusted import read_text
 
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
@@ -156,8 +157,8 @@ class Run:
                     str(session["device"]),
                     f"torch {session['versions']['torch']}",
                     str(hardware["processor"]),
-                    f"{hardware['cores']} cores",
-                    f"{hardware['threads']} thread{'' if hardware['threads'] == 1 else 's'}",
+                    f"{counted(hardware['cores'], 'core')}",
+                    f"{counted(hardware['threads'], 'thread')}",
                 )
             except (KeyError, TypeError):
                 return None

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
@@ -23,7 +23,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
-from btrain.settings.names import Start
+from btrain.settings.names import DatasetName, Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
@@ -96,6 +96,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
     OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
+    OmegaConf.register_new_resolver("augment", _augment, replace=True)
 
 
 def loosen(words: Sequence[str]) -> None:
@@ -132,14 +133,26 @@ _types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
-    """Return the schema of a saved configuration, with that of each group's own option."""
+    """Return the schema of a saved configuration, with that of each group's own option.
+
+    It is the same object for equal options, to be merged into and not to be changed.
+    """
+    names = []
+    for group, (key, _) in OPTIONS.items():
+        node = saved.get(group)
+        name = node.get(key) if isinstance(node, Mapping) else None
+        names.append((group, name if isinstance(name, str) else None))
+    return _schema_with(tuple(names))
+
+
+@lru_cache(maxsize=64)
+def _schema_with(names: tuple[tuple[str, str | None], ...]) -> Any:
+    """Return the schema with that of the option of this name in each group, where there is one."""
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(Config)
-    for group, (key, options) in OPTIONS.items():
-        node = saved.get(group)
-        name = node.get(key) if isinstance(node, Mapping) else None
-        for option, kind in options.items():
+    for group, name in names:
+        for option, kind in OPTIONS[group][1].items():
             if option.name == name:
                 schema[group] = OmegaConf.structured(kind)
     return schema
@@ -173,6 +186,19 @@ def _length(value: object) -> float:
 def _with_views(augmix: object, views: int, steps: int) -> int:
     """Return `${with_views:${attack.augmix},1,10}` = 1 where views stand for attack steps."""
     return steps if augmix is None else views
+
+
+def _augment(dataset: Mapping[str, Any], usual: bool | int) -> bool | int:
+    """Return `${augment:${dataset},4}` = 4: a recipe's augmentation, as far as the images allow.
+
+    Of data of the user's own nobody knows what a crop or a mirror does to them: 0 or false. A crop
+    moves the images of a folder by an eighth of their side at most.
+    """
+    if dataset["name"] is DatasetName.own:
+        return type(usual)()
+    if dataset["name"] is DatasetName.imagefolder and type(usual) is int:
+        return min(usual, max(int(dataset["image_size"]), 0) // 8)
+    return usual
 
 
 def _recipe_of(defense: str, dataset: str) -> str:
@@ -275,14 +301,42 @@ def with_path_quoted(argument: str) -> str:
     return f"{key}={quoted(os.path.expanduser(value))}"  # noqa: PTH111
 
 
-_WITH_A_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg",
-                 "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")  # fmt: skip
+_SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun",
+          "-i": "--info", "-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
+          "-sc": "--shell-completion"}  # fmt: skip
+_WITH_A_VALUE = ("--config-dir", "--config-path", "--config-name", "--cfg", "--package", "--info",
+                 "--experimental-rerun")  # fmt: skip
+_LONG = (*_SHORT.values(), "--hydra-help", "--version", "--resolve", "--experimental-rerun")
 
 
-def options_first(arguments: Sequence[str]) -> list[str]:
-    """Put Hydra's own options ahead of the settings, as argparse wants them; the user need not."""
-    options, settings = _apart(arguments)
-    return [*options, *settings]
+def arranged(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line as all that follows takes them.
+
+    Hydra's own options are spelt out, as `-m` and argparse's `--multi` stand for `--multirun`, and
+    ahead of the settings, as argparse wants them; paths are quoted.
+    """
+    options, settings = _apart([_spelt_out(argument) for argument in arguments])
+    return [*options, *map(with_path_quoted, settings)]
+
+
+def _spelt_out(argument: str) -> str:
+    """Return an argument with the option that it begins with in full; others stay as they are."""
+    option, *value = argument.partition("=")
+    long = [name for name in _LONG if option.startswith("--") and name.startswith(option)]
+    if option in _SHORT:
+        option = _SHORT[option]
+    elif len(long) == 1:
+        option = long[0]
+    return "".join([option, *value])
+
+
+def is_sweep_asked_for(arguments: Sequence[str]) -> bool:
+    """Return whether the words of a command line, arranged, ask for a sweep."""
+    modes = [word.lstrip("+").partition("=") for word in arguments]
+    return "--multirun" in arguments or any(
+        key == "hydra.mode" and value.strip("'\"") in ("MULTIRUN", "RunMode.MULTIRUN", "2")
+        for key, _, value in modes
+    )
 
 
 def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -322,7 +376,8 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     for position, argument in enumerate(arguments):
         if argument in ("--shell-completion", "-sc"):
             raise UserError('Tab completion comes by eval "$(btrain --completion bash)".')
-        if argument in unknown and argument.startswith("-"):
+        several = argument[:2] != "--" and argument.partition("=")[0] not in _SHORT  # -mr
+        if argument.startswith("-") and (several or argument in unknown):
             keys = keys_of(TASKS[task].schema)
             raise UserError(hints.option(arguments[position:], keys, command))
 
@@ -335,7 +390,7 @@ def user_folder(arguments: Sequence[str]) -> str | None:
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
-        if option in ("--config-dir", "-cd"):
+        if option == "--config-dir":
             folder = value if equals else following
             if not Path(folder).is_dir():
                 raise UserError(f"--config-dir {folder} is no folder.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
 from btrain.methods.make import make_method
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
+from btrain.terminal import counted, plural
 from btrain.training.epochs import train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
@@ -37,8 +40,10 @@ class Foreseen:
         timed: batches that were tried.
         seconds: of training, without the evaluations.
         flops: of the whole training.
-        memory: the most that was held until steps had been tried, bytes: on a GPU by tensors, on
-            a CPU by the whole process, Python and the data set with it.
+        memory: the most that was held while steps were tried, bytes: on a GPU by tensors, on a CPU
+            by the whole process, Python and the data set with it.
+        alone: whether that is of this job; otherwise jobs before it in this process may have held
+            the most.
         checkpoint: bytes of one.
         by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
     """
@@ -49,6 +54,7 @@ class Foreseen:
     seconds: float
     flops: float
     memory: int
+    alone: bool
     checkpoint: int
     by_paper: bool
     device: str
@@ -58,24 +64,30 @@ class Foreseen:
         shares = "/".join(f"{share:.2f}" for share in PAPER_FRACTIONS)
         assumed = f", at the paper's boundary/robust/outlier of {shares}" if self.by_paper else ""
         lines = [
-            f"steps    {self.epochs} epochs of {self.batches:,} batches, "
+            f"steps    {counted(self.epochs, 'epoch')} of {self.batches:,} batches, "
             f"{self.epochs * self.batches:,} in all",
-            f"time     {_duration(self.seconds)} of training on {self.device}, by {self.timed} "
-            f"batches tried{assumed}; evaluations come on top",
+            f"time     {_duration(self.seconds)} of training on {self.device}, by "
+            f"{counted(self.timed, 'batch', 'batches')} tried{assumed}; evaluations come on top",
             f"work     {self.flops:.3g} FLOPs",
-            f"memory   {_size(self.memory)} at the most, {_whose_memory(self.device)}",
+            f"memory   {_size(self.memory)} at the most, {self._whose_memory()}",
             f"disk     {_size(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
         return "\n".join(lines)
+
+    def _whose_memory(self) -> str:
+        if self.device.startswith("cuda"):
+            return "held by tensors on the GPU"
+        since = "" if self.alone else " since it began"
+        return f"held by this whole process{since}, with Python, torch and the data set"
 
 
 def in_all(jobs: Sequence[Foreseen]) -> str:
     """Return the cost of all jobs of a sweep for people, on one line."""
     disk = sum(_CHECKPOINTS * job.checkpoint for job in jobs)
     return (
-        f"in all   {len(jobs)} jobs: {_duration(sum(job.seconds for job in jobs))} of training one "
-        f"after another, {sum(job.flops for job in jobs):.3g} FLOPs, {_size(disk)} of checkpoints "
-        "at the most"
+        f"in all   {counted(len(jobs), 'job')}: {_duration(sum(job.seconds for job in jobs))} of "
+        f"training one after another, {sum(job.flops for job in jobs):.3g} FLOPs, {_size(disk)} of "
+        "checkpoints at the most"
     )
 
 
@@ -89,6 +101,7 @@ def foresee(config: Config) -> Foreseen:
         UserError: bad data or device, or a batch does not fit the memory.
     """
     device = find_device(config.device)
+    alone = _forget_peak(device)
     data = load_data(config, device)
     check_radius(config, data)
     state = make_state(config, data, device)
@@ -129,10 +142,24 @@ def foresee(config: Config) -> Foreseen:
         seconds=total * seconds / units,
         flops=total * forward_flops(state.model, data.shape, device),
         memory=_memory(device),
+        alone=alone,
         checkpoint=content.tell(),
         by_paper=expected is not None and expected != method.expected_units(_ALL),
         device=str(device),
     )
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Begin anew with the most that is held; return whether `_memory` then is of what follows."""
+    gc.collect()  # what an earlier job of a sweep has left
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux' order to forget it
+    except OSError:
+        return False
+    return True
 
 
 def _memory(device: torch.device) -> int:
@@ -147,17 +174,12 @@ def _memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _whose_memory(device: str) -> str:
-    if device.startswith("cuda"):
-        return "held by tensors on the GPU"
-    return "held by this whole process, with Python, torch and the data set"
-
-
 def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    whole = f"{seconds:.0f}"
+    return f"{whole} {plural(int(whole), 'second')}" if seconds >= 1 else "less than a second"
 
 
 def _size(count: float) -> str:

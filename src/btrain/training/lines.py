@@ -11,24 +11,44 @@ from btrain.evaluation.examples import hardly_above_chance
 from btrain.evaluation.result import wilson
 from btrain.settings import Config
 from btrain.settings.method import BulletTrainConfig, VerifiedConfig
+from btrain.terminal import counted, plural
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
 
 _MANY = 0.5
+_BALLS = {"linf": "L∞", "l2": "L2"}
 
 
 def fractions(means: dict[str, Any]) -> str:
     return "/".join(number(means[key]) for key in ("f_b", "f_r", "f_o"))
 
 
-def describe(data: Data, state: TrainState) -> str:
+def describe(config: Config, data: Data, state: TrainState) -> str:
+    """Return what a run trains on, how images are augmented and how far they are attacked."""
     held_out = f", {len(data.val)} held out" if data.val is not None else ""
     where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
+    train, test, classes = len(data.train), len(data.test), len(data.classes)
     return (
-        f"{len(data.train)} training images{held_out}, {len(data.test)} test images, "
-        f"{len(data.classes)} classes; {where} on {state.device}"
+        f"{counted(train, 'training image')}{held_out}, {counted(test, 'test image')}, "
+        f"{counted(classes, 'class')}; {_augmentation(config)}; {_radius(config)}{where} on "
+        f"{state.device}"
     )
+
+
+def _augmentation(config: Config) -> str:
+    """Return how the images are moved before they are trained on."""
+    padding = config.recipe.crop_padding
+    crops = f"random crops ({padding} pixels)" if padding else "no crops"
+    return f"{crops}, {'random' if config.recipe.flip else 'no'} flips"
+
+
+def _radius(config: Config) -> str:
+    """Return how far the attack of the training moves an image; empty without an attack."""
+    if config.attack.augmix is not None:
+        return ""
+    ball = _BALLS.get(config.attack.norm, "own ball")
+    return f"ε {config.attack.epsilon:.3g} ({ball}); "
 
 
 def tell_masks(sparsity: Sparsity) -> None:
@@ -137,11 +157,12 @@ def in_words(config: Config, summary: dict[str, Any]) -> str | None:
     if type(n) is not int or n < 1 or clean is None or robust is None:
         return None
     least, most = wilson(round(min(max(robust / 100, 0.0), 1.0) * n), n)
-    ball = {"linf": "L∞", "l2": "L2"}.get(config.attack.norm, "radius")
+    ball = _BALLS.get(config.attack.norm, "radius")
     return (
-        f"{clean:.1f} % of {n:,} test images are classified right, and {robust:.1f} % also under "
-        f"{_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On other images like these the "
-        f"{robust:.1f} % would be between {100 * least:.1f} and {100 * most:.1f} % (95 % interval)."
+        f"{clean:.1f} % of {n:,} test {plural(n, 'image is', 'images are')} classified right, and "
+        f"{robust:.1f} % also under {_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On "
+        f"other images like these the {robust:.1f} % would be between {100 * least:.1f} and "
+        f"{100 * most:.1f} % (95 % interval)."
     )
 
 

@@ -17,6 +17,7 @@ from btrain.settings import AllocatorName, AttackMode, Config, DefenseName, Scor
 from btrain.settings.method import BTConfig, PGDConfig, RivalConfig, UniformConfig
 from btrain.settings.names import SearchName
 from btrain.settings.sparsity import RobustBirdConfig
+from btrain.terminal import counted
 from btrain.training.epochs import check_weights, train_epoch
 from btrain.training.lines import tell_masks
 from btrain.training.schedule import Plan, make_plan, step_decay
@@ -118,11 +119,11 @@ def _apart(apart: float | None, wanted: RobustBirdConfig) -> str:
 
 
 def _tell(bird: RobustBird, apart: float | None) -> None:
+    after = counted(bird.searched, "epoch")
     if apart is None or apart > bird.ticket.threshold:
         log.warning(
-            "The search is over without a ticket after %d epochs; the largest weights of now stay.",
-            bird.searched,
+            "The search is over without a ticket after %s; the largest weights of now stay.", after
         )
     else:
-        log.info("The ticket is drawn after %d epochs.", bird.searched)
+        log.info("The ticket is drawn after %s.", after)
     tell_masks(bird)

@@ -24,6 +24,7 @@ from btrain.settings import (
 )
 from btrain.settings.checks import no_farther
 from btrain.settings.method import VerifiedConfig
+from btrain.terminal import counted, plural
 from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
@@ -47,7 +48,8 @@ def check_shares(config: Config, examples: int, world: World) -> None:
     if min(sizes) < 2 * world.size:
         raise UserError(
             f"train.batch_size={config.train.batch_size} leaves a batch of {min(sizes)} of "
-            f"{examples} examples; {world.size} processes need two examples each of every batch."
+            f"{counted(examples, 'example')}; {world.size} processes need two examples each "
+            "of every batch."
         )
 
 
@@ -99,7 +101,8 @@ def store_size(config: Config, data: Data) -> str:
         return ""
     images, size = len(data.train), "×".join(map(str, data.shape))
     return (
-        f"keeps {_mb(store.nbytes(data))} of starts ({images:,} images of {size} in "
+        f"keeps {_mb(store.nbytes(data))} of starts ({images:,} "
+        f"{plural(images, 'image')} of {size} in "
         f"{config.attack.store.name})"
     )
 

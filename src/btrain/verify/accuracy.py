@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.terminal import counted
 from btrain.verify import bounds
 from btrain.verify.graph import Graph, evaluating, trace
 
@@ -40,7 +41,8 @@ class VerifiedAndBrokenError(Exception):
     def __init__(self, indices: Sequence[int]) -> None:
         self.indices = tuple(indices)
         shown = ", ".join(map(str, self.indices[:10])) + (", …" if len(indices) > 10 else "")
-        super().__init__(f"{len(indices)} images are verified and broken by an attack: {shown}.")
+        count = counted(len(indices), "image is", "images are")
+        super().__init__(f"{count} verified and broken by an attack: {shown}.")
 
 
 def verify(

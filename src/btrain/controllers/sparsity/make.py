@@ -65,6 +65,7 @@ from btrain.settings.sparsity import (
     StaticConfig,
     SynFlowConfig,
 )
+from btrain.terminal import counted
 
 _BATCH = 128  # of images that are scored
 
@@ -288,7 +289,7 @@ def make_flight(sparsity: FlightConfig, length: Length, seed: int, *, growth: st
     if not changes:
         raise UserError(
             f"sparsity.interval={sparsity.interval:g} ({sparsity.interval_unit.name}) is longer "
-            f"than the run, whose weights are updated {length.steps} times."
+            f"than the run, whose weights are updated {counted(length.steps, 'time')}."
         )
     return Flight(
         steps=length.steps,

@@ -56,7 +56,7 @@ def show_sheets(
     written = write_sheets(folder, out, targets, read)
     for path in written:
         if path.suffix == ".md":
-            show(path.read_text(encoding="utf-8"))
+            show(tables.aligned(path.read_text(encoding="utf-8")))
     if not is_available():
         show(NO_MATPLOTLIB)
     say(f"{len(written)} files in {out}; to look at: {out / 'index.html'}")
@@ -139,7 +139,7 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
     if plan.kind == "heatmaps":
         for grid in grids(sheet):
             title = f"Robust accuracy (%, {attack_words(sheet)}) with {grid.zero} = 0"
-            parts += [title, tables.markdown(*grid_table(grid))]
+            parts += [title, tables.compact(*grid_table(grid))]
         parts += [_list(map(plain, row_notes(sheet)))] if row_notes(sheet) else []
     else:
         head, rows = head_and_rows(sheet)
@@ -147,7 +147,7 @@ def markdown(sheet: Sheet, picture: str | None = None) -> str:
         if any(notes):
             head = [*head, "notes"]
             rows = [[*row, note] for row, note in zip(rows, notes, strict=True)]
-        parts.append(tables.markdown(head, rows))
+        parts.append(tables.compact(head, rows))
     parts += [plain(" ".join(legend(sheet)))]
     if found := machines(sheet):
         parts.append(f"Trained on: {plain('; '.join(found))}.")

@@ -10,6 +10,7 @@ from btrain.paper.plan import Plan, Row
 from btrain.runs.json_fields import is_count, is_number
 from btrain.runs.read import FAILED, FINISHED, MISSING, RUNNING, UNFINISHED, Run
 from btrain.settings.evaluation import PRESETS
+from btrain.terminal import counted, plural
 
 DATA = {
     "cifar10": "CIFAR-10",
@@ -73,7 +74,7 @@ def _phrase(key: str, ours: Any, theirs: Any, config: Mapping[str, Any]) -> str:
     if key == "attack.epsilon":
         return f"ε {_number(ours)} instead of {_number(theirs)}"
     if key == "attack.epsilon_warmup_epochs" and ours and not theirs:
-        return f"ε grows over the first {_number(ours)} epochs"
+        return f"ε grows over the first {_number(ours)} {plural(ours, 'epoch')}"
     if leaf == "batch_size":
         return f"batches of {_number(ours)} instead of {_number(theirs)}"
     if group == "dataset" and leaf in ("train_examples", "test_examples"):
@@ -137,7 +138,7 @@ def states(runs: Mapping[int, Run], row: Row) -> list[str]:
             log = f" ({row.runs[seed]}/train.log)" if run.config else ""
             phrases.append(f"seed {seed} failed: “{run.reason}”{log}")
         elif planned and (epochs := run.number("epochs")) is not None and epochs < planned:
-            phrases.append(f"seed {seed} ended after {epochs:g} of {planned} epochs")
+            phrases.append(f"seed {seed} ended after {epochs:g} of {counted(planned, 'epoch')}")
     return phrases
 
 
@@ -179,7 +180,7 @@ def evaluations(runs: Mapping[int, Run], plan: Plan, row: Row) -> list[str]:
             and is_count(evaluation[1].get("n"))
             and finished[seed].number("test_examples") not in (None, evaluation[1].get("n"))
         }
-        phrases += [f"{attack} on {n:,} test images" for n in sizes]
+        phrases += [f"{attack} on {n:,} test {plural(n, 'image')}" for n in sizes]
     return phrases
 
 

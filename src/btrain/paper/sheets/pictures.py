@@ -17,6 +17,7 @@ from btrain.paper.sheets.notes import IMAGES, data_name, model_name
 from btrain.paper.sheets.sheet import Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
+from btrain.terminal import counted, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -497,7 +498,7 @@ def allocation(sheet: Sheet) -> Figure | None:
     if first is None:
         return None
     line, seed, batch = first
-    below = f"one batch of {len(batch.svar)} examples, {line.row.label}, seed {seed}; "
+    below = f"one batch of {counted(len(batch.svar), 'example')}, {line.row.label}, seed {seed}; "
     below += scale_words(sheet)
     figure = _new(9, 4.4, sheet.plan.title, below)
     left, right = figure.subplots(1, 2)
@@ -635,20 +636,20 @@ def scale_words(sheet: Sheet) -> str:
     words = [", ".join(sorted({data_name(run.config) for run in runs}))]
     words.append(", ".join(sorted({model_name(run.config) for run in runs})))
     sizes = {run.config.get("dataset.train_examples") for run in runs}
-    words.append(f"{_range(sizes)} training images" if sizes != {None} else "all training images")
-    words.append(f"{_range({run.config.get('train.epochs') for run in runs})} epochs")
+    words.append(_range(sizes, "training image") if sizes != {None} else "all training images")
+    words.append(_range({run.config.get("train.epochs") for run in runs}, "epoch"))
     return f"{', '.join(words)}, {seed_words(sheet)}"
 
 
 def seed_words(sheet: Sheet) -> str:
     """Return the number of seeds, and the profile."""
     seeds = {line.finished for line in sheet.lines if line.finished}
-    return f"{_range(seeds)} seed{'' if seeds == {1} else 's'}; profile {sheet.plan.profile}"
+    return f"{_range(seeds, 'seed')}; profile {sheet.plan.profile}"
 
 
-def _range(values: set[Any]) -> str:
+def _range(values: set[Any], of: str) -> str:
+    """Return the ends of some numbers of things, `2 to 5 seeds`."""
     numbers = sorted(value for value in values if is_number(value))
-    if not numbers:
-        return "?"
-    ends = [f"{number:,}" for number in dict.fromkeys((numbers[0], numbers[-1]))]
-    return " to ".join(ends)
+    ends = [*dict.fromkeys((numbers[0], numbers[-1]))] if numbers else []
+    shown = " to ".join(f"{number:,}" for number in ends) or "?"
+    return f"{shown} {plural(ends[0] if len(ends) == 1 else None, of)}"

@@ -35,15 +35,34 @@ _NAMES = {
 
 
 def head_and_rows(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: a column a number, the paper's beside it where it has one."""
+    """Return head and rows: a column a number, the paper's beside it where it has one.
+
+    Once a run is finished, numbers that no row has are left out.
+    """
     columns = [("", [line.row.label for line in sheet.lines])]
     columns.append(("seeds", [f"{line.finished} of {len(line.runs)}" for line in sheet.lines]))
     columns += _sparse(sheet) if sheet.plan.kind == "sparse" else _of_a_table(sheet)
     if sheet.plan.kind not in bounded.KINDS:
         seconds = [spread(line.values["train_seconds"]) for line in sheet.lines]
         columns.append(("training s", [text(found, ".1f") for found in seconds]))
+    if any(line.finished for line in sheet.lines):
+        columns = _known(columns)
     head = [name for name, _ in columns]
     return head, [list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)]
+
+
+def _known(columns: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Return the columns without those that hold no value, a number's and the paper's together."""
+    kept: list[tuple[str, list[str]]] = []
+    together: list[tuple[str, list[str]]] = []
+    for column, (after, _) in zip(columns, [*columns[1:], ("", [])], strict=True):
+        together.append(column)
+        if after in (PAPER, GAP):
+            continue
+        if any(cell != NONE for _, cells in together for cell in cells):
+            kept += together
+        together = []
+    return kept
 
 
 def _of_a_table(sheet: Sheet) -> list[tuple[str, list[str]]]:
