@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from btrain.allocation import (
     BOUNDARY,
@@ -25,6 +27,7 @@ from btrain.allocation import (
     true_classes,
     update_robust_fraction,
 )
+from btrain.errors import UserError
 from btrain.methods.pool import no_attack
 
 
@@ -245,3 +248,33 @@ def test_step_sizes_follow_section_4() -> None:
     expected = torch.tensor([0.007, 1.7 * 0.031 / 2, 1.7 * 0.031])
     torch.testing.assert_close(sizes[:3], expected)
     assert torch.isfinite(sizes).all()
+
+
+def test_a_number_of_python_s_is_a_fraction() -> None:
+    svar = torch.linspace(-0.01, 0.05, 30)
+    assert torch.equal(classify(svar, 0.3), classify(svar, torch.tensor(0.3)))
+    logits, labels = torch.eye(4), torch.arange(4)
+    found = update_robust_fraction(0.5, logits, labels, momentum=0.9, gamma=0.8)
+    assert float(found) == pytest.approx(0.9 * 0.5 + 0.1 * 0.8)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda z, y: classify(torch.zeros(3), 1.7), r"robust_fraction must be in \[0, 1\]"),
+        (lambda z, y: classify(torch.zeros(3), torch.tensor(1.7)), r"in \[0, 1\], not 1.7"),
+        (lambda z, y: classify(torch.zeros(3), torch.ones(3)), "one number for all examples"),
+        (lambda z, y: classify(z, torch.tensor(0.5)), r"scores \(m,\), as signed_prediction"),
+        (lambda z, y: signed_prediction_variance(z[:, 0], y), r"logits must be floats \(m, K\)"),
+        (lambda z, y: true_classes(z, z[:2], y), r"adv_logits must be .* not \(2, 4\) and \(3,\)"),
+        (lambda z, y: update_robust_fraction(0.5, z, y, momentum=0.9, gamma=8),
+         r"gamma must be in \[0, 1\], not 8"),
+        (lambda z, y: update_robust_fraction(0.5, z[0], y, momentum=0.9, gamma=0.8),
+         "adv_logits must be floats"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_is_one_sentence(
+    call: Callable[[Tensor, Tensor], Tensor], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        call(torch.randn(3, 4), torch.arange(3))

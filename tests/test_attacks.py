@@ -177,8 +177,43 @@ def test_early_exit_stops_some_time_after_misclassification(
 def test_steps_that_are_no_count_for_each_image_are_refused(
     small_cnn: nn.Module, batch: Batch, steps: Tensor
 ) -> None:
-    with pytest.raises(ValueError, match="one for each of 24 images"):
+    with pytest.raises(UserError, match="one for each of 24 images"):
         ours(small_cnn, batch, steps, torch.full((24,), 0.1))
+
+
+def test_one_number_of_steps_and_one_size_are_those_of_all(
+    small_cnn: nn.Module, batch: Batch
+) -> None:
+    x, labels, z = batch[0], batch[1], torch.zeros(len(batch[0]), 10)
+    given: dict[str, Any] = {"inner_loss": ce_inner_loss, "noise": None, "epsilon": 0.1}
+    each = pgd(small_cnn, x, labels, z, steps=torch.full((24,), 2),
+               step_size=torch.full((24,), 0.07), **given)  # fmt: skip
+    assert torch.equal(pgd(small_cnn, x, labels, z, steps=2, step_size=0.07, **given), each)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"epsilon": 8}, r"epsilon must be at least 0 and at most 1 .*, not 8\."),
+        ({"steps": 1.5}, "steps must be integers, one for each of 24 images, or one for all"),
+        ({"step_size": torch.ones(3)}, "step_size must be numbers, one for each of 24 images"),
+        ({"x": lambda x: 255 * x}, r"images must lie in \[0, 1\].* divide \[0, 255\] images"),
+        ({"x": lambda x: (255 * x).to(torch.uint8)}, r"floats in \[0, 1\], not torch.uint8"),
+        ({"x": lambda x: x * torch.nan}, r"must lie in \[0, 1\]"),
+        ({"labels": lambda y: y[:3]}, "labels must be integers, one for each of 24 images"),
+        ({"z": lambda z: z[0]}, r"clean_logits must be \(24, K\)"),
+        ({"noise": torch.zeros(1, 8, 8)}, "noise must be like the images"),
+    ],
+)  # fmt: skip
+def test_what_pgd_cannot_take_is_one_sentence(
+    small_cnn: nn.Module, batch: Batch, changed: dict[str, Any], sentence: str
+) -> None:
+    parts = {"x": batch[0], "labels": batch[1], "z": torch.zeros(len(batch[0]), 10)}
+    parts |= {key: change(parts[key]) for key, change in changed.items() if key in parts}
+    given: dict[str, Any] = {"steps": 1, "step_size": 0.1, "noise": None, "epsilon": 0.1}
+    given |= {key: value for key, value in changed.items() if key not in parts}
+    with pytest.raises(UserError, match=sentence):
+        pgd(small_cnn, *parts.values(), inner_loss=ce_inner_loss, **given)
 
 
 def test_zero_step_examples_come_back_untouched(small_cnn: nn.Module, batch: Batch) -> None:
@@ -391,7 +426,7 @@ def test_pgd_takes_one_radius() -> None:
         "inner_loss": ce_inner_loss, "noise": None,
     }  # fmt: skip
     for radii in ({}, {"epsilon": 0.1, "ball": L2Ball(0.1)}):
-        with pytest.raises(ValueError, match="either epsilon, of an L∞ ball, or a ball"):
+        with pytest.raises(UserError, match="either epsilon, of an L∞ ball, or a ball"):
             pgd(nn.Flatten(), x, labels, torch.zeros(2, 64), **common, **radii)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import precision
+from btrain.errors import UserError
 
 OUTLIER, ROBUST, BOUNDARY = 0, 1, 2
 
@@ -26,7 +27,11 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
 
     A wrong prediction whose variance is 0 (uniform logits) gives -0.0: the sign bit, not the
     comparison with zero, tells an outlier. (m, K), (m,) -> (m,), at least float32
+
+    Raises:
+        UserError: logits and labels are not of these shapes.
     """
+    _check_logits("logits", logits, labels)
     variance = F.softmax(precision.full(logits), dim=1).var(dim=1, correction=0)
     return _signed(variance, variance, logits, labels)
 
@@ -76,19 +81,38 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 larger the further away, on either side."""
 
 
-def classify(svar: Tensor, robust_fraction: Tensor) -> Tensor:
+def classify(svar: Tensor, robust_fraction: Tensor | float) -> Tensor:
     """Apply the rule f (eq. 6): OUTLIER, ROBUST or BOUNDARY for each example.
 
     The percentile is taken over the whole batch, outliers included, with linear interpolation.
     (m,), () -> (m,) int64
+
+    Raises:
+        UserError: these are no scores (m,), or no fraction in [0, 1], which on a GPU only a number
+            of Python's is seen to be.
     """
-    threshold = torch.quantile(svar, (1 - robust_fraction).to(svar.dtype))
+    if svar.dim() != 1 or not svar.is_floating_point():
+        raise UserError(
+            "svar must be scores (m,), as signed_prediction_variance gives them, not "
+            f"{svar.dtype} of shape {tuple(svar.shape)}."
+        )
+    if not isinstance(robust_fraction, Tensor):
+        _check_share("robust_fraction", robust_fraction)
+        robust_fraction = svar.new_tensor(robust_fraction)
+    elif robust_fraction.numel() != 1:
+        shape = tuple(robust_fraction.shape)
+        raise UserError(f"robust_fraction must be one number for all examples, not {shape}.")
+    try:
+        threshold = torch.quantile(svar, (1 - robust_fraction).to(svar.dtype))
+    except RuntimeError:
+        _check_share("robust_fraction", float(robust_fraction))
+        raise
     classes = torch.where(svar < threshold, BOUNDARY, ROBUST)
     return torch.where(torch.signbit(svar), OUTLIER, classes)
 
 
 def update_robust_fraction(
-    robust_fraction: Tensor,
+    robust_fraction: Tensor | float,
     adv_logits: Tensor,
     labels: Tensor,
     *,
@@ -100,7 +124,13 @@ def update_robust_fraction(
 
     `mean` is of m numbers, or of all processes' where the batch is dealt out to several.
     (), (m, K), (m,) -> ()
+
+    Raises:
+        UserError: logits and labels are not of these shapes, or momentum or gamma not in [0, 1].
     """
+    _check_logits("adv_logits", adv_logits, labels)
+    _check_share("momentum", momentum)
+    _check_share("gamma", gamma)
     accuracy = mean((adv_logits.detach().argmax(dim=1) == labels).float())
     return momentum * robust_fraction + (1 - momentum) * gamma * accuracy
 
@@ -126,9 +156,26 @@ def true_classes(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor) -> Te
     """Return the classes by what an attack really did (eqs. 1 to 3).
 
     (m, K), (m, K), (m,) -> (m,) int64
+
+    Raises:
+        UserError: logits and labels are not of these shapes.
     """
+    _check_logits("clean_logits", clean_logits, labels)
+    _check_logits("adv_logits", adv_logits, labels)
     stands = torch.where(adv_logits.argmax(dim=1) == labels, ROBUST, BOUNDARY)
     return torch.where(clean_logits.argmax(dim=1) == labels, stands, OUTLIER)
+
+
+def _check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
+    """Raise UserError unless logits are (m, K) and labels (m,); nothing is read of the device."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.is_floating_point():
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise UserError(f"{name} must be floats (m, K) and labels (m,), not {shapes}.")
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} must be in [0, 1], not {share:g}.")
 
 
 class Allocation(NamedTuple):

@@ -10,10 +10,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from btrain.attacks.balls import Ball, LinfBall, per_image
+from btrain.errors import UserError
+from btrain.settings.checks import pixels
 
 InnerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(adversarial logits (m, K), clean logits (m, K), labels (m,)) -> what to ascend (m,)"""
@@ -25,8 +28,8 @@ def pgd(
     labels: Tensor,
     clean_logits: Tensor,
     *,
-    steps: Tensor,
-    step_size: Tensor,
+    steps: Tensor | int,
+    step_size: Tensor | float,
     inner_loss: InnerLoss,
     noise: Tensor | None,
     epsilon: float | None = None,
@@ -34,17 +37,18 @@ def pgd(
 ) -> Tensor:
     """Return adversarial examples within the ε-ball around x and the box [0, 1].
 
-    The model is attacked in the mode it is in (see `evaluation_mode`). One copy from the device to
-    the host, of the step counts. Other than in the returned order, an example's result depends on
-    the batch only through the model.
+    The model is attacked in the mode it is in (see `evaluation_mode`). Two copies from the device
+    to the host, of the range of the images and of the step counts. Other than in the returned
+    order, an example's result depends on the batch only through the model.
 
     Args:
         model: maps images to logits.
         x: clean images in [0, 1], (m, C, H, W).
         labels: (m,) int64.
         clean_logits: handed to `inner_loss`, (m, K).
-        steps: how many steps each example takes, (m,) int64; with 0 it comes back untouched.
-        step_size: of each example, in pixel units, (m,).
+        steps: how many steps each example takes, (m,) int64, or one number for all; with 0 it
+            comes back untouched.
+        step_size: of each example, in pixel units, (m,), or one number for all.
         inner_loss: per example; its sum is ascended.
         noise: added to x as the start, like x, not projected before the first step; or None.
         epsilon: radius of an L∞ ball, in pixel units.
@@ -54,14 +58,16 @@ def pgd(
         Like x, in x's order.
 
     Raises:
-        ValueError: `steps` are no integers, or not one an image; there is no radius, or two.
+        UserError: images, labels, logits, steps or lengths are not that, or out of range; there is
+            no radius, or two.
     """
-    if (epsilon is None) == (ball is None):
-        raise ValueError("pgd needs either epsilon, of an L∞ ball, or a ball")
-    ball = ball or LinfBall(epsilon or 0.0)
-    if steps.shape != x.shape[:1] or steps.is_floating_point():
-        shape, images = tuple(steps.shape), len(x)
-        raise ValueError(f"steps must be integers, one for each of {images} images, not {shape}")
+    if epsilon is not None and ball is None:
+        ball = LinfBall(pixels("epsilon", _plain(epsilon), "linf", least=True))
+    elif epsilon is not None or ball is None:
+        raise UserError("pgd needs either epsilon, of an L∞ ball, or a ball.")
+    check_images(x)
+    steps, step_size = _for_each(steps, step_size, x)
+    _check_batch(x, labels, clean_logits, noise)
     order, counts = by_steps(steps)
     x, labels, clean_logits = x[order], labels[order], clean_logits[order]
     step_size, noise = step_size[order], None if noise is None else noise[order]
@@ -77,6 +83,56 @@ def pgd(
         noise=noise,
     )
     return torch.empty_like(x_adv).index_copy_(0, order, x_adv)
+
+
+def check_images(images: Tensor) -> None:
+    """Raise UserError unless images are floats in [0, 1]; one copy to the host."""
+    if not images.is_floating_point():
+        raise UserError(f"images must be floats in [0, 1], not {images.dtype}.")
+    least, most = torch.stack(torch.aminmax(images)).tolist() if images.numel() else (0.0, 0.0)
+    if not (least >= 0 and most <= 1):
+        raise UserError(
+            f"images must lie in [0, 1], where ε is measured, not in [{least:g}, {most:g}]; "
+            "divide [0, 255] images by 255, and normalise inside the model."
+        )
+
+
+def _check_batch(x: Tensor, labels: Tensor, clean_logits: Tensor, noise: Tensor | None) -> None:
+    """Raise UserError unless labels and logits have a row for each image, and noise is like x."""
+    if labels.shape != x.shape[:1] or labels.is_floating_point():
+        shape = tuple(labels.shape)
+        raise UserError(
+            f"labels must be integers, one for each of {len(x)} images, not {labels.dtype} of "
+            f"shape {shape}."
+        )
+    if clean_logits.dim() != 2 or len(clean_logits) != len(x):
+        shape = tuple(clean_logits.shape)
+        raise UserError(f"clean_logits must be ({len(x)}, K), a row an image, not {shape}.")
+    if noise is not None and noise.shape != x.shape:
+        shape = tuple(noise.shape)
+        raise UserError(f"noise must be like the images, {tuple(x.shape)}, not {shape}.")
+
+
+def _for_each(steps: Tensor | int, step_size: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return steps and their size for each image, (m,) and (m,); a number is the same for all."""
+    many, size = torch.as_tensor(steps, device=x.device), _length(step_size, x)
+    for name, value, kind in (("steps", many, "integers"), ("step_size", size, "numbers")):
+        unlike = value.dim() > 0 and value.shape != x.shape[:1]
+        if unlike or (name == "steps" and value.is_floating_point()):
+            raise UserError(
+                f"{name} must be {kind}, one for each of {len(x)} images, or one for all, not "
+                f"{value.dtype} of shape {tuple(value.shape)}."
+            )
+    return many.expand(len(x)), size.to(x.device).expand(len(x))
+
+
+def _length(length: Tensor | float, x: Tensor) -> Tensor:
+    return length if isinstance(length, Tensor) else x.new_tensor(length)
+
+
+def _plain(number: object) -> object:
+    """Return a number of torch's or NumPy's as one of Python's, all else as it is."""
+    return number.item() if isinstance(number, Tensor | np.generic) else number
 
 
 def by_steps(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from btrain import precision
-from btrain.attacks.pgd import evaluation_mode
+from btrain.attacks.pgd import check_images, evaluation_mode
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError, first_line
 from btrain.terminal import counted
@@ -80,12 +80,7 @@ def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
     if images.dtype != torch.uint8:
         if not images.is_floating_point():
             raise UserError(f"images must be uint8 or floats in [0, 1], not {images.dtype}.")
-        least, most = images.min().item(), images.max().item()
-        if not (least >= 0 and most <= 1):
-            raise UserError(
-                f"images must lie in [0, 1], where ε is measured, not in [{least:g}, {most:g}]; "
-                "divide [0, 255] images by 255, and normalise inside the model."
-            )
+        check_images(images)
     names = tuple(str(label) for label in range(int(labels.max()) + 1))
     return Examples(images.detach(), labels, names, device)
 
