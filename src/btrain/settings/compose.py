@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -639,16 +640,22 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """Return what a YAML text holds; a command reads the same run's several times."""
+    from btrain.untrusted import plain_yaml
+
+    return plain_yaml.parse(text)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a run folder's `config.yaml` as plain containers.
 
     Raises:
         UserError: the file cannot be read as YAML.
     """
-    from btrain.untrusted import plain_yaml
-
     try:
-        content = plain_yaml.parse(read_text(path, _LARGEST_YAML))
+        content = copy.deepcopy(_parsed(read_text(path, _LARGEST_YAML)))
     except Exception as error:
         raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
     if not isinstance(content, dict):
