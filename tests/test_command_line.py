@@ -229,6 +229,11 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         (["bench", "bench.seconds=${nope}"], "bench.seconds: Interpolation key 'nope' not found."),
         (["data", "corrupt", "corrupt.seed=${x}"], "${x}: Interpolation key 'x' not found."),
         (["train", "--config-name", "nope"], "Cannot find primary config 'nope'"),
+        (["train", "train.epochs=1.5"], "train.epochs must be a whole number, not 1.5."),
+        (["train", "recipe.lr=big"], "recipe.lr must be a number, not big."),
+        (["train", "train.compile=maybe"], "train.compile must be one of true, false, not maybe."),
+        (["train", "recipe.milestones=5"], "milestones must be a list, like recipe.milestones=["),
+        (["train", "train=5"], "train is a group of settings; please set its keys one by one."),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

@@ -284,6 +284,7 @@ def _run_with_hydra(
 
     before, argv = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     full_error, sweep = before == "1", os.getpid()
+    failed: list[int] = []  # jobs of a sweep within this process
 
     def job(cfg: Any) -> object:
         """Run one job, and return what it came to.
@@ -324,6 +325,10 @@ def _run_with_hydra(
             complain(error)
             if hydra_config.mode is RunMode.RUN or processes() > 1:
                 sys.exit(1)
+            choices = hydra_config.runtime.choices
+            if (choices["hydra/launcher"], choices["hydra/sweeper"]) == ("basic", "basic"):
+                failed.append(hydra_config.job.num)
+                return None
             raise  # Hydra goes on with the sweep and raises this again at its end
 
     configs.register()
@@ -336,6 +341,8 @@ def _run_with_hydra(
     try:
         with _interrupted_by_sigterm(), watched:
             main()
+        if failed:
+            sys.exit(1)
     except Exception as error:
         of_a_job = vars(error).get(_OF_A_JOB)
         # A folder that cannot be written has an errno; Hydra's errors of files have none.

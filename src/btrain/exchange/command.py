@@ -147,6 +147,8 @@ def run(arguments: Sequence[str]) -> tuple[Export, SavedRun, int] | None:
         f"{export.out}: {saved.config.model.name} with {count} parameters as "
         f"{export.format}, for {'×'.join(map(str, shape))} images in [0, 1]"
     )
+    if unfinished := saved.unfinished():
+        say(unfinished)
     if export.format == "compact" and parameters == whole:
         say("Nothing could be left out: all channels are read. Single weights that are 0 stay.")
     return export, saved, parameters

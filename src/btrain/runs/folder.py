@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -111,17 +112,13 @@ class RunFolder:
             if not self._is_empty():
                 raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
             return
-        may_differ: tuple[str, ...] = _MAY_DIFFER
-        if config.dataset.name is not DatasetName.imagefolder:
-            may_differ += ("dataset.root",)  # the same data in another place
         # A setting that btrain did not have when the run began was at its default.
         theirs = flat(defaults(config)) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
         differing = [
             key
             for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
-            and not any(key == k or key.startswith(f"{k}.") for k in may_differ)
+            if theirs.get(key) != ours.get(key) and not _may_differ(key, config)
         ]
         others = [key for key in differing if key not in LENGTH and key != "recipe.schedule"]
         if not others:  # the same run, but for its length
@@ -312,6 +309,23 @@ class RunFolder:
                 handler.close()
             logger.setLevel(before[0])
             logger.propagate = before[1]
+
+
+def settings_sha256(config: Config) -> str:
+    """Return a hash of the settings that a run keeps while it goes on: others are another run's."""
+    kept = {
+        key: value
+        for key, value in flat(to_dict(config)).items()
+        if not _may_differ(key, config) and key not in LENGTH
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _may_differ(key: str, config: Config) -> bool:
+    """Return whether a setting may be another one when a run is taken up again."""
+    if key == "dataset.root":  # the same data in another place
+        return config.dataset.name is not DatasetName.imagefolder
+    return any(key == other or key.startswith(f"{other}.") for other in _MAY_DIFFER)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

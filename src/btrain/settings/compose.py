@@ -732,7 +732,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
             f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
         )
     if key and not key.group(1).startswith("["):
-        return UserError(f"{key.group(1)}: {_reason(cause)}.")
+        return UserError(_wrong_value(key.group(1), _reason(cause)))
     for group, _, value in (override.partition("=") for override in overrides):
         known_options = options_of(group, folder) if group else []
         if known_options and not value.startswith("_") and value not in known_options:
@@ -770,6 +770,26 @@ def _of_null(overrides: Sequence[str], task: str) -> str | None:
             if having:
                 return f"{override}: {group}.{part} is null here; {group}={having[0]} has it."
     return None
+
+
+_WRONG = {
+    r"Value '(.*)' of type '\w+' could not be converted to Integer": "a whole number",
+    r"Value '(.*)' of type '\w+' could not be converted to Float": "a number",
+    r"Value '(.*)' is not a valid bool.*": "one of true, false",
+}
+"""OmegaConf's words for a value of another type, and what it must be."""
+
+
+def _wrong_value(key: str, reason: str) -> str:
+    """Return a sentence on a value that the schema does not take, for one of OmegaConf's."""
+    for pattern, wanted in _WRONG.items():
+        if found := re.fullmatch(pattern, reason):
+            return f"{key} must be {wanted}, not {found[1]}."
+    if re.fullmatch(r"Invalid value assigned: \w+ is not a ListConfig, list or tuple", reason):
+        return f"{key} must be a list, like {key}=[1,2]."
+    if re.match(r"Invalid type assigned: \w+ is not a subclass of ", reason):
+        return f"{key} is a group of settings; please set its keys one by one."
+    return f"{key}: {reason}."
 
 
 def _first_line(error: BaseException) -> str:
