@@ -15,6 +15,7 @@ from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,6 +32,8 @@ GROUPS = {path.name for path in Path(configs.config_dir()).iterdir() if path.is_
 
 hydras_list = loader.create_defaults_list
 hydras_choices = defaults_list._create_interpolation_map
+omegaconfs_copy = DictConfig.__deepcopy__
+hydras_mode = Hydra.get_mode
 hydras_parse = OverridesParser.parse_rule
 hydras_merge = ConfigLoaderImpl._compose_config_from_defaults_list
 _lists: dict[tuple[str | bool | None, ...], DefaultsList] = {}
@@ -52,6 +55,8 @@ def remember() -> None:
     OverridesParser.parse_rule = _parse  # type: ignore[method-assign]
     user_files._parsed_once = _file
     ConfigStore.load = _schema  # type: ignore[method-assign]
+    DictConfig.__deepcopy__ = _copy  # type: ignore[method-assign]
+    Hydra.get_mode = _mode  # type: ignore[method-assign]
     configs.keys_of = cache(configs.keys_of)  # which the hints of mistakes go through
     parse = lru_cache(10_000)(omegaconf.base.parse)
     omegaconf.base.parse = omegaconf._utils.parse = parse
@@ -82,6 +87,34 @@ def _schema(self: ConfigStore, config_path: str) -> ConfigNode:
     return found
 
 
+def _copy(self: DictConfig, memo: dict[int, Any]) -> DictConfig:
+    """Return a copy that knows the same parent, as OmegaConf does at a quarter of the speed."""
+    parent = self.__dict__["_parent"]
+    self.__dict__["_parent"] = None
+    try:
+        copied: DictConfig = pickle.loads(pickle.dumps(self))
+    except Exception:  # what it holds cannot be pickled
+        self.__dict__["_parent"] = parent
+        return omegaconfs_copy(self, memo)
+    finally:
+        self.__dict__["_parent"] = parent
+    copied.__dict__["_parent"] = parent
+    return copied
+
+
+def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Return the mode that words give; Hydra composes the whole configuration to see that."""
+    if not _ours_alone(self.config_loader.repository) or any("hydra" in w for w in overrides):
+        return hydras_mode(self, config_name, overrides)
+    return None
+
+
+def _ours_alone(repo: IConfigRepository) -> bool:
+    """Return whether Hydra reads no folder of a user's, whose files may change."""
+    folders = [source.path for source in repo.get_sources() if source.scheme() == "file"]
+    return folders == [configs.config_dir()]
+
+
 def _list(
     repo: IConfigRepository,
     config_name: str | None,
@@ -89,8 +122,7 @@ def _list(
     prepend_hydra: bool,
     skip_missing: bool,
 ) -> DefaultsList:
-    folders = [source.path for source in repo.get_sources() if source.scheme() == "file"]
-    if folders != [configs.config_dir()]:  # a user's files may change
+    if not _ours_alone(repo):
         return hydras_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
     options = [word for word in overrides_list if repo.group_exists(word.key_or_group)]
     key = (config_name, skip_missing, *(word.input_line for word in options))

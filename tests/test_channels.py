@@ -257,8 +257,19 @@ def test_a_run_its_files_and_its_compact_form(
     whole = network.get_parameter("fc1.weight")
     assert whole.shape == (100, 32)
     assert float((whole == 0).float().mean()) == pytest.approx(1 - summary["density"], abs=0.1)
-    assert main(["export", f"checkpoint={folder}", "format=compact", f"out={small}"]) == 0
+    capsys.readouterr()
+    words = [f"checkpoint={folder}", "format=compact", f"out={small}", "model_card=true"]
+    assert main(["export", *words]) == 0
     config, compact = load_run(small)
+    written, before = (sum(p.numel() for p in one.parameters()) for one in (compact, network))
+    told = capsys.readouterr().out
+    assert f"small_cnn with {written:,} of its {before:,} parameters as compact" in told
+    assert "Nothing could be left out" not in told
+    assert f", {written:,} parameters." in small.with_name("small.pt.md").read_text()
+    again = tmp_path / "again.pt"
+    assert main(["export", f"checkpoint={small}", "format=compact", f"out={again}"]) == 0
+    told = capsys.readouterr().out
+    assert f"small_cnn with {written:,} parameters" in told and "Nothing could be left out" in told
     assert compact.get_parameter("fc1.weight").numel() < 0.4 * whole.numel()
     data = load_data(config, CPU)
     attack = {"epsilon": 0.03, "step_size": 0.01, "steps": 3, "batch_size": 100, "seed": 0}

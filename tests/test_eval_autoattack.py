@@ -60,7 +60,7 @@ def test_our_pgd_and_the_librarys_agree_within_one_of_500(digits: Data) -> None:
     # their weights' last digits, and so on the processor, which attack finds an example more.
     torch.manual_seed(0)
     network = models.build("small_cnn", width=4, depth=None, classes=10, shape=(1, 8, 8))
-    trained_on(digits, network, epsilon=EPSILON, steps=5, step_size=0.5)
+    trained_on(digits, network, epsilon=EPSILON, epochs=5, steps=5, step_size=0.5)
     images = torch.cat([digits.test.images, digits.train.images])[:500]
     labels = torch.cat([digits.test.labels, digits.train.labels])[:500]
     ours = robust_accuracy(network, images, labels, epsilon=EPSILON, attack="pgd100x10").correct

@@ -259,6 +259,35 @@ def test_what_is_there_is_not_repeated_but_something_else_is(
     assert path.is_file()
 
 
+def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    train = [*_FEW_STEPS, f"run.dir={tmp_path / 'run'}", "eval.steps=1", "bt.probe_every=0"]
+    command = ["eval", f"checkpoint={tmp_path / 'run'}", "attack=clean", "report=true"]
+    folder = tmp_path / "run" / "eval"
+    assert main([*train, "train.max_seconds=1e-9"]) == 0
+    assert main([*command, "sanity=false"]) == 0
+    unfinished = "The run is not finished: these are its weights before epoch 1 of 2."
+    assert unfinished in capsys.readouterr().out
+    page = (folder / "index.html").read_bytes()
+    assert unfinished in page.decode()
+    assert main(train) == 0
+    capsys.readouterr()
+    assert main([*command, "sanity=false"]) == 0
+    told = capsys.readouterr().out
+    (aside,) = (folder / "earlier").iterdir()
+    assert f"The run went on since it was evaluated; the results of before are in {aside}." in told
+    assert "not finished" not in told and "not finished" not in (folder / "index.html").read_text()
+    assert aside.name.startswith("epoch_0-")
+    assert {path.name for path in aside.iterdir()} == {
+        "clean.json", "clean.npz", "samples.npz", "index.html",
+    }  # fmt: skip
+    assert (aside / "index.html").read_bytes() == page
+    assert content(folder / "clean.json")["epoch"] == 2
+    assert main([*command, "sanity=false"]) == 0
+    assert len([*(folder / "earlier").iterdir()]) == 1
+
+
 def test_an_interrupted_command_goes_on(
     runs_here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,8 +333,11 @@ def test_robustbench_classes_load_ours_strictly_and_ours_come_back(
     tmp_path: Path, tiles: Tensor, constants: dict[str, Any], sub_block1: bool
 ) -> None:
     model, path = wide_resnet(**constants), tmp_path / "out.pt"
-    write(model, path, format="robustbench", shape=(3, 32, 32), sub_block1=sub_block1)
+    told = write(model, path, format="robustbench", shape=(3, 32, 32), sub_block1=sub_block1)
     network = TheirWideResNet(sub_block1=sub_block1, mu_sigma=bool(constants)).eval()
+    constant = {"mu", "sigma"}
+    named = [p for name, p in network.named_parameters() if name not in constant]
+    assert told == sum(parameter.numel() for parameter in named)
     network.load_state_dict(torch.load(path, weights_only=True), strict=True)
     torch.testing.assert_close(network(tiles), model(tiles))
 

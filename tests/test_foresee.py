@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from btrain.cli import main
-from btrain.errors import UserError
+from btrain.data import load
+from btrain.settings import DatasetName
+from btrain.settings.run import IMAGES
 from btrain.training.foresee import foresee
 from composing import compose
 
@@ -72,7 +74,29 @@ def test_memory_is_that_of_the_job_and_not_of_those_before() -> None:
         assert "since it began" in told.sentences()
 
 
-def test_an_epoch_of_two_batches_cannot_be_timed() -> None:
-    told = r"^train.batch_size=100 makes 2 batches of 200 .* needs three batches"
-    with pytest.raises(UserError, match=told):
-        foresee(compose([*WORDS, "train.batch_size=100"]))
+@pytest.mark.parametrize("size", [500, 100])
+def test_an_epoch_of_one_or_two_batches_is_timed_again_and_again(size: int) -> None:
+    told = foresee(compose([*WORDS, f"train.batch_size={size}", "bt=uniform"]))
+    whole = foresee(compose([*WORDS, "bt=uniform"]))
+    assert told.batches == (2 if size == 100 else 1) and told.timed >= told.batches
+    assert told.flops == pytest.approx(whole.flops, rel=1e-6) and told.seconds > 0
+
+
+def test_what_would_be_downloaded_is_planned_on_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "dataset=mnist", f"dataset.root={tmp_path / 'none'}", "model=small_cnn",
+             "model.width=2", "bt=uniform", "train.batch_size=64", "device=cpu"]  # fmt: skip
+    assert main([*words, "train.epochs=2"]) == 0
+    out, err = capsys.readouterr()
+    assert "2 epochs of 938 batches" in out  # 60,000 images
+    assert "noise of mnist's size and shape, which is not here yet" in out
+    assert "Downloading" not in out + err and not list(tmp_path.iterdir())
+    assert main([*words, "dataset.download=false"]) == 1
+    assert "or set dataset.download=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist_sample"])
+def test_the_numbers_of_images_are_known(name: str) -> None:
+    data = load(name, Path("unused"), device=torch.device("cpu"))
+    assert (len(data.train), len(data.test)) == IMAGES[DatasetName(name)]

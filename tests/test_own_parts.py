@@ -24,6 +24,7 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
+from btrain.settings import compose as configs
 from torchrun import ENVIRONMENT, forked
 
 NETS = """\
@@ -345,6 +346,42 @@ def test_a_folder_of_options_stands_anywhere_and_is_listed(
     assert ", my_net, own, " in message
     assert main(["train", "dataset=digits", "--config-dir", "yours"]) == 1
     assert said(capsys) == "btrain: --config-dir yours is no folder.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "augmentation"),
+    [
+        (["dataset=own", "dataset.factory=data.py:load"], (0, False)),
+        (["dataset=own", "dataset.factory=data.py:load", "recipe=fast", "recipe.flip=true"],
+         (0, True)),
+        (["dataset=imagefolder", "dataset.root=x", "dataset.image_size=16"], (2, True)),
+        (["dataset=imagefolder", "dataset.root=x", "dataset.image_size=64"], (4, True)),
+    ],
+)  # fmt: skip
+def test_the_augmentation_of_a_users_images(
+    words: list[str], augmentation: tuple[int, bool]
+) -> None:
+    recipe = configs.compose(words).recipe
+    assert (recipe.crop_padding, recipe.flip) == augmentation
+
+
+def test_a_run_with_the_augmentation_of_an_earlier_version_goes_on(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*RUN, "train.epochs=1", "run.dir=older"]
+    earlier = ["recipe.crop_padding=4", "recipe.flip=true"]
+    assert main([*words, *earlier, "train.max_seconds=1e-9"]) == 0
+    capsys.readouterr()
+    assert main([*words, "recipe.flip=true"]) == 1
+    assert "belongs to a run with recipe.crop_padding=4, not 0" in said(capsys)
+    assert main(words) == 0
+    log = (here / "older" / "train.log").read_text()
+    assert log.count("random crops (4 pixels), random flips; ε 0.1 (L∞); from the start") == 2
+    assert "goes on as it was begun, with recipe.crop_padding=4, recipe.flip=true" in log
+    saved = yaml.safe_load((here / "older" / "config.yaml").read_text())["recipe"]
+    assert (saved["crop_padding"], saved["flip"]) == (4, True)
+    assert main([*words, *earlier, "run.dir=same"]) == 0
+    assert same(weights("older"), weights("same"))
 
 
 def test_an_own_defenses_recipe_is_found_in_the_same_folder(

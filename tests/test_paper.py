@@ -16,6 +16,7 @@ from btrain.evaluation.autoattack import LIBRARIES
 from btrain.paper import step
 from btrain.paper.job import Job, check, config_of, make_plan, unfinished
 from btrain.paper.plan import read_plan
+from btrain.paper.sheets import pictures
 from btrain.paper.sheets.cost import read_step
 from btrain.paper.sheets.sheet import make_sheet
 from btrain.paper.target import Sweep, merged, names, read_profile, read_target
@@ -152,6 +153,12 @@ def test_a_plan_whose_runs_lie_elsewhere_is_refused(tmp_path: Path) -> None:
         read_plan(path)
 
 
+@pytest.fixture(autouse=True)
+def _few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn by most commands here, and looked at in `test_sheet_pictures.py`."""
+    monkeypatch.setattr(pictures, "_DPI", 24)
+
+
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
@@ -277,9 +284,16 @@ def test_corrupted_images_are_made_for_table_1(tmp_path: Path) -> None:
     assert (tmp_path / f"{row}-seed1" / "eval" / "corruptions.json").is_file()
 
 
-def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
-    assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
-    content = json.loads((tmp_path / "figure3-seed0" / "allocation.json").read_text())
+@pytest.fixture(scope="module")
+def figure5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs and the picture of figure 5."""
+    out = tmp_path_factory.mktemp("figure5") / "out"
+    assert cli.main(["paper", "figure5", f"out={out}", *SMALLER]) == 0
+    return out
+
+
+def test_figure_5_tells_of_each_example_of_a_batch(figure5: Path) -> None:
+    content = json.loads((figure5 / "figure3-seed0" / "allocation.json").read_text())
     outcomes, steps = content["outcome"], content["steps"]
     assert len(outcomes) == len(steps) == len(content["svar"]) == 20
     assert set(outcomes) <= {"boundary", "robust", "outlier"}
@@ -289,9 +303,9 @@ def test_figure_5_tells_of_each_example_of_a_batch(tmp_path: Path) -> None:
 
 
 def test_a_log_that_is_damaged_costs_figure_5_one_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    figure5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["paper", "figure5", f"out={tmp_path}", *SMALLER]) == 0
+    shutil.copytree(figure5, tmp_path, dirs_exist_ok=True)
     made = tmp_path / "figure3-seed1" / "allocation.json"
     made.unlink()
     (tmp_path / "figure3-seed0" / "metrics.jsonl").write_text('{"epoch": 1}\n')

@@ -452,8 +452,8 @@ def _export(args: list[str]) -> None:
     if made is not None and made[0].model_card:
         from btrain.report.card import write_card
 
-        export, saved = made
-        for path in write_card(Path(export.out), saved, export.format):
+        export, saved, parameters = made
+        for path in write_card(Path(export.out), saved, export.format, parameters):
             say(f"Written to {path}.")
 
 

@@ -15,7 +15,14 @@ from btrain.data import cifar, digits, given, imagefolder, mnist
 from btrain.data import download as downloads
 from btrain.data.source import Labels, Source
 from btrain.errors import UserError
-from btrain.settings import DatasetConfig, FilesConfig, ImageFolderConfig, OwnDatasetConfig
+from btrain.settings import (
+    DatasetConfig,
+    DatasetName,
+    FilesConfig,
+    ImageFolderConfig,
+    OwnDatasetConfig,
+)
+from btrain.settings.run import CLASSES, IMAGES, SHAPES
 
 # Subsets are the same for every run's seed, so that runs with different seeds share their data.
 _SUBSET_SEED = 0
@@ -97,15 +104,55 @@ def load_configured(
     Raises:
         UserError: as `load`.
     """
+    return _configured(dataset, _parts(dataset), device, train_examples)
+
+
+def load_or_stand_in(dataset: DatasetConfig, device: torch.device) -> tuple[Data, bool]:
+    """Return what `load_configured` does, but noise of the same size for what would be downloaded.
+
+    Returns:
+        The data, and whether they are noise.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if isinstance(dataset, FilesConfig) and dataset.download:
+        missing_file, _ = _FILES[dataset.name.value]
+        if missing_file(Path(dataset.root)) is not None:
+            train, test = (_noise(dataset.name, count) for count in IMAGES[dataset.name])
+            return _configured(dataset, (train, test), device), True
+    return load_configured(dataset, device), False
+
+
+def _noise(name: DatasetName, count: int) -> Source:
+    """Return images of chance in the shape of a data set, with as many of each class."""
+    rng = np.random.default_rng(0)
+    classes = tuple(map(str, range(CLASSES[name])))
+    return Source(
+        np.arange(count, dtype=np.int64) % len(classes),
+        lambda indices: rng.integers(0, 256, (len(indices), *SHAPES[name]), dtype=np.uint8),
+        classes,
+    )
+
+
+def _parts(dataset: DatasetConfig) -> tuple[Source, Source]:
     match dataset:
         case OwnDatasetConfig():
-            parts = given.read(dataset.factory, dataset.settings)
+            return given.read(dataset.factory, dataset.settings)
         case FilesConfig():
-            parts = _read(dataset.name.value, Path(dataset.root), dataset.download, None)
+            return _read(dataset.name.value, Path(dataset.root), dataset.download, None)
         case ImageFolderConfig():
-            parts = imagefolder.read(Path(dataset.root), dataset.image_size)
+            return imagefolder.read(Path(dataset.root), dataset.image_size)
         case _:
-            parts = _INSTALLED[dataset.name.value]()
+            return _INSTALLED[dataset.name.value]()
+
+
+def _configured(
+    dataset: DatasetConfig,
+    parts: tuple[Source, Source],
+    device: torch.device,
+    train_examples: int | None = None,
+) -> Data:
     return arranged(
         *parts,
         device=device,

@@ -204,7 +204,10 @@ def attack_facts(subject: Subject, start: Start, *libraries: str) -> dict[str, A
 
 def identity(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts that an attack's result depends on: a run may be renamed."""
-    return {key: value for key, value in facts.items() if key not in ("note", "run", "defense")}
+    return {key: value for key, value in facts.items() if key not in _OF_THE_RUN}
+
+
+_OF_THE_RUN = ("note", "run", "defense", "epoch", "settings_sha256")
 
 
 def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:

@@ -13,7 +13,7 @@ from btrain.data.splits import class_balanced_order
 from btrain.durable import check_places, folder_made, real
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
-from btrain.evaluation import verification
+from btrain.evaluation import earlier, verification
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
@@ -32,7 +32,6 @@ from btrain.evaluation.result import (
 from btrain.evaluation.sanity import EXAMPLES, check_sanity
 from btrain.evaluation.target import Target, find
 from btrain.precision import bf16_hint
-from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
 from btrain.terminal import say, tell
@@ -85,7 +84,8 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     ball = target.threat(target.epsilon)
     if set(AUTOATTACKS) & set(_names(settings)):
         library_norm(ball)
-    _refuse_mixture(target.folder, facts | {"epsilon": target.epsilon, "norm": ball.norm})
+    conditions = {"epsilon": target.epsilon, "norm": ball.norm}
+    earlier.found(target.folder, facts | conditions)
     check_places(_files(settings, target))
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
@@ -103,6 +103,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         folder=target.folder,
         show_progress=True,
     )
+    earlier.set_aside(target.folder, facts | conditions)
     with _taken(settings, target.folder):
         return _attacked(settings, subject)
 
@@ -165,26 +166,6 @@ def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
     return Evaluation(subject.folder, [*found.values()], corruptions, sanity)
 
 
-def _refuse_mixture(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise UserError where a folder holds results of another network, test set, norm or ε."""
-    identity = (
-        ("checkpoint_sha256", "other weights"),
-        ("data_sha256", "other test images"),
-        ("epsilon", "another ε"),
-        ("norm", "another norm"),
-    )
-    for path in sorted(folder.glob("*.json")):
-        there = read_object(path)
-        if "epsilon" in there:
-            there = {"norm": "linf"} | there  # older files do not tell their norm
-        for key, what in identity:
-            if there.get(key, facts[key]) != facts[key]:
-                raise UserError(
-                    f"{folder} holds results of {what} ({path.name}); "
-                    "please give out=… or delete it."
-                )
-
-
 def _attack(
     settings: EvalSettings, subject: Subject, name: str, start: Start, graph: Graph | None
 ) -> Result:
@@ -218,7 +199,8 @@ def _corruptions(settings: EvalSettings, subject: Subject) -> Result:
 def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[str, Any]:
     """Return what every JSON file says about model, data and machine."""
     config, device, norm = target.config, target.device, target.threat(target.epsilon).norm
-    wanted, notes = config.dataset.test_examples, []
+    wanted = config.dataset.test_examples
+    notes = [target.unfinished] if target.unfinished else []
     if wanted is not None:
         notes.append(of_a_part(wanted))
     if target.trained_norm not in (None, norm):
@@ -234,6 +216,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
         "model": config.model.name,
         **_trained_by(target),
         **target.checkpoint_facts(),
+        **target.progress,
         "epsilon_trained": target.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": settings.precision,

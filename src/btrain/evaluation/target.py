@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from btrain.data import Data
 from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
-from btrain.runs.folder import RunFolder
+from btrain.runs.folder import RunFolder, settings_sha256
 from btrain.settings import Config, FilesConfig, OwnModelConfig
 from btrain.settings.checks import no_farther
 from btrain.settings.compose import to_dict
 from btrain.settings.evaluation import EvalSettings, apply, compose
 from btrain.untrusted import sha256
+
+if TYPE_CHECKING:
+    from btrain.exchange.from_run import SavedRun
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Target:
         epsilon: of the attacks.
         trained, trained_norm: the ball of the training; None: not known.
         step_size: the data set's, for that ε.
+        progress: what tells how far the run came, and which run it is; empty of another project's.
+        unfinished: a sentence on a run that is not at its end, or None.
     """
 
     model: nn.Module
@@ -49,6 +54,8 @@ class Target:
     step_size: float
     seed: int
     folder: Path
+    progress: dict[str, Any]
+    unfinished: str | None
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """Return which weights these are."""
@@ -68,9 +75,11 @@ def find(settings: EvalSettings) -> Target:
     device = find_device(settings.device)
     if run is None and "model" in settings.config:
         original = config = _foreign(settings)
-        model, trained = None, None
+        model, trained, progress, unfinished = None, None, {}, None
     else:
-        original, model = _ours(checkpoint, run, settings)
+        original, saved = _ours(checkpoint, run, settings)
+        model, unfinished = saved.network(), saved.unfinished()
+        progress = {"epoch": saved.epochs, "settings_sha256": settings_sha256(original)}
         config, trained = apply(original, settings.config), original.attack.epsilon
         _keep_downloads_here(config, settings)
     norm = settings.norm or original.attack.norm
@@ -106,6 +115,8 @@ def find(settings: EvalSettings) -> Target:
         step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
         seed=seed,
         folder=folder,
+        progress=progress,
+        unfinished=unfinished,
     )
 
 
@@ -123,8 +134,8 @@ def _paths(path: Path) -> tuple[Path, Path | None]:
     return path, run if inside else None
 
 
-def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[Config, nn.Module]:
-    """Return configuration and network, of a run folder by its `config.yaml`."""
+def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[Config, SavedRun]:
+    """Return what a run left, and its configuration: of a run folder its `config.yaml`."""
     from btrain.exchange.from_run import (
         UntrustedError,
         agreed,
@@ -146,7 +157,7 @@ def _ours(checkpoint: Path, run: Path | None, settings: EvalSettings) -> tuple[C
     if run is not None:
         whole = read_config(RunFolder(run).settings(), run / "config.yaml")
         config = agreed(trusted(whole, run, *trust), config, run, checkpoint)
-    return config, saved.network()
+    return config, saved
 
 
 def _keep_downloads_here(config: Config, settings: EvalSettings) -> None:

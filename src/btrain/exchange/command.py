@@ -107,11 +107,11 @@ def parse(arguments: Sequence[str]) -> Export:
     return words.filled(Export, values, {})
 
 
-def run(arguments: Sequence[str]) -> tuple[Export, SavedRun] | None:
+def run(arguments: Sequence[str]) -> tuple[Export, SavedRun, int] | None:
     """Write the file that the arguments of `btrain export` ask for, and say what was written.
 
     Returns:
-        What was asked for, and the run; None where it was help.
+        What was asked for, the run, and how many parameters the file has; None where it was help.
 
     Raises:
         UserError: a word, the run or the file to write is not right; nothing was written.
@@ -131,7 +131,7 @@ def run(arguments: Sequence[str]) -> tuple[Export, SavedRun] | None:
         factories=export.factories,
     )
     model, shape = saved.network(), saved.shape
-    write(
+    parameters = write(
         model,
         Path(export.out),
         format=export.format,
@@ -141,9 +141,14 @@ def run(arguments: Sequence[str]) -> tuple[Export, SavedRun] | None:
         config=saved.config,
         classes=saved.classes,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    count = f"{parameters:,} of its {whole:,}" if parameters < whole else f"{parameters:,}"
     say(
-        f"{export.out}: {saved.config.model.name} with {parameters:,} parameters as "
+        f"{export.out}: {saved.config.model.name} with {count} parameters as "
         f"{export.format}, for {'×'.join(map(str, shape))} images in [0, 1]"
     )
-    return export, saved
+    if unfinished := saved.unfinished():
+        say(unfinished)
+    if export.format == "compact" and parameters == whole:
+        say("Nothing could be left out: all channels are read. Single weights that are 0 stay.")
+    return export, saved, parameters

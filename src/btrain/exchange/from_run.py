@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,9 @@ from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.models.channels import Cut
+from btrain.runs.checkpoint import is_resumable
 from btrain.runs.folder import RunFolder
+from btrain.runs.json_fields import is_count
 from btrain.settings import (
     Config,
     DatasetConfig,
@@ -60,6 +63,8 @@ class SavedRun:
         classes: K.
         shape: (C, H, W) of its images.
         compact: whether channels that nothing reads were left out of the weights.
+        epochs: begun when the weights were kept; None where the checkpoint does not tell.
+        goes_on: whether the run had more to train then; None where the checkpoint does not tell.
     """
 
     path: Path
@@ -68,6 +73,21 @@ class SavedRun:
     classes: int
     shape: tuple[int, int, int]
     compact: bool = False
+    epochs: int | None = None
+    goes_on: bool | None = None
+
+    def unfinished(self) -> str | None:
+        """Return a sentence on weights of a run that is not at its end; None of others."""
+        goes_on, inside = self.goes_on, self.path.parent.name == "checkpoints"
+        if goes_on is None:
+            goes_on = inside and not (self.path.parent.parent / "summary.json").is_file()
+        if not goes_on:
+            return None
+        of = self.config.train.epochs
+        where = {None: "", 0: f" before epoch 1 of {of}"}.get(
+            self.epochs, f" of epoch {self.epochs} of {of}"
+        )
+        return f"The run is not finished: these are its weights{where}."
 
     def network(self) -> nn.Module:
         """Return the network with the weights, on the CPU, in eval mode.
@@ -173,7 +193,20 @@ def read_run(
     if classes is None:
         classes = len(list(weights.values())[-1])  # the bias of the classifier, (K,)
     shape = shape or image_shape(config.dataset)
-    return SavedRun(path, config, weights, classes, shape, compact=saved.get("compact") is True)
+    epochs, goes_on = _progress(saved["state"], config)
+    return SavedRun(
+        path, config, weights, classes, shape, saved.get("compact") is True, epochs, goes_on
+    )
+
+
+def _progress(state: dict[str, Any], config: Config) -> tuple[int | None, bool | None]:
+    """Return how many epochs were begun when a state was kept, and whether more was to come."""
+    epoch: Any = state.get("epoch")
+    batch: Any = state.get("batch", 0)
+    if not is_count(epoch) or not is_count(batch):
+        return None, None
+    whole = epoch >= config.train.epochs or state.get("collapsed") is True
+    return epoch + (batch > 0), not whole if is_resumable(state) else None
 
 
 def trusted(
@@ -351,11 +384,23 @@ def read_config(saved: Mapping[str, Any], origin: Path) -> Config:
         UserError: a setting is unknown, of another type or out of range, or refers to something
             else (`${…}`), or one is missing that the options do not give.
     """
+    _check_plain(saved, origin)
+    key = repr(saved)
+    if key not in _read:
+        config = _checked(dict(translated(saved)), origin)
+        _read.clear()
+        _read[key] = config
+    return copy.deepcopy(_read[key])
+
+
+_read: dict[str, Config] = {}
+"""The configuration read last: a run's `config.yaml` and its checkpoint mostly say the same."""
+
+
+def _checked(saved: dict[str, Any], origin: Path) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_plain(saved, origin)
-    saved = translated(saved)
     try:
         settings = OmegaConf.merge(configs.schema_of(saved), OmegaConf.create(saved))
         missing = sorted(OmegaConf.missing_keys(settings))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from btrain.controllers.sparsity.channels import same_outputs
 from btrain.durable import replacing
@@ -40,8 +40,8 @@ def write(
     overwrite: bool = False,
     config: Config | None = None,
     classes: int | None = None,
-) -> None:
-    """Write a network in a format of `command.FORMATS`.
+) -> int:
+    """Write a network in a format of `command.FORMATS` and return how many parameters it has there.
 
     Args:
         model: one of btrain's networks, on the CPU, in eval mode.
@@ -59,12 +59,13 @@ def write(
         UserError: the network does not go into that format, a package is missing, the file is there
             already or cannot be written.
     """
+    written = model
     if format in ("checkpoint", "compact"):
         assert config is not None
-        weights = compact(model, shape) if format == "compact" else model.state_dict()
+        written = compact(model, shape) if format == "compact" else model
         content = {
             "format": FORMAT,
-            "state": {"model": weights},
+            "state": {"model": dict(written.state_dict())},
             "config": to_dict(replace(config, run=replace(config.run, dir=None))),
             "classes": classes,
             "shape": list(shape),
@@ -90,10 +91,13 @@ def write(
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
+    counts = {name: parameter.numel() for name, parameter in written.named_parameters()}
+    copied = sum(n for name, n in counts.items() if name.startswith("block1.")) if sub_block1 else 0
+    return sum(counts.values()) + copied
 
 
-def compact(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Return the weights of a network without the channels that nothing reads.
+def compact(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
+    """Return a network without the channels that nothing reads.
 
     Raises:
         UserError: it has none that could be left out, or computes something else without them.
@@ -111,7 +115,7 @@ def compact(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Tensor]:
             "Without the channels that nothing reads this network computes something else; its "
             "inner_channels are read by more than the layers they name."
         )
-    return dict(cut.compact(model, kept).state_dict())
+    return cut.compact(model, kept)
 
 
 def _writer(

@@ -14,10 +14,9 @@ from btrain.build import make_model
 from btrain.methods.cost import PAPER_FRACTIONS, expected_units, forward_flops
 from btrain.paper.job import Job, asked, config_of
 from btrain.paper.plan import Plan, Row
-from btrain.paper.sheets.notes import IMAGES
 from btrain.settings import Config
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
-from btrain.settings.run import CLASSES, SHAPES
+from btrain.settings.run import CLASSES, IMAGES, SHAPES
 from btrain.terminal import counted, plural
 
 _CORRUPTIONS = 15 * 5
@@ -48,7 +47,7 @@ def cost(job: Job, row: Row) -> Cost:
     """
     config = config_of(job, row.experiment, row.swept)
     data = config.dataset
-    known = IMAGES.get(data.name.name)
+    known = IMAGES.get(data.name)
     told = tuple(row.paper.get(key) for key in ("f_b", "f_r", "f_o"))
     boundary, robust, outlier = (
         share if share is not None else usual

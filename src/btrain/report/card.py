@@ -43,13 +43,14 @@ Accuracies are percent of {examples} test {images}, with 95 % intervals over oth
 """
 
 
-def write_card(out: Path, saved: SavedRun, format: str) -> list[Path]:
+def write_card(out: Path, saved: SavedRun, format: str, parameters: int) -> list[Path]:
     """Write `<out>.md` and `<out>.sha256`; return where.
 
     Args:
         out: the exported file.
         saved: the run that it was made of.
         format: what `out` was exported as.
+        parameters: how many `out` has.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -59,12 +60,12 @@ def write_card(out: Path, saved: SavedRun, format: str) -> list[Path]:
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error.strerror}).") from error
     card, beside = (out.with_name(out.name + end) for end in BESIDE)
-    text = _text(saved, out.name, digest, format)
+    text = _text(saved, out.name, digest, format, parameters)
     write_files({card: text.encode(), beside: f"{digest}  {out.name}\n".encode()})
     return [card, beside]
 
 
-def _text(saved: SavedRun, file: str, digest: str, format: str) -> str:
+def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int) -> str:
     """Return the card in Markdown."""
     config, folder = saved.config, _run_of(saved.path)
     summary = (folder.summary() if folder is not None else None) or {}
@@ -87,7 +88,7 @@ def _text(saved: SavedRun, file: str, digest: str, format: str) -> str:
         facts=_facts(summary),
         file=file,
         sha256=digest,
-        parameters=sum(parameter.numel() for parameter in saved.network().parameters()),
+        parameters=parameters,
         reading=(
             f"`btrain eval checkpoint={file}` evaluates it."
             if format in ("checkpoint", "compact")

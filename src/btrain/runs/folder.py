@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -29,7 +30,7 @@ from btrain.runs.lengthening import LENGTH, lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
-from btrain.settings.older import translated
+from btrain.settings.older import as_begun, translated
 from btrain.terminal import complain
 from btrain.untrusted import open_plain, read_text
 
@@ -111,17 +112,13 @@ class RunFolder:
             if not self._is_empty():
                 raise UserError(f"run.dir={self.path} holds other files; please name a new folder.")
             return
-        may_differ: tuple[str, ...] = _MAY_DIFFER
-        if config.dataset.name is not DatasetName.imagefolder:
-            may_differ += ("dataset.root",)  # the same data in another place
         # A setting that btrain did not have when the run began was at its default.
         theirs = flat(defaults(config)) | flat(translated(read_yaml(self._config)))
         ours = flat(to_dict(config))
         differing = [
             key
             for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
-            and not any(key == k or key.startswith(f"{k}.") for k in may_differ)
+            if theirs.get(key) != ours.get(key) and not _may_differ(key, config)
         ]
         others = [key for key in differing if key not in LENGTH and key != "recipe.schedule"]
         if not others:  # the same run, but for its length
@@ -136,6 +133,19 @@ class RunFolder:
                 f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
                 f"{ours.get(key)}; please name another run.dir."
             )
+
+    def as_begun(self, config: Config) -> tuple[Config, str | None]:
+        """Return a configuration with what the folder's run has had by an older default.
+
+        Returns:
+            The configuration, and a sentence for the log where that changes it.
+
+        Raises:
+            UserError: the folder's configuration cannot be read.
+        """
+        if not self._config.is_file():
+            return config, None
+        return as_begun(config, read_yaml(self._config))
 
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""
@@ -299,6 +309,23 @@ class RunFolder:
                 handler.close()
             logger.setLevel(before[0])
             logger.propagate = before[1]
+
+
+def settings_sha256(config: Config) -> str:
+    """Return a hash of the settings that a run keeps while it goes on: others are another run's."""
+    kept = {
+        key: value
+        for key, value in flat(to_dict(config)).items()
+        if not _may_differ(key, config) and key not in LENGTH
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _may_differ(key: str, config: Config) -> bool:
+    """Return whether a setting may be another one when a run is taken up again."""
+    if key == "dataset.root":  # the same data in another place
+        return config.dataset.name is not DatasetName.imagefolder
+    return any(key == other or key.startswith(f"{other}.") for other in _MAY_DIFFER)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

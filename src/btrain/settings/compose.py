@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
@@ -23,7 +23,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
-from btrain.settings.names import Start
+from btrain.settings.names import DatasetName, Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
@@ -96,6 +96,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("divided", _divided, replace=True)
     OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
+    OmegaConf.register_new_resolver("augment", _augment, replace=True)
 
 
 def loosen(words: Sequence[str]) -> None:
@@ -132,14 +133,26 @@ _types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def schema_of(saved: Mapping[str, Any]) -> Any:
-    """Return the schema of a saved configuration, with that of each group's own option."""
+    """Return the schema of a saved configuration, with that of each group's own option.
+
+    It is the same object for equal options, to be merged into and not to be changed.
+    """
+    names = []
+    for group, (key, _) in OPTIONS.items():
+        node = saved.get(group)
+        name = node.get(key) if isinstance(node, Mapping) else None
+        names.append((group, name if isinstance(name, str) else None))
+    return _schema_with(tuple(names))
+
+
+@lru_cache(maxsize=64)
+def _schema_with(names: tuple[tuple[str, str | None], ...]) -> Any:
+    """Return the schema with that of the option of this name in each group, where there is one."""
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(Config)
-    for group, (key, options) in OPTIONS.items():
-        node = saved.get(group)
-        name = node.get(key) if isinstance(node, Mapping) else None
-        for option, kind in options.items():
+    for group, name in names:
+        for option, kind in OPTIONS[group][1].items():
             if option.name == name:
                 schema[group] = OmegaConf.structured(kind)
     return schema
@@ -173,6 +186,19 @@ def _length(value: object) -> float:
 def _with_views(augmix: object, views: int, steps: int) -> int:
     """Return `${with_views:${attack.augmix},1,10}` = 1 where views stand for attack steps."""
     return steps if augmix is None else views
+
+
+def _augment(dataset: Mapping[str, Any], usual: bool | int) -> bool | int:
+    """Return `${augment:${dataset},4}` = 4: a recipe's augmentation, as far as the images allow.
+
+    Of data of the user's own nobody knows what a crop or a mirror does to them: 0 or false. A crop
+    moves the images of a folder by an eighth of their side at most.
+    """
+    if dataset["name"] is DatasetName.own:
+        return type(usual)()
+    if dataset["name"] is DatasetName.imagefolder and type(usual) is int:
+        return min(usual, max(int(dataset["image_size"]), 0) // 8)
+    return usual
 
 
 def _recipe_of(defense: str, dataset: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
+from btrain.settings.combined import Config
 from btrain.settings.method import ALLOCATORS, DEFENSES, RIVALS
+from btrain.settings.names import DatasetName
 
 _BUDGETS = {"n_r", "n_o", "warmup_epochs", "patience", "mean_steps", "fractions"}
 _ONCE_COMMON: dict[str, tuple[Mapping[Any, type], set[str]]] = {
@@ -65,3 +67,33 @@ def translated(saved: Mapping[str, Any]) -> dict[str, Any]:
         name = recipe["name"]
         settings["recipe"] = {**recipe, "name": _RECIPES.get(name, name)}
     return settings
+
+
+_AUGMENTATION: dict[str, Any] = {"crop_padding": 4, "flip": True}
+"""The settings of a recipe that images of the user's own once had unless they were given."""
+
+
+def as_begun(config: Config, saved: Mapping[str, Any]) -> tuple[Config, str | None]:
+    """Return a configuration with the augmentation that its run has had so far, by default.
+
+    Args:
+        saved: the settings that the run was begun with.
+
+    Returns:
+        The configuration, and a sentence where that changes it.
+    """
+    recipe = saved.get("recipe")
+    now = {key: getattr(config.recipe, key) for key in _AUGMENTATION}
+    match config.dataset.name:
+        case DatasetName.own:
+            default = {"crop_padding": 0, "flip": False}
+        case DatasetName.imagefolder:
+            default = {"crop_padding": min(now["crop_padding"], 3), "flip": True}
+        case _:
+            return config, None
+    were = recipe if isinstance(recipe, Mapping) else {}
+    if now != default or any(were.get(key) != value for key, value in _AUGMENTATION.items()):
+        return config, None
+    words = ", ".join(f"recipe.{key}={value}".lower() for key, value in _AUGMENTATION.items())
+    note = f"goes on as it was begun, with {words}, the default of such images then"
+    return replace(config, recipe=replace(config.recipe, **_AUGMENTATION)), note

@@ -136,6 +136,15 @@ SHAPES: dict[DatasetName, tuple[int, int, int]] = {
 CLASSES = {name: 100 if name is DatasetName.cifar100 else 10 for name in SHAPES}
 """K of them."""
 
+IMAGES = {
+    DatasetName.cifar10: (50_000, 10_000),
+    DatasetName.cifar100: (50_000, 10_000),
+    DatasetName.mnist: (60_000, 10_000),
+    DatasetName.mnist_sample: (10_000, 2_000),
+    DatasetName.digits: (1_442, 355),
+}
+"""How many of them are for training and how many for the test."""
+
 
 @dataclass
 class ModelConfig:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import find_device, load_data
+from btrain.build import find_device
 from btrain.data.augmentation import batch_slices
-from btrain.errors import UserError
+from btrain.data.splits import load_or_stand_in
 from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
 from btrain.methods.make import make_method
 from btrain.methods.statistics import EXAMPLES, UNITS
@@ -46,6 +46,7 @@ class Foreseen:
             the most.
         checkpoint: bytes of one.
         by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
+        noise_for: the data set that is still to be downloaded, for which noise stood in; or None.
     """
 
     epochs: int
@@ -58,13 +59,15 @@ class Foreseen:
     checkpoint: int
     by_paper: bool
     device: str
+    noise_for: str | None = None
 
     def sentences(self) -> str:
         """Return it for people, a line each."""
         shares = "/".join(f"{share:.2f}" for share in PAPER_FRACTIONS)
         assumed = f", at the paper's boundary/robust/outlier of {shares}" if self.by_paper else ""
         lines = [
-            f"steps    {counted(self.epochs, 'epoch')} of {self.batches:,} batches, "
+            f"steps    {counted(self.epochs, 'epoch')} of "
+            f"{self.batches:,} {plural(self.batches, 'batch', 'batches')}, "
             f"{self.epochs * self.batches:,} in all",
             f"time     {_duration(self.seconds)} of training on {self.device}, by "
             f"{counted(self.timed, 'batch', 'batches')} tried{assumed}; evaluations come on top",
@@ -72,6 +75,11 @@ class Foreseen:
             f"memory   {_size(self.memory)} at the most, {self._whose_memory()}",
             f"disk     {_size(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
+        if self.noise_for is not None:
+            lines.append(
+                f"data     noise of {self.noise_for}'s size and shape, which is not here yet: "
+                "btrain train downloads it"
+            )
         return "\n".join(lines)
 
     def _whose_memory(self) -> str:
@@ -102,7 +110,7 @@ def foresee(config: Config) -> Foreseen:
     """
     device = find_device(config.device)
     alone = _forget_peak(device)
-    data = load_data(config, device)
+    data, noise = load_or_stand_in(config.dataset, device)
     check_radius(config, data)
     state = make_state(config, data, device)
     plan, known = make_plan(config), known_of(data)
@@ -111,13 +119,14 @@ def foresee(config: Config) -> Foreseen:
     batches = len(batch_slices(len(data.train), plan.batch_size))
     ends = time.perf_counter() + _SECONDS
 
-    def take(enough: Callable[[], bool]) -> tuple[float, float]:
-        """Train until it is enough; return seconds and units so far."""
+    def take(enough: Callable[[], bool] = lambda: False) -> tuple[float, float, float]:
+        """Train until it is enough; return seconds, units and images so far."""
         train_epoch(
             state, data.train, method, plan, see=paths.view, tick=lambda: None,
             show=lambda means: None, stopped=enough, controllers=(),
         )  # fmt: skip
-        return state.train_seconds, float(state.epoch_sums[UNITS])
+        sums = state.epoch_sums
+        return state.train_seconds, float(sums[UNITS]), float(sums[EXAMPLES])
 
     def enough() -> bool:
         late = state.batch > 1 and time.perf_counter() > ends
@@ -125,15 +134,15 @@ def foresee(config: Config) -> Foreseen:
 
     size = f"train.batch_size={config.train.batch_size}"
     with explained_memory(device, size, smaller_batch(config.train.accumulate)):
-        warm = take(lambda: state.batch == 1)
-        seconds, units = (b - a for a, b in zip(warm, take(enough), strict=True))
-    if not units > 0:
-        raise UserError(
-            f"{size} makes {counted(batches, 'batch', 'batches')} of "
-            f"{counted(len(data.train), 'training image')}; an epoch needs three batches for some "
-            "of them to be timed."
-        )
-    images = float(state.epoch_sums[EXAMPLES]) * (state.batch - 1) / state.batch
+        if batches > 2:
+            warm = take(lambda: state.batch == 1)
+            tried, timed = take(enough), state.batch - 1
+        else:  # the epoch again and again: a batch of it is to be warm
+            warm, timed = take(), 0
+            while not timed or (timed < _BATCHES and time.perf_counter() < ends):
+                state.batch = 0
+                tried, timed = take(), timed + batches
+    seconds, units, images = (b - a for a, b in zip(warm, tried, strict=True))
     expected = method.expected_units(PAPER_FRACTIONS)
     each = units / images if expected is None else expected
     total = each * len(data.train) * config.train.epochs
@@ -142,7 +151,7 @@ def foresee(config: Config) -> Foreseen:
     return Foreseen(
         epochs=config.train.epochs,
         batches=batches,
-        timed=state.batch - 1,
+        timed=timed,
         seconds=total * seconds / units,
         flops=total * forward_flops(state.model, data.shape, device),
         memory=_memory(device),
@@ -150,6 +159,7 @@ def foresee(config: Config) -> Foreseen:
         checkpoint=content.tell(),
         by_paper=expected is not None and expected != method.expected_units(_ALL),
         device=str(device),
+        noise_for=config.dataset.title if noise else None,
     )
 
 

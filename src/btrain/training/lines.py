@@ -17,20 +17,38 @@ from btrain.training.state import TrainState
 log = logging.getLogger("btrain")
 
 _MANY = 0.5
+_BALLS = {"linf": "L∞", "l2": "L2"}
 
 
 def fractions(means: dict[str, Any]) -> str:
     return "/".join(number(means[key]) for key in ("f_b", "f_r", "f_o"))
 
 
-def describe(data: Data, state: TrainState) -> str:
+def describe(config: Config, data: Data, state: TrainState) -> str:
+    """Return what a run trains on, how images are augmented and how far they are attacked."""
     held_out = f", {len(data.val)} held out" if data.val is not None else ""
     where = f"from epoch {state.epoch + 1}" if state.epoch or state.batch else "from the start"
     train, test, classes = len(data.train), len(data.test), len(data.classes)
     return (
         f"{counted(train, 'training image')}{held_out}, {counted(test, 'test image')}, "
-        f"{counted(classes, 'class')}; {where} on {state.device}"
+        f"{counted(classes, 'class')}; {_augmentation(config)}; {_radius(config)}{where} on "
+        f"{state.device}"
     )
+
+
+def _augmentation(config: Config) -> str:
+    """Return how the images are moved before they are trained on."""
+    padding = config.recipe.crop_padding
+    crops = f"random crops ({padding} pixels)" if padding else "no crops"
+    return f"{crops}, {'random' if config.recipe.flip else 'no'} flips"
+
+
+def _radius(config: Config) -> str:
+    """Return how far the attack of the training moves an image; empty without an attack."""
+    if config.attack.augmix is not None:
+        return ""
+    ball = _BALLS.get(config.attack.norm, "own ball")
+    return f"ε {config.attack.epsilon:.3g} ({ball}); "
 
 
 def tell_masks(sparsity: Sparsity) -> None:
@@ -139,7 +157,7 @@ def in_words(config: Config, summary: dict[str, Any]) -> str | None:
     if type(n) is not int or n < 1 or clean is None or robust is None:
         return None
     least, most = wilson(round(min(max(robust / 100, 0.0), 1.0) * n), n)
-    ball = {"linf": "L∞", "l2": "L2"}.get(config.attack.norm, "radius")
+    ball = _BALLS.get(config.attack.norm, "radius")
     return (
         f"{clean:.1f} % of {n:,} test {plural(n, 'image is', 'images are')} classified right, and "
         f"{robust:.1f} % also under {_attack(summary)} ({ball}, ε {config.eval.epsilon:.3g}). On "

@@ -91,6 +91,7 @@ def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
 def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
     """Do as `train`, in one of the processes."""
     folder, summary = RunFolder(config.run_dir), None
+    config, note = folder.as_begun(config)
     if world.first:
         folder.check_owner(config)
         folder.check_resume(config.run.resume)
@@ -113,7 +114,8 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
                 summary = _finished(config, folder)  # by another command meanwhile
             if (summary := world.told(summary)) is not None:
                 return summary
-            return _train(config, state, data, data_sha256, folder, lock, world, jobs)
+            notes = [] if note is None else [note]
+            return _train(config, state, data, data_sha256, folder, lock, world, jobs, notes)
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -149,10 +151,10 @@ def _train(
     lock: RunLock | None,
     world: World,
     jobs: int | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     """Do the run, in the process that holds the folder's lock and writes, or in another."""
     saved, warning = load_newest(folder)
-    notes = []
     if saved is not None:
         state.load_state_dict(saved["state"])
         check_batch(state, len(batch_slices(len(data.train), config.train.batch_size)), folder)
@@ -220,7 +222,7 @@ def _recording(
             set_damaged_aside(folder)
         partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
-        log.info("%s: %s", folder.path, describe(data, state))
+        log.info("%s: %s", folder.path, describe(config, data, state))
         for note in notes:
             log.info("%s", note)
         if state.sparsity is not None:

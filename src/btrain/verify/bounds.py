@@ -210,12 +210,19 @@ def _in_chunks(
         shapes = ["×".join(map(str, s)) for s in (graph.shape, images.centre.shape[1:])]
         raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
 
+    plan = _plan(graph, engine, labels, memory, images.centre, count)
+    known: list[Operation] | None = None
+    if plan.twice:
+        # Read once: the backward pass meets the network in its own mode again, training.
+        with precision.exactly_float32(images.centre.device):
+            known = graph.operations()
+
     def bound(some: Box, their: Tensor | None, pieces: int) -> Tensor:
         with precision.exactly_float32(some.centre.device):
-            state = _State(graph.operations(), some, engine, pieces)
+            operations = graph.operations() if known is None else known
+            state = _State(operations, some, engine, pieces)
             return state.logits() if their is None else state.margins(their)
 
-    plan = _plan(graph, engine, labels, memory, images.centre, count)
     parts = []
     for start in range(0, count, plan.images):
         chunk = slice(start, start + plan.images)

@@ -20,16 +20,6 @@ DATA = {
     "digits": "UCI's digits",
 }
 
-IMAGES = {
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "mnist": (60_000, 10_000),
-    "mnist_sample": (10_000, 2_000),
-    "digits": (1_442, 355),
-}
-"""The numbers for training and for the test."""
-
-
 _WORDS = {
     "attack.steps": "attack steps",
     "defense.beta": "1/λ",

@@ -13,10 +13,11 @@ from btrain.pages.pictures import drawn, look
 from btrain.paper.batch import Batch, read_batch
 from btrain.paper.sheets import bounded
 from btrain.paper.sheets.arithmetic import Spread, spread
-from btrain.paper.sheets.notes import IMAGES, data_name, model_name
+from btrain.paper.sheets.notes import data_name, model_name
 from btrain.paper.sheets.sheet import Line, Sheet
 from btrain.paper.sheets.table import attack_words, grids, metric_name, paper
 from btrain.runs.json_fields import is_number
+from btrain.settings.run import IMAGES
 from btrain.terminal import counted, plural
 
 if TYPE_CHECKING:
@@ -438,7 +439,8 @@ def _batches(line: Line) -> int | None:
     config = next(run.config for run in line.runs.values() if run.metrics)
     images: Any = config.get("dataset.train_examples")
     if images is None:
-        images, _ = IMAGES.get(str(config.get("dataset.name")), (None, None))
+        sizes = {name.value: size for name, size in IMAGES.items()}
+        images, _ = sizes.get(str(config.get("dataset.name")), (None, None))
     size: Any = config.get("train.batch_size")
     known = is_number(images) and is_number(size) and size > 0
     return -(-int(images) // int(size)) if known else None

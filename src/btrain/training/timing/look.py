@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MEGABYTE = 2**20
 
@@ -84,13 +83,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func._overloadpacket.__name__
-        masked = name.startswith("index") and any(map(_is_mask, tree_leaves(args[1])))
+        masked = name.startswith("index") and any(map(_is_mask, _tensors(args[1:2])))
         self.scalars += masked or name in ("_local_scalar_dense", "nonzero")
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in filter(_is_tensor, tree_leaves(result)):
+        kwargs = kwargs or {}
+        inputs = {id(t.untyped_storage()) for t in _tensors((*args, *kwargs.values()))}
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,)):
             storage = tensor.untyped_storage()
-            if id(storage) not in inputs | self._alive:
+            if id(storage) not in inputs and id(storage) not in self._alive:
                 self._born(storage)
         return result
 
@@ -107,9 +107,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, gone)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Return the tensors among an operation's arguments or results, and in their lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+def _is_mask(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bool, torch.uint8)
