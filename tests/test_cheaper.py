@@ -448,17 +448,22 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     settings = ["dataset=digits", "model=small_cnn", "train.epochs=5"]
     config = compose(settings)
     line = {"epoch": 3, "f_o": 0.7}
-    warned = many_outliers(config, line)
+    warned = many_outliers(config, line, 10)
     assert warned is not None
     assert "70 % of the examples count as outliers" in warned
-    assert many_outliers(config, line | {"f_o": 0.4}) is None
-    assert many_outliers(config, line | {"epoch": 4}) is None
-    assert many_outliers(compose([*settings, "bt.n_o=1"]), line) is None
+    assert "bt.n_o=1 would attack them" in warned
+    told = many_outliers(config, line | {"f_o": 0.85}, 10)
+    assert told is not None and "has not begun to learn" in told and "bt.n_o" not in told
+    assert many_outliers(config, line | {"f_o": 0.4}, 10) is None
+    assert many_outliers(config, line | {"epoch": 4}, 10) is None
+    assert many_outliers(compose([*settings, "bt.n_o=1"]), line, 10) is None
     guarded = [*settings, "bt.guard=0.6", "bt.robust_share=0.5"]
-    assert many_outliers(compose(guarded), line) is not None
-    assert many_outliers(compose([*guarded, "bt.guard_steps=1"]), line) is None
-    assert many_outliers(compose([*settings, "bt=uniform"]), line) is None
-    assert many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line) is None
+    assert many_outliers(compose(guarded), line, 10) is not None
+    assert many_outliers(compose([*guarded, "bt.guard_steps=1"]), line, 10) is None
+    assert many_outliers(compose([*settings, "bt=uniform"]), line, 10) is None
+    assert (
+        many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line, 10) is None
+    )
 
 
 def test_a_network_near_chance_is_told() -> None:

@@ -377,8 +377,32 @@ def test_an_image_folder_has_a_size() -> None:
 )
 def test_what_the_chosen_option_does_not_read_is_refused(override: str) -> None:
     key = override.strip("+").partition("=")[0].replace(".width", "")
-    with pytest.raises(UserError, match=rf"^{key} is no setting with \w+=(small_cnn|digits)\.$"):
+    add = "; add model=own.*" if key in ("model.settings", "model.factory") else ""
+    sentence = rf"^{key} is no setting with \w+=(small_cnn|digits){add}\.$"
+    with pytest.raises(UserError, match=sentence):
         compose_anew(["dataset=digits", "model=small_cnn", override])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("model.factory=a.py:N", "model.factory is no setting with this model; add model=own."),
+        ("bt.factory=a.py:N", "bt.factory is no setting with bt=bullettrain; add bt=own."),
+        ("sparsity=snip sparsity.factory=a.py:N",
+         "sparsity.factory is no setting with this sparsity; add sparsity=own."),
+        ("model.settings.width=4",
+         "model.settings is no setting with this model; add model=own or torchvision or timm."),
+        ("model=own model.factory=a.py:N model.width=4",
+         "model.width is no setting with model=own. Did you mean model.settings.width?"),
+        ("bt=own bt.factory=a.py:N bt.gama=1",
+         "There is no setting bt.gama. Did you mean bt.gamma or bt.settings.gama?"),
+        ("defense=own defense.factory=a.py:N defense.temperature=1",
+         "There is no setting defense.temperature. Did you mean defense.settings.temperature?"),
+    ],
+)  # fmt: skip
+def test_settings_of_own_parts_are_told_from_those_of_options(words: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        compose(words.split())
 
 
 @pytest.mark.parametrize(

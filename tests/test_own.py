@@ -31,6 +31,12 @@ def fails(width):
     return 1 / width
 
 number = 3
+
+class Network:
+    def __call__(self, x): return x
+    def state_dict(self): return {}
+
+network = Network()
 """
 
 
@@ -91,7 +97,8 @@ def test_what_nobody_named_is_not_imported(here: Path) -> None:
         (":x", {}, "with a colon"),
         ("nowhere.py:Net", {}, r"nowhere.py cannot be read \(No such file"),
         ("mine.py:Nte", {}, "there is no Nte in mine.py"),
-        ("mine.py:number", {}, "of type int and cannot be called"),
+        ("mine.py:number", {}, "of type int and cannot be called; name what makes the network"),
+        ("mine.py:network", {}, "mine.py:network is a network already; name what makes it"),
         ("no_such_module:Net", {}, "there is no module no_such_module; a file needs its .py"),
         ("mine.py:Thing", {"widht": 3}, r"model.settings.widht is no setting of mine.py:Thing; it "
          "takes width"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from btrain import own
 from btrain.cli import main
 from btrain.data import Data, Split
+from btrain.defenses import DEFENSES as DEFENSES_OF_BTRAIN
 from btrain.errors import UserError
+from btrain.methods.own_parts import doubts_of_defense
 from btrain.runs import checkpoint
 from btrain.settings import Config
-from btrain.training.setup import make_state
+from btrain.training.setup import doubts, make_state
 from btrain.training.state import TrainState
 from composing import compose
 from steps import epoch_of
@@ -78,6 +81,44 @@ def halves(n_b):
 
 def half_a_ball(epsilon):
     return None
+
+class Helps(Hat):
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        return -super().inner_loss(adv_logits, clean_logits, labels)
+
+class Divergence(Hat):
+    inner_reads_clean = True
+    sign = 1
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        p, q = clean_logits.log_softmax(1), adv_logits.log_softmax(1)
+        return self.sign * F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+
+class Converges(Divergence):
+    sign = -1
+
+class Added(Hat):
+    def outer_loss(self, clean_logits, adv_logits, labels):
+        return len(labels) * super().outer_loss(clean_logits, adv_logits, labels)
+
+class Unread(Hat):
+    outer_reads_clean = False
+
+class Down(Brighter):
+    def direction(self, gradient):
+        return -super().direction(gradient)
+
+def alloc(batch):
+    return batch.labels
+
+def writes(n_b):
+    return lambda batch: batch.score.zero_().long()
+
+def far(n_b):
+    return lambda batch: torch.full_like(batch.labels, n_b + 1)
+
+class Softmax(torch.nn.Sequential):
+    def __init__(self, classes):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, classes), torch.nn.Softmax(1))
 """
 DEFENSES = ["defense=trades", "defense=pgd", "defense=own defense.factory=parts.py:Hat"]
 ALLOCATORS = [
@@ -186,12 +227,72 @@ def test_an_allocator_s_steps_are_those_that_the_log_counts(here: Path, digits: 
         ("attack=own attack.factory=parts.py:half_a_ball", "a ball is a subclass of"),
         ("bt=own bt.factory=parts.py:five", "returned a int, neither steps nor an Allocation"),
         ("bt=own bt.factory=parts.py:halves", r"steps must be \(40,\) integers, not \(40,\)"),
+        ("bt=own bt.factory=parts.py:alloc", r"make the allocator; if it is that itself, name a "
+         r"function around it: def make\(\): return alloc\."),
+        ("bt=own bt.factory=parts.py:writes", r"writes into the batch's score.*batch.score.clone"),
+        ("defense=own defense.factory=parts.py:Unread", r"line \d+: .*: outer_loss reads the clean "
+         "logits, which it does not get with outer_reads_clean = False"),
         ("attack=own attack.factory=parts.py:Brighter rival=mma defense=pgd", "does not go with"),
         ("attack=own attack.factory=parts.py:Brighter train.cuda_graphs=auto", "only btrain's own"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_one_sentence(here: Path, words: str, sentence: str, digits: Data) -> None:
     with pytest.raises(UserError, match=sentence):
         config = allowed(words)
         state = make_state(config, digits, CPU)
         epoch_of(config, state, Split(digits.train.images[:80], digits.train.labels[:80]))
+
+
+@pytest.mark.parametrize(
+    ("words", "doubt"),
+    [
+        ("defense=own defense.factory=parts.py:Hat", None),
+        ("defense=own defense.factory=parts.py:Divergence", None),
+        ("defense=own defense.factory=parts.py:Helps", "makes the examples easier"),
+        ("defense=own defense.factory=parts.py:Converges", "makes the examples easier"),
+        ("defense=own defense.factory=parts.py:Added", r"2\.0 times as large for a batch taken"),
+        (BALLS[1], None),
+        ("attack=own attack.factory=parts.py:Down", "goes down the gradient; is its sign wrong"),
+    ],
+)
+def test_what_is_meant_otherwise_is_doubted(
+    here: Path, words: str, doubt: str | None, digits: Data
+) -> None:
+    config = allowed(words)
+    state = make_state(config, digits, CPU)
+    before = torch.get_rng_state()
+    found = doubts(config, state, digits)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(found) == (doubt is not None)
+    assert doubt is None or re.search(doubt, found[0])
+
+
+@pytest.mark.parametrize("name", DEFENSES_OF_BTRAIN)
+def test_btrain_s_own_defenses_are_beyond_doubt(name: str) -> None:
+    beta = {} if name == "pgd" else {"beta": 6.0}
+    assert doubts_of_defense(DEFENSES_OF_BTRAIN[name](**beta), name, {"classes": 10}) == []
+
+
+def test_a_run_says_that_its_network_gives_probabilities(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model=own", "model.factory=parts.py:Softmax", "dataset.train_examples=80",
+             "dataset.test_examples=20"]  # fmt: skip
+    of_all = [word for word in settings() if not word.startswith("model")]
+    assert main(["train", *of_all, *words, "run.dir=run"]) == 0
+    assert "parts.py:Softmax gives probabilities" in capsys.readouterr().err
+    assert "parts.py:Softmax gives probabilities" in (here / "run" / "train.log").read_text()
+
+
+def test_steps_beyond_the_longest_budget_share_its_way(here: Path, digits: Data) -> None:
+    config = allowed("bt=own bt.factory=parts.py:far attack.start=clean defense=pgd")
+    seen = []
+    state = make_state(config, digits, CPU)
+    images = digits.train.images[:40].float().flatten(1) / 255
+    state.model.register_forward_pre_hook(
+        lambda model, args: seen.append(args[0].detach().flatten(1).clone())
+    )
+    epoch_of(config, state, Split(digits.train.images[:40], digits.train.labels[:40]))
+    moved = torch.cdist(seen[2], images, p=float("inf")).amin(dim=1).max()  # behind one step
+    assert len(seen) == 1 + 3 + 1
+    assert moved == pytest.approx(1.7 * config.attack.epsilon / 3, abs=1e-5)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from btrain import models, own
 from btrain.data import Data
@@ -161,12 +161,31 @@ def check_network(model: ModelConfig, network: nn.Module, data: Data) -> None:
     Raises:
         UserError: it is not what training and attacks assume of a network.
     """
+    if (what := _not_ours(model)) is not None:
+        models.check(network, *_few(data), len(data.classes), what)
+
+
+def doubts_of_network(model: ModelConfig, network: nn.Module, data: Data) -> list[str]:
+    """Return a sentence if a network that is not btrain's gives probabilities for logits."""
+    what = _not_ours(model)
+    if what is None or not models.gives_probabilities(network, _few(data)[0]):
+        return []
+    return [
+        f"{what} gives probabilities, rows of numbers from 0 to 1 that add up to 1; it should give "
+        "the logits ahead of its softmax, for the losses have a softmax of their own."
+    ]
+
+
+def _not_ours(model: ModelConfig) -> str | None:
+    """Return how a network that is not btrain's is named in a sentence; None for btrain's."""
     match model:
         case OwnModelConfig():
-            what = f"model.factory={model.factory}"
+            return f"model.factory={model.factory}"
         case LibraryModelConfig():
-            what = f"model={model.architecture.value}"
-        case _:
-            return
-    images, labels = data.train.images[:_TRIED], data.train.labels[:_TRIED]
-    models.check(network, to_unit(images), labels, len(data.classes), what)
+            return f"model={model.architecture.value}"
+    return None
+
+
+def _few(data: Data) -> tuple[Tensor, Tensor]:
+    """Return some training images in [0, 1] and their labels, to try a network on."""
+    return to_unit(data.train.images[:_TRIED]), data.train.labels[:_TRIED]

@@ -121,7 +121,13 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
         return make
     if not callable(make):
         raise UserError(
-            f"{group}.factory={factory} is of type {type(make).__name__} and cannot be called."
+            f"{group}.factory={factory} is of type {type(make).__name__} and cannot be called; "
+            f"name what makes the {_MADE[group]}, a class or a function."
+        )
+    if group == "model" and not _makes(make) and hasattr(make, "state_dict"):
+        raise UserError(
+            f"{group}.factory={factory} is a network already; name what makes it, a class or a "
+            "function."
         )
     for name in settings:
         if name in known:
@@ -240,15 +246,32 @@ def _check_arguments(
         for name in own:
             if name not in arguments and takes[name].default is inspect.Parameter.empty:
                 raise UserError(
-                    f"{factory} needs {name}; please give {group}.settings.{name}=…. It is called "
-                    f"once, to make the {_MADE.get(group, group)}."
+                    f"{factory} needs {name}; please give {group}.settings.{name}=…. "
+                    f"{_called_once(group, factory, make)}"
                 ) from error
         raise UserError(f"{group}.factory={factory} cannot be called: {first_line(error)}.") from (
             error
         )
 
 
-_MADE = {"bt": "allocator"}
+_MADE = {
+    "attack": "ball, a btrain.attacks.Ball",
+    "bt": "allocator",
+    "dataset": "data set",
+    "defense": "object with inner_loss and outer_loss",
+    "model": "network",
+    "sparsity": "callable that gives the scores",
+}
+"""The thing that a factory of each group makes."""
+
+
+def _called_once(group: str, factory: str, make: Any) -> str:
+    """Return a sentence on what a factory is for, for who has named the thing itself."""
+    once = f"It is called once, to make the {_MADE[group]}"
+    if group not in ("bt", "sparsity") or inspect.isclass(make):
+        return f"{once}."
+    name = factory.rpartition(":")[2]
+    return f"{once}; if it is that itself, name a function around it: def make(): return {name}."
 
 
 def _resolved(place: str) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import own
@@ -16,6 +17,10 @@ from btrain.defenses import Defense
 from btrain.errors import UserError
 
 _M, _K, _SHAPE = 4, 3, (1, 4, 4)
+_MANY = 64  # examples of a doubt
+_BESIDE = 0.1  # of the logits' deviation, so that a divergence has a gradient
+_STEPS, _LENGTH = 20, 0.05  # far enough from there, and short enough not to step over a minimum
+_SUM = 1.5
 
 
 def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defense:
@@ -48,24 +53,94 @@ def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defens
         inner_reads_clean=bool(getattr(made, "inner_reads_clean", True)),
         outer_reads_clean=bool(getattr(made, "outer_reads_clean", True)),
     )
-    generator = torch.Generator().manual_seed(0)
-    classes = known.get("classes", _K)
-    clean, adv = (torch.randn(_M, classes, generator=generator) for _ in range(2))
-    labels = torch.arange(_M) % classes
-    unread = clean[:, :0]
-    with own.explained(f"{where}: inner_loss"):
+    clean, adv, labels = _logits(known, _M)
+
+    def inner(clean: Tensor) -> None:
         at = adv.clone().requires_grad_()
-        each = defense.inner_loss(at, clean if defense.inner_reads_clean else unread, labels)
+        each = defense.inner_loss(at, clean, labels)
         _check_tensor(where, "inner_loss", each, (_M,))
         if not each.requires_grad:
             raise UserError(f"{where}: inner_loss has no gradient at the adversarial logits.")
-    with own.explained(f"{where}: outer_loss"):
+
+    def outer(clean: Tensor) -> None:
         at = adv.clone().requires_grad_()
-        loss = defense.outer_loss(clean if defense.outer_reads_clean else unread, at, labels)
+        loss = defense.outer_loss(clean, at, labels)
         _check_tensor(where, "outer_loss", loss, ())
         if not loss.requires_grad:
             raise UserError(f"{where}: outer_loss has no gradient at the adversarial logits.")
+
+    _try_loss("inner", inner, clean, reads=defense.inner_reads_clean)
+    _try_loss("outer", outer, clean, reads=defense.outer_reads_clean)
     return defense
+
+
+def _try_loss(name: str, check: Callable[[Tensor], None], clean: Tensor, *, reads: bool) -> None:
+    """Try a loss with the clean logits that it gets, none of them where it says so.
+
+    Raises:
+        UserError: the check fails; the sentence tells if it is for want of the clean logits.
+    """
+    try:
+        check(clean if reads else clean[:, :0])
+    except UserError as error:
+        if reads:
+            raise
+        try:
+            check(clean)
+        except UserError:
+            raise error from None
+        raise UserError(
+            f"{str(error).removesuffix('.')}: {name}_loss reads the clean logits, which it does "
+            f"not get with {name}_reads_clean = False."
+        ) from None
+
+
+def doubts_of_defense(defense: Defense, factory: str, known: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each way in which a defense of the user's is probably meant otherwise.
+
+    Steps up the inner loss, from beside the clean logits, lower the outer loss, or with every
+    example the cross-entropy: the attack helps. Of a batch taken twice the outer loss is twice as
+    large: it is a sum.
+    """
+    where = f"defense.factory={factory}"
+    clean, noise, labels = _logits(known, _MANY)
+    start = clean + _BESIDE * noise
+
+    def outer(adv: Tensor, times: int = 1) -> float:
+        first = clean if defense.outer_reads_clean else clean[:, :0]
+        parts = [part.repeat(times, *[1] * (part.dim() - 1)) for part in (first, adv, labels)]
+        return float(defense.outer_loss(*parts).detach())
+
+    read = clean if defense.inner_reads_clean else clean[:, :0]
+    moved = start
+    for _ in range(_STEPS):
+        at = moved.clone().requires_grad_()
+        (up,) = torch.autograd.grad(defense.inner_loss(at, read, labels).sum(), [at])
+        length = up.norm(dim=1, keepdim=True).clamp(min=torch.finfo(up.dtype).tiny)
+        moved = moved + _LENGTH * up / length
+    before, after = (F.cross_entropy(x, labels, reduction="none") for x in (start, moved))
+    found = []
+    if outer(moved) < outer(start) or bool((after < before).all()):
+        found.append(
+            f"{where}: an attack that ascends inner_loss makes the examples easier for the "
+            "network; is its sign wrong?"
+        )
+    once, twice = outer(start), outer(start, 2)
+    if once > 0 and twice > _SUM * once:
+        found.append(
+            f"{where}: outer_loss is {twice / once:.1f} times as large for a batch taken twice; it "
+            "should be the mean over the examples, not their sum, for which the learning rates are "
+            "too large."
+        )
+    return found
+
+
+def _logits(known: Mapping[str, Any], m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clean and other logits, (m, K), that are always the same, and labels, (m,)."""
+    generator = torch.Generator().manual_seed(0)
+    classes = known.get("classes", _K)
+    clean, other = (torch.randn(m, classes, generator=generator) for _ in range(2))
+    return clean, other, torch.arange(m) % classes
 
 
 def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
@@ -98,6 +173,16 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     return made
 
 
+def doubts_of_ball(ball: Ball, factory: str, known: Mapping[str, Any]) -> list[str]:
+    """Return a sentence if a step in the direction of a ball of the user's goes downhill."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(_M, *known.get("shape", _SHAPE), generator=generator)
+    ascent = (gradient * ball.direction(gradient.clone())).flatten(1).sum(dim=1)
+    if not (ascent < 0).all():
+        return []
+    return [f"attack.factory={factory}: direction goes down the gradient; is its sign wrong?"]
+
+
 def with_own_steps(made: Any, factory: str) -> Allocator:
     """Return an allocator by a callable that gives a batch its steps, or an allocation.
 
@@ -108,6 +193,10 @@ def with_own_steps(made: Any, factory: str) -> Allocator:
         kind = type(made).__name__
         raise UserError(f"bt.factory={factory} returns a {kind}, which cannot be called.")
     return OwnSteps(made, factory)
+
+
+_GIVEN = ("score", "z", "labels", "robust_fraction")
+"""The tensors of a batch that an allocator sees."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +215,19 @@ class OwnSteps:
         """Return its allocation; of steps alone the classes are BulletTrain's, for the log.
 
         Raises:
-            UserError: it fails, or the steps are not (m,) integers of 0 or more.
+            UserError: it fails, writes into the batch, or the steps are not (m,) integers from 0.
         """
         where = f"bt.factory={self.factory}"
+        given = {name: getattr(batch, name) for name in _GIVEN}
+        versions = {name: part._version for name, part in given.items()}
         with own.explained(f"{where}: the allocator"):
             decided = self.decide(batch)
+        for name, part in given.items():
+            if part._version != versions[name]:
+                raise UserError(
+                    f"{where} writes into the batch's {name}, which training goes on with; please "
+                    f"take a copy, batch.{name}.clone()."
+                )
         if isinstance(decided, Tensor):
             decided = Allocation(classify(batch.score, batch.robust_fraction), decided)
         if not isinstance(decided, Allocation):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from btrain.errors import UserError
 from btrain.models import verified
-from btrain.models.check import check
+from btrain.models.check import check, gives_probabilities
 from btrain.models.libraries import from_library
 from btrain.models.preact_resnet import PreActResNet
 from btrain.models.resnet import ResNet
@@ -23,6 +23,7 @@ __all__ = [
     "build",
     "check",
     "from_library",
+    "gives_probabilities",
     "normalisation",
     "verified",
 ]

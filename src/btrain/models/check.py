@@ -35,6 +35,17 @@ def check(network: nn.Module, x: Tensor, labels: Tensor, classes: int, what: str
         _check_train_mode(network.train(), x, labels, classes, what)
 
 
+@torch.no_grad()
+def gives_probabilities(network: nn.Module, x: Tensor) -> bool:
+    """Return whether all outputs are at least 0 and those of each image add up to 1, in eval mode.
+
+    The network is left as it was. (m, C, H, W)
+    """
+    outputs = copy.deepcopy(network).eval().to(x.device)(x)
+    sums = outputs.sum(dim=1)
+    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < _ROUNDING).all())
+
+
 def _check_eval_mode(network: nn.Module, x: Tensor, classes: int, what: str) -> None:
     mode = f"{what} in eval mode"
     before = {key: value.clone() for key, value in network.state_dict().items()}

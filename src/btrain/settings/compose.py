@@ -68,6 +68,9 @@ schema of each; a YAML file names it as `<option>_schema` in its defaults."""
 FREE = "settings"
 """The key of a group that takes any names: what an own part is called with."""
 
+OWN = "own"
+"""The option of a group whose part the user makes; nothing else has a `factory`."""
+
 
 def config_dir() -> str:
     """Return the folder of the YAML files: inside a wheel, or at the top of the repository."""
@@ -830,28 +833,38 @@ def _unknown_key(key: str, schema: type) -> str:
 def _unread(key: str, kind: str) -> str | None:
     """Return a sentence for a setting that another option of its group has, else None.
 
-    `kind` is the name of the schema of the option that was chosen.
+    An own part's settings are told from its option's. `kind` is the name of the schema of the
+    option that was chosen.
     """
     group, _, leaf = key.partition(".")
-    if group not in OPTIONS:
+    if group not in OPTIONS or (chosen := _chosen(key, kind)) is None:
         return None
-    if not any(leaf in _types(schema) for schema in OPTIONS[group][1].values()):
-        return None
-    chosen = _chosen(key, kind)
-    return f"{key} is no setting with {chosen}." if chosen else None
+    schemas = {option.name: schema for option, schema in OPTIONS[group][1].items()}
+    there = next(_types(schema) for schema in schemas.values() if schema.__name__ == kind)
+    if having := [name for name, schema in schemas.items() if leaf in _types(schema)]:
+        having.sort(key=lambda name: name != OWN)
+        add = f"; add {group}={' or '.join(having)}" if OWN in having else ""
+        meant = f" Did you mean {group}.{FREE}.{leaf}?" if FREE in there and not add else ""
+        return f"{key} is no setting with {chosen}{add}.{meant}"
+    if FREE in there:
+        near = hints.meant(key, [f"{group}.{name}" for name in there])
+        either = f"{near} or " if near else ""
+        return f"There is no setting {key}. Did you mean {either}{group}.{FREE}.{leaf}?"
+    return None
 
 
 def _chosen(key: str, kind: str) -> str | None:
     """Return the option of a key's group as it is written, by its schema's name, or None.
 
-    Where several options share a schema it is "this <group>".
+    Where several options share a schema, or it has no option of its name, it is "this <group>".
     """
     group = key.partition(".")[0]
     schemas = OPTIONS[group][1] if group in OPTIONS else {}
     names = [option.name for option, schema in schemas.items() if schema.__name__ == kind]
-    if len(names) > 1:
-        return f"this {group}"
-    return f"{group}={names[0]}" if names else None
+    if not names:
+        return None
+    one = len(names) == 1 and names[0] in options_of(group)
+    return f"{group}={names[0]}" if one else f"this {group}"
 
 
 def _unknown_option(group: str, option: str, folder: str | None) -> str:

@@ -84,8 +84,12 @@ def epoch_line(config: Config, metrics: dict[str, Any]) -> str:
     )
 
 
-def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
-    """Return a warning, half-way through a run, if most examples are outliers and not attacked."""
+def many_outliers(config: Config, metrics: dict[str, Any], classes: int) -> str | None:
+    """Return a warning, half-way through a run, if most examples are outliers and not attacked.
+
+    Outliers are the misclassified: where they are as many as by guessing, to attack them would not
+    help.
+    """
     bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
     half_way = metrics["epoch"] == (epochs + 1) // 2
     guarded = isinstance(bt, BulletTrainConfig) and bt.guard < 1 and bt.guard_steps > 0
@@ -93,10 +97,16 @@ def many_outliers(config: Config, metrics: dict[str, Any]) -> str | None:
     spared = spared and not isinstance(config.defense, VerifiedConfig)
     if not (half_way and spared and share is not None and share > _MANY):
         return None
+    so_far = f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples"
+    if hardly_above_chance(100 * (1 - share), classes):
+        return (
+            f"{so_far} are misclassified, nearly as many as by guessing: the network has not begun "
+            "to learn; more epochs (train.epochs), another rate (recipe.lr) or an attack that "
+            "grows (attack.epsilon_warmup_epochs) can help."
+        )
     return (
-        f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples count as "
-        "outliers and are not attacked, which can cost robust accuracy; bt.n_o=1 would attack "
-        "them, and more epochs make them fewer."
+        f"{so_far} count as outliers and are not attacked, which can cost robust accuracy; "
+        "bt.n_o=1 would attack them, and more epochs make them fewer."
     )
 
 

@@ -53,13 +53,14 @@ class Record:
         """Write an epoch's line, or that of its part."""
         for warning in metrics["warnings"]:
             log.warning("epoch %d: %s.", metrics["epoch"], warning)
-        if (warning := many_outliers(self.config, metrics)) is not None:
-            log.warning("%s", warning)
         self.lock.check()
         self.folder.append_metrics(metrics)
         of_epoch = {key: value for key, value in metrics.items() if key != "scores"}
         self.tracker.log(of_epoch, metrics["epoch"])
         log.info(epoch_line(self.config, metrics))
+        warning = many_outliers(self.config, metrics, len(self.data.classes))
+        if warning is not None:
+            log.warning("%s", warning)
 
     def end(self, summary: dict[str, Any]) -> None:
         """Write the summary of a run that came to its end."""

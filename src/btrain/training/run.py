@@ -56,6 +56,7 @@ from btrain.training.search import search
 from btrain.training.setup import (
     check_radius,
     check_shares,
+    doubts,
     known_of,
     make_state,
     sparsity_of,
@@ -225,6 +226,8 @@ def _recording(
         log.info("%s: %s", folder.path, describe(config, data, state))
         for note in notes:
             log.info("%s", note)
+        for doubt in doubts(config, state, data):
+            log.warning("%s", doubt)
         if state.sparsity is not None:
             tell_masks(state.sparsity)
         yield Record(config, state, data, folder, tracker, lock)

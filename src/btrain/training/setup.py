@@ -6,14 +6,21 @@ import torch
 from torch import nn
 
 from btrain.attacks.kept import KNOWN, STORE
-from btrain.build import check_network, check_size, free_memory, make_model
+from btrain.build import (
+    check_network,
+    check_size,
+    doubts_of_network,
+    free_memory,
+    make_model,
+)
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.evaluation.pgd import farthest, threat_of
-from btrain.methods.make import Known, make_method, make_store
+from btrain.methods.make import Known, make_ball, make_defense, make_method, make_store
+from btrain.methods.own_parts import doubts_of_ball, doubts_of_defense
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
 from btrain.settings import (
@@ -23,7 +30,7 @@ from btrain.settings import (
     RecipeConfig,
 )
 from btrain.settings.checks import no_farther
-from btrain.settings.method import VerifiedConfig
+from btrain.settings.method import OwnAttackConfig, OwnDefenseConfig, VerifiedConfig
 from btrain.terminal import counted, plural
 from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
@@ -81,6 +88,23 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
         state.unsaved = (STORE, KNOWN)
     state.sparsity = sparsity_of(config, state, data)
     return state
+
+
+def doubts(config: Config, state: TrainState, data: Data) -> list[str]:
+    """Return a sentence for each own part that can be trained with, but hardly as it is meant.
+
+    torch's random state stays as it was.
+    """
+    known, attack, defense = known_of(data), config.attack, config.defense
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        found = doubts_of_network(config.model, state.model, data)
+        if isinstance(defense, OwnDefenseConfig):
+            made = make_defense(defense, known)
+            found += doubts_of_defense(made, defense.factory, known)
+        if isinstance(attack, OwnAttackConfig):
+            found += doubts_of_ball(make_ball(attack, 1.0, known), attack.factory, known)
+    return found
 
 
 def check_store(config: Config, data: Data, device: torch.device) -> None:
