@@ -287,10 +287,10 @@ def test_a_known_key_can_be_forced() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("attack.steps=ten", ["attack.steps", "ten", "Integer"]),
-        ("attack.steps=2.5", ["attack.steps", "2.5", "Integer"]),
+        ("attack.steps=ten", ["attack.steps", "ten", "whole number"]),
+        ("attack.steps=2.5", ["attack.steps", "2.5", "whole number"]),
         ("bt.gamma=null", ["bt.gamma"]),
-        ("bt.share_clean_forward=perhaps", ["bt.share_clean_forward", "perhaps", "bool"]),
+        ("bt.share_clean_forward=perhaps", ["bt.share_clean_forward", "perhaps", "true, false"]),
         ("bt.score=stale", ["bt.score", "stale", "fresh, shared, last"]),
         ("attack.start=zero", ["attack.start", "zero", "normal", "uniform", "clean"]),
         ("logger.mode=never", ["logger.mode", "never", "online", "offline", "disabled"]),

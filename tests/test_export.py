@@ -233,6 +233,9 @@ def test_what_is_no_run_is_refused(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("experiment", ["table1_cifar10_augmix", "table2_yopo", "figure2_pgd"])
 def test_the_settings_of_an_experiment_come_back(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
+    read = read_config(to_dict(config), Path("here"))
+    assert read == config
+    read.train.epochs += 1
     assert read_config(to_dict(config), Path("here")) == config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -362,8 +363,12 @@ def check_words(arguments: Sequence[str], task: str) -> None:
     from hydra._internal.utils import get_args_parser
 
     command = f"btrain {TASKS[task].command}"
-    if split := hints.several_words(_apart(arguments)[1]):
+    settings = _apart(arguments)[1]
+    if split := hints.several_words(settings):
         raise UserError(split)
+    for word in settings:
+        if not word.lstrip("+~ ").partition("=")[0]:
+            raise UserError(f"{word.strip() or repr(word)} is not of the form key=value.")
 
     class Parser(argparse.ArgumentParser):
         """Hydra's options, a mistake with which is one sentence."""
@@ -642,16 +647,22 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """Return what a YAML text holds; a command reads the same run's several times."""
+    from btrain.untrusted import plain_yaml
+
+    return plain_yaml.parse(text)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a run folder's `config.yaml` as plain containers.
 
     Raises:
         UserError: the file cannot be read as YAML.
     """
-    from btrain.untrusted import plain_yaml
-
     try:
-        content = plain_yaml.parse(read_text(path, _LARGEST_YAML))
+        content = copy.deepcopy(_parsed(read_text(path, _LARGEST_YAML)))
     except Exception as error:
         raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
     if not isinstance(content, dict):
@@ -702,6 +713,11 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     folder, (_, overrides) = user_folder(overrides), _apart(overrides)
     if several := re.match(r"Ambiguous value for argument '(.*?)'", str(error)):
         return UserError(f"{several.group(1)} gives several values; a sweep needs --multirun.")
+    if second := re.match(r"Multiple values for (\S+)\. To override", str(error)):
+        typed = [word for word in overrides if word.lstrip("+").startswith(f"{second[1]}=")]
+        if typed and typed[-1].startswith("+"):
+            plain = typed[-1].lstrip("+")
+            return UserError(f"{typed[-1]} would be a second {second[1]}; please write {plain}.")
     if type(error).__name__ == "OverrideParseException":
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
     if removed := _removed(overrides, TASKS[task].schema):
