@@ -131,9 +131,9 @@ def test_settings_that_an_older_version_did_not_have_are_filled_in(copied: Path)
 BAD_SETTINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown": (lambda s: s["bt"].update(gama=1), "There is no setting bt.gama. Did you mean"),
     "target": (lambda s: s.update(_target_="os.system"), "There is no setting _target_."),
-    "type": (lambda s: s["bt"].update(gamma="much"), "bt.gamma: Value 'much'"),
+    "type": (lambda s: s["bt"].update(gamma="much"), "bt.gamma must be a number, not much."),
     "range": (lambda s: s["bt"].update(gamma=2), "bt.gamma must be in (0, 1], not 2.0."),
-    "no group": (lambda s: s.update(bt=3), "bt: "),
+    "no group": (lambda s: s.update(bt=3), "bt is a group of settings"),
     "null": (lambda s: s["bt"].update(gamma=None), "bt.gamma: Incompatible value 'None'"),
     "data set": (lambda s: s["dataset"].update(name="svhn"), "dataset.name: Invalid value 'svhn'"),
     "no option": (

@@ -91,9 +91,7 @@ def write(
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} could not be written ({reason}).") from error
-    counts = {name: parameter.numel() for name, parameter in written.named_parameters()}
-    copied = sum(n for name, n in counts.items() if name.startswith("block1.")) if sub_block1 else 0
-    return sum(counts.values()) + copied
+    return sum(parameter.numel() for parameter in written.parameters())
 
 
 def compact(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
