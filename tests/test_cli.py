@@ -348,7 +348,7 @@ def test_a_finished_run_is_not_repeated(run: Path, capsys: Capture) -> None:
     [
         ("seed=1", "run belongs to a run with seed=0"),
         ("bt.gamma=0.7", "run belongs to a run with bt.gamma=0.8"),
-        ("train.epochs=2", "run belongs to a run with train.epochs=1 and cannot go on to 2: the"),
+        ("train.epochs=2", "run belongs to a run with train.epochs=1 and cannot go on to 2: its"),
         ("dataset.test_examples=50", "run belongs to a run with dataset.test_examples=100"),
     ],
 )

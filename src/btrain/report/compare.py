@@ -237,7 +237,7 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
         found[_VERIFIED] = max(shares)
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
-        if (classes := _CLASSES.get(settings.get("dataset.name"))) is not None:
+        if (classes := _CLASSES.get(str(settings.get("dataset.name")))) is not None:
             found["classes"] = classes
         found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
         found[_THREAT] = _threat(settings)
