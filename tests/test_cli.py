@@ -157,7 +157,7 @@ def test_help_and_mistakes_answer_before_torch_is_imported(
 
 
 def test_a_report_of_runs_imports_no_torch(run: Path) -> None:
-    check_torch_free(run.parent, ["report", "run"], 0, ["| run ", "speedup (FLOPs)"])
+    check_torch_free(run.parent, ["report", "run"], 0, ["| run ", "(at chance)"])
 
 
 def check_torch_free(folder: Path, arguments: list[str], status: int, words: list[str]) -> None:
@@ -454,18 +454,24 @@ def test_the_report_measures_against_the_first_run(run: Path, capsys: Capture) -
     summary = json.loads((run / "summary.json").read_text())
     for name, changes in {
         "plain": {"train_seconds": 30.0, "clean_acc": 84.92},
-        "fast": {"train_seconds": 12.0},
-        "elsewhere": {"train_seconds": 1.0, "device": "another"},
+        "fast": {"train_seconds": 12.0, "clean_acc": 84.92},
+        "elsewhere": {"train_seconds": 1.0, "device": "another", "clean_acc": 84.92},
+        "failed": {"train_seconds": 12.0, "clean_acc": 18.9},
     }.items():
         shutil.copytree(run, run.parent / name)
         (run.parent / name / "summary.json").write_text(json.dumps(summary | changes))
+    assert main(["report", "plain", "failed"]) == 0
+    out = capsys.readouterr().out
+    _, failed = cells(out)
+    assert failed["run"] == "failed (at chance)" and failed["times faster than row 1"] == "–"
+    assert failed["speedup (FLOPs)"] == "–" and "nothing can be read" in out
     assert main(["report", "plain", "fast", "elsewhere"]) == 0
     out = capsys.readouterr().out
     plain, fast, elsewhere = cells(out)
     assert [row["run"] for row in (plain, fast, elsewhere)] == ["plain", "fast", "elsewhere"]
-    assert plain["first row's time"] == "1.00×"
-    assert fast["first row's time"] == "2.50×"
-    assert "×" not in elsewhere["first row's time"]
+    assert plain["times faster than row 1"] == "1.00×"
+    assert fast["times faster than row 1"] == "2.50×"
+    assert "×" not in elsewhere["times faster than row 1"]
     assert plain["clean %"] == "84.92"
     assert f"; speedup (FLOPs) {summary['speedup_flops']:.2f}×" in out  # of all of them
 

@@ -934,7 +934,9 @@ def test_floats_between_two_levels_go_to_the_nearest_and_that_is_said(
     change = np.abs(data.train.images.numpy() - levels)
     assert change.max() <= 0.5
     assert change.max() > 0.4
-    assert "x is rounded to 256 levels, which changes it by up to 0.5 of one" in caplog.text
+    assert "x is not made of whole 255ths: pixels are rounded to them, by up to 0.5/255" in (
+        caplog.text
+    )
 
 
 def wrong(**parts: Any) -> tuple[Any, ...]:

@@ -217,7 +217,7 @@ def test_all_is_a_chain(runs_here: Path, capsys: Capture, monkeypatch: pytest.Mo
     few = ["dataset.test_examples=12", "sanity=false"]
     assert main(["eval", "checkpoint=A", "attack=all", *few]) == 0
     out, err = capsys.readouterr()
-    assert "Without corruptions: dataset.corruptions_root=" in out
+    assert "Corruptions are left out; dataset.corruptions_root=" in out
     folder = runs_here / "A" / "eval" / "dataset.test_examples_12"
     names = ["clean", "pgd20", "pgd100x10", "autoattack"]
     each = [arrays(folder / f"{name}.npz")["correct"] for name in names]

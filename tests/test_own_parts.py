@@ -509,11 +509,17 @@ def test_a_longer_run_is_the_one_that_was_long_from_the_start(short: Path, tmp_p
         (["recipe.schedule=cyclic"], "recipe.schedule=cyclic falls until the end of the run."),
         (
             ["recipe.epochs=30"],
-            "the past falls of its learning rate (after epoch 1, 2) would move, for "
-            "recipe.milestones stretch with train.epochs; recipe.epochs=60 keeps them.",
+            "its learning rate fell after epoch 1, 2, and with these settings would have fallen "
+            "otherwise; please give recipe.epochs=60.",
         ),
-        (["recipe.milestones=[10,30]"], "(after epoch 1, 2) would move"),
-        (["recipe.lr_factors=[0.1,0.1]"], "(after epoch 1, 2) would move"),
+        (
+            ["recipe.milestones=[10,30]"],
+            "fell after epoch 1, 2, and with these settings would",
+        ),
+        (
+            ["recipe.lr_factors=[0.1,0.1]"],
+            "fell after epoch 1, 2, and with these settings would",
+        ),
         (["recipe.lr=0.01"], "belongs to a run with recipe.lr=0.05, not 0.01"),
     ],
 )

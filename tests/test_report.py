@@ -168,7 +168,7 @@ def test_seeds_are_merged_to_mean_and_standard_deviation(tmp_path: Path) -> None
     assert row["PGD %"] == "53.00 ± 3.61"
     assert row["training s"] == "60.0 ± 10.0"
     row = dict(zip(head, ours, strict=True))
-    assert row["first row's time"] == "2.00×"
+    assert row["times faster than row 1"] == "2.00×"
     assert row["speedup (measured)"] == "–"
 
 
@@ -182,13 +182,28 @@ def test_runs_of_other_folders_and_of_one_seed_are_not_merged(tmp_path: Path) ->
         compare([tmp_path / "fast"], merge_seeds=True)
 
 
-def test_what_an_older_run_does_not_tell_is_left_open(tmp_path: Path) -> None:
+def test_what_an_older_run_does_not_tell_has_no_column(tmp_path: Path) -> None:
     path = finished(tmp_path / "old", 10.0)
     summary = json.loads((path / "summary.json").read_text())
     del summary["flops"]
     (path / "summary.json").write_text(json.dumps(summary))
-    head, _, row = cells(compare([path]))
-    assert row[head.index("TFLOP")] == "–"
+    assert "TFLOP" not in compare([path])
+    assert "TFLOP" in compare([path, finished(tmp_path / "new", 10.0)])
+
+
+def test_two_seeds_have_no_interval(tmp_path: Path) -> None:
+    for seed, robust in enumerate((50.0, 52.0)):
+        finished(tmp_path / f"a-seed{seed}", 9.0, robust_acc=robust, seed=seed)
+    table = compare([tmp_path], merge_seeds=True)
+    assert "95 %" not in table and "Two seeds are too few for an interval over seeds." in table
+
+
+def test_a_sparse_run_has_its_counted_speedup_beside_the_allocators(tmp_path: Path) -> None:
+    sparse = {"density": 0.2, "macs_share": 0.5, "flops_executed": 2.5e12, "flops_counted": 1e12,
+              "speedup_counted": 4.75}  # fmt: skip
+    runs = [finished(tmp_path / "dense", 9.0), finished(tmp_path / "sparse", 9.0, **sparse)]
+    head, _, *rows = cells(compare(runs).split("\n\n")[0])
+    assert [row[head.index("speedup (counted)")] for row in rows] == ["1.90×", "4.75×"]
 
 
 def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ def _images(x: npt.NDArray[Any], what: str) -> Images:
         rounded[i] = np.rint(levels)
         change = max(change, float(np.abs(levels - rounded[i]).max()))
     if change > 0.01:
-        log.info("%s is rounded to 256 levels, which changes it by up to %.2g of one.", what,
-                 change)  # fmt: skip
+        log.info(
+            "%s is not made of whole 255ths: pixels are rounded to them, by up to %.2g/255. Images "
+            "as uint8 are taken as they are.", what, change,
+        )  # fmt: skip
     return rounded
 
 

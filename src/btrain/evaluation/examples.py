@@ -14,6 +14,7 @@ from btrain import precision
 from btrain.attacks.pgd import check_images, evaluation_mode
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError, first_line
+from btrain.evaluation.result import hardly_above_chance
 from btrain.terminal import counted
 
 
@@ -179,12 +180,6 @@ def check_gradient(model: nn.Module, examples: Examples) -> None:
             "The model's logits have no gradient with respect to the images, which PGD and "
             f"AutoAttack need ({reason})."
         )
-
-
-def hardly_above_chance(accuracy: float, classes: int) -> bool:
-    """Return whether an accuracy, in percent, is hardly above that of guessing."""
-    chance = 100 / classes
-    return accuracy <= chance + (100 - chance) / 10
 
 
 def near_chance(correct: Tensor, classes: int) -> str | None:

@@ -543,6 +543,12 @@ def student(mean: float, deviation: float, n: int) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def hardly_above_chance(accuracy: float, classes: int) -> bool:
+    """Return whether an accuracy, in percent, is hardly above that of guessing."""
+    chance = 100 / classes
+    return accuracy <= chance + (100 - chance) / 10
+
+
 def versions(*others: str) -> dict[str, str]:
     """Return the versions of btrain, Python, torch, numpy and whatever else computed."""
     found = {"btrain": __version__, "python": platform.python_version()}

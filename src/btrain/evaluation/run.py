@@ -58,7 +58,7 @@ def evaluate_checkpoint(settings: EvalSettings) -> Evaluation:
         target.data.test.images, target.data.test.labels, target.data.classes, target.device
     )
     if settings.attacks == ["all"] and settings.corruptions_root is None:
-        say("Without corruptions: dataset.corruptions_root= would name a folder of them.")
+        say("Corruptions are left out; dataset.corruptions_root=FOLDER adds a folder of them.")
     try:
         with as_evaluated(target.model, target.device, settings.precision):
             return _evaluate(settings, target, examples)

@@ -21,11 +21,10 @@ from btrain.evaluation.autoattack import BATCH, InParts, library, library_norm, 
 from btrain.evaluation.examples import (
     Examples,
     batches,
-    hardly_above_chance,
     own_random_state,
 )
 from btrain.evaluation.pgd import Pgd, Threat, farthest, pgd_stands
-from btrain.evaluation.result import Check, Sanity
+from btrain.evaluation.result import Check, Sanity, hardly_above_chance
 from btrain.terminal import tell
 
 EXAMPLES = 500

@@ -11,10 +11,12 @@ from typing import Any
 
 from btrain.durable import real
 from btrain.errors import UserError
-from btrain.evaluation.result import Result, student, wilson
+from btrain.evaluation.result import Result, hardly_above_chance, student, wilson
 from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
+from btrain.runs.json_fields import is_count
 from btrain.settings.evaluation import VERIFIED
+from btrain.settings.run import CLASSES
 from btrain.terminal import counted
 
 Runs = Sequence[dict[str, Any]]
@@ -28,7 +30,8 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """Return a Markdown table of runs, and below it what all of them share.
 
     Accuracies and times are always there, AutoAttack and the verified share if one of the runs has
-    them; of several rows no other column is empty or the same in all. Where one of the runs is
+    them; no column is empty, and of several rows no other one is the same in all. Networks hardly
+    better than guessing are marked and have no speedup. Where one of the runs is
     sparse, all are shown with their counted work and their robust overfitting. Times are compared
     with the first row's where device, data, network and epochs are its; elsewhere the column says
     what is not. The other speedups are each run's own, over the plain defense: by counted FLOPs,
@@ -61,19 +64,22 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     left_out |= set() if _VERIFIED in known else {"verified %"}
     sparse = "macs_share" in known
     columns = [
-        (head, [cell(summaries, baseline) for summaries in rows.values()])
+        (head, cells)
         for head, cell in [*COLUMNS, *(_SPARSE if sparse else [])]
         if head not in left_out
+        and {*(cells := [told(head, cell, runs, baseline) for runs in rows.values()])} != {NONE}
     ]
     shared = {
         head: cells[0] for head, cells in columns if len({*cells}) == 1 and _may_go(head, cells)
     }
-    names = [with_cut(Path(name).name, summaries) for name, summaries in rows.items()]
+    names = [marked(Path(name).name, summaries) for name, summaries in rows.items()]
     shown = [("run", names), *(column for column in columns if column[0] not in shared)]
     table = markdown([head for head, _ in shown], zip(*(cells for _, cells in shown), strict=True))
     alike = [f"{head} {value}" for head, value in shared.items() if value != NONE]
     notes = [f"The same in all rows: {plain('; '.join(alike))}."] if alike and len(rows) > 1 else []
     notes += [_intervals(rows.values())] if any(_is_interval(head) for head, _ in shown) else []
+    notes += [_TOO_FEW] if any(len(summaries) == 2 for summaries in rows.values()) else []
+    notes += [_AT_CHANCE] if any(map(_at_chance, rows.values())) else []
     notes += [_MASKED_KERNELS] if sparse else []
     return "\n\n".join([table, *(["\n".join(notes)] if notes else [])])
 
@@ -81,12 +87,20 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
 def _may_go(head: str, cells: Sequence[str]) -> bool:
     """Return whether a column need not be drawn, all of whose cells are the same."""
     if _is_interval(head):
-        return cells[0] == NONE
+        return False
     return head == "PGD's ball" if len(cells) == 1 else head not in _ALWAYS
 
 
 _ALWAYS = (
-    *("seeds", "clean %", "PGD %", "AutoAttack %", "verified %", "training s", "first row's time"),
+    *(
+        "seeds",
+        "clean %",
+        "PGD %",
+        "AutoAttack %",
+        "verified %",
+        "training s",
+        "times faster than row 1",
+    ),
     *("best − final", "train − test"),
 )
 
@@ -103,10 +117,27 @@ def _intervals(rows: Iterable[Runs]) -> str:
     return f"95 %: the interval {', '.join(kinds)}."
 
 
-def with_cut(name: str, runs: Runs) -> str:
-    """Return a row's name, with a word on runs that were cut ahead of their end."""
+def marked(name: str, runs: Runs) -> str:
+    """Return a row's name, with a word on runs that were cut or are no better than guessing."""
     cut = any(isinstance(run.get("cut"), str) for run in runs)
-    return f"{name}{' (cut)' if cut else ''}"
+    return f"{name}{' (cut)' if cut else ''}{' (at chance)' if _at_chance(runs) else ''}"
+
+
+def told(head: str, cell: Cell, runs: Runs, baseline: Runs) -> str:
+    """Return a cell; none of a speedup where the network hardly does better than guessing."""
+    speedup = head.startswith(("speedup", "times faster"))
+    return NONE if speedup and _at_chance(runs) else cell(runs, baseline)
+
+
+def _at_chance(runs: Runs) -> bool:
+    """Return whether one of the runs says at its end that its numbers say nothing."""
+    return any(
+        is_count(run.get("classes"))
+        and run["classes"] > 1
+        and run.get("clean_acc") is not None
+        and hardly_above_chance(run["clean_acc"], run["classes"])
+        for run in runs
+    )
 
 
 def _run_folders(path: Path) -> list[RunFolder]:
@@ -145,7 +176,7 @@ def _interval(key: str) -> Cell:
         values = [run.get(key) for run in runs]
         known = [value for value in values if value is not None]
         ends = runs[0].get(f"{key} 95") if len(runs) == 1 else None
-        if len(known) > 1 and len(known) == len(values):
+        if len(known) > 2 and len(known) == len(values):
             ends = student(statistics.fmean(known), statistics.stdev(known), len(known))
         if ends is None:
             return NONE
@@ -166,9 +197,9 @@ def _less(key: str, other: str) -> Cell:
     return cell
 
 
-def _or_dense(key: str, form: str, dense: str | float, divisor: float = 1) -> Cell:
+def _or_dense(key: str, form: str, dense: str | float, unit: str = "", divisor: float = 1) -> Cell:
     """Return the cell of a number that a dense run lacks: it is another one's, or fixed."""
-    shown = _mean("value", form, divisor=divisor)
+    shown = _mean("value", form, unit, divisor)
 
     def cell(runs: Runs, baseline: Runs) -> str:
         values = [
@@ -206,6 +237,8 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
         found[_VERIFIED] = max(shares)
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
+        if (classes := _CLASSES.get(settings.get("dataset.name"))) is not None:
+            found["classes"] = classes
         found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
         found[_THREAT] = _threat(settings)
     return found
@@ -236,6 +269,7 @@ def _fractions(runs: Runs, baseline: Runs) -> str:
     return "/".join(f"{statistics.fmean(run[key] for run in runs):.2f}" for key in keys)
 
 
+_CLASSES = {name.value: count for name, count in CLASSES.items()}
 _THREAT = "threat"
 _NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
@@ -273,7 +307,7 @@ COLUMNS: list[tuple[str, Cell]] = [
     ("speedup (FLOPs)", _mean("speedup_flops", ".2f", "×")),
     ("speedup (measured)", _mean("speedup_measured", ".2f", "×")),
     ("training s", _mean("train_seconds", ".1f")),
-    ("first row's time", _against_first),
+    ("times faster than row 1", _against_first),
 ]
 
 _SPARSE: list[tuple[str, Cell]] = [
@@ -284,8 +318,15 @@ _SPARSE: list[tuple[str, Cell]] = [
     ("share of MACs", _or_dense("macs_share", ".3f", 1.0)),
     ("TFLOP executed", _or_dense("flops_executed", ".3g", "flops", divisor=1e12)),
     ("TFLOP counted", _or_dense("flops_counted", ".3g", "flops", divisor=1e12)),
+    ("speedup (counted)", _or_dense("speedup_counted", ".2f", "speedup_flops", unit="×")),
 ]
+_TOO_FEW = "Two seeds are too few for an interval over seeds."
+_AT_CHANCE = (
+    "At chance: the clean accuracy is hardly above that of guessing, so that nothing can be read "
+    "from robust accuracy and speedup."
+)
 _MASKED_KERNELS = (
-    "Counted TFLOP leave out multiply-adds by weights that are 0; masks of single weights do not "
-    "speed up dense kernels, which execute them."
+    "speedup (FLOPs) is the allocator's part, speedup (counted) that of the zeros with it. Counted "
+    "TFLOP leave out multiply-adds by weights that are 0; masks of single weights do not speed up "
+    "dense kernels, which execute them."
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from btrain.durable import real
 from btrain.pages.tables import text
-from btrain.report.compare import COLUMNS, Cell, with_cut
+from btrain.report.compare import COLUMNS, Cell, marked, told
 from btrain.runs.read import FINISHED, Run, read_run
 from btrain.runs.sweep import Job
 from btrain.terminal import counted
@@ -37,7 +37,7 @@ def sweep_table(jobs: Sequence[Job]) -> str:
             unfinished.append(f"{' '.join(_varying(job, jobs)) or 'The run'}: {why}")
         elif (path := real(run.folder)) not in seen:
             seen.add(path)
-            rows.setdefault(names[job.number], []).append(run.summary)
+            rows.setdefault(names[job.number], []).append({"classes": run.classes} | run.summary)
     parts = [_table(rows)] if rows else []
     if unfinished:
         count = f"{len(unfinished)} of {len(jobs)} runs did not finish:"
@@ -56,14 +56,14 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     heads = [*(["seeds"] if several else []), "clean %", "PGD %", "speedup (FLOPs)"]
     heads += ["speedup (measured)"] if measured else []
     columns: list[tuple[str, Cell]] = [(head, cell) for head, cell in COLUMNS if head in heads]
-    cells = [[cell(runs, runs) for _, cell in columns] for runs in rows.values()]
+    cells = [[told(head, cell, runs, runs) for head, cell in columns] for runs in rows.values()]
     shown = [head.removesuffix(" (FLOPs)") for head, _ in columns]
     shown = [head.replace("speedup (measured)", "measured") for head in shown]
     widths = [max(map(len, column)) + 2 for column in zip(shown, *cells, strict=True)]
     room = max(_WIDTH - sum(widths), _NARROWEST)
     lines: list[list[str]] = []
     for (name, runs), numbers in zip(rows.items(), cells, strict=True):
-        first, *others = textwrap.wrap(with_cut(name, runs), room) or [""]
+        first, *others = textwrap.wrap(marked(name, runs), room) or [""]
         lines += [[first, *numbers], *([other] for other in others)]
     steps = {run.get("eval_steps") for runs in rows.values() for run in runs}
     step = f"{counted(steps.pop(), 'step')} " if len(steps) == 1 else ""

@@ -69,7 +69,7 @@ SUMMARY_KEYS = {
 }
 """The keys of a summary that `btrain report` reads; there are more."""
 _ALSO_NUMBERS = (
-    *("density", "macs_share", "flops_counted", "flops_executed"),
+    *("density", "macs_share", "flops_counted", "flops_executed", "speedup_counted", "classes"),
     *("train_robust_acc", "best_robust_acc"),
     "attack_steps_mean",
     "flops",

@@ -37,12 +37,14 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
         for one, other in zip(old, new, strict=True)
         for a, b in zip(one, other, strict=True)
     ):
-        were = ", ".join(f"{epoch:g}" for epoch, _ in old) or "none"
+        were = ", ".join(f"{epoch:g}" for epoch, _ in old)
+        then = f"fell after epoch {were}" if old else "did not fall"
         stays, rest = divmod(theirs["recipe.epochs"] * after, before)
-        hint = "" if rest else f"; recipe.epochs={stays} keeps them"
+        stretched = not rest and ours["recipe.epochs"] != stays
+        hint = f"; please give recipe.epochs={stays}" if stretched else ""
         raise UserError(
-            f"{sentence}: the past falls of its learning rate (after epoch {were}) would move, for "
-            f"recipe.milestones stretch with train.epochs{hint}."
+            f"{sentence}: its learning rate {then}, and with these settings would have fallen "
+            f"otherwise{hint}."
         )
     return LENGTH
 

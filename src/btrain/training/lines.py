@@ -7,8 +7,7 @@ from typing import Any
 
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
-from btrain.evaluation.examples import hardly_above_chance
-from btrain.evaluation.result import wilson
+from btrain.evaluation.result import hardly_above_chance, wilson
 from btrain.settings import Config
 from btrain.settings.method import BulletTrainConfig, VerifiedConfig
 from btrain.terminal import counted, plural

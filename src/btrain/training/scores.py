@@ -292,6 +292,7 @@ def summarise(
         "eval_steps": config.eval.steps,
         "seed": config.seed,
         "test_examples": len(data.test),
+        "classes": len(data.classes),
         "device": device_name(device),
         "torch_version": str(torch.__version__),
         "git_commit": git_commit(),
