@@ -569,10 +569,16 @@ def test_an_allocator_refuses_what_it_does_not_read(name: str) -> None:
     option = [f"bt={name}", *NEEDS.get(f"bt={name}", [])]
     cfg = composed_by_hydra(option, "train")
     unread = sorted(set[str]().union(*READS.values()) - READS[name])
+
+    def sentence(key: str) -> str:
+        add = "; add bt=own" if key in ("factory", "settings") else ""
+        own = rf" Did you mean bt.settings.{key}\?" if name == "own" else ""
+        return rf"^bt.{key} is no setting with bt={name}{add}\.{own}$"
+
     for key in unread:  # as Hydra hands +key=1 on
-        with pytest.raises(UserError, match=f"^bt.{key} is no setting with bt={name}.$"):
+        with pytest.raises(UserError, match=sentence(key)):
             changed(cfg, {f"bt.{key}": 1})
-    with pytest.raises(UserError, match=f"^bt.{unread[0]} is no setting with bt={name}.$"):
+    with pytest.raises(UserError, match=sentence(unread[0])):
         compose([*option, f"bt.{unread[0]}=1"])
 
 

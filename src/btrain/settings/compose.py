@@ -68,8 +68,8 @@ schema of each; a YAML file names it as `<option>_schema` in its defaults."""
 FREE = "settings"
 """The key of a group that takes any names: what an own part is called with."""
 
-OWN = "own"
-"""The option of a group whose part the user makes; nothing else has a `factory`."""
+OWN, OF_OWN = "own", ("factory", FREE)
+"""The option of a group whose part the user makes, and the keys that it is made by."""
 
 
 def config_dir() -> str:
@@ -843,7 +843,7 @@ def _unread(key: str, kind: str) -> str | None:
     there = next(_types(schema) for schema in schemas.values() if schema.__name__ == kind)
     if having := [name for name, schema in schemas.items() if leaf in _types(schema)]:
         having.sort(key=lambda name: name != OWN)
-        add = f"; add {group}={' or '.join(having)}" if OWN in having else ""
+        add = f"; add {group}={' or '.join(having)}" if leaf in OF_OWN else ""
         meant = f" Did you mean {group}.{FREE}.{leaf}?" if FREE in there and not add else ""
         return f"{key} is no setting with {chosen}{add}.{meant}"
     if FREE in there:
