@@ -265,6 +265,8 @@ def test_a_number_of_python_s_is_a_fraction() -> None:
         (lambda z, y: classify(torch.zeros(3), torch.tensor(1.7)), r"in \[0, 1\], not 1.7"),
         (lambda z, y: classify(torch.zeros(3), torch.ones(3)), "one number for all examples"),
         (lambda z, y: classify(z, torch.tensor(0.5)), r"scores \(m,\), as signed_prediction"),
+        (lambda z, y: classify(torch.zeros(0), 0.5), r"one example or more.* of shape \(0,\)"),
+        (lambda z, y: classify(torch.zeros(3), None), r"a number in \[0, 1\], not None"),
         (lambda z, y: signed_prediction_variance(z[:, 0], y), r"logits must be floats \(m, K\)"),
         (lambda z, y: true_classes(z, z[:2], y), r"adv_logits must be .* not \(2, 4\) and \(3,\)"),
         (lambda z, y: update_robust_fraction(0.5, z, y, momentum=0.9, gamma=8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -203,6 +204,16 @@ def test_one_number_of_steps_and_one_size_are_those_of_all(
         ({"labels": lambda y: y[:3]}, "labels must be integers, one for each of 24 images"),
         ({"z": lambda z: z[0]}, r"clean_logits must be \(24, K\)"),
         ({"noise": torch.zeros(1, 8, 8)}, "noise must be like the images"),
+        ({"x": lambda x: x.clamp(min=1 + 2e-6)}, r"\[0, 1\].* not in \[1\.000002, 1\.0"),
+        ({"step_size": math.nan}, "step_size must be at least 0 and at most 1 .*, not nan"),
+        ({"step_size": -0.1}, "step_size must be at least 0 .*, not -0.1"),
+        ({"step_size": math.inf, "epsilon": None, "ball": L2Ball(1)}, "finite and at least 0"),
+        ({"step_size": None}, "step_size must be a number, .* not None"),
+        ({"step_size": torch.tensor(math.nan)}, "step_size must be finite and at least 0"),
+        ({"steps": -1}, "steps must be 0 or more, not -1"),
+        ({"steps": None}, "steps must be integers, .* or one for all, not None"),
+        ({"labels": lambda y: y + 10}, "labels must be from 0 to 9, for 10 logits, not from 1"),
+        ({"labels": lambda y: y > 3}, "labels must be integers, .*not torch.bool"),
     ],
 )  # fmt: skip
 def test_what_pgd_cannot_take_is_one_sentence(
@@ -214,6 +225,24 @@ def test_what_pgd_cannot_take_is_one_sentence(
     given |= {key: value for key, value in changed.items() if key not in parts}
     with pytest.raises(UserError, match=sentence):
         pgd(small_cnn, *parts.values(), inner_loss=ce_inner_loss, **given)
+
+
+def test_rounding_fractions_and_short_integers_are_taken(
+    small_cnn: nn.Module, batch: Batch
+) -> None:
+    x, labels, z = batch[0], batch[1], torch.zeros(len(batch[0]), 10)
+    given: dict[str, Any] = {"steps": 2, "inner_loss": ce_inner_loss, "noise": None}
+    each = pgd(small_cnn, x, labels, z, step_size=1 / 255, epsilon=8 / 255, **given)
+    written: dict[str, Any] = {"step_size": "1/255", "epsilon": "8/255"}
+    assert torch.equal(pgd(small_cnn, x, labels.int(), z, **written, **given), each)
+    exact = pgd(small_cnn.double(), x.double(), labels, z, step_size=0.1, epsilon=0.1, **given)
+    size = torch.full((24,), 0.1, dtype=torch.float64)
+    wide = pgd(small_cnn, x.double(), labels, z, step_size=size, epsilon=0.1, **given)
+    assert torch.equal(exact, wide)
+    small_cnn.float()
+    off = torch.where(x > 0.5, 1 + 2e-7, -2e-7)
+    x_adv = pgd(small_cnn, off, labels, z, step_size=0.1, epsilon=0.1, **given)
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
 
 
 def test_zero_step_examples_come_back_untouched(small_cnn: nn.Module, batch: Batch) -> None:

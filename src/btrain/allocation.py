@@ -91,10 +91,10 @@ def classify(svar: Tensor, robust_fraction: Tensor | float) -> Tensor:
         UserError: these are no scores (m,), or no fraction in [0, 1], which on a GPU only a number
             of Python's is seen to be.
     """
-    if svar.dim() != 1 or not svar.is_floating_point():
+    if svar.dim() != 1 or not svar.is_floating_point() or not len(svar):
         raise UserError(
-            "svar must be scores (m,), as signed_prediction_variance gives them, not "
-            f"{svar.dtype} of shape {tuple(svar.shape)}."
+            "svar must be scores (m,), as signed_prediction_variance gives them, of one example or "
+            f"more, not {svar.dtype} of shape {tuple(svar.shape)}."
         )
     if not isinstance(robust_fraction, Tensor):
         _check_share("robust_fraction", robust_fraction)
@@ -174,7 +174,11 @@ def _check_logits(name: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def _check_share(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
+    try:
+        within = bool(0 <= share <= 1)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} must be a number in [0, 1], not {share}.") from None
+    if not within:
         raise UserError(f"{name} must be in [0, 1], not {share:g}.")
 
 

@@ -6,6 +6,7 @@ contiguous prefix of the batch. Gradients reach the images only.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from btrain.attacks.balls import Ball, LinfBall, per_image
 from btrain.errors import UserError
 from btrain.settings.checks import pixels
+
+_ROUNDING = 1e-6  # of images in [0, 1], behind a change of their colours or size
 
 InnerLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(adversarial logits (m, K), clean logits (m, K), labels (m,)) -> what to ascend (m,)"""
@@ -37,15 +40,15 @@ def pgd(
 ) -> Tensor:
     """Return adversarial examples within the ε-ball around x and the box [0, 1].
 
-    The model is attacked in the mode it is in (see `evaluation_mode`). Two copies from the device
-    to the host, of the range of the images and of the step counts. Other than in the returned
-    order, an example's result depends on the batch only through the model.
+    The model is attacked in the mode it is in (see `evaluation_mode`). Three copies from the device
+    to the host: the range of the images, that of the rest, and the step counts. Other than in the
+    returned order, an example's result depends on the batch only through the model.
 
     Args:
         model: maps images to logits.
         x: clean images in [0, 1], (m, C, H, W).
-        labels: (m,) int64.
-        clean_logits: handed to `inner_loss`, (m, K).
+        labels: classes from 0, below K, (m,) integers.
+        clean_logits: handed to `inner_loss`, (m, K), or (m, 0) where it does not read them.
         steps: how many steps each example takes, (m,) int64, or one number for all; with 0 it
             comes back untouched.
         step_size: of each example, in pixel units, (m,), or one number for all.
@@ -66,10 +69,11 @@ def pgd(
     elif epsilon is not None or ball is None:
         raise UserError("pgd needs either epsilon, of an L∞ ball, or a ball.")
     check_images(x)
-    steps, step_size = _for_each(steps, step_size, x)
+    steps, step_size = _for_each(steps, step_size, x, ball.norm)
     _check_batch(x, labels, clean_logits, noise)
+    _check_values(labels, clean_logits.shape[1], steps, step_size)
     order, counts = by_steps(steps)
-    x, labels, clean_logits = x[order], labels[order], clean_logits[order]
+    x, labels, clean_logits = x[order], labels[order].long(), clean_logits[order]
     step_size, noise = step_size[order], None if noise is None else noise[order]
     x_adv = prefix_pgd(
         model,
@@ -86,20 +90,20 @@ def pgd(
 
 
 def check_images(images: Tensor) -> None:
-    """Raise UserError unless images are floats in [0, 1]; one copy to the host."""
+    """Raise UserError unless images are floats in [0, 1], up to rounding; one copy to the host."""
     if not images.is_floating_point():
         raise UserError(f"images must be floats in [0, 1], not {images.dtype}.")
     least, most = torch.stack(torch.aminmax(images)).tolist() if images.numel() else (0.0, 0.0)
-    if not (least >= 0 and most <= 1):
+    if not (least >= -_ROUNDING and most <= 1 + _ROUNDING):
         raise UserError(
-            f"images must lie in [0, 1], where ε is measured, not in [{least:g}, {most:g}]; "
+            f"images must lie in [0, 1], where ε is measured, not in [{least:.7g}, {most:.7g}]; "
             "divide [0, 255] images by 255, and normalise inside the model."
         )
 
 
 def _check_batch(x: Tensor, labels: Tensor, clean_logits: Tensor, noise: Tensor | None) -> None:
     """Raise UserError unless labels and logits have a row for each image, and noise is like x."""
-    if labels.shape != x.shape[:1] or labels.is_floating_point():
+    if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype is torch.bool:
         shape = tuple(labels.shape)
         raise UserError(
             f"labels must be integers, one for each of {len(x)} images, not {labels.dtype} of "
@@ -113,21 +117,50 @@ def _check_batch(x: Tensor, labels: Tensor, clean_logits: Tensor, noise: Tensor 
         raise UserError(f"noise must be like the images, {tuple(x.shape)}, not {shape}.")
 
 
-def _for_each(steps: Tensor | int, step_size: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+def _for_each(steps: object, step_size: object, x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """Return steps and their size for each image, (m,) and (m,); a number is the same for all."""
-    many, size = torch.as_tensor(steps, device=x.device), _length(step_size, x)
-    for name, value, kind in (("steps", many, "integers"), ("step_size", size, "numbers")):
-        unlike = value.dim() > 0 and value.shape != x.shape[:1]
-        if unlike or (name == "steps" and value.is_floating_point()):
-            raise UserError(
-                f"{name} must be {kind}, one for each of {len(x)} images, or one for all, not "
-                f"{value.dtype} of shape {tuple(value.shape)}."
-            )
-    return many.expand(len(x)), size.to(x.device).expand(len(x))
+    if not isinstance(step_size, Tensor | np.ndarray | list | tuple):
+        step_size = pixels("step_size", _plain(step_size), norm, least=True)
+    many = _numbers("steps", "integers", steps, x)
+    size = _numbers("step_size", "numbers", step_size, x, x.dtype)
+    return many.expand(len(x)), size.expand(len(x))
 
 
-def _length(length: Tensor | float, x: Tensor) -> Tensor:
-    return length if isinstance(length, Tensor) else x.new_tensor(length)
+def _numbers(
+    name: str, kind: str, given: object, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return what is given as a tensor, (m,) or (); of the dtype only if it was none.
+
+    Raises:
+        UserError: it is not that, or not of this kind.
+    """
+    rule = f"{name} must be {kind}, one for each of {len(x)} images, or one for all, not"
+    try:
+        value = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{rule} {given}.") from None
+    unlike = value.dim() > 0 and value.shape != x.shape[:1]
+    no_count = kind == "integers" and value.is_floating_point()
+    if unlike or no_count or value.dtype is torch.bool:
+        raise UserError(f"{rule} {value.dtype} of shape {tuple(value.shape)}.")
+    return value.to(x.device)
+
+
+def _check_values(labels: Tensor, classes: int, steps: Tensor, step_size: Tensor) -> None:
+    """Raise UserError for labels, steps or sizes out of range; one copy to the host."""
+    if not len(labels):
+        return
+    ends = [end.float() for part in (labels, steps, step_size) for end in torch.aminmax(part)]
+    first, last, fewest, _, shortest, longest = torch.stack(ends).tolist()
+    if first < 0 or (classes and last >= classes):
+        below = f" to {classes - 1}, for {classes} logits" if classes else ""
+        raise UserError(f"labels must be from 0{below}, not from {first:g} to {last:g}.")
+    if fewest < 0:
+        raise UserError(f"steps must be 0 or more, not {fewest:g}.")
+    if not (shortest >= 0 and math.isfinite(longest)):
+        raise UserError(
+            f"step_size must be finite and at least 0, not in [{shortest:g}, {longest:g}]."
+        )
 
 
 def _plain(number: object) -> object:
