@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from btrain import own
+from btrain.allocation import Scored
 from btrain.cli import main
 from btrain.data import Data, Split
 from btrain.defenses import DEFENSES as DEFENSES_OF_BTRAIN
+from btrain.defenses import Defense
 from btrain.errors import UserError
-from btrain.methods.own_parts import doubts_of_defense
+from btrain.methods.own_parts import doubts_of_defense, with_own_steps
+from btrain.methods.pool import no_attack
 from btrain.runs import checkpoint
 from btrain.settings import Config
 from btrain.training.setup import doubts, make_state
@@ -25,6 +32,8 @@ from composing import compose
 from steps import epoch_of
 
 PARTS = """\
+import random
+import numpy as np
 import torch
 import torch.nn.functional as F
 from btrain.allocation import BOUNDARY, Allocation
@@ -100,6 +109,18 @@ class Added(Hat):
     def outer_loss(self, clean_logits, adv_logits, labels):
         return len(labels) * super().outer_loss(clean_logits, adv_logits, labels)
 
+class Rolls(Hat):
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        random.random(), np.random.rand(), torch.rand(1)
+        return super().inner_loss(adv_logits, clean_logits, labels)
+
+class Overwrites(Hat):
+    def inner_loss(self, adv_logits, clean_logits, labels):
+        likelihood = adv_logits.exp()
+        total = likelihood.sum(1)
+        likelihood.zero_()
+        return total
+
 class Unread(Hat):
     outer_reads_clean = False
 
@@ -109,9 +130,6 @@ class Down(Brighter):
 
 def alloc(batch):
     return batch.labels
-
-def writes(n_b):
-    return lambda batch: batch.score.zero_().long()
 
 def far(n_b):
     return lambda batch: torch.full_like(batch.labels, n_b + 1)
@@ -229,7 +247,8 @@ def test_an_allocator_s_steps_are_those_that_the_log_counts(here: Path, digits: 
         ("bt=own bt.factory=parts.py:halves", r"steps must be \(40,\) integers, not \(40,\)"),
         ("bt=own bt.factory=parts.py:alloc", r"make the allocator; if it is that itself, name a "
          r"function around it: def make\(\): return alloc\."),
-        ("bt=own bt.factory=parts.py:writes", r"writes into the batch's score.*batch.score.clone"),
+        ("defense=own defense.factory=parts.py:Overwrites",
+         "Overwrites: the gradient of inner_loss fails: RuntimeError: one of the variables needed"),
         ("defense=own defense.factory=parts.py:Unread", r"line \d+: .*: outer_loss reads the clean "
          "logits, which it does not get with outer_reads_clean = False"),
         ("attack=own attack.factory=parts.py:Brighter rival=mma defense=pgd", "does not go with"),
@@ -248,6 +267,7 @@ def test_a_mistake_is_one_sentence(here: Path, words: str, sentence: str, digits
     [
         ("defense=own defense.factory=parts.py:Hat", None),
         ("defense=own defense.factory=parts.py:Divergence", None),
+        ("defense=own defense.factory=parts.py:Rolls", None),
         ("defense=own defense.factory=parts.py:Helps", "makes the examples easier"),
         ("defense=own defense.factory=parts.py:Converges", "makes the examples easier"),
         ("defense=own defense.factory=parts.py:Added", r"2\.0 times as large for a batch taken"),
@@ -260,17 +280,55 @@ def test_what_is_meant_otherwise_is_doubted(
 ) -> None:
     config = allowed(words)
     state = make_state(config, digits, CPU)
-    before = torch.get_rng_state()
+    before = [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
     found = doubts(config, state, digits)
-    assert torch.equal(torch.get_rng_state(), before)
+    after = [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+    assert after == before
     assert len(found) == (doubt is not None)
     assert doubt is None or re.search(doubt, found[0])
+    state.batch = 1
+    assert doubts(config, state, digits) == []  # a run that goes on has been told
 
 
 @pytest.mark.parametrize("name", DEFENSES_OF_BTRAIN)
 def test_btrain_s_own_defenses_are_beyond_doubt(name: str) -> None:
     beta = {} if name == "pgd" else {"beta": 6.0}
     assert doubts_of_defense(DEFENSES_OF_BTRAIN[name](**beta), name, {"classes": 10}) == []
+
+
+LABEL_FREE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "entropy": lambda adv, clean: -(adv.softmax(1) * adv.log_softmax(1)).sum(1),
+    "least likely": lambda adv, clean: -F.cross_entropy(adv, clean.argmin(1), reduction="none"),
+    "predicted": lambda adv, clean: F.cross_entropy(adv, clean.argmax(1), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("loss", LABEL_FREE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_inner_losses_without_labels_are_doubted_for_their_sign_alone(loss: str, sign: int) -> None:
+    defense = Defense(
+        lambda adv, clean, labels: sign * LABEL_FREE[loss](adv, clean),
+        lambda clean, adv, labels: F.cross_entropy(adv, labels),
+        inner_reads_clean=True,
+        outer_reads_clean=False,
+    )
+    for classes in (2, 10, 100):
+        assert len(doubts_of_defense(defense, loss, {"classes": classes})) == (sign < 0)
+
+
+def test_an_allocator_that_writes_into_its_batch_changes_nothing() -> None:
+    def writes(batch: Scored) -> Tensor:
+        batch.score[batch.score.isnan()] = 0
+        batch.z.numpy()[:] = 7
+        batch.robust_fraction.zero_()
+        return batch.labels.fill_(2)
+
+    generator = torch.Generator().manual_seed(0)
+    score, z = torch.tensor([0.5, torch.nan, 0.1]), torch.randn(3, 4)
+    batch = Scored(score, z, torch.arange(3), torch.tensor(0.5), generator, no_attack)
+    before = [part.clone() for part in batch[:4]]
+    assert with_own_steps(writes, "writes")(batch).steps.tolist() == [2, 2, 2]
+    torch.testing.assert_close(list(batch[:4]), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_run_says_that_its_network_gives_probabilities(

@@ -18,6 +18,7 @@ from btrain.errors import UserError
 
 _M, _K, _SHAPE = 4, 3, (1, 4, 4)
 _MANY = 64  # examples of a doubt
+_RIGHT = 4  # times the logits' deviation: a network that has learnt, so that its labels are right
 _BESIDE = 0.1  # of the logits' deviation, so that a divergence has a gradient
 _STEPS, _LENGTH = 20, 0.05  # far enough from there, and short enough not to step over a minimum
 _SUM = 1.5
@@ -59,19 +60,32 @@ def checked_defense(made: Any, factory: str, known: Mapping[str, Any]) -> Defens
         at = adv.clone().requires_grad_()
         each = defense.inner_loss(at, clean, labels)
         _check_tensor(where, "inner_loss", each, (_M,))
-        if not each.requires_grad:
-            raise UserError(f"{where}: inner_loss has no gradient at the adversarial logits.")
+        _gradient(where, "inner_loss", each, at)
 
     def outer(clean: Tensor) -> None:
         at = adv.clone().requires_grad_()
         loss = defense.outer_loss(clean, at, labels)
         _check_tensor(where, "outer_loss", loss, ())
-        if not loss.requires_grad:
-            raise UserError(f"{where}: outer_loss has no gradient at the adversarial logits.")
+        _gradient(where, "outer_loss", loss, at)
 
     _try_loss("inner", inner, clean, reads=defense.inner_reads_clean)
     _try_loss("outer", outer, clean, reads=defense.outer_reads_clean)
     return defense
+
+
+def _gradient(where: str, name: str, loss: Tensor, at: Tensor) -> Tensor:
+    """Return the gradient of a loss of the user's at the adversarial logits, like them.
+
+    Raises:
+        UserError: there is none, or autograd cannot take it.
+    """
+    up = None
+    if loss.requires_grad:
+        with own.explained(f"{where}: the gradient of {name}"):
+            (up,) = torch.autograd.grad(loss.sum(), [at], allow_unused=True)
+    if up is None:
+        raise UserError(f"{where}: {name} has no gradient at the adversarial logits.")
+    return up
 
 
 def _try_loss(name: str, check: Callable[[Tensor], None], clean: Tensor, *, reads: bool) -> None:
@@ -104,6 +118,7 @@ def doubts_of_defense(defense: Defense, factory: str, known: Mapping[str, Any]) 
     """
     where = f"defense.factory={factory}"
     clean, noise, labels = _logits(known, _MANY)
+    clean = clean + _RIGHT * F.one_hot(labels, clean.shape[1])
     start = clean + _BESIDE * noise
 
     def outer(adv: Tensor, times: int = 1) -> float:
@@ -115,7 +130,7 @@ def doubts_of_defense(defense: Defense, factory: str, known: Mapping[str, Any]) 
     moved = start
     for _ in range(_STEPS):
         at = moved.clone().requires_grad_()
-        (up,) = torch.autograd.grad(defense.inner_loss(at, read, labels).sum(), [at])
+        up = _gradient(where, "inner_loss", defense.inner_loss(at, read, labels), at)
         length = up.norm(dim=1, keepdim=True).clamp(min=torch.finfo(up.dtype).tiny)
         moved = moved + _LENGTH * up / length
     before, after = (F.cross_entropy(x, labels, reduction="none") for x in (start, moved))
@@ -195,10 +210,6 @@ def with_own_steps(made: Any, factory: str) -> Allocator:
     return OwnSteps(made, factory)
 
 
-_GIVEN = ("score", "z", "labels", "robust_fraction")
-"""The tensors of a batch that an allocator sees."""
-
-
 @dataclass(frozen=True)
 class OwnSteps:
     """An allocator of the user's, each of whose answers is checked.
@@ -214,20 +225,20 @@ class OwnSteps:
     def __call__(self, batch: Scored) -> Allocation:
         """Return its allocation; of steps alone the classes are BulletTrain's, for the log.
 
+        It is handed copies, for it may write into them, through NumPy, too.
+
         Raises:
-            UserError: it fails, writes into the batch, or the steps are not (m,) integers from 0.
+            UserError: it fails, or the steps are not (m,) integers from 0.
         """
         where = f"bt.factory={self.factory}"
-        given = {name: getattr(batch, name) for name in _GIVEN}
-        versions = {name: part._version for name, part in given.items()}
+        copies = batch._replace(
+            score=batch.score.clone(),
+            z=batch.z.clone(),
+            labels=batch.labels.clone(),
+            robust_fraction=batch.robust_fraction.clone(),
+        )
         with own.explained(f"{where}: the allocator"):
-            decided = self.decide(batch)
-        for name, part in given.items():
-            if part._version != versions[name]:
-                raise UserError(
-                    f"{where} writes into the batch's {name}, which training goes on with; please "
-                    f"take a copy, batch.{name}.clone()."
-                )
+            decided = self.decide(copies)
         if isinstance(decided, Tensor):
             decided = Allocation(classify(batch.score, batch.robust_fraction), decided)
         if not isinstance(decided, Allocation):

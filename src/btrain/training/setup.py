@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,11 +98,13 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
 def doubts(config: Config, state: TrainState, data: Data) -> list[str]:
     """Return a sentence for each own part that can be trained with, but hardly as it is meant.
 
-    torch's random state stays as it was.
+    There is none where a run goes on. The random states of Python, NumPy and torch stay as they
+    were.
     """
+    if state.epoch or state.batch:
+        return []
     known, attack, defense = known_of(data), config.attack, config.defense
-    devices = [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with _random_states_kept(state.device):
         found = doubts_of_network(config.model, state.model, data)
         if isinstance(defense, OwnDefenseConfig):
             made = make_defense(defense, known)
@@ -105,6 +112,18 @@ def doubts(config: Config, state: TrainState, data: Data) -> list[str]:
         if isinstance(attack, OwnAttackConfig):
             found += doubts_of_ball(make_ball(attack, 1.0, known), attack.factory, known)
     return found
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and torch afterwards."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
 
 
 def check_store(config: Config, data: Data, device: torch.device) -> None:
