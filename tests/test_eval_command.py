@@ -286,6 +286,13 @@ def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on
     assert content(folder / "clean.json")["epoch"] == 2
     assert main([*command, "sanity=false"]) == 0
     assert len([*(folder / "earlier").iterdir()]) == 1
+    # A folder that somebody named is nobody's to clear.
+    elsewhere = tmp_path / "named"
+    shutil.copytree(aside, elsewhere)
+    (elsewhere / "mine.json").write_text("{}")
+    assert main([*command, "sanity=false", f"out={elsewhere}"]) == 1
+    assert "holds results of other weights (clean.json)" in capsys.readouterr().err
+    assert len([*elsewhere.iterdir()]) == 5
 
 
 def test_an_interrupted_command_goes_on(
