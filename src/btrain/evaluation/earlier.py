@@ -11,7 +11,7 @@ from typing import Any
 from btrain.durable import make_folder
 from btrain.errors import UserError
 from btrain.evaluation.result import PAGE, SAMPLES
-from btrain.runs.json_fields import is_count, read_object
+from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.terminal import say
 
@@ -44,7 +44,7 @@ def found(folder: Path, facts: Mapping[str, Any], *, own: bool) -> str | None:
                 continue
             epoch, run = there.get("epoch"), facts.get(_SETTINGS)
             went_on = own and run is not None and there.get(_SETTINGS) == run
-            went_on = went_on and is_count(epoch) and epoch <= (facts["epoch"] or 0)
+            went_on = went_on and type(epoch) is int and 0 <= epoch <= (facts["epoch"] or 0)
             if key != _WEIGHTS or not went_on:
                 raise UserError(
                     f"{folder} holds results of {what} ({path.name}); "
