@@ -267,7 +267,7 @@ def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on
     folder = tmp_path / "run" / "eval"
     assert main([*train, "train.max_seconds=1e-9"]) == 0
     assert main([*command, "sanity=false"]) == 0
-    unfinished = "The run is not finished: these are its weights before epoch 1 of 2."
+    unfinished = "The run was cut: these are its weights before epoch 1 of 2."
     assert unfinished in capsys.readouterr().out
     page = (folder / "index.html").read_bytes()
     assert unfinished in page.decode()
@@ -277,7 +277,7 @@ def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on
     told = capsys.readouterr().out
     (aside,) = (folder / "earlier").iterdir()
     assert f"The run went on since it was evaluated; the results of before are in {aside}." in told
-    assert "not finished" not in told and "not finished" not in (folder / "index.html").read_text()
+    assert "was cut" not in told and "was cut" not in (folder / "index.html").read_text()
     assert aside.name.startswith("epoch_0-")
     assert {path.name for path in aside.iterdir()} == {
         "clean.json", "clean.npz", "samples.npz", "index.html",
@@ -286,6 +286,13 @@ def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on
     assert content(folder / "clean.json")["epoch"] == 2
     assert main([*command, "sanity=false"]) == 0
     assert len([*(folder / "earlier").iterdir()]) == 1
+    # A folder that somebody named is nobody's to clear.
+    elsewhere = tmp_path / "named"
+    shutil.copytree(aside, elsewhere)
+    (elsewhere / "mine.json").write_text("{}")
+    assert main([*command, "sanity=false", f"out={elsewhere}"]) == 1
+    assert "holds results of other weights (clean.json)" in capsys.readouterr().err
+    assert len([*elsewhere.iterdir()]) == 5
 
 
 def test_an_interrupted_command_goes_on(

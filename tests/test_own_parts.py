@@ -372,12 +372,12 @@ def test_a_run_with_the_augmentation_of_an_earlier_version_goes_on(
     earlier = ["recipe.crop_padding=4", "recipe.flip=true"]
     assert main([*words, *earlier, "train.max_seconds=1e-9"]) == 0
     capsys.readouterr()
-    assert main([*words, "recipe.flip=true"]) == 1
-    assert "belongs to a run with recipe.crop_padding=4, not 0" in said(capsys)
-    assert main(words) == 0
+    assert main([*words, "recipe.crop_padding=2"]) == 1
+    assert "belongs to a run with recipe.crop_padding=4, not 2" in said(capsys)
+    assert main([*words, "recipe.flip=true"]) == 0
     log = (here / "older" / "train.log").read_text()
     assert log.count("random crops (4 pixels), random flips; ε 0.1 (L∞); from the start") == 2
-    assert "goes on as it was begun, with recipe.crop_padding=4, recipe.flip=true" in log
+    assert "goes on as it was begun, with recipe.crop_padding=4, the default" in log
     saved = yaml.safe_load((here / "older" / "config.yaml").read_text())["recipe"]
     assert (saved["crop_padding"], saved["flip"]) == (4, True)
     assert main([*words, *earlier, "run.dir=same"]) == 0

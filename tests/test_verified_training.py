@@ -317,7 +317,7 @@ def test_the_time_over_anothers_is_that_of_the_middle_epoch(
     step = read_step(skipping)
     assert step is not None and step.epoch == 2 and step.times_baseline is not None
     # 45 of the 50 far images are left out: 11 steps of the same kind for 20.
-    assert step.times_baseline == pytest.approx(11 / 20, rel=0.3)
+    assert step.times_baseline == pytest.approx(11 / 20, rel=0.5)
 
 
 def test_methods_of_all_epochs_are_one(digits: Data) -> None:

@@ -228,7 +228,8 @@ def _plan(args: list[str]) -> None:
 
         # Hydra would leave a file of a sweep in runs/; submitit's jobs write into its folder.
         is_sweep = configs.is_sweep_asked_for(args)
-        if is_sweep and not any("submitit" in word or "hydra.sweep.dir" in word for word in args):
+        if is_sweep and not any("submitit" in word for word in args):
+            args = [word for word in args if not word.lstrip("+").startswith("hydra.sweep.dir=")]
             args.append(f"hydra.sweep.dir={configs.quoted(str(place))}")
         _run_with_hydra("train", args, run)
         if len(files := [*place.glob("*.json")]) > 1:

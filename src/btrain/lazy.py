@@ -1,4 +1,4 @@
-"""What a package names and does not import before it is asked for: torch takes a second."""
+"""Names of a package that are imported when they are first asked for: torch takes a second."""
 
 from __future__ import annotations
 

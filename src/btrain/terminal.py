@@ -89,14 +89,3 @@ class _Printable(logging.Filter):
 
 
 logging.getLogger("btrain").addFilter(_Printable())
-
-
-class _OneJob(logging.Filter):
-    """A change of Hydra's line on a sweep: `Launching 1 job locally`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = str(record.msg).replace("Launching 1 jobs ", "Launching 1 job ")
-        return True
-
-
-logging.getLogger("hydra._internal.core_plugins.basic_launcher").addFilter(_OneJob())

@@ -85,7 +85,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     if set(AUTOATTACKS) & set(_names(settings)):
         library_norm(ball)
     conditions = {"epsilon": target.epsilon, "norm": ball.norm}
-    earlier.found(target.folder, facts | conditions)
+    earlier.found(target.folder, facts | conditions, own=settings.out is None)
     check_places(_files(settings, target))
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
@@ -103,7 +103,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         folder=target.folder,
         show_progress=True,
     )
-    earlier.set_aside(target.folder, facts | conditions)
+    earlier.set_aside(target.folder, facts | conditions, own=settings.out is None)
     with _taken(settings, target.folder):
         return _attacked(settings, subject)
 

@@ -79,15 +79,17 @@ class SavedRun:
     def unfinished(self) -> str | None:
         """Return a sentence on weights of a run that is not at its end; None of others."""
         goes_on, inside = self.goes_on, self.path.parent.name == "checkpoints"
+        ended = inside and (self.path.parent.parent / "summary.json").is_file()
         if goes_on is None:
-            goes_on = inside and not (self.path.parent.parent / "summary.json").is_file()
+            goes_on = inside and not ended
         if not goes_on:
             return None
         of = self.config.train.epochs
         where = {None: "", 0: f" before epoch 1 of {of}"}.get(
             self.epochs, f" of epoch {self.epochs} of {of}"
         )
-        return f"The run is not finished: these are its weights{where}."
+        what = "was cut" if ended else "is not finished"
+        return f"The run {what}: these are its weights{where}."
 
     def network(self) -> nn.Module:
         """Return the network with the weights, on the CPU, in eval mode.

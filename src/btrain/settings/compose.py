@@ -336,11 +336,9 @@ def _spelt_out(argument: str) -> str:
 
 def is_sweep_asked_for(arguments: Sequence[str]) -> bool:
     """Return whether the words of a command line, arranged, ask for a sweep."""
-    modes = [word.lstrip("+").partition("=") for word in arguments]
-    return "--multirun" in arguments or any(
-        key == "hydra.mode" and value.strip("'\"") in ("MULTIRUN", "RunMode.MULTIRUN", "2")
-        for key, _, value in modes
-    )
+    words = [word.lstrip("+").partition("=") for word in arguments]
+    modes = [value.strip("'\"") for key, _, value in words if key == "hydra.mode"]
+    return "--multirun" in arguments or modes[-1:] in (["MULTIRUN"], ["RunMode.MULTIRUN"], ["2"])
 
 
 def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -488,8 +486,10 @@ def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]
     from omegaconf import OmegaConf, open_dict
 
     given = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    words = [override.lstrip("+") for override in overrides]
+    experiments = " and ".join(word for word in words if word.startswith("experiment="))
     notes = []
-    for group, (_, options) in OPTIONS.items() if "experiment" in given else ():
+    for group, (_, options) in OPTIONS.items() if experiments else ():
         if group not in given:
             continue
         replaced = [
@@ -507,7 +507,7 @@ def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]
                 del cfg[group][leaf]
         keys = ", ".join(f"{group}.{leaf}" for leaf in replaced)
         notes.append(
-            f"{given[group]} has no {keys}: left out, though {given['experiment'].lstrip('+')} "
+            f"{given[group]} has no {keys}: left out, though {experiments} "
             f"gives {'it' if len(replaced) == 1 else 'them'}."
         )
     return cfg, notes

@@ -83,17 +83,22 @@ def as_begun(config: Config, saved: Mapping[str, Any]) -> tuple[Config, str | No
         The configuration, and a sentence where that changes it.
     """
     recipe = saved.get("recipe")
+    were = recipe if isinstance(recipe, Mapping) else {}
     now = {key: getattr(config.recipe, key) for key in _AUGMENTATION}
     match config.dataset.name:
         case DatasetName.own:
             default = {"crop_padding": 0, "flip": False}
         case DatasetName.imagefolder:
-            default = {"crop_padding": min(now["crop_padding"], 3), "flip": True}
+            default = {"crop_padding": min(now["crop_padding"], 3)}
         case _:
             return config, None
-    were = recipe if isinstance(recipe, Mapping) else {}
-    if now != default or any(were.get(key) != value for key, value in _AUGMENTATION.items()):
+    begun = {
+        key: _AUGMENTATION[key]
+        for key, value in default.items()
+        if now[key] == value and were.get(key) == _AUGMENTATION[key]
+    }
+    if not begun:
         return config, None
-    words = ", ".join(f"recipe.{key}={value}".lower() for key, value in _AUGMENTATION.items())
+    words = ", ".join(f"recipe.{key}={value}".lower() for key, value in begun.items())
     note = f"goes on as it was begun, with {words}, the default of such images then"
-    return replace(config, recipe=replace(config.recipe, **_AUGMENTATION)), note
+    return replace(config, recipe=replace(config.recipe, **begun)), note

@@ -143,7 +143,7 @@ IMAGES = {
     DatasetName.mnist_sample: (10_000, 2_000),
     DatasetName.digits: (1_442, 355),
 }
-"""How many of them are for training and how many for the test."""
+"""The numbers of training and of test images of each."""
 
 
 @dataclass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,6 +182,10 @@ def _memory(device: torch.device) -> int:
     """Return the most bytes that were held: of a GPU by its tensors, else by this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with suppress(OSError):  # Linux': what began this process does not count, as below it does
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M):
+            return 1024 * int(peak[1])
     try:
         import resource
     except ImportError:  # on Windows

@@ -43,8 +43,8 @@ def _augmentation(config: Config) -> str:
 
 
 def _radius(config: Config) -> str:
-    """Return how far the attack of the training moves an image; empty without an attack."""
-    if config.attack.augmix is not None:
+    """Return the radius that is trained against; empty where nobody is attacked or bounded."""
+    if config.attack.augmix is not None or config.bt.n_b == 0:
         return ""
     ball = _BALLS.get(config.attack.norm, "own ball")
     return f"ε {config.attack.epsilon:.3g} ({ball}); "
@@ -98,10 +98,11 @@ def many_outliers(config: Config, metrics: dict[str, Any], classes: int) -> str 
         return None
     so_far = f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples"
     if hardly_above_chance(100 * (1 - share), classes):
+        grows = " or an attack that grows (attack.epsilon_warmup_epochs)"
         return (
             f"{so_far} are misclassified, nearly as many as by guessing: the network has not begun "
-            "to learn; more epochs (train.epochs), another rate (recipe.lr) or an attack that "
-            "grows (attack.epsilon_warmup_epochs) can help."
+            "to learn; more epochs (train.epochs), another rate (recipe.lr)"
+            f"{grows if config.attack.augmix is None else ''} can help."
         )
     return (
         f"{so_far} count as outliers and are not attacked, which can cost robust accuracy; "
