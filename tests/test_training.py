@@ -1,6 +1,6 @@
 """Runs on real digits: what they leave, repeat, resume, and refuse."""
 
-from __future__ import annotations
+from __future__ import time
 
 import copy
 import itertools
@@ -505,7 +505,9 @@ def test_other_loggers_write_beside_the_jsonl(
     pattern = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/*.wandb"}
     for name in logger.strip("[]").split(","):
         (file,) = tmp_path.glob(pattern[name])
-        content = file.read_bytes()
+        ends = time.monotonic() + 20  # wandb writes in a process of its own
+        while b"robust_acc" not in (content := file.read_bytes()) and time.monotonic() < ends:
+            time.sleep(0.05)
         assert b"robust_acc" in content
         if name == "wandb":
             assert b"row-of-a-table" in content
