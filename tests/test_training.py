@@ -1,10 +1,11 @@
 """Runs on real digits: what they leave, repeat, resume, and refuse."""
 
-from __future__ import time
+from __future__ import annotations
 
 import copy
 import itertools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
