@@ -84,8 +84,9 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     ball = target.threat(target.epsilon)
     if set(AUTOATTACKS) & set(_names(settings)):
         library_norm(ball)
-    conditions = {"epsilon": target.epsilon, "norm": ball.norm}
-    earlier.found(target.folder, facts | conditions, own=settings.out is None)
+    told = facts | {"epsilon": target.epsilon, "norm": ball.norm}
+    own = settings.out is None
+    earlier.found(target.folder, told, own=own)  # ahead of the work
     check_places(_files(settings, target))
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
@@ -103,7 +104,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         folder=target.folder,
         show_progress=True,
     )
-    earlier.set_aside(target.folder, facts | conditions, own=settings.out is None)
+    earlier.set_aside(target.folder, told, own=own)
     with _taken(settings, target.folder):
         return _attacked(settings, subject)
 

@@ -157,8 +157,8 @@ class Run:
                     str(session["device"]),
                     f"torch {session['versions']['torch']}",
                     str(hardware["processor"]),
-                    f"{counted(hardware['cores'], 'core')}",
-                    f"{counted(hardware['threads'], 'thread')}",
+                    counted(hardware["cores"], "core"),
+                    counted(hardware["threads"], "thread"),
                 )
             except (KeyError, TypeError):
                 return None
