@@ -24,6 +24,7 @@ from btrain.paper import step as paper_step
 from btrain.paper.sheets.cost import read_step
 from btrain.paper.step import write_step
 from btrain.settings.compose import compose
+from btrain.settings.evaluation import EvalSettings
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
@@ -174,6 +175,8 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.per_batch=51"], "at most train.batch_size = 50, not 51"),
         (["defense=mixtrain", "defense.alpha=1.5"], r"defense.alpha must be in \[0, 1\]"),
         (["defense=mixtrain", "defense.engine=symbolic+crwon"], "defense.engine must be of ibp"),
+        (["defense=mixtrain", "defense.engine=any"], "any is for verify= alone"),
+        (["defense=mixtrain", "attack.norm=l2"], "bounds an L∞ ball; attack.norm does not go"),
         (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
         (["defense=mixtrain", "bt=gaussian"], "only bt=random and bt=bullettrain choose"),
         (["defense=ibp", "bt=bullettrain"], "it bounds all images"),
@@ -195,6 +198,17 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
 def test_mistakes(overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         compose([*SMALL, *overrides])
+
+
+def test_an_engine_has_one_name_in_evaluations() -> None:
+    typed = ["symbolic+ibp", "crown+crown", "crown+crown_ibp+symbolic+ibp"]
+    settings = EvalSettings(verify=typed)
+    assert settings.verify == ["ibp+symbolic", "crown", "any"]
+    assert settings.verified == ["verified-ibp-symbolic", "verified-crown", "verified-any"]
+    with pytest.raises(UserError, match=r"^verify=any\+ibp: any stands alone; it joins all"):
+        EvalSettings(verify=["any+ibp"])
+    with pytest.raises(UserError, match="must name each engine once"):
+        EvalSettings(verify=["symbolic+ibp", "ibp+symbolic"])
 
 
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:

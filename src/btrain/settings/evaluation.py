@@ -13,7 +13,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import Config, hints, words
 from btrain.settings.checks import at_least, pixels, seed_in_range
-from btrain.settings.method import ENGINES
+from btrain.settings.method import ANY, ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 NORMS = ("linf", "l2")
@@ -104,7 +104,8 @@ class EvalSettings:
         trust_code: whether own code that the checkpoint names may be imported.
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
-        verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
+        verify: engines of `btrain.verify.bounds`, joined ones by +, or any; each by one name,
+            whatever the order in which it was joined.
         verify_epsilon: other radii at which each engine verifies, as they were typed.
     """
 
@@ -181,11 +182,9 @@ class EvalSettings:
     def _check_bounds(self) -> None:
         if self.radii and not self.verify:
             raise UserError("verify.epsilon goes with verify=, which names the engines.")
-        for engine in self.verify:
-            for name in engine.split("+"):
-                _one_of("verify", name, (*ENGINES, "any"))
+        typed, self.verify = self.verify, [_canonical(engine) for engine in self.verify]
         if len(set(self.verify)) < len(self.verify):
-            raise UserError(f"verify={','.join(self.verify)} must name each engine once.")
+            raise UserError(f"verify={','.join(typed)} must name each engine once.")
         if self.bounded and self.precision != "float32":
             raise UserError(
                 f"{self.bounded[0]} does not go with precision={self.precision}: bounds are those "
@@ -380,6 +379,21 @@ def _merged(node: Any, group: str, overrides: Mapping[str, str]) -> Any:
     except OmegaConfBaseException as error:
         explained = str(configs.explain(error, ()))
         raise UserError(f"{group}.{explained}") from error
+
+
+def _canonical(typed: str) -> str:
+    """Return an engine's name, joined ones in one order and each once; all joined are `any`.
+
+    Raises:
+        UserError: there is no such engine, or any is joined to another.
+    """
+    names = typed.split("+")
+    for name in names:
+        _one_of("verify", name, (*ENGINES, ANY))
+    if ANY in names and len(names) > 1:
+        raise UserError(f"verify={typed}: {ANY} stands alone; it joins all engines.")
+    joined = [engine for engine in ENGINES if engine in names]
+    return ANY if len(joined) in (0, len(ENGINES)) else "+".join(joined)
 
 
 def _check_attacks(names: Sequence[str]) -> None:

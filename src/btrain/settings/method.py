@@ -277,7 +277,13 @@ class VerifiedConfig(DefenseConfig):
 
     def __post_init__(self) -> None:
         for engine in self.engine.split("+"):
-            require(engine in ENGINES, "defense.engine", f"of {', '.join(ENGINES)}", engine)
+            if engine == ANY:
+                raise UserError(
+                    f"defense.engine={self.engine}: {ANY} is for verify= alone; please join "
+                    "engines by +, like ibp+symbolic."
+                )
+            rule = f"of {', '.join(ENGINES)}, or several joined by +"
+            require(engine in ENGINES, "defense.engine", rule, engine)
         at_least(1, "defense.k", self.k)
         at_least(1, "defense.per_batch", self.per_batch)
         only_one = self.k is None or self.per_batch is None
@@ -334,6 +340,8 @@ _WEIGHTS = ("defense.weight_first", "defense.weight_last", "defense.weight_until
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 """The engines of `btrain.verify.bounds`."""
+ANY = "any"
+"""All engines joined, of an evaluation alone."""
 
 DEFENSES: dict[DefenseName, type[DefenseConfig]] = {
     DefenseName.trades: TradesConfig,
