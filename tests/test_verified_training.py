@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from btrain.allocation import signed_prediction_variance
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.evaluation.attack import Subject, clean_correct
+from btrain.evaluation.chain import check, contradictions
 from btrain.evaluation.examples import Examples
-from btrain.evaluation.result import Result
+from btrain.evaluation.result import Result, Sanity
 from btrain.evaluation.verification import verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
@@ -263,6 +265,41 @@ def test_a_run_is_trained_verified_and_attacked(
     assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 1
     assert "verified and broken by an attack" in capsys.readouterr().err
     assert (run / "eval" / "verified_and_broken.json").is_file()
+    # So does a later command without verify=, and the table of runs.
+    later = ["eval", f"checkpoint={run}", "attack=pgd20", "sanity=false", "device=cpu"]
+    for command in (later, ["report", str(run)]):
+        assert cli.main(command) == 1
+        assert "verified and broken by an attack" in capsys.readouterr().err
+    wrong.write(run / "eval")
+    assert cli.main(later) == 0
+    assert not (run / "eval" / "verified_and_broken.json").is_file()
+
+
+def test_verdicts_are_compared_with_all_attacks_of_the_same_facts(tmp_path: Path) -> None:
+    labels = np.zeros(4, dtype=np.int64)
+    facts = {"classes": ["0"], "epsilon": 0.1, "norm": "linf", "checkpoint_sha256": "a"}
+
+    def result(name: str, right: list[bool], **changed: object) -> Result:
+        return Result(name, np.array(right), labels, ("0",), 1.0, facts | changed)
+
+    sound = result("verified-ibp", [True, True, False, False])
+    sound.write(tmp_path)
+    result("pgd20", [True, True, True, False]).write(tmp_path)
+    result("pgd100x10", [False, True, False, False], epsilon=0.2).write(tmp_path)
+    check(tmp_path)
+    broken = result("autoattack", [True, False, False, False])
+    assert contradictions(tmp_path, [broken]) == {"verified-ibp and autoattack": [1]}
+    with pytest.raises(UserError, match=r"^1 image is verified and broken by an attack \(verif"):
+        check(None, [sound, broken])
+    assert not contradictions(tmp_path, [result("clean", [False] * 4, checkpoint_sha256="b")])
+    Sanity(4, 0.1, (), {}, broken=(0, 3)).write(tmp_path, facts)
+    with pytest.raises(UserError, match=r"ibp and the sanity checks\): the bounds .* tells which"):
+        check(tmp_path, keep=facts)
+    kept = json.loads((tmp_path / "verified_and_broken.json").read_text())
+    assert kept == {"broken": {"verified-ibp and the sanity checks": [0]}} | facts
+    Sanity(4, 0.1, (), {}, broken=(3,)).write(tmp_path, facts)
+    check(tmp_path, keep=facts)
+    assert not (tmp_path / "verified_and_broken.json").exists()
 
 
 def test_mixtrain_goes_on_where_it_stopped(tmp_path: Path) -> None:

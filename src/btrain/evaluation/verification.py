@@ -1,4 +1,4 @@
-"""Verified accuracy as a result beside those of attacks, and the check of the one by the others."""
+"""Verified accuracy and the interval attack as results beside those of other attacks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from btrain.errors import UserError
 from btrain.evaluation.attack import Start, Subject, attack_facts, finished, identity, kept
 from btrain.evaluation.examples import batches
-from btrain.evaluation.result import SHARES, Result, write_json
+from btrain.evaluation.result import SHARES, Result
 from btrain.evaluation.worst_case import Partial, worst_case
 from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
-from btrain.terminal import counted
 from btrain.verify import accuracy, interval_attack
 from btrain.verify.graph import Graph, trace
-
-_BROKEN = "verified_and_broken.json"
 
 
 def unfinished(name: str, radius: float) -> str:
@@ -117,31 +113,3 @@ def graph_of(subject: Subject) -> Graph:
         UserError: a layer cannot be bounded.
     """
     return trace(subject.model, tuple(subject.examples.batch(torch.tensor([0]))[0].shape[1:]))
-
-
-def compare(subject: Subject, results: Sequence[Result]) -> None:
-    """Compare all verdicts with all attacks, image by image.
-
-    Raises:
-        UserError: an image is verified and broken. The indices are kept in a file: the bounds are
-            wrong, or what was attacked is another network.
-    """
-    verdicts = [r for r in results if r.attack.startswith(VERIFIED)]
-    attacks = [r for r in results if not r.attack.startswith(VERIFIED) and r.correct.ndim == 1]
-    found: dict[str, list[int]] = {}
-    for verdict in verdicts:
-        for attack in attacks:
-            broken = torch.from_numpy(~attack.correct)
-            try:
-                accuracy.refuse_broken(torch.from_numpy(verdict.correct), broken)
-            except accuracy.VerifiedAndBrokenError as error:
-                found[f"{verdict.attack} and {attack.attack}"] = list(error.indices)
-    if not found or subject.folder is None:
-        return
-    path = subject.folder / _BROKEN
-    write_json(path, {"broken": found} | subject.facts)
-    which, indices = next(iter(found.items()))
-    raise UserError(
-        f"{counted(len(indices), 'image is', 'images are')} verified and broken by an "
-        f"attack ({which}): the bounds are wrong. {path} tells which."
-    )
