@@ -84,6 +84,19 @@ def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> T
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
+def cw_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best wrong logit minus the right one: positive where the attack has won.
+
+    Carlini & Wagner, *Towards Evaluating the Robustness of Neural Networks*, f₆ without its cut.
+    The clean logits play no part. (m, K), (m, K), (m,) -> (m,)
+    """
+    del clean_logits
+    logits = precision.full(adv_logits)
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    return logits.masked_fill(~others, float("-inf")).amax(dim=1) - right
+
+
 def pgd_loss(
     clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, *, weights: Weights | None = None
 ) -> Tensor:
