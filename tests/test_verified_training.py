@@ -19,7 +19,7 @@ from btrain.evaluation.attack import Subject, clean_correct
 from btrain.evaluation.chain import check, contradictions
 from btrain.evaluation.examples import Examples
 from btrain.evaluation.result import Result, Sanity
-from btrain.evaluation.verification import verified
+from btrain.evaluation.verification import Known, verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.paper import step as paper_step
@@ -205,8 +205,8 @@ def test_mistakes(overrides: list[str], said: str) -> None:
 def test_an_engine_has_one_name_in_evaluations() -> None:
     typed = ["symbolic+ibp", "crown+crown", "crown+crown_ibp+symbolic+ibp"]
     settings = EvalSettings(verify=typed)
-    assert settings.verify == ["ibp+symbolic", "crown", "any"]
-    assert settings.verified == ["verified-ibp-symbolic", "verified-crown", "verified-any"]
+    assert settings.verify == ["crown", "ibp+symbolic", "any"]  # unions behind their members
+    assert settings.verified == ["verified-crown", "verified-ibp-symbolic", "verified-any"]
     with pytest.raises(UserError, match=r"^verify=any\+ibp: any stands alone; it joins all"):
         EvalSettings(verify=["any+ibp"])
     with pytest.raises(UserError, match="must name each engine once"):
@@ -436,3 +436,11 @@ def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
     counted = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
     assert counted[1] == counted[0] - 5
     assert not list((tmp_path / "cut").glob("*.partial.npz"))
+    # A union is asked for what its members left open alone.
+    known: Known = {}
+    members, union, alone = (subject(tmp_path / name) for name in ("whole", "union", "alone"))
+    verified(members, graph, "ibp", radii, known=known)
+    joined = verified(union, graph, "ibp+crown", known=known)
+    assert (joined.correct == verified(alone, graph, "ibp+crown").correct).all()
+    spared = sum(alone.examples.asked) - sum(union.examples.asked)  # type: ignore[attr-defined]
+    assert spared == result.correct.sum() > 0

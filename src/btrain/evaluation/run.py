@@ -159,8 +159,9 @@ def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     if graph is not None:
+        known: verification.Known = {}
         for engine in settings.verify:
-            done(verification.verified(subject, graph, engine, settings.radii))
+            done(verification.verified(subject, graph, engine, settings.radii, known=known))
     sanity = _sanity(subject) if settings.sanity else None
     norm = subject.threat(subject.epsilon).norm
     told = subject.facts | {"epsilon": subject.epsilon, "norm": norm}

@@ -105,7 +105,7 @@ class EvalSettings:
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
         verify: engines of `btrain.verify.bounds`, joined ones by +, or any; each by one name,
-            whatever the order in which it was joined.
+            whatever the order in which it was joined, unions behind their members.
         verify_epsilon: other radii at which each engine verifies, as they were typed.
     """
 
@@ -182,7 +182,8 @@ class EvalSettings:
     def _check_bounds(self) -> None:
         if self.radii and not self.verify:
             raise UserError("verify.epsilon goes with verify=, which names the engines.")
-        typed, self.verify = self.verify, [_canonical(engine) for engine in self.verify]
+        typed, engines = self.verify, [_canonical(engine) for engine in self.verify]
+        self.verify = sorted(engines, key=lambda engine: len(_joined(engine)))
         if len(set(self.verify)) < len(self.verify):
             raise UserError(f"verify={','.join(typed)} must name each engine once.")
         if self.bounded and self.precision != "float32":
@@ -394,6 +395,10 @@ def _canonical(typed: str) -> str:
         raise UserError(f"verify={typed}: {ANY} stands alone; it joins all engines.")
     joined = [engine for engine in ENGINES if engine in names]
     return ANY if len(joined) in (0, len(ENGINES)) else "+".join(joined)
+
+
+def _joined(engine: str) -> tuple[str, ...]:
+    return ENGINES if engine == ANY else tuple(engine.split("+"))
 
 
 def _check_attacks(names: Sequence[str]) -> None:
