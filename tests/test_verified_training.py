@@ -26,7 +26,13 @@ from btrain.paper import step as paper_step
 from btrain.paper.sheets.cost import read_step
 from btrain.paper.step import write_step
 from btrain.settings.compose import compose
-from btrain.settings.evaluation import EvalSettings
+from btrain.settings.evaluation import (
+    EvalSettings,
+    JumpChanges,
+    PgdChanges,
+    parse,
+    words_for,
+)
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
@@ -213,6 +219,30 @@ def test_an_engine_has_one_name_in_evaluations() -> None:
         EvalSettings(verify=["symbolic+ibp", "ibp+symbolic"])
 
 
+def test_an_interval_attack_is_named_by_its_settings() -> None:
+    changes = {
+        "pgd": PgdChanges(steps=5, loss="ce"),
+        "jumping": JumpChanges(jump=0.05, radius=0.02),
+    }
+    settings = EvalSettings(attacks=["interval", "interval50"], verify_memory=0.5, **changes)
+    assert settings.memory == 2**29 and EvalSettings().memory == bounds.MEMORY
+    names = settings.results
+    assert names == ["interval5x1-ce-jump0.05-radius0.02", "interval5x50-ce-jump0.05-radius0.02"]
+    for name in names:
+        assert parse(["checkpoint=x", *words_for(name).split()]).results == [name]
+    assert parse(["checkpoint=x", "attack=interval", "attack.restarts=50"]).results == [
+        "interval50"
+    ]
+    for wrong, said in (
+        ({"attacks": ["pgd20"], "jumping": JumpChanges(jumps=2)}, "attack.jumps is a setting of"),
+        ({"attacks": ["interval"], "pgd": PgdChanges(loss="kl")}, "attack.loss=kl does not go"),
+        ({"verify_memory": 2.0}, "verify.memory goes with verify= or attack=interval"),
+        ({"verify": ["ibp"], "verify_memory": 0.0}, "verify.memory must be finite and greater"),
+    ):
+        with pytest.raises(UserError, match=said):
+            EvalSettings(**wrong)
+
+
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     method = made("defense=mixtrain", "defense.alpha=1")
     network = torch.nn.Sequential(
@@ -266,13 +296,16 @@ def test_a_run_is_trained_verified_and_attacked(
     assert "verified and broken by an attack" in capsys.readouterr().err
     assert (run / "eval" / "verified_and_broken.json").is_file()
     # So does a later command without verify=, and the table of runs.
-    later = ["eval", f"checkpoint={run}", "attack=pgd20", "sanity=false", "device=cpu"]
+    later = ["eval", f"checkpoint={run}", "attack=pgd20,interval", "attack.jumps=1",
+             "verify.memory=0.5", "sanity=false", "device=cpu"]  # fmt: skip
     for command in (later, ["report", str(run)]):
         assert cli.main(command) == 1
         assert "verified and broken by an attack" in capsys.readouterr().err
     wrong.write(run / "eval")
     assert cli.main(later) == 0
     assert not (run / "eval" / "verified_and_broken.json").is_file()
+    facts = json.loads((run / "eval" / "interval40x1-cw-jumps1.json").read_text())
+    assert (facts["jumps"], facts["steps"], facts["restarts"]) == (1, 40, 1)
 
 
 def test_verdicts_are_compared_with_all_attacks_of_the_same_facts(tmp_path: Path) -> None:

@@ -161,7 +161,11 @@ def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
     if graph is not None:
         known: verification.Known = {}
         for engine in settings.verify:
-            done(verification.verified(subject, graph, engine, settings.radii, known=known))
+            done(
+                verification.verified(
+                    subject, graph, engine, settings.radii, known=known, memory=settings.memory
+                )
+            )
     sanity = _sanity(subject) if settings.sanity else None
     norm = subject.threat(subject.epsilon).norm
     told = subject.facts | {"epsilon": subject.epsilon, "norm": norm}
@@ -178,7 +182,8 @@ def _attack(
 ) -> Result:
     if name in INTERVAL_ATTACKS:
         assert graph is not None
-        return verification.attacked(subject, graph, name, start)
+        its, jumping = settings.interval_attack(name)
+        return verification.attacked(subject, graph, its, jumping, start, memory=settings.memory)
     if name == "corruptions":
         return _corruptions(settings, subject)
     if name in AUTOATTACKS:

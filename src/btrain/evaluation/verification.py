@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from btrain.evaluation.attack import Start, Subject, attack_facts, finished, ide
 from btrain.evaluation.examples import batches
 from btrain.evaluation.result import SHARES, Result
 from btrain.evaluation.worst_case import Partial, worst_case
-from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
+from btrain.settings.evaluation import VERIFIED, IntervalSettings
 from btrain.verify import accuracy, bounds, interval_attack
 from btrain.verify.graph import Graph, trace
 
@@ -145,10 +145,20 @@ def _at_all(asked: _Asked, radii: Sequence[float]) -> dict[float, Tensor]:
     return sound
 
 
-def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
-    """Return what stands under the interval attack, CW between its jumps."""
-    started, restarts = time.perf_counter(), INTERVAL_ATTACKS[name]
-    facts = attack_facts(subject, start) | {"restarts": restarts, "loss": "cw", "steps": 40}
+def attacked(
+    subject: Subject,
+    graph: Graph,
+    name: str,
+    settings: IntervalSettings,
+    start: Start,
+    *,
+    memory: int = bounds.MEMORY,
+) -> Result:
+    """Return what stands under the interval attack, by default with CW between its jumps."""
+    started, usual = time.perf_counter(), IntervalSettings()
+    others = [key for key, value in asdict(settings).items() if value != getattr(usual, key)]
+    told = {key: getattr(settings, key) for key in ("restarts", "loss", "steps", *others)}
+    facts = attack_facts(subject, start) | told
     if (there := kept(subject, name, facts)) is not None:
         return there
     stands = start.stands.clone()
@@ -159,8 +169,10 @@ def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
     ):  # fmt: skip
         x, labels = subject.examples.batch(some)
         found = interval_attack.attack(
-            subject.model, x, labels, epsilon=subject.epsilon, graph=graph, restarts=restarts,
-            generator=generator,
+            subject.model, x, labels, epsilon=subject.epsilon,
+            loss="pgd" if settings.loss == "ce" else "cw", graph=graph, steps=settings.steps,
+            step_size=settings.step_size, restarts=settings.restarts, jumps=settings.jumps,
+            jump=settings.jump, radius=settings.radius, memory=memory, generator=generator,
         )  # fmt: skip
         stands[some] = accuracy.right(subject.model, found, labels).cpu()
     return finished(subject, name, facts, stands, started)
