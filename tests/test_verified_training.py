@@ -33,6 +33,7 @@ from btrain.settings.evaluation import (
     parse,
     words_for,
 )
+from btrain.settings.method import VerifiedConfig
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
@@ -183,6 +184,10 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.per_batch=51"], "at most train.batch_size = 50, not 51"),
         (["defense=mixtrain", "defense.alpha=1.5"], r"defense.alpha must be in \[0, 1\]"),
         (["defense=mixtrain", "defense.engine=symbolic+crwon"], "defense.engine must be of ibp"),
+        (["defense=ibp", "defense.engine=symbolic"], "defense=ibp trains by ibp, as its name says"),
+        (["defense=mixtrain", "defense.weight_first=20"], "at least defense.weight_first = 20"),
+        (["defense=sabr", "defense.ramp=0", "defense.shi_regulariser=1"], "while ε grows"),
+        (["defense=mixtrain", "defense.memory=0"], "defense.memory must be finite and greater"),
         (["defense=mixtrain", "defense.engine=any"], "any is for verify= alone"),
         (["defense=mixtrain", "attack.norm=l2"], "bounds an L∞ ball; attack.norm does not go"),
         (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
@@ -243,6 +248,21 @@ def test_an_interval_attack_is_named_by_its_settings() -> None:
             EvalSettings(**wrong)
 
 
+def test_settings_that_mean_something_else_are_told() -> None:
+    def hints(*words: str, held_out: int = 0) -> list[str]:
+        defense = compose([*SMALL, *words]).defense
+        assert isinstance(defense, VerifiedConfig)
+        return defense.hints(held_out)
+
+    (told,) = hints("defense=sabr", "defense.box=1")
+    assert told.startswith("defense.box=1 bounds the whole box")
+    assert not hints("defense=sabr", "defense.box=0.9")
+    feedback = ["defense=mixtrain", "defense.dynamic=feedback", "dataset.val_examples=100"]
+    (told,) = hints(*feedback, held_out=100)
+    assert "on 100 held-out images" in told
+    assert not hints(*feedback, held_out=200)
+
+
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     method = made("defense=mixtrain", "defense.alpha=1")
     network = torch.nn.Sequential(
@@ -251,6 +271,17 @@ def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     memory, generator = method.memory(digits, CPU), torch.Generator()
     (examples,) = method.examples(network, batch_of(digits), memory, generator)
     with pytest.raises(UserError, match=r"through the layer 0 \(MaxPool2d\)"):
+        method.loss(network, examples, memory, generator)
+
+
+def test_bounds_take_as_much_memory_as_they_may(digits: Data) -> None:
+    assert made("defense=ibp").memory_limit == bounds.MEMORY
+    assert made("defense=ibp", "defense.memory=0.5").memory_limit == 2**29
+    method = made("defense=mixtrain", "defense.alpha=1", "defense.memory=1e-9")
+    network = make_state(compose([*SMALL, "defense=mixtrain"]), digits, CPU).model
+    memory, generator = method.memory(digits, CPU), torch.Generator()
+    (examples,) = method.examples(network, batch_of(digits), memory, generator)
+    with pytest.raises(UserError, match=r"for one image, and may take"):
         method.loss(network, examples, memory, generator)
 
 

@@ -672,7 +672,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 # Settings that name the run already, or that do not change its result.
 _NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every)\b"
+    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every|defense\.memory)\b"
 )
 _LONGEST_NAME = 150  # bytes; file systems take 255
 
