@@ -451,9 +451,9 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     warned = many_outliers(config, line, 10)
     assert warned is not None
     assert "70 % of the examples count as outliers" in warned
-    assert "bt.n_o=1 would attack them" in warned
+    assert "more epochs make them fewer, and bt=uniform attacks everybody" in warned
     told = many_outliers(config, line | {"f_o": 0.85}, 10)
-    assert told is not None and "has not begun to learn" in told and "bt.n_o" not in told
+    assert told is not None and "has not begun to learn" in told and "bt=" not in told
     assert many_outliers(config, line | {"f_o": 0.4}, 10) is None
     assert many_outliers(config, line | {"epoch": 4}, 10) is None
     assert many_outliers(compose([*settings, "bt.n_o=1"]), line, 10) is None
@@ -464,6 +464,24 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert (
         many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line, 10) is None
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"experiment={name}"] for name in ("fastest", "fastest_mnist")),
+        *([f"experiment={name}"] for name in ("cheapest", "cheapest_mnist")),
+        ["experiment=fastest", "bt.score=last"],
+    ],
+)
+def test_what_the_warning_advises_can_be_done(words: list[str]) -> None:
+    config = compose(words)
+    line = {"epoch": (config.train.epochs + 1) // 2, "f_o": 0.7}
+    warned = many_outliers(config, line, 10)
+    assert warned is not None
+    advised = re.findall(r"\b(?:bt|train|attack|recipe)[\w.]*=\w+", warned)
+    followed = compose([*words, *advised])
+    assert advised and many_outliers(followed, line, 10) is None
 
 
 def test_a_network_near_chance_is_told() -> None:
