@@ -259,18 +259,39 @@ def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
 # Examples left out of an epoch
 
 
-def test_of_the_far_half_a_share_is_left_out_and_the_rest_stands_for_it() -> None:
-    score = torch.randperm(100, generator=generator()).float() - 20
+@pytest.mark.parametrize("right", [80, 30])
+def test_of_the_far_a_share_is_left_out_and_the_rest_stands_for_it(right: int) -> None:
+    score = torch.randperm(100, generator=generator()).float() - 99.5 + right
     total = torch.zeros(100)
+    far = (score > 0) & (score > score.median())
+    assert int(far.sum()) == min(right, 50)
     for epoch in range(400):
         weight = stand_ins(score, 0.4, 0, epoch)
         assert torch.equal(weight, stand_ins(score, 0.4, 0, epoch))
         assert float(weight.sum()) == pytest.approx(100)
-        far = score > score.median()
         assert bool((weight[~far] == 1).all())
-        assert int((weight[far] == 0).sum()) == 20
+        assert int((weight[far] == 0).sum()) == 0.4 * min(right, 50)
         total += weight / 400
     torch.testing.assert_close(total, torch.ones(100), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("right", "epoch", "epochs", "whole"),
+    [(0.27, 1, 4, True), (0.29, 1, 4, False), (0.9, 0, 4, True), (0.9, 2, 4, False),
+     (0.9, 3, 4, True), (0.9, 7, 10, False), (0.9, 8, 10, True)],
+)  # fmt: skip
+def test_nobody_is_left_out_at_the_ends_of_a_run_or_near_a_constant_prediction(
+    tmp_path: Path, digits: Data, right: float, epoch: int, epochs: int, whole: bool
+) -> None:
+    """One class has a fifth of the labels, so that 28 % right are a tenth better than guessing."""
+    config = tiny(tmp_path, "train.skip=0.5", f"train.epochs={epochs}")
+    state, n = make_state(config, digits, CPU), len(digits.train)
+    labels = torch.where(torch.arange(n) < n // 5, 0, 1 + torch.arange(n) % 8)
+    state.epoch = epoch
+    state.memory["score"].copy_(torch.where(torch.arange(n) < right * n, 1.0, -1.0))
+    state.memory["score"] += 0.01 * torch.rand(n, generator=generator())
+    weight = weights_of_epoch(state, labels, make_plan(config))
+    assert weight is not None and bool((weight == 1).all()) is whole
 
 
 def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -> None:
@@ -307,8 +328,9 @@ def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digi
     for state, batches_done in ((whole, None), (cut, 5)):
         epoch_of(config, state, digits.train)
         state.end_epoch()
+        state.memory["score"].copy_(torch.arange(len(digits.train)) % 50)
         epoch_of(config, state, digits.train, stopped=lambda s=state, n=batches_done: s.batch == n)
-    assert whole.batch == batches_in(whole, len(digits.train), make_plan(config)) < nominal
+    assert whole.batch == batches_in(whole, digits.train, make_plan(config)) < nominal
     checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
     resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
     epoch_of(config, resumed, digits.train)
@@ -320,14 +342,21 @@ def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digi
 @pytest.mark.parametrize("defense", ["pgd", "mart"])
 @pytest.mark.parametrize("allocator", ["uniform", "early_exit", "gaussian"])
 def test_the_levers_go_together_with_every_defense(
-    tmp_path: Path, defense: str, allocator: str
+    tmp_path: Path, digits: Data, defense: str, allocator: str
 ) -> None:
     settings = [f"defense={defense}", f"bt={allocator}", "attack.start=kept", "bt.n_b=1",
-                "train.skip=0.5", "recipe.clip_norm=1", "train.epochs=2"]  # fmt: skip
+                "train.skip=0.5", "train.skip_last=0", "recipe.clip_norm=1", "train.epochs=2",
+                "train.precision=bf16"]  # fmt: skip
     settings += ["bt.n_r=1", "bt.robust_share=0.5"] if allocator == "early_exit" else []
-    summary = train(tiny(tmp_path, *settings, "train.precision=bf16"))
-    assert summary["epochs"] == 2
-    assert summary["units_per_example"] < 9
+    config = tiny(tmp_path, *settings)
+    state = make_state(config, digits, CPU)
+    whole = epoch_of(config, state, digits.train)
+    state.end_epoch()
+    state.memory["score"].copy_(torch.arange(len(digits.train)))
+    part = epoch_of(config, state, digits.train)
+    assert whole["left_out"] == 0 and part["left_out"] == pytest.approx(0.25, abs=0.01)
+    assert part["units_per_example"] < 9
+    assert part["units_per_example"] < whole["units_per_example"]
 
 
 @pytest.mark.parametrize(
@@ -433,11 +462,12 @@ def test_a_guarded_run_attacks_outliers_and_leaves_nobody_out(tmp_path: Path, di
     state.memory["score"].copy_(torch.arange(len(digits.train)))
     for f_o, left_out in ((0.41, False), (0.39, True)):
         state.memory[OUTLIERS].fill_(f_o)
-        weight = weights_of_epoch(state, make_plan(config))
+        weight = weights_of_epoch(state, digits.train.labels, make_plan(config))
         assert weight is not None and bool((weight == 0).any()) is left_out
     late = tiny(tmp_path / "skips", "train.skip=0.5", "bt.guard=0.4", "bt.warmup_epochs=1",
                 "train.epochs=3")  # fmt: skip
-    weight = weights_of_epoch(state, make_plan(late))  # the first behind the warm-up, as F_O is 0
+    # F_O is 0 in the first epoch behind the warm-up, too.
+    weight = weights_of_epoch(state, digits.train.labels, make_plan(late))
     assert weight is not None and bool((weight == 1).all())
     method = make_method(compose([*KEPT, *always, "bt.robust_share=0.5"]), CPU)
     assert method.expected_units((0.1, 0.3, 0.6)) == 1 + 3 + 2 + 3

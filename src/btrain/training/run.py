@@ -306,7 +306,7 @@ def _train_epochs(
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None
             metrics |= sparse_columns(state, metrics, unit)
-            complete = state.batch == batches_in(state, len(data.train), plan)
+            complete = state.batch == batches_in(state, data.train, plan)
             if complete:
                 try:
                     with _evaluation(config, state, stop):
