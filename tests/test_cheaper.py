@@ -20,7 +20,6 @@ from btrain.errors import UserError
 from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
-from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.settings import older
 from btrain.settings.compose import to_dict
@@ -28,7 +27,7 @@ from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import make_state
 from btrain.training.update import descend, shorten
 from composing import compose
 from steps import epoch_of, memory_of
