@@ -20,7 +20,6 @@ from btrain.errors import UserError
 from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
-from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.settings import older
 from btrain.settings.compose import to_dict
@@ -28,7 +27,7 @@ from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import make_state
 from btrain.training.update import descend, shorten
 from composing import compose
 from steps import epoch_of, memory_of
@@ -266,13 +265,16 @@ def test_of_the_far_a_share_is_left_out_and_the_rest_stands_for_it(right: int) -
     far = (score > 0) & (score > score.median())
     assert int(far.sum()) == min(right, 50)
     for epoch in range(400):
-        weight = stand_ins(score, 0.4, 0, epoch)
-        assert torch.equal(weight, stand_ins(score, 0.4, 0, epoch))
+        weight = stand_ins(score, 0.4, 4, 0, epoch)
+        assert torch.equal(weight, stand_ins(score, 0.4, 4, 0, epoch))
         assert float(weight.sum()) == pytest.approx(100)
         assert bool((weight[~far] == 1).all())
         assert int((weight[far] == 0).sum()) == 0.4 * min(right, 50)
         total += weight / 400
     torch.testing.assert_close(total, torch.ones(100), rtol=0, atol=0.2)
+    for size, used in ((9, 81), (80, 80), (7, 84), (30, 90), (101, 100)):  # whole batches, or all
+        weight = stand_ins(torch.arange(1, 101.0), 0.4, size, 0, 1)
+        assert int((weight > 0).sum()) == used and float(weight.sum()) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -389,12 +391,6 @@ def test_the_levers_go_together_with_every_defense(
 def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         compose(overrides)
-
-
-def test_several_processes_leave_nobody_out() -> None:
-    config = compose(["dataset=digits", "model=small_cnn", "train.skip=0.5"])
-    with pytest.raises(UserError, match=r"train\.skip=0\.5 needs one process"):
-        check_shares(config, 1442, World(0, 2))
 
 
 # Scores of the last visit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -96,16 +97,17 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(examples, generator=generator)
 
 
-def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
+def stand_ins(score: Tensor, share: float, batch_size: int, seed: int, epoch: int) -> Tensor:
     """Return how many examples each stands for in an epoch, 0 for one that is left out.
 
     Far from the boundary is who was predicted right and scored above the median. Of those a share
-    is left out, drawn by seed and epoch, and the others stand for them by inverse-probability
-    weights, so that no sum over the epoch is biased (Qin et al., "InfoBatch", leave out those with
-    the smallest loss). The weights add up to n. (n,) -> (n,)
+    is left out, drawn by seed and epoch, or less, so that whole batches remain; the others stand
+    for them by inverse-probability weights, so that no sum over the epoch is biased (Qin et al.,
+    "InfoBatch", leave out those with the smallest loss). The weights add up to n. (n,) -> (n,)
     """
     far = (score > score.median().clamp(min=0)).nonzero().flatten()
-    left_out = int(share * len(far))
+    batches = math.ceil((len(score) - int(share * len(far))) / batch_size)
+    left_out = max(len(score) - batches * batch_size, 0)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + _APART) % 2**63)
     drawn = torch.randperm(len(far), generator=generator)[:left_out].to(score.device)
     weight = torch.ones_like(score)
@@ -126,7 +128,8 @@ def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | 
     weight = state.memory["weight"]
     if state.batch == 0:
         if _leaves_out(state, labels, plan):
-            weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
+            score, size = state.memory["score"], plan.batch_size
+            weight.copy_(stand_ins(score, plan.skip, size, plan.seed, state.epoch))
         else:
             weight.fill_(1.0)
     return weight

@@ -41,7 +41,7 @@ from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
 
-_NEED_ONE_PROCESS = ("one_process", "graphs", "skips")
+_NEED_ONE_PROCESS = ("one_process", "graphs")
 """Kinds of `settings.method.Choice`."""
 
 
