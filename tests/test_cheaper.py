@@ -27,7 +27,7 @@ from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
-from btrain.training.setup import make_state
+from btrain.training.setup import make_state, notes_on_store
 from btrain.training.update import descend, shorten
 from composing import compose
 from steps import epoch_of, memory_of
@@ -161,15 +161,40 @@ def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:
 
 
 def test_the_size_of_the_store_is_told_and_one_too_large_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tiny(tmp_path, *KEPT, "train.epochs=1")
+    config = tiny(tmp_path, *KEPT, "train.max_seconds=1e-9", "eval.steps=0")
+    fine = tiny(tmp_path, *KEPT, "attack.store=bf16")
+    told = r"needs {} for its store \(300 images of 1×8×8 in {}\), .* has left; {}fewer"
     with monkeypatch.context() as patched:
         patched.setattr(setup, "free_memory", lambda device: 10_000)
-        with pytest.raises(UserError, match=r"keeps 0\.02 MB of starts \(300 images of 1×8×8"):
+        with pytest.raises(UserError, match=told.format("20 kB", "int8", "")):
             train(config)
+        smaller = told.format("39 kB", "bf16", r"attack\.store=int8 or ")
+        with pytest.raises(UserError, match=smaller):
+            train(fine)
     train(config)
-    assert "attack.start=kept keeps 0.02 MB of starts (300 images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "The store of kept starts takes 20 kB, also in every checkpoint." in said
+    cold = tiny(tmp_path, *KEPT, "attack.checkpoint_store=false")
+    state = make_state(cold, digits, CPU)
+    (size,) = notes_on_store(cold, digits, state)
+    assert size.endswith(", and is in no checkpoint.")
+    state.epoch = 1  # as of a checkpoint
+    assert notes_on_store(cold, digits, state)[1].startswith("It is empty now")
+    assert not notes_on_store(tiny(tmp_path), digits, state)
+
+
+@pytest.mark.parametrize("start", [["clean"], ["normal", "0"], ["kept", "0"]])
+def test_trades_attack_does_not_begin_at_the_image(start: list[str]) -> None:
+    words = [f"attack.start={start[0]}", *(f"attack.start_std={std}" for std in start[1:])]
+    with pytest.raises(UserError, match=re.escape(words[-1])) as error:
+        compose(words)
+    assert str(error.value).endswith("at the clean image its KL divergence has no gradient.")
+    assert compose([*words, "defense=pgd"])
 
 
 @pytest.mark.parametrize(
