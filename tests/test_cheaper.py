@@ -17,14 +17,14 @@ from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
 from btrain.defenses import DEFENSES, Weights, trades_loss
 from btrain.errors import UserError
-from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
+from btrain.methods.bullettrain import OUTLIERS, SCORES, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.runs import checkpoint
 from btrain.settings import older
 from btrain.settings.compose import to_dict
 from btrain.training import run, setup, train
-from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
+from btrain.training.epochs import batches_in, fewest_images, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state, notes_on_store
@@ -340,6 +340,24 @@ def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -
     whole, part = lines[0]["units_per_example"], lines[1]["units_per_example"]
     assert part <= 0.8 * (1 + 3 + 2 * 3 + 3) < 13
     assert whole > 4
+
+
+@pytest.mark.parametrize("more", [[], ["bt.guard=0.4", "bt.warmup_epochs=2"]])
+def test_a_plan_knows_the_epochs_and_how_many_they_leave_out(
+    tmp_path: Path, digits: Data, more: list[str]
+) -> None:
+    config = tiny(tmp_path, "train.skip=0.5", "train.epochs=9", "train.batch_size=16", *more)
+    plan, state = make_plan(config), make_state(config, digits, CPU)
+    state.memory[SCORES] += torch.rand(len(digits.train), generator=generator())  # all right
+    taken = []
+    for state.epoch in range(9):
+        weight = weights_of_epoch(state, digits.train.labels, plan)
+        assert weight is not None
+        taken.append(int((weight > 0).sum()))
+    assert taken == fewest_images(len(digits.train), plan)
+    assert len(set(taken)) == 2
+    outliers = fewest_images(len(digits.train), plan, outliers=0.45)
+    assert outliers == ([len(digits.train)] * 9 if more else taken)
 
 
 def summary_clean(lines: list[dict[str, Any]]) -> float:

@@ -91,6 +91,7 @@ class Method(Protocol):
         """Return units an example of a batch with these F_B, F_R, F_O; None if they do not tell.
 
         It is what `units_per_example` of a log will be where its fractions are these, but for
-        batches whose single perturbed example takes another one along.
+        batches whose single perturbed example takes another one along, and epochs that leave
+        examples out.
         """
         ...

@@ -406,9 +406,9 @@ class BulletTrain:
         return Reach(epsilon, self.attack.ball.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
-        """Return units an example; None where the allocator, or who is left out, cannot tell."""
+        """Return units an example; None where the allocator cannot tell."""
         expected = self.expected(fractions)
-        if expected is None or self.skips:
+        if expected is None:
             return None
         reads = self.defense.inner_reads_clean
         scoring = 1.0 if reads or self.allocator.needs_scores else 0.0

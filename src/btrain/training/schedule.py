@@ -68,6 +68,12 @@ class Plan:
     guard: float = 1.0
     plain_epochs: int = 0
 
+    def may_leave_out(self, epoch: int) -> bool:
+        """Return whether an epoch, from 0, may leave examples out."""
+        late = epoch + 1 > (1 - self.skip_last) * self.epochs
+        counted = self.guard == 1 or epoch > self.plain_epochs
+        return self.skip > 0 and epoch > 0 and not late and counted
+
 
 def make_plan(config: Config) -> Plan:
     """Return the plan of a run, whose portions are batches, or pools of them attacked at once."""
