@@ -27,9 +27,10 @@ from btrain.settings.compose import to_dict
 from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
+from btrain.training.safety.finite import Snapshot
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_shares, make_state
-from btrain.training.update import descend, shorten
+from btrain.training.update import descend, shorten, train_batch
 from composing import compose
 from steps import epoch_of, memory_of
 from test_training import CPU, metrics, same, tiny, weights
@@ -133,6 +134,31 @@ def test_a_run_with_kept_starts_resumes(tmp_path: Path, digits: Data, settings: 
         epoch_of(config, state, digits.train)
     assert same(resumed.model.state_dict(), whole.model.state_dict()) is not bool(settings)
     assert bool(whole.memory[KNOWN].any())
+
+
+@pytest.mark.parametrize("settings", [[], ["rival=mma", "defense=pgd", "bt=uniform"]])
+def test_a_skipped_step_leaves_what_is_remembered_of_examples(
+    digits: Data, settings: list[str]
+) -> None:
+    levers = [*KEPT, "bt.score=last", "train.skip=0.5"]
+    config = compose(["dataset=digits", "model=small_cnn", *(settings or levers)])
+    few = Data(split := Split(digits.train.images[:37], digits.train.labels[:37]), None, split,
+               digits.classes)  # fmt: skip
+    state, method = make_state(config, few, CPU), make_method(config, CPU)
+    large = {name for name, tensor in state.memory.items() if tensor.shape[:1] == (37,)}
+    assert large == method.by_example & state.memory.keys() != set()
+    indices = torch.randperm(37, generator=generator())
+    for name in large - {"kept", "kept_known"}:
+        state.memory[name].fill_(0.5)
+    for rows, bad in ((indices[:20], False), (indices[10:30], True)):
+        earlier = {name: tensor.clone() for name, tensor in state.memory.items()}
+        before = Snapshot(state.model, state.optimizer, state.memory,
+                          by_example=method.by_example, indices=rows)  # fmt: skip
+        batch = Batch(to_unit(few.train.images[rows]), few.train.labels[rows], rows)
+        train_batch(state.model, state.optimizer, method, batch, state.memory, generator())
+        assert not same(state.memory, earlier)
+        before.undo_where(torch.tensor(bad))
+        assert same(state.memory, earlier) is bad
 
 
 def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:

@@ -27,7 +27,7 @@ from btrain.allocation import (
     update_robust_fraction,
 )
 from btrain.attacks.attack import Attack
-from btrain.attacks.kept import Kept
+from btrain.attacks.kept import KNOWN, STORE, Kept
 from btrain.attacks.pgd import by_steps
 from btrain.attacks.shadow import attacked
 from btrain.data import Batch, Data
@@ -122,6 +122,7 @@ class BulletTrain:
     scores_kept: bool = False
     skips: bool = False
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset({STORE, KNOWN, "score", "weight"})
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R before the first batch, and stores that are empty."""

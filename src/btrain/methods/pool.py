@@ -36,6 +36,7 @@ class Pool:
     batch_size: int
     world: World = ALONE
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = BulletTrain.by_example
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return what Algorithm 2 remembers."""

@@ -264,7 +264,12 @@ def _take(
     """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     memories = [state.memory, *(controller.memory for controller in controllers)]
-    before = Snapshot(state.model, state.optimizer, *memories) if skip else None
+    before = None
+    if skip:
+        before = Snapshot(
+            state.model, state.optimizer, *memories,
+            by_example=method.by_example, indices=batch.indices,
+        )  # fmt: skip
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
         network, state.optimizer, method, batch, state.memory, state.generator, several,
