@@ -30,7 +30,7 @@ from btrain.training.lines import at_chance, many_outliers
 from btrain.training.safety.finite import Snapshot
 from btrain.training.schedule import make_plan
 from btrain.training.setup import check_shares, make_state
-from btrain.training.update import descend, shorten, train_batch
+from btrain.training.update import clip, descend, train_batch
 from composing import compose
 from steps import epoch_of, memory_of
 from test_training import CPU, metrics, same, tiny, weights
@@ -60,7 +60,7 @@ def test_a_gradient_is_cut_to_a_length_and_keeps_its_direction() -> None:
 
 def test_a_gradient_that_is_not_finite_is_left_for_the_log_to_name() -> None:
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([torch.nan])]
-    shorten(gradients, 1.0)
+    clip(gradients, gradients, 1.0)
     assert gradients[0].tolist() == [1.0, 2.0]
 
 
