@@ -282,6 +282,25 @@ def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
     assert not method.eq7
 
 
+@pytest.mark.parametrize("defense", ["trades", "pgd"])
+def test_a_batch_of_spared_examples_alone_tells_nothing_of_f_r(digits: Data, defense: str) -> None:
+    config = compose(["dataset=digits", "model=small_cnn", f"defense={defense}",
+                      "bt.robust_share=1e-9"])  # fmt: skip
+    method, memory = make_method(config, CPU), memory_of(config, digits, CPU)
+    memory["robust_fraction"].fill_(1)  # no boundary examples
+    model = make_state(config, digits, CPU).model
+    x = to_unit(digits.train.images[:20])
+    with torch.no_grad():
+        labels = model.eval()(x).argmax(dim=1)  # no outliers
+    (examples,) = method.examples(
+        model.train(), Batch(x, labels, torch.arange(20)), memory, generator()
+    )
+    assert not bool(examples.allocation.steps.any())
+    loss = method.loss(model, examples, memory, generator())
+    assert float(memory["robust_fraction"]) == 1
+    assert bool(torch.isfinite(loss.value))
+
+
 # Examples left out of an epoch
 
 

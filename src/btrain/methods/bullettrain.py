@@ -69,7 +69,7 @@ class Examples(NamedTuple):
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
-        weights: how often each counts; None for once.
+        weights: inverse-probability weights; None for ones.
         part: of the batch, where these are not all.
     """
 
@@ -101,8 +101,9 @@ class BulletTrain:
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
         kept: the store of the perturbations that attacks start from; None where they do not.
-        robust_share: of the robust examples, that are attacked and count for the others.
-        guard: who is attacked while most examples are outliers; None for the same as ever.
+        robust_share: the share of predicted robust examples that are attacked; each counts 1/share
+            times.
+        guard: what changes while most examples are outliers; None for no guard.
         scores_kept: whether each example's score at its last visit is remembered.
         skips: whether an epoch leaves examples out, by these scores.
     """
@@ -154,7 +155,10 @@ class BulletTrain:
         allocation = self.allocator(  # line 12
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
-        allocation, share = self.guarded(allocation, memory, batch.weight)
+        share: float | Tensor = self.robust_share
+        if self.guard is not None and self.allocator.needs_scores:
+            self.remember_outlier_fraction(memory, allocation.classes, batch.weight)
+            allocation, share = self.guard(allocation, memory[OUTLIERS], self.robust_share)
         allocation, weights = self.weighted(allocation, share, batch.weight, generator)
         parts, clean_logits, allocation, active = self.in_order(
             [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
@@ -216,16 +220,28 @@ class BulletTrain:
     def remember_robust_fraction(
         self, memory: Memory, examples: Examples, adv_logits: Tensor
     ) -> None:
-        """Remember F_R, by how many examples of the batch stand. (m, K)"""
-        weights = examples.weights
-        memory["robust_fraction"] = update_robust_fraction(
-            memory["robust_fraction"],
+        """Remember F_R, by how many examples of the batch stand. (m, K)
+
+        It stays where none of them tells, for all were spared.
+        """
+        before, weights = memory["robust_fraction"], examples.weights
+        after = update_robust_fraction(
+            before,
             adv_logits,
             examples.labels,
             momentum=self.momentum,
             gamma=self.gamma,
             mean=partial(self.mean, weight=None if weights is None else weights.adv),
         )
+        after = after if weights is None else torch.where(after.isnan(), before, after)
+        memory["robust_fraction"] = after
+
+    def remember_outlier_fraction(
+        self, memory: Memory, classes: Tensor, weight: Tensor | None
+    ) -> None:
+        """Remember F_O, by the classes of the whole batch, which every process has. (m,)"""
+        f_o = weighted_mean((classes == OUTLIER).float(), weight)
+        memory[OUTLIERS] = self.momentum * memory[OUTLIERS] + (1 - self.momentum) * f_o
 
     def weighted(
         self,
@@ -234,32 +250,17 @@ class BulletTrain:
         weight: Tensor | None,
         generator: torch.Generator,
     ) -> tuple[Allocation, Weights | None]:
-        """Spare robust examples the attack, and return how often each example counts.
+        """Spare robust examples the attack; return inverse-probability weights of all examples.
 
         Args:
-            share: of the robust examples that are attacked, a number or ().
-            weight: of the batch, whose examples may stand for others, (m,); or None.
+            share: the probability of a robust example to be attacked, a number or ().
+            weight: that the batch already has, (m,); None for ones.
         """
         if self.robust_share == 1:
             return allocation, None if weight is None else Weights(weight, weight)
         allocation, adv = thinned(allocation, share, generator)
         clean = torch.ones_like(adv) if weight is None else weight
         return allocation, Weights(clean, clean * adv)
-
-    def guarded(
-        self, allocation: Allocation, memory: Memory, weight: Tensor | None
-    ) -> tuple[Allocation, float | Tensor]:
-        """Return the allocation and the share of robust examples to attack, and remember F_O.
-
-        Args:
-            weight: of the batch, whose examples may stand for others, (m,); or None.
-        """
-        if self.guard is None or not self.allocator.needs_scores:
-            return allocation, self.robust_share
-        # Every process has the whole batch here.
-        f_o = BulletTrain.mean(self, (allocation.classes == OUTLIER).float(), weight)
-        memory[OUTLIERS] = self.momentum * memory[OUTLIERS] + (1 - self.momentum) * f_o
-        return self.guard(allocation, memory[OUTLIERS], self.robust_share)
 
     def remember(
         self, memory: Memory, examples: Examples, clean_logits: Tensor, adv_logits: Tensor
@@ -386,10 +387,8 @@ class BulletTrain:
         return filled_up(allocation, order, active, self.attack.multiple)
 
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean over the batch, by weight (m,) if there is one. (m,) -> ()"""
-        if weight is None:
-            return values.mean()
-        return (weight * values).sum() / weight.sum().clamp(min=1)
+        """Return the mean over the batch, as `weighted_mean` does. (m,) -> ()"""
+        return weighted_mean(values, weight)
 
     @property
     def eq7(self) -> bool:
@@ -431,6 +430,14 @@ class BulletTrain:
                 n_b, n_r, n_o = allocator.steps
                 allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
         return allocator.expected((boundary, share * robust, outlier))
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean of values by weight, (m,) each, or with None the plain one; () float.
+
+    It is NaN where all weights are 0.
+    """
+    return values.mean() if weight is None else (weight * values).sum() / weight.sum()
 
 
 def eval_logits(network: nn.Module, x: Tensor) -> Tensor:

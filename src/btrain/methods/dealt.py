@@ -88,8 +88,8 @@ class DealtBulletTrain(BulletTrain):
         return indices.long(), score
 
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean over the whole batch, by weight (n,) if there is one. (n,) -> ()"""
+        """Return the mean over the whole batch, as `weighted_mean` does. (n,) -> ()"""
         if weight is None:
             return self.world.mean(values)
         sums = self.world.sum(torch.stack([(weight * values).sum(), weight.sum()]))
-        return sums[0] / sums[1].clamp(min=1)
+        return sums[0] / sums[1]
