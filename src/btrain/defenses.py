@@ -35,7 +35,7 @@ _LEAST_MIXTURE = 1e-7
 
 
 class Weights(NamedTuple):
-    """The number of times that each example counts: for itself, and for others left out.
+    """Inverse-probability weights, by which examples count for those that were left out.
 
     Attributes:
         clean: in what the clean image is learnt from, (m,).
