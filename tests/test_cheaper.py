@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,42 @@ def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
     assert float(loss.stats.units) / 400 == pytest.approx(expected)
     assert method.expected_units((1 - f_r, f_r, 0)) == pytest.approx(expected, abs=0.5)
     assert not method.eq7
+
+
+@pytest.mark.parametrize("name", ["pgd", "mart"])
+def test_spared_examples_that_count_nothing_take_no_training_pass(digits: Data, name: str) -> None:
+    config = compose(["dataset=digits", "model=small_cnn", f"defense={name}", "bt.n_b=3",
+                      "bt.n_r=2", "bt.robust_share=0.4"])  # fmt: skip
+    method = make_method(config, CPU)
+    assert isinstance(method, BulletTrain)
+    all_learnt = replace(method, defense=replace(method.defense, weighs_by_adv=False))
+    model, m = make_state(config, digits, CPU).model, 50  # which has no BatchNorm
+    x = to_unit(digits.train.images[:m])
+    with torch.no_grad():
+        labels = (model.eval()(x).argmax(dim=1) + (torch.arange(m) % 7 == 0)) % 10
+    seen, units = [], []
+    for one in (method, all_learnt):
+        memory = memory_of(config, digits, CPU)
+        memory["robust_fraction"] += 0.6
+        batch = Batch(x, labels, torch.arange(m))
+        (examples,) = one.examples(model.train(), batch, memory, generator())
+        loss = one.loss(model, examples, memory, generator())
+        gradients = torch.autograd.grad(loss.value, [*model.parameters()])
+        seen.append((loss.value, *gradients, memory["robust_fraction"]))
+        assert isinstance(examples, Examples) and examples.weights is not None
+        spared, outliers = (
+            int(some.sum())
+            for some in (examples.weights.adv == 0, examples.allocation.classes == OUTLIER)
+        )
+        assert 0 < spared < m and outliers > 0
+        assert examples.learnt == (m - spared if one is method else m)
+        units.append(float(loss.stats.units))
+    torch.testing.assert_close(*seen)
+    assert units[1] - units[0] == 3 * spared
+    fractions = (0.2, 0.5, 0.3)
+    saved = 3 * 0.6 * 0.5
+    expected = [one.expected_units(fractions) for one in (method, all_learnt)]
+    assert expected == pytest.approx([expected[1] - saved, expected[1]])
 
 
 @pytest.mark.parametrize("defense", ["trades", "pgd"])

@@ -66,6 +66,7 @@ class Examples(NamedTuple):
         z: the logits that decided the allocation, (m, K), or (m, 0) where nobody reads them.
         score: of z by the run's metric, (m,); NaN where there are none.
         perturbed: how many examples took a step.
+        learnt: how many have a part in the loss, all but the last ones.
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
@@ -81,6 +82,7 @@ class Examples(NamedTuple):
     score: Tensor
     allocation: Allocation
     perturbed: int
+    learnt: int
     units: float
     share: float = 1.0
     indices: Tensor | None = None
@@ -160,10 +162,11 @@ class BulletTrain:
             self.remember_outlier_fraction(memory, allocation.classes, batch.weight)
             allocation, share = self.guard(allocation, memory[OUTLIERS], self.robust_share)
         allocation, weights = self.weighted(allocation, share, batch.weight, generator)
-        parts, clean_logits, allocation, active = self.in_order(
+        parts, clean_logits, allocation, (learnt, *active) = self.in_order(
             [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
             clean_logits,
             allocation,
+            weights.adv > 0 if weights is not None and self.leaves_spared_out else 1,
         )
         x, labels, z, score, noise, rows = parts
         targets, targeted = self.targets(network, x, z, active)
@@ -177,7 +180,7 @@ class BulletTrain:
         units += m if z.shape[1] and clean_logits is None else 0
         units += m * (2 * overhead + 1) if overhead else 0
         yield Examples(
-            x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
+            x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), learnt, units,
             share=m / len(batch.x),
             indices=batch.indices[rows],
             weights=None if weights is None else Weights(*(weight[rows] for weight in weights)),
@@ -188,16 +191,18 @@ class BulletTrain:
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
         x, labels, x_adv, clean_logits, z, score = examples[:6]
-        allocation, perturbed, units, share = examples[6:10]
+        allocation, perturbed, learnt, units, share = examples[6:11]
         weights = examples.weights
         m = len(x)
+        learnt = min(max(learnt, 2), m)  # as BatchNorm needs, and a loss a graph
         if self.defense.outer_reads_clean:  # line 14
-            clean_logits = network(x) if clean_logits is None else clean_logits
-            rows = rows_to_forward(m if self.forward_unperturbed else perturbed, m)
+            if clean_logits is None:
+                clean_logits = forward_prefix(network, x, learnt, z)
+            rows = rows_to_forward(learnt if self.forward_unperturbed else perturbed, learnt)
             adv_logits = forward_prefix(network, x_adv, rows, clean_logits)
-            trained = m + rows
+            trained = learnt + rows
         else:
-            clean_logits, adv_logits, trained = z, network(x_adv), m
+            clean_logits, adv_logits, trained = z, forward_prefix(network, x_adv, learnt, z), learnt
         self.remember_robust_fraction(memory, examples, adv_logits)  # line 15
         if weights is None:
             loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
@@ -307,6 +312,15 @@ class BulletTrain:
         return None, x.new_empty(len(x), 0)
 
     @property
+    def leaves_spared_out(self) -> bool:
+        """Return whether spared examples take no training pass.
+
+        None of their loss counts, and their scores come from a pass of their own.
+        """
+        by_adv = self.defense.weighs_by_adv and self.scoring is Score.fresh
+        return self.robust_share < 1 and by_adv
+
+    @property
     def shares_clean_forward(self) -> bool:
         """Return whether line 11 and the loss share one clean forward."""
         in_train_mode = self.attack.train_mode and self.defense.inner_reads_clean
@@ -352,23 +366,30 @@ class BulletTrain:
         kept.keep(memory, batch, rows, new, attacked)
 
     def in_order(
-        self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
+        self,
+        parts: Sequence[Tensor],
+        clean_logits: Tensor | None,
+        allocation: Allocation,
+        learnt: Tensor | int = 1,
     ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
         """Put the batch in descending order of steps, with groups rounded up as the attack wants.
 
         Args:
             parts: images, labels, z, score, noise and the numbers of the rows, (m, …) each.
             clean_logits: of a shared clean forward, (m, K), or None.
+            learnt: which examples have a part in the loss, (m,) bool; 1 for all. The others take
+                no steps and come last.
 
         Returns:
-            The rows of both, their allocation, and how many of them take the first attack step, the
-            second, …
+            The rows of both, their allocation, and how many of them have a part in the loss, take
+            the first attack step, the second, …
         """
-        order, counts = by_steps(allocation.steps, self.distance(parts[3]))
+        order, counts = by_steps(allocation.steps + learnt, self.distance(parts[3]))
         parts = [part[order] for part in parts]
         clean_logits = None if clean_logits is None else clean_logits[order]
-        allocation, active = self.rounded(allocation, order, counts())
-        return parts, clean_logits, allocation.ordered(order), active
+        number, *active = counts() or [0]
+        allocation, active = self.rounded(allocation, order, active)
+        return parts, clean_logits, allocation.ordered(order), [number, *active]
 
     def distance(self, score: Tensor) -> Tensor | None:
         """Return how far from the boundary examples are, (m,): who is next in a group rounded up.
@@ -414,8 +435,10 @@ class BulletTrain:
             scoring = 0.0
         elif self.scoring is Score.last:
             scoring = expected.attacked if reads else 0.0
-        perturbed = 1 if self.forward_unperturbed else expected.attacked
-        training = 3 + 3 * perturbed if self.defense.outer_reads_clean else 3
+        spared = (1 - self.share_of_robust(fractions[2])) * fractions[1]
+        learnt = 1 - spared if self.leaves_spared_out else 1
+        perturbed = learnt if self.forward_unperturbed else expected.attacked
+        training = 3 * (learnt + perturbed) if self.defense.outer_reads_clean else 3 * learnt
         choosing = 2 * expected.overhead + 1 if expected.overhead else 0
         penalty = self.regulariser[1] if self.regulariser is not None else 0
         return 2 * expected.steps + scoring + training + choosing + penalty
@@ -423,13 +446,20 @@ class BulletTrain:
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
         """Return the attack of an average batch, with a share of the robust examples."""
         boundary, robust, outlier = fractions
-        allocator, share = self.allocator, self.robust_share
-        if self.guard is not None and outlier > self.guard.share:
-            share = 1.0
-            if isinstance(allocator, allocators.BulletTrain):
-                n_b, n_r, n_o = allocator.steps
-                allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
+        allocator, share = self.allocator, self.share_of_robust(outlier)
+        if (
+            self.guard is not None
+            and outlier > self.guard.share
+            and isinstance(allocator, allocators.BulletTrain)
+        ):
+            n_b, n_r, n_o = allocator.steps
+            allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
         return allocator.expected((boundary, share * robust, outlier))
+
+    def share_of_robust(self, outlier: float) -> float:
+        """Return the share of robust examples that are attacked with this F_O."""
+        guarded = self.guard is not None and outlier > self.guard.share
+        return 1.0 if guarded else self.robust_share
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -455,6 +485,9 @@ def rows_to_forward(perturbed: int, m: int) -> int:
     return min(max(perturbed, 2), m) if perturbed else 0
 
 
-def forward_prefix(network: nn.Module, x_adv: Tensor, rows: int, clean_logits: Tensor) -> Tensor:
-    """Return logits (m, K) of the first `rows` examples; the others keep their clean logits."""
-    return torch.cat([network(x_adv[:rows]), clean_logits[rows:]]) if rows else clean_logits
+def forward_prefix(network: nn.Module, x: Tensor, rows: int, logits: Tensor) -> Tensor:
+    """Return new logits (m, K) of the first `rows` examples; the others keep those given."""
+    if rows == len(x):
+        new: Tensor = network(x)
+        return new
+    return torch.cat([network(x[:rows]), logits[rows:]]) if rows else logits

@@ -83,6 +83,7 @@ class Pool:
                 score=score[mine[own]],
                 allocation=Allocation(attacked.classes[own], attacked.steps[own]),
                 perturbed=sum(steps[i] > 0 for i in each),
+                learnt=len(each),
                 units=spent * len(each),
                 share=len(each) / (whole.stop - whole.start),
             )
