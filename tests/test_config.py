@@ -433,7 +433,7 @@ def test_a_normalisation_needs_mean_and_positive_std(
         {"bt.n_b": 0, "bt.n_r": 0},
         {"bt.n_b": 20},
         {"attack.steps": 1, "bt.n_r": 1},
-        {"attack.start_std": 0.0},
+        {"attack.start_std": 0.0, "attack.start": "uniform"},
         {"defense.beta": 0.0},
         {"eval.steps": 0},
         {"eval.batch_size": 1},
