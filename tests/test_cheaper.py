@@ -603,7 +603,7 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     "words",
     [
         *([f"experiment={name}"] for name in ("fastest", "fastest_mnist")),
-        *([f"experiment={name}"] for name in ("cheapest", "cheapest_mnist")),
+        *([f"experiment={name}"] for name in ("cheap_bullettrain", "cheapest_mnist")),
         ["experiment=fastest", "bt.score=last"],
     ],
 )
