@@ -54,9 +54,12 @@ class Method(Protocol):
 
     Attributes:
         in_units: whether its units an example compare with the plain defense's.
+        by_example: names of what its memory may hold a row of for each training example. A batch
+            changes the rows of its own examples alone.
     """
 
     in_units: ClassVar[bool]
+    by_example: ClassVar[frozenset[str]]
 
     @property
     def eq7(self) -> bool:

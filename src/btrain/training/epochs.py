@@ -19,7 +19,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.evaluation.result import hardly_above
 from btrain.methods.base import Method
-from btrain.methods.bullettrain import OUTLIERS, SCORES
+from btrain.methods.bullettrain import OUTLIERS, SCORES, WEIGHTS
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
@@ -125,10 +125,10 @@ def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | 
     """
     if not plan.skip:
         return None
-    weight = state.memory["weight"]
+    weight = state.memory[WEIGHTS]
     if state.batch == 0:
         if _leaves_out(state, labels, plan):
-            score, size = state.memory["score"], plan.batch_size
+            score, size = state.memory[SCORES], plan.batch_size
             weight.copy_(stand_ins(score, plan.skip, size, plan.seed, state.epoch))
         else:
             weight.fill_(1.0)
@@ -296,7 +296,12 @@ def _take(
     """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     memories = [state.memory, *(controller.memory for controller in controllers)]
-    before = Snapshot(state.model, state.optimizer, *memories) if skip else None
+    before = None
+    if skip:
+        before = Snapshot(
+            state.model, state.optimizer, *memories,
+            by_example=method.by_example, indices=batch.indices,
+        )  # fmt: skip
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
         network, state.optimizer, method, batch, state.memory, state.generator, several,

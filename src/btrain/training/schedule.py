@@ -44,7 +44,7 @@ class Plan:
             the run.
         before: epochs ahead of those that the run counts, of a search.
         score_every: batches from one whose scores the log shows to the next; None for none.
-        clip_norm: the longest gradient that an update follows; None for any.
+        clip_norm: the largest norm of the gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
         guard: nor does one that more than this share of outliers precede.
