@@ -35,7 +35,7 @@ _LEAST_MIXTURE = 1e-7
 
 
 class Weights(NamedTuple):
-    """The number of times that each example counts: for itself, and for others left out.
+    """Inverse-probability weights, by which examples count for those that were left out.
 
     Attributes:
         clean: in what the clean image is learnt from, (m,).
@@ -54,6 +54,7 @@ class Defense:
 
     Attributes:
         weighted_loss: the outer loss with `weights=`; None where it is not known by example.
+        weighs_by_adv: whether the weights of adversarial images alone count in it.
     """
 
     inner_loss: InnerLoss
@@ -61,6 +62,7 @@ class Defense:
     inner_reads_clean: bool
     outer_reads_clean: bool
     weighted_loss: Callable[..., Tensor] | None = None
+    weighs_by_adv: bool = False
 
 
 def ce_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
@@ -194,7 +196,12 @@ def _trades(beta: float) -> Defense:
 def _mart(beta: float) -> Defense:
     loss = partial(mart_loss, beta=beta)
     return Defense(
-        ce_inner_loss, loss, inner_reads_clean=False, outer_reads_clean=True, weighted_loss=loss
+        ce_inner_loss,
+        loss,
+        inner_reads_clean=False,
+        outer_reads_clean=True,
+        weighted_loss=loss,
+        weighs_by_adv=True,
     )
 
 
@@ -205,6 +212,7 @@ def _pgd() -> Defense:
         inner_reads_clean=False,
         outer_reads_clean=False,
         weighted_loss=pgd_loss,
+        weighs_by_adv=True,
     )
 
 

@@ -348,7 +348,7 @@ def make_store(attack: AttackConfig) -> Kept | None:
 
 
 def make_guard(bt: BTConfig) -> Guard | None:
-    """Return who is attacked while most examples are outliers; None for the same as ever."""
+    """Return what changes while most examples are outliers; None for no guard."""
     if not isinstance(bt, BulletTrainConfig) or bt.guard == 1:
         return None
     return Guard(bt.guard, bt.guard_steps)

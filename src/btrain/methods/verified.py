@@ -119,6 +119,7 @@ class Verified:
     held_out: Split | None = None
     world: World = ALONE
     in_units: ClassVar[bool] = False
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R, which stays 0, and how many images were trained on, and how many will be.
