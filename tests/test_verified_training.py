@@ -35,6 +35,7 @@ from btrain.settings.evaluation import (
     words_for,
 )
 from btrain.settings.method import VerifiedConfig
+from btrain.training.lines import headline
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
@@ -247,6 +248,14 @@ def test_an_interval_attack_is_named_by_its_settings() -> None:
     ):
         with pytest.raises(UserError, match=said):
             EvalSettings(**wrong)
+
+
+def test_a_run_that_was_cut_before_its_first_batch_has_a_headline() -> None:
+    summary = {"cut": "train.max_seconds", "clean_acc": 10.0, "robust_acc": None, "f_b": None,
+               "attack_norm": "linf", "eval_steps": 20, "epsilon": 0.1,
+               "train_seconds": 0.0}  # fmt: skip
+    told = headline(compose([*SMALL, "defense=mixtrain"]), summary)
+    assert "– % of the images bounded; 0.0 s of training" in told
 
 
 def test_settings_that_mean_something_else_are_told() -> None:
