@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.evaluation.api import robust_accuracy
 from btrain.verify import accuracy, bounds, interval_attack, losses
 from btrain.verify.graph import Graph, trace
 
@@ -279,6 +280,12 @@ def test_interval_attacks_that_are_none(
         interval_attack.attack(network, x, labels, graph=graph, **({"epsilon": 0.1} | settings))
     with pytest.raises(UserError, match="images of 1×4×4, not of 1×4×5"):
         interval_attack.attack(network, torch.rand(3, 1, 4, 5), labels, graph=graph, epsilon=0.1)
+
+
+def test_the_interval_attack_is_no_attack_without_bounds(net: tuple[nn.Module, Graph]) -> None:
+    x, labels = images(3)
+    with pytest.raises(UserError, match="attack=interval needs bounds; please use"):
+        robust_accuracy(net[0], x, labels, epsilon=0.1, attack="interval")
 
 
 def test_unknown_engine_is_refused_before_the_work(net: tuple[nn.Module, Graph]) -> None:
