@@ -247,8 +247,13 @@ def test_little_memory_gives_the_same_bounds_and_gradients(name: str, engine: st
 def test_too_little_memory_for_one_image() -> None:
     _, graph = made("convolutional")
     x, labels = images(2)
-    with pytest.raises(UserError, match=r"Bounds by symbolic need about .* MiB for one image"):
+    sentence = r"^Bounds by symbolic need at least [\d.]+ kB for one image, and may take 1 kB.$"
+    with pytest.raises(UserError, match=sentence):
         bounds.margins(graph, bounds.box(x, 0.1), labels, engine="symbolic", memory=1000)
+    assert len(graph.sizes) == 2  # of one piece, and of another engine: no other is tried
+    _, graph = made("residual")
+    with pytest.raises(UserError, match=r"and may take 524 kB; those by crown_ibp need \d+ kB.$"):
+        bounds.check_memory(graph, engine="symbolic", like=x, memory=2**19)
 
 
 def test_a_union_is_the_best_of_its_engines() -> None:

@@ -1,8 +1,9 @@
 """Sound bounds on a network's logits for all images in a box, by four engines.
 
-All engines enclose each ReLU between two lines and go backward from what is to be bounded to the
-box, adding up what the enclosures may amount to. They differ in the lines and in how the intervals
-before the ReLUs are found:
+All engines enclose each ReLU between two lines and add up what the enclosures may amount to, going
+backward from what is to be bounded to the box; where the lines are constants, `ibp`, no further
+than to the last of them. They differ in the lines and in how the intervals before the ReLUs are
+found:
 
 | engine | intervals before the ReLUs | lines at the end |
 |---|---|---|
@@ -22,7 +23,7 @@ more, but is no proof against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -188,7 +189,7 @@ def slopes(
     """
     uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):
-        plan = _plan(graph, "symbolic", labels, memory, images.centre, len(labels))
+        plan = _plan(graph, "symbolic", memory, joint=True, like=images.centre, count=len(labels))
         for start in range(0, len(labels), plan.images):
             chunk = slice(start, start + plan.images)
             some = Box(images.centre[chunk], images.radius[chunk])
@@ -210,7 +211,8 @@ def _in_chunks(
         shapes = ["×".join(map(str, s)) for s in (graph.shape, images.centre.shape[1:])]
         raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
 
-    plan = _plan(graph, engine, labels, memory, images.centre, count)
+    joint = labels is not None
+    plan = _plan(graph, engine, memory, joint=joint, like=images.centre, count=count)
     known: list[Operation] | None = None
     if plan.twice:
         # Read once: the backward pass meets the network in its own mode again, training.
@@ -266,7 +268,7 @@ class _State:
         """The only operation on the root, if there is only one."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
-        """Return the values at the middle of all relaxations, around which rows are bounded."""
+        """The values at the middle of all relaxations, around which rows are bounded."""
         self._relaxed: dict[int, Relaxation] = {}
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
@@ -467,58 +469,97 @@ class _Plan(NamedTuple):
     """The way in which bounds are computed within their memory."""
 
     images: int
-    """In a chunk."""
+    """The number of images in a chunk."""
     pieces: int
-    """Into how many the rows of a layer are split."""
+    """The number of parts, of whole channels, that a layer's rows are bounded in."""
     twice: bool
     """True if a chunk is computed once more for its gradients."""
 
 
+def check_memory(graph: Graph, *, engine: str, like: Tensor, memory: int = MEMORY) -> None:
+    """Raise UserError if the margins of one image need more memory, with gradients if enabled.
+
+    Args:
+        engine: one or several, see `engines`.
+        like: a tensor of the images' dtype.
+    """
+    for name in engines(engine):
+        _plan(graph, name, memory, joint=True, like=like, count=1)
+
+
 def _plan(
-    graph: Graph, engine: str, labels: Tensor | None, memory: int, like: Tensor, count: int
-) -> _Plan:
+    graph: Graph, engine: str, memory: int, *, joint: bool, like: Tensor, count: int
+) -> _Plan:  # fmt: skip
     """Return the largest chunk that fits.
 
     Raises:
-        UserError: one image needs more, its rows one by one.
+        UserError: one image needs more, one channel of a layer at a time.
     """
     with_gradients = torch.is_grad_enabled() and any(w.requires_grad for w in graph.weights())
-    most = max(o.shape[0] for o in graph.nodes)
+    split = [i for node in graph.nodes if node.make is Relu for i in node.inputs]
+    most = max(graph.nodes[i].shape[0] for i in (*split, -1))
+
+    def needed(engine: str, pieces: int) -> tuple[int, Size]:
+        found = size(graph, engine, joint=joint, like=like, pieces=pieces)
+        return found.total // pieces if with_gradients else 3 * found.largest, found
+
     pieces = 1
-    while True:
-        needed = size(graph, engine, joint=labels is not None, like=like, pieces=pieces)
-        at_once = needed.total // pieces if with_gradients else 3 * needed.largest
-        if at_once <= memory:
-            break
+    at_once, found = needed(engine, pieces)
+    if at_once > memory * most:  # a piece is no less than its share of the whole
+        raise _too_large(engine, f"at least {_bytes(at_once // most)}", memory, needed)
+    if at_once > memory:
+        pieces = min(2 ** math.ceil(math.log2(at_once / memory)), most)
+        at_once, found = needed(engine, pieces)
+    while at_once > memory:
         if pieces >= most:
-            raise UserError(
-                f"Bounds by {engine} need about {at_once / 2**20:.3g} MiB for one image, and may "
-                f"take {memory / 2**20:.3g} MiB."
-            )
+            raise _too_large(engine, f"about {_bytes(at_once)}", memory, needed)
         pieces = min(2 * pieces, most)
+        at_once, found = needed(engine, pieces)
     fitting = max(1, memory // at_once)
     images = fitting
     if like.device.type == "cpu":
-        images = min(images, max(1, _IN_CACHE // (3 * needed.largest)))
+        images = min(images, max(1, _IN_CACHE // (3 * found.largest)))
     return _Plan(images, pieces, with_gradients and count > fitting)
 
 
+def _too_large(
+    engine: str, need: str, memory: int, needed: Callable[[str, int], tuple[int, Size]]
+) -> UserError:
+    """Return what is said of bounds that do not fit, with an engine whose bounds do."""
+    cheaper = ""
+    if engine in ("symbolic", "crown") and (less := needed("crown_ibp", 1)[0]) <= memory:
+        cheaper = f"; those by crown_ibp need {_bytes(less)}"
+    return UserError(
+        f"Bounds by {engine} need {need} for one image, and may take {_bytes(memory)}{cheaper}."
+    )
+
+
+def _bytes(count: int) -> str:
+    """Return a size for people."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (1000, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} bytes"
+
+
 class Size(NamedTuple):
-    """Bytes for one image."""
+    """Bytes for the bounds of one image."""
 
     largest: int
     """The bytes of the largest intermediate result."""
     total: int
-    """The bytes of all intermediate results."""
+    """The bytes of all intermediate results, of all pieces together."""
 
 
 def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
-    """Return what one image takes, by a computation without numbers; the graph remembers it.
+    """Return what the bounds of one image take, by a computation without numbers.
+
+    The graph remembers it.
 
     Args:
         joint: True for margins, False for logits.
         like: a tensor of the images' dtype.
-        pieces: into how many the rows of a layer are split.
+        pieces: into how many a layer's channels are split.
     """
     key = (engine, joint, like.dtype, pieces)
     if key not in graph.sizes:
