@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from btrain import precision
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
 from btrain.attacks.attack import Attack
-from btrain.attacks.shadow import bare
+from btrain.attacks.shadow import in_float32
 from btrain.data import Batch, Data, Split
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
@@ -139,6 +139,12 @@ class Verified:
             memory |= {MIX: torch.tensor(0.5), LISTENED: torch.zeros((), dtype=torch.int64)}
         return memory
 
+    def check(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+        """Raise UserError if there are no bounds of a network, or none that fit into memory."""
+        graph = _graph(in_float32(network), shape)
+        with evaluating(network), torch.enable_grad():
+            bounds.check_memory(graph, engine=self.engine, like=torch.empty(0))
+
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
@@ -182,8 +188,9 @@ class Verified:
         z = self.world.gathered(logits.detach(), m)
         rows = self._rows(z, labels, memory, generator)
         bounded, upper = rows[self.world.share(len(rows))], x.new_empty(len(logits), 0)
-        graph = _graph(bare(network), tuple(x.shape[1:]))
-        with evaluating(bare(network)):
+        plain = in_float32(network)
+        graph = _graph(plain, tuple(x.shape[1:]))
+        with evaluating(plain):
             if len(rows):
                 worst = loss.new_zeros(())
                 if len(bounded):
@@ -236,7 +243,7 @@ class Verified:
         over the epochs that halves with each, in [0.1, 0.95].
         """
         x, labels = to_unit(held_out.images[:_HELD_OUT]), held_out.labels[:_HELD_OUT]
-        plain = bare(network)
+        plain = in_float32(network)
         graph = _graph(plain, tuple(x.shape[1:]))
         with evaluating(plain), torch.no_grad():
             wrong = (plain(x).argmax(dim=1) != labels).double().mean().item()
