@@ -213,6 +213,32 @@ def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
             assert (ours.double() > theirs)[wrong].all()
 
 
+@pytest.mark.parametrize("large", [100.0, 10_000.0])
+def test_rounding_of_values_that_cancel_later_is_allowed_for(large: float) -> None:
+    """The true logits of a network in float32, whose second layer takes off what its first adds."""
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(72, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, CLASSES),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[1].bias += large
+        network[3].bias -= network[3].weight.double().sum(1).mul(large).float()
+    graph, exact = trace(network, SHAPE), copy.deepcopy(network).double()
+    x, labels = images(2, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    signs = torch.rand(500, 2, *SHAPE, generator=generator, dtype=torch.float64).round() * 2 - 1
+    for epsilon in (0.0, 1e-3):
+        region = bounds.box(x, epsilon)
+        with torch.no_grad():
+            z = exact((region.centre + region.radius * signs).flatten(0, 1)).unflatten(0, (500, 2))
+            for engine in bounds.ENGINES:
+                lower, upper = bounds.logits(graph, region, engine=engine)
+                margins = bounds.margins(graph, region, labels, engine=engine)
+                apart = z - z.gather(2, labels.expand(500, 2)[..., None])
+                assert (z <= upper).all() and (z >= lower).all() and (apart <= margins).all()
+
+
 @pytest.mark.parametrize(
     ("name", "engine"),
     [

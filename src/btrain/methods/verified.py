@@ -248,7 +248,7 @@ class Verified:
         with evaluating(plain), torch.no_grad():
             wrong = (plain(x).argmax(dim=1) != labels).double().mean().item()
             box = bounds.box(x, self._share(progress) * self.epsilon)
-            upper = bounds.margins(graph, box, labels, engine=self.engine)
+            upper = bounds.margins(graph, box, labels, engine=self.engine, all_rounding=False)
             open_ = 1 - bounds.verified(upper, labels).double().mean().item()
         found = open_ / (open_ + wrong) if open_ else 0.5
         before = memory[MIX].item() if progress > 0 else found
@@ -285,7 +285,7 @@ class Verified:
             if self.box == 1
             else losses.small_box(x, x_adv, epsilon=epsilon, share=self.box)
         )
-        return bounds.margins(graph, box, labels, engine=self.engine)
+        return bounds.margins(graph, box, labels, engine=self.engine, all_rounding=False)
 
     @property
     def eq7(self) -> bool:

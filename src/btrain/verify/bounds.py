@@ -16,14 +16,17 @@ found:
 joined by "+" give the best of their bounds, margin by margin; "any" joins all.
 
 Rounding: each radius grows by 64 units in the last place of its own size and of the largest value
-of its layer. That covers the rounding that sums of thousands of terms show, by a factor of ten and
-more, but is no proof against it.
+of its layer, and by what 8 units of all terms of every layer on the way may amount to, so that
+large values which cancel later are covered. The latter is left out in training (`all_rounding`).
+That covers the rounding that sums of thousands of terms show, by a factor of ten and more, but is
+no proof against it: what is computed with the coefficients of the lines is rounded, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,7 +58,8 @@ MEMORY = 2 * 2**30
 _IN_CACHE = 32 * 2**20
 """Bytes that a processor works on at once without waiting for its memory."""
 
-_ROUNDING = 64  # units in the last place
+_ROUNDING = 64  # units in the last place of a result
+_TERMS = 8  # of the terms that it is a sum of, with all their signs taken away
 
 Lines = Literal["constant", "parallel", "adaptive"]
 _INTERVALS: dict[str, Lines] = {
@@ -110,7 +114,13 @@ def engines(named: str) -> tuple[str, ...]:
 
 
 def margins(
-    graph: Graph, images: Box, labels: Tensor, *, engine: str, memory: int = MEMORY
+    graph: Graph,
+    images: Box,
+    labels: Tensor,
+    *,
+    engine: str,
+    memory: int = MEMORY,
+    all_rounding: bool = True,
 ) -> Tensor:
     """Return upper bounds of all other logits minus the labelled one, over the box.
 
@@ -124,6 +134,8 @@ def margins(
         engine: one or several, see `engines`.
         memory: in bytes, about. What does not fit is done in chunks, and in pieces computed twice
             where gradients are needed.
+        all_rounding: whether to allow for the rounding of every layer, see the head of this page;
+            a loss, which proves nothing, does without.
 
     Returns:
         (m, K), with gradients to the network's weights.
@@ -132,7 +144,8 @@ def margins(
         UserError: no such engine, a layer in training mode, or one image needs more memory.
     """
     bounds = [
-        _in_chunks(graph, images, labels, engine=name, memory=memory) for name in engines(engine)
+        _in_chunks(graph, images, labels, engine=name, memory=memory, all_rounding=all_rounding)
+        for name in engines(engine)
     ]
     best = bounds[0]
     for other in bounds[1:]:
@@ -152,7 +165,8 @@ def verified(upper: Tensor, labels: Tensor) -> Tensor:
 def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> Interval:
     """Return bounds of each logit by itself over the box, (m, K) each; otherwise like `margins`."""
     bounds = [
-        _in_chunks(graph, images, None, engine=name, memory=memory) for name in engines(engine)
+        _in_chunks(graph, images, None, engine=name, memory=memory, all_rounding=True)
+        for name in engines(engine)
     ]
     lower, upper = bounds[0].chunk(2, dim=1)
     for other in bounds[1:]:
@@ -170,7 +184,7 @@ def before_relus(graph: Graph, images: Box) -> list[Interval]:
         spans: list[_Span | None] = []
         for operation in operations:
             inputs = [spans[j] for j in operation.inputs]
-            spans.append(_span(operation, inputs, images, everywhere=True))
+            spans.append(_span(operation, inputs, images, everywhere=True, rounding=False))
         relus = (o.inputs[0] for o in operations if isinstance(o.what, Relu))
         chosen = [span for i in dict.fromkeys(relus) if (span := spans[i]) is not None]
         return [Interval(s.centre - s.radius, s.centre + s.radius) for s in chosen]
@@ -193,7 +207,7 @@ def slopes(
         for start in range(0, len(labels), plan.images):
             chunk = slice(start, start + plan.images)
             some = Box(images.centre[chunk], images.radius[chunk])
-            state = _State(graph.operations(), some, "symbolic", plan.pieces)
+            state = _State(graph.operations(), some, "symbolic", plan.pieces, all_rounding=False)
             uppers.append(state.margins(labels[chunk], keep=True))
             assert state.reached is not None
             reached.append(state.reached)
@@ -201,7 +215,13 @@ def slopes(
 
 
 def _in_chunks(
-    graph: Graph, images: Box, labels: Tensor | None, *, engine: str, memory: int
+    graph: Graph,
+    images: Box,
+    labels: Tensor | None,
+    *,
+    engine: str,
+    memory: int,
+    all_rounding: bool,
 ) -> Tensor:
     """One engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits."""
     count = len(images.centre)
@@ -222,7 +242,7 @@ def _in_chunks(
     def bound(some: Box, their: Tensor | None, pieces: int) -> Tensor:
         with precision.exactly_float32(some.centre.device):
             operations = graph.operations() if known is None else known
-            state = _State(operations, some, engine, pieces)
+            state = _State(operations, some, engine, pieces, all_rounding=all_rounding)
             return state.logits() if their is None else state.margins(their)
 
     parts = []
@@ -256,7 +276,13 @@ class _State:
     """One computation of bounds for a chunk of images."""
 
     def __init__(
-        self, operations: Sequence[Operation], images: Box, engine: str, pieces: int
+        self,
+        operations: Sequence[Operation],
+        images: Box,
+        engine: str,
+        pieces: int,
+        *,
+        all_rounding: bool,
     ) -> None:
         self.operations = operations
         self.pieces = pieces
@@ -269,7 +295,10 @@ class _State:
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
         """The values at the middle of all relaxations, around which rows are bounded."""
+        self._noise: list[Tensor | None] = []
+        """The rounding of the values since the last ReLU or the root, with `all_rounding`."""
         self._relaxed: dict[int, Relaxation] = {}
+        self._all_rounding = all_rounding
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
     def margins(self, labels: Tensor, *, keep: bool = False) -> Tensor:
@@ -280,6 +309,8 @@ class _State:
         start = Dense(unit - right[:, None], self.operations[-1].shape)
         centre = values - values.gather(1, labels[:, None])
         moved = self._reach(len(self.operations) - 1, start, keep=keep)
+        if (noise := self._noise[-1]) is not None:
+            moved = moved + noise + noise.gather(1, labels[:, None])
         return (centre + _with_rounding(moved, values)).masked_fill(right.bool(), 0)
 
     def logits(self) -> Tensor:
@@ -293,7 +324,10 @@ class _State:
         intervals: dict[int, tuple[Tensor, Tensor]] = {}
         for i, operation in enumerate(self.operations):
             spans = [self._spans[j] for j in operation.inputs]
-            self._spans.append(_span(operation, spans, images, everywhere=before == "constant"))
+            constant, rounding = before == "constant", self._all_rounding
+            self._spans.append(
+                _span(operation, spans, images, everywhere=constant, rounding=rounding)
+            )
             match operation.what:
                 case Input():
                     value = images.centre
@@ -304,10 +338,40 @@ class _State:
                     if j not in intervals:
                         intervals[j] = self._interval(j, before)
                     self._relaxed[i] = _relaxation(self._values[j], *intervals[j], at_the_end)
+                    if (noise := self._noise[j]) is not None:
+                        self._relaxed[i] = _widened(self._relaxed[i], noise)
                     value = self._relaxed[i].middle
                 case affine:
                     value = affine.forward(self._values[operation.inputs[0]])
             self._values.append(value)
+            self._noise.append(self._noise_at(i) if self._all_rounding else None)
+
+    @torch.no_grad()
+    def _noise_at(self, i: int) -> Tensor | None:
+        """Return how far rounding may have taken an operation's values from where they belong.
+
+        The root's is in its radius, and a ReLU's in its gap.
+        """
+        operation, value = self.operations[i], self._values[i]
+        if i <= self._root or isinstance(operation.what, Input | Relu):
+            return None
+        before = [n for j in operation.inputs if (n := self._noise[j]) is not None]
+        own = value.abs().mul_(_unit(value, _TERMS))
+        if isinstance(operation.what, Sum):
+            return summed([own, *before])
+        if isinstance(operation.what, Reshape):
+            return operation.what.forward(before[0]) if before else None
+        terms = self._sizes(operation.inputs[0]).mul_(_unit(value, _TERMS))
+        return own.add_(operation.what.absolute(summed([terms, *before])))
+
+    def _sizes(self, i: int) -> Tensor:
+        """Return about how large an operation's values are over the box, in a tensor of its own."""
+        span = self._spans[i]
+        if span is not None:
+            return span.centre.abs().add_(span.radius)
+        if i in self._relaxed:
+            return self._relaxed[i].middle.abs().add_(self._relaxed[i].gap)
+        return self._values[i].abs()
 
     def _interval(self, i: int, lines: Lines) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of an operation's values."""
@@ -335,6 +399,8 @@ class _State:
             ups.append(up)
             downs.append(down)
         up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=1)
+        if (noise := self._noise[i]) is not None:
+            up, down = up + noise.flatten(1), down + noise.flatten(1)
         return _with_rounding(up, value), _with_rounding(down, value)
 
     def _reach(self, i: int, start: Start | Rows, *, keep: bool = False) -> Tensor:
@@ -401,10 +467,17 @@ def _root(operations: Sequence[Operation]) -> int:
 
 
 def _span(
-    operation: Operation, inputs: Sequence[_Span | None], images: Box, *, everywhere: bool
+    operation: Operation,
+    inputs: Sequence[_Span | None],
+    images: Box,
+    *,
+    everywhere: bool,
+    rounding: bool,
 ) -> _Span | None:
     """Return an operation's values layer by layer; None if not asked for `everywhere` and not
     exact.
+
+    With `rounding` the radius holds what rounding may have taken from the centre.
     """
     if isinstance(operation.what, Input):
         return _Span(images.centre, images.radius, exact=True, independent=True)
@@ -418,13 +491,21 @@ def _span(
             return _Span(middle, half, first.exact, first.independent)
         case Sum():
             centre = summed([span.centre for span in known])
-            return _Span(
-                centre, summed([span.radius for span in known]), exact=False, independent=False
-            )
+            radius = summed([span.radius for span in known])
+            if rounding:
+                radius = radius + centre.detach().abs() * _unit(centre, _TERMS)
+            return _Span(centre, radius, exact=False, independent=False)
         case affine:
+            centre, radius = affine.forward(first.centre), first.radius
+            if rounding and not isinstance(affine, Reshape):
+                unit = _unit(centre, _TERMS)
+                radius = torch.add(radius * (1 + unit), first.centre.detach().abs(), alpha=unit)
+                radius = torch.add(affine.absolute(radius), centre.detach().abs(), alpha=unit)
+            else:
+                radius = affine.absolute(radius)
             return _Span(
-                affine.forward(first.centre),
-                affine.absolute(first.radius),
+                centre,
+                radius,
                 first.independent,
                 first.independent and isinstance(affine, Scale | Reshape),
             )
@@ -454,6 +535,24 @@ def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Re
     return Relaxation((line + low_line) / 2, (line - low_line) / 2, slope, low)
 
 
+def _widened(relaxation: Relaxation, noise: Tensor) -> Relaxation:
+    """Return the same lines, further apart by the rounding of the values that they are told from.
+
+    A neuron lets no more of it pass than its steeper line. Constant lines were made of intervals
+    that hold it.
+    """
+    if relaxation.up is None:
+        return relaxation
+    steeper = 1 if relaxation.low is None else 2  # a lower line of slope 1 is below one above 1/2
+    gap = torch.addcmul(relaxation.gap, noise, relaxation.up.detach(), value=steeper)
+    return replace(relaxation, gap=gap)
+
+
+def _unit(values: Tensor, many: int) -> float:
+    """Return so many units in the last place, as a share of a value."""
+    return many * torch.finfo(values.dtype).eps
+
+
 def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
     """Return a radius made larger by what rounding may have taken from it; see the head of this
     page.
@@ -461,7 +560,7 @@ def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
     with torch.no_grad():
         largest = values.abs().flatten(1).amax(dim=1)
         size = moved.abs() + largest.view(-1, *(1 for _ in moved.shape[1:]))
-        margin = size.mul_(_ROUNDING * torch.finfo(moved.dtype).eps)
+        margin = size.mul_(_unit(moved, _ROUNDING))
     return moved + margin
 
 
@@ -566,7 +665,7 @@ def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 
         images = torch.empty((1, *graph.shape), dtype=like.dtype, device="meta")
         with torch.no_grad(), _Counted() as counted:
             operations = [on_meta(o) for o in graph.operations()]
-            state = _State(operations, Box(images, images), engine, pieces)
+            state = _State(operations, Box(images, images), engine, pieces, all_rounding=False)
             if joint:
                 state.margins(torch.zeros(1, dtype=torch.int64, device="meta"))
             else:
