@@ -178,7 +178,13 @@ def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> I
 
 
 def before_relus(graph: Graph, images: Box) -> list[Interval]:
-    """Interval bounds before each ReLU in the order of computation, layer by layer (`ibp`)."""
+    """Return interval bounds before each ReLU in the order of computation, layer by layer (`ibp`).
+
+    Each (m, C, H, W) or (m, N), with gradients; without the margin for rounding.
+
+    Raises:
+        UserError: a layer is in training mode.
+    """
     with precision.exactly_float32(images.centre.device):
         operations = graph.operations()
         spans: list[_Span | None] = []
@@ -223,7 +229,12 @@ def _in_chunks(
     memory: int,
     all_rounding: bool,
 ) -> Tensor:
-    """One engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits."""
+    """Return one engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits.
+
+    Raises:
+        UserError: the images are of another size, or one of them needs more memory.
+        ValueError: there is not one label for each image.
+    """
     count = len(images.centre)
     if labels is not None and labels.shape != (count,):
         raise ValueError(f"one label for each of {count} images, not {tuple(labels.shape)}")
@@ -302,7 +313,10 @@ class _State:
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
     def margins(self, labels: Tensor, *, keep: bool = False) -> Tensor:
-        """(m, K); with `keep`, what they are of the images is in `reached` afterwards."""
+        """Return the margins' upper bounds, (m, K).
+
+        With `keep`, their coefficients on the images are in `reached` afterwards.
+        """
         values = self._values[-1]
         unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
         right = unit[labels]
@@ -314,13 +328,13 @@ class _State:
         return (centre + _with_rounding(moved, values)).masked_fill(right.bool(), 0)
 
     def logits(self) -> Tensor:
-        """(m, 2·K), lower bounds and then upper ones."""
+        """Return the logits' bounds, (m, 2·K), lower ones and then upper ones."""
         values = self._values[-1]
         up, down = self._both_reaches(len(self.operations) - 1, one_sided=True)
         return torch.cat([values - down, values + up], dim=1)
 
     def _forward(self, images: Box, before: Lines, at_the_end: Lines) -> None:
-        """Values and relaxations, operation by operation."""
+        """Compute values and relaxations, operation by operation."""
         intervals: dict[int, tuple[Tensor, Tensor]] = {}
         for i, operation in enumerate(self.operations):
             spans = [self._spans[j] for j in operation.inputs]
@@ -374,7 +388,7 @@ class _State:
         return self._values[i].abs()
 
     def _interval(self, i: int, lines: Lines) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of an operation's values."""
+        """Return lower and upper bounds of an operation's values, like these."""
         span, value = self._spans[i], self._values[i]
         if span is not None and (span.exact or lines == "constant"):
             radius = _with_rounding(span.radius, span.centre)
@@ -512,7 +526,7 @@ def _span(
 
 
 def _after_relu(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and half width of the interval after a ReLU."""
+    """Return middle and half width of the interval after a ReLU."""
     lower, upper = lower.clamp(min=0), upper.clamp(min=0)
     return (upper + lower) / 2, (upper - lower) / 2
 

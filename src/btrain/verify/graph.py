@@ -320,7 +320,7 @@ def on_meta(operation: Operation) -> Operation:
 
 
 def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
-    """Return the logits of images, by the operations."""
+    """Return the logits of images, by the operations, (m, C, H, W) or (m, N) -> (m, K)."""
     values: list[Tensor] = []
     for operation in operations:
         match operation.what:
@@ -336,7 +336,7 @@ def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
 
 
 def summed(values: Sequence[Tensor]) -> Tensor:
-    """Return the sum of one or more tensors."""
+    """Return the sum of one or more tensors of one shape."""
     total = values[0]
     for value in values[1:]:
         total = total + value
@@ -773,7 +773,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _normalisation(module: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape) -> Scale:
-    """Batch normalisation by its running statistics."""
+    """Return batch normalisation by its running statistics."""
     assert module.running_mean is not None and module.running_var is not None
     factor = torch.rsqrt(module.running_var + module.eps)
     if module.weight is not None:
@@ -786,7 +786,9 @@ def _normalisation(module: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape) -> Sca
 
 
 def _fused(nodes: Sequence[Node]) -> list[Node]:
-    """Scales joined to what they alone follow: batch normalisation costs nothing then."""
+    """Return nodes with scales joined to what they alone follow: batch normalisation costs nothing
+    then.
+    """
     uses = [0] * len(nodes)
     for node in nodes:
         for i in node.inputs:
@@ -859,7 +861,7 @@ _ARGUMENTS = {
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    """(height, width), from one number for both or a pair."""
+    """Return (height, width), from one number for both or a pair."""
     if isinstance(value, int):
         return value, value
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
