@@ -74,6 +74,13 @@ CASES = {
     ),
     "a share of the robust": (["bt.robust_share=0.5"], MIXED, 51),
     "a share of the robust, mart": (["defense=mart", "bt.robust_share=0.5"], MIXED, 51),
+    "some stand for others": (["train.skip=0.5"], MIXED, 51),
+    "some stand for others, fast": (["train.skip=0.5", "rival=fast", "defense=pgd"], MIXED, 51),
+    "some stand for others, mart": (
+        ["train.skip=0.5", "defense=mart", "bt.robust_share=0.5"],
+        MIXED,
+        51,
+    ),
     "in parts": (
         [
             "train.accumulate=2",
@@ -164,6 +171,8 @@ def run(
         if isinstance(config.defense, VerifiedConfig):  # whose bounds do not pass by the hook
             x = x.double()
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
+        if config.train.skip:
+            batch = batch._replace(weight=1 + (torch.arange(m) % 3 > 0).to(x.dtype))
         network, method = paths.view(world.wrapped(model.train())), method_of(number // 2)
         sums = train_batch(network, optimizer, method, batch, memory, generator, several)
         fractions.append(memory["robust_fraction"].double())

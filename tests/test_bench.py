@@ -377,6 +377,25 @@ def test_nothing_is_recorded_while_a_batch_is_timed(
     assert len(lane.stats) == 4
 
 
+def test_a_lane_clips_as_the_run_does() -> None:
+    for clip, most in (([], 1.0), (["recipe.clip_norm=1e-6"], 1e-6)):
+        lane = lanes("trades", "recipe.weight_decay=0", *clip)[Contender.lean]
+        lane.run(lane.prepare(0))
+        momenta = [state["momentum_buffer"] for state in lane.optimizer.state.values()]
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(momenta)))
+        assert (length <= 1.001 * most) == bool(clip)  # of one step they are the gradient
+
+
+@pytest.mark.parametrize(
+    "setting", ["train.skip=0.5", "attack.start=kept", "bt.score=last", "bt.guard=0.5"]
+)
+def test_what_lives_on_earlier_visits_is_refused(setting: str) -> None:
+    settings = [*TINY[:1], setting, *(["bt.guard_steps=1"] if "guard" in setting else [])]
+    with pytest.raises(UserError, match=re.escape(setting)) as error:
+        make_cases(command.compose(["bench.defenses=[trades]"]), settings)
+    assert str(error.value).startswith("btrain bench visits every batch once, so that")
+
+
 # The command
 
 QUICK = ["bench.repetitions=1", "bench.batch_sizes=[16,24]", "bench.models=[small_cnn]"]

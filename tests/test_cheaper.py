@@ -20,7 +20,6 @@ from btrain.errors import UserError
 from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
-from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.settings import older
 from btrain.settings.compose import to_dict
@@ -28,7 +27,7 @@ from btrain.training import run, setup, train
 from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.schedule import make_plan
-from btrain.training.setup import check_shares, make_state
+from btrain.training.setup import make_state, notes_on_store
 from btrain.training.update import descend, shorten
 from composing import compose
 from steps import epoch_of, memory_of
@@ -162,15 +161,40 @@ def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:
 
 
 def test_the_size_of_the_store_is_told_and_one_too_large_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tiny(tmp_path, *KEPT, "train.epochs=1")
+    config = tiny(tmp_path, *KEPT, "train.max_seconds=1e-9", "eval.steps=0")
+    fine = tiny(tmp_path, *KEPT, "attack.store=bf16")
+    told = r"needs {} for its store \(300 images of 1×8×8 in {}\), .* has left; {}fewer"
     with monkeypatch.context() as patched:
         patched.setattr(setup, "free_memory", lambda device: 10_000)
-        with pytest.raises(UserError, match=r"keeps 0\.02 MB of starts \(300 images of 1×8×8"):
+        with pytest.raises(UserError, match=told.format("20 kB", "int8", "")):
             train(config)
+        smaller = told.format("39 kB", "bf16", r"attack\.store=int8 or ")
+        with pytest.raises(UserError, match=smaller):
+            train(fine)
     train(config)
-    assert "attack.start=kept keeps 0.02 MB of starts (300 images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "The store of kept starts takes 20 kB, also in every checkpoint." in said
+    cold = tiny(tmp_path, *KEPT, "attack.checkpoint_store=false")
+    state = make_state(cold, digits, CPU)
+    (size,) = notes_on_store(cold, digits, state)
+    assert size.endswith(", and is in no checkpoint.")
+    state.epoch = 1  # as of a checkpoint
+    assert notes_on_store(cold, digits, state)[1].startswith("It is empty now")
+    assert not notes_on_store(tiny(tmp_path), digits, state)
+
+
+@pytest.mark.parametrize("start", [["clean"], ["normal", "0"], ["kept", "0"]])
+def test_trades_attack_does_not_begin_at_the_image(start: list[str]) -> None:
+    words = [f"attack.start={start[0]}", *(f"attack.start_std={std}" for std in start[1:])]
+    with pytest.raises(UserError, match=re.escape(words[-1])) as error:
+        compose(words)
+    assert str(error.value).endswith("at the clean image its KL divergence has no gradient.")
+    assert compose([*words, "defense=pgd"])
 
 
 @pytest.mark.parametrize(
@@ -259,18 +283,42 @@ def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
 # Examples left out of an epoch
 
 
-def test_of_the_far_half_a_share_is_left_out_and_the_rest_stands_for_it() -> None:
-    score = torch.randperm(100, generator=generator()).float() - 20
+@pytest.mark.parametrize("right", [80, 30])
+def test_of_the_far_a_share_is_left_out_and_the_rest_stands_for_it(right: int) -> None:
+    score = torch.randperm(100, generator=generator()).float() - 99.5 + right
     total = torch.zeros(100)
+    far = (score > 0) & (score > score.median())
+    assert int(far.sum()) == min(right, 50)
     for epoch in range(400):
-        weight = stand_ins(score, 0.4, 0, epoch)
-        assert torch.equal(weight, stand_ins(score, 0.4, 0, epoch))
+        weight = stand_ins(score, 0.4, 4, 0, epoch)
+        assert torch.equal(weight, stand_ins(score, 0.4, 4, 0, epoch))
         assert float(weight.sum()) == pytest.approx(100)
-        far = score > score.median()
         assert bool((weight[~far] == 1).all())
-        assert int((weight[far] == 0).sum()) == 20
+        assert int((weight[far] == 0).sum()) == 0.4 * min(right, 50)
         total += weight / 400
     torch.testing.assert_close(total, torch.ones(100), rtol=0, atol=0.2)
+    for size, used in ((9, 81), (80, 80), (7, 84), (30, 90), (101, 100)):  # whole batches, or all
+        weight = stand_ins(torch.arange(1, 101.0), 0.4, size, 0, 1)
+        assert int((weight > 0).sum()) == used and float(weight.sum()) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("right", "epoch", "epochs", "whole"),
+    [(0.27, 1, 4, True), (0.29, 1, 4, False), (0.9, 0, 4, True), (0.9, 2, 4, False),
+     (0.9, 3, 4, True), (0.9, 7, 10, False), (0.9, 8, 10, True)],
+)  # fmt: skip
+def test_nobody_is_left_out_at_the_ends_of_a_run_or_near_a_constant_prediction(
+    tmp_path: Path, digits: Data, right: float, epoch: int, epochs: int, whole: bool
+) -> None:
+    """One class has a fifth of the labels, so that 28 % right are a tenth better than guessing."""
+    config = tiny(tmp_path, "train.skip=0.5", f"train.epochs={epochs}")
+    state, n = make_state(config, digits, CPU), len(digits.train)
+    labels = torch.where(torch.arange(n) < n // 5, 0, 1 + torch.arange(n) % 8)
+    state.epoch = epoch
+    state.memory["score"].copy_(torch.where(torch.arange(n) < right * n, 1.0, -1.0))
+    state.memory["score"] += 0.01 * torch.rand(n, generator=generator())
+    weight = weights_of_epoch(state, labels, make_plan(config))
+    assert weight is not None and bool((weight == 1).all()) is whole
 
 
 def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -> None:
@@ -307,8 +355,9 @@ def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digi
     for state, batches_done in ((whole, None), (cut, 5)):
         epoch_of(config, state, digits.train)
         state.end_epoch()
+        state.memory["score"].copy_(torch.arange(len(digits.train)) % 50)
         epoch_of(config, state, digits.train, stopped=lambda s=state, n=batches_done: s.batch == n)
-    assert whole.batch == batches_in(whole, len(digits.train), make_plan(config)) < nominal
+    assert whole.batch == batches_in(whole, digits.train, make_plan(config)) < nominal
     checkpoint.save(tmp_path / "cut.pt", {"state": cut.state_dict()})
     resumed.load_state_dict(checkpoint.load(tmp_path / "cut.pt")["state"])
     epoch_of(config, resumed, digits.train)
@@ -320,14 +369,21 @@ def test_a_run_that_leaves_examples_out_resumes_bit_for_bit(tmp_path: Path, digi
 @pytest.mark.parametrize("defense", ["pgd", "mart"])
 @pytest.mark.parametrize("allocator", ["uniform", "early_exit", "gaussian"])
 def test_the_levers_go_together_with_every_defense(
-    tmp_path: Path, defense: str, allocator: str
+    tmp_path: Path, digits: Data, defense: str, allocator: str
 ) -> None:
     settings = [f"defense={defense}", f"bt={allocator}", "attack.start=kept", "bt.n_b=1",
-                "train.skip=0.5", "recipe.clip_norm=1", "train.epochs=2"]  # fmt: skip
+                "train.skip=0.5", "train.skip_last=0", "recipe.clip_norm=1", "train.epochs=2",
+                "train.precision=bf16"]  # fmt: skip
     settings += ["bt.n_r=1", "bt.robust_share=0.5"] if allocator == "early_exit" else []
-    summary = train(tiny(tmp_path, *settings, "train.precision=bf16"))
-    assert summary["epochs"] == 2
-    assert summary["units_per_example"] < 9
+    config = tiny(tmp_path, *settings)
+    state = make_state(config, digits, CPU)
+    whole = epoch_of(config, state, digits.train)
+    state.end_epoch()
+    state.memory["score"].copy_(torch.arange(len(digits.train)))
+    part = epoch_of(config, state, digits.train)
+    assert whole["left_out"] == 0 and part["left_out"] == pytest.approx(0.25, abs=0.01)
+    assert part["units_per_example"] < 9
+    assert part["units_per_example"] < whole["units_per_example"]
 
 
 @pytest.mark.parametrize(
@@ -360,12 +416,6 @@ def test_the_levers_go_together_with_every_defense(
 def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         compose(overrides)
-
-
-def test_several_processes_leave_nobody_out() -> None:
-    config = compose(["dataset=digits", "model=small_cnn", "train.skip=0.5"])
-    with pytest.raises(UserError, match=r"train\.skip=0\.5 needs one process"):
-        check_shares(config, 1442, World(0, 2))
 
 
 # Scores of the last visit
@@ -433,11 +483,12 @@ def test_a_guarded_run_attacks_outliers_and_leaves_nobody_out(tmp_path: Path, di
     state.memory["score"].copy_(torch.arange(len(digits.train)))
     for f_o, left_out in ((0.41, False), (0.39, True)):
         state.memory[OUTLIERS].fill_(f_o)
-        weight = weights_of_epoch(state, make_plan(config))
+        weight = weights_of_epoch(state, digits.train.labels, make_plan(config))
         assert weight is not None and bool((weight == 0).any()) is left_out
     late = tiny(tmp_path / "skips", "train.skip=0.5", "bt.guard=0.4", "bt.warmup_epochs=1",
                 "train.epochs=3")  # fmt: skip
-    weight = weights_of_epoch(state, make_plan(late))  # the first behind the warm-up, as F_O is 0
+    # F_O is 0 in the first epoch behind the warm-up, too.
+    weight = weights_of_epoch(state, digits.train.labels, make_plan(late))
     assert weight is not None and bool((weight == 1).all())
     method = make_method(compose([*KEPT, *always, "bt.robust_share=0.5"]), CPU)
     assert method.expected_units((0.1, 0.3, 0.6)) == 1 + 3 + 2 + 3
@@ -451,9 +502,9 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     warned = many_outliers(config, line, 10)
     assert warned is not None
     assert "70 % of the examples count as outliers" in warned
-    assert "bt.n_o=1 would attack them" in warned
+    assert "more epochs make them fewer, and bt=uniform attacks everybody" in warned
     told = many_outliers(config, line | {"f_o": 0.85}, 10)
-    assert told is not None and "has not begun to learn" in told and "bt.n_o" not in told
+    assert told is not None and "has not begun to learn" in told and "bt=" not in told
     assert many_outliers(config, line | {"f_o": 0.4}, 10) is None
     assert many_outliers(config, line | {"epoch": 4}, 10) is None
     assert many_outliers(compose([*settings, "bt.n_o=1"]), line, 10) is None
@@ -464,6 +515,24 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     assert (
         many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line, 10) is None
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"experiment={name}"] for name in ("fastest", "fastest_mnist")),
+        *([f"experiment={name}"] for name in ("cheap_bullettrain", "cheapest_mnist")),
+        ["experiment=fastest", "bt.score=last"],
+    ],
+)
+def test_what_the_warning_advises_can_be_done(words: list[str]) -> None:
+    config = compose(words)
+    line = {"epoch": (config.train.epochs + 1) // 2, "f_o": 0.7}
+    warned = many_outliers(config, line, 10)
+    assert warned is not None
+    advised = re.findall(r"\b(?:bt|train|attack|recipe)[\w.]*=\w+", warned)
+    followed = compose([*words, *advised])
+    assert advised and many_outliers(followed, line, 10) is None
 
 
 def test_a_network_near_chance_is_told() -> None:

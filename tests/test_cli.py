@@ -375,7 +375,7 @@ def test_a_setting_that_an_older_run_did_not_know_counts_as_its_default(
     assert main(["train", *SMALL, "run.dir=run"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert main(["train", *SMALL, "run.dir=run", "train.compile=true"]) == 1
-    assert "belongs to a run with train.compile=False, not True" in capsys.readouterr().err
+    assert "belongs to a run with train.compile=false, not true" in capsys.readouterr().err
 
 
 def test_what_does_not_change_the_result_may_differ(run: Path, capsys: Capture) -> None:

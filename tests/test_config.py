@@ -433,7 +433,7 @@ def test_a_normalisation_needs_mean_and_positive_std(
         {"bt.n_b": 0, "bt.n_r": 0},
         {"bt.n_b": 20},
         {"attack.steps": 1, "bt.n_r": 1},
-        {"attack.start_std": 0.0},
+        {"attack.start_std": 0.0, "attack.start": "uniform"},
         {"defense.beta": 0.0},
         {"eval.steps": 0},
         {"eval.batch_size": 1},
@@ -589,18 +589,18 @@ def left_out(cfg: Any, words: list[str]) -> list[str]:
 def test_what_an_experiment_gives_a_replaced_option_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    words = ["experiment=cheapest", "bt=uniform"]
+    words = ["experiment=cheap_bullettrain", "bt=uniform"]
     told = [
         "bt=uniform has no bt.n_r, bt.robust_share, bt.guard: left out, though "
-        "experiment=cheapest gives them."
+        "experiment=cheap_bullettrain gives them."
     ]
     assert left_out(composed_by_hydra(words, "train"), words) == told
     assert compose_anew(words).bt.n_b == 1  # as Python has it
     assert [record.getMessage() for record in caplog.records] == told
     with pytest.raises(UserError, match=r"^bt\.n_r is no setting with bt=uniform\.$"):
         compose([*words, "bt.n_r=1"])
-    kept = composed_by_hydra(["experiment=cheapest"], "train")
-    assert left_out(kept, ["experiment=cheapest"]) == []
+    kept = composed_by_hydra(["experiment=cheap_bullettrain"], "train")
+    assert left_out(kept, ["experiment=cheap_bullettrain"]) == []
     words = ["experiment=cheap_kept", "attack=l2_pgd"]
     told = r"experiment=cheap_kept sets attack\.start; attack\.start=…"
     with pytest.raises(UserError, match=told):
@@ -615,14 +615,14 @@ def test_only_what_an_experiment_wrote_is_left_out(
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "bt/wrong": "defaults: [uniform, _self_]\nn_r: 1\n",
-        "experiment/ours": "# @package _global_\ndefaults: [cheapest]\nbt: {n_b: 3, n_r: 2}\n",
+        "experiment/ours": "# @package _global_\ndefaults: [cheap_bullettrain]\nbt: {n_b: 3, n_r: 2}\n",
         "experiment/torn": "# @package _global_\nbt: {n_r: 2, n_b: 1}\n",
         "experiment/typo": "# @package _global_\nbt: {nb: 3}\n",
     }.items():
         Path("mine", name).parent.mkdir(parents=True, exist_ok=True)
         Path("mine", f"{name}.yaml").write_text(text)
     for words, said in (
-        ("experiment=cheapest bt=wrong", "bt.n_r is no setting with bt=uniform."),
+        ("experiment=cheap_bullettrain bt=wrong", "bt.n_r is no setting with bt=uniform."),
         ("experiment=typo bt=uniform", "There is no setting bt.nb. Did you mean bt.n_b?"),
         ("experiment=ours bt.n_o=4", "bt.n_o must be at most bt.n_r = 2, not 4. experiment=ours "
          "sets bt.n_r; bt.n_r=… would change that."),

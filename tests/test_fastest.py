@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from btrain.settings import ScheduleName, Score
+from btrain.settings import OptimizerName, ScheduleName, Score
 from btrain.training import train
 from composing import compose
 from test_training import metrics
@@ -27,6 +27,33 @@ def test_follows_the_recipe_of_the_data_set(dataset: str) -> None:
     assert fastest.train.epochs == math.ceil(plain.train.epochs / 1.5)
     assert fastest.train.batch_size == plain.train.batch_size // 2
     assert fastest.bt.step_size_b == pytest.approx(1.7 * plain.attack.epsilon / fastest.bt.n_b)
+
+
+@pytest.mark.parametrize("words", [["fastest"], ["cheap_bullettrain", "bt.score=fresh"], ["demo"]])
+def test_a_recipe_with_adam_has_no_nesterov(words: list[str]) -> None:
+    name, *more = words
+    words = [f"experiment={name}", "dataset=mnist_sample", "model=small_cnn", "defense=pgd", *more]
+    recipe, plain = compose(words).recipe, compose(["dataset=mnist_sample", "defense=pgd"]).recipe
+    assert (recipe.optimizer, recipe.lr) == (plain.optimizer, plain.lr)
+    assert recipe.optimizer is OptimizerName.adam and not recipe.nesterov
+    sgd = compose([*words, "recipe.optimizer=sgd"]).recipe
+    assert sgd.nesterov and sgd.momentum == 0.9
+    assert not compose([*words, "recipe.optimizer=sgd", "recipe.momentum=0"]).recipe.nesterov
+
+
+@pytest.mark.parametrize("dataset", ["mnist_sample", "digits", "cifar10"])
+def test_the_rival_has_the_same_descent_everywhere(dataset: str) -> None:
+    rival = compose(["experiment=cheap_rival", f"dataset={dataset}", "model=small_cnn"]).recipe
+    ours = compose(["experiment=cheap_bullettrain", "dataset=cifar10"]).recipe
+    for name in ("optimizer", "lr", "momentum", "nesterov", "schedule", "peak", "clip_norm"):
+        assert getattr(rival, name) == getattr(ours, name), name
+
+
+def test_cheapest_is_the_rival_in_fewer_epochs_and_ends_ahead_of_a_collapse() -> None:
+    rival, cheapest = (compose([f"experiment={name}"]) for name in ("cheap_rival", "cheapest"))
+    recipe = replace(rival.recipe, early_stop_on_collapse=True)
+    train = replace(rival.train, epochs=math.ceil(rival.recipe.epochs / 2.5))
+    assert replace(cheapest, run=rival.run) == replace(rival, recipe=recipe, train=train)
 
 
 def test_mnists_own_differs_in_the_allocation_alone() -> None:

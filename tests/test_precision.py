@@ -319,7 +319,7 @@ def test_probing_further_off_gives_bf16_the_direction_of_float32(tiles: Tensor) 
         ["train.precision=bf16", "defense=pgd"],
         ["train.precision=bf16", "attack.start=uniform"],
         ["train.precision=bf16", "defense=pgd", "attack.start=clean"],
-        ["train.precision=bf16", "attack.start_std=0"],
+        ["train.precision=bf16", "defense=pgd", "attack.start=normal", "attack.start_std=0"],
         ["train.precision=bf16", "attack.start_std=0.02"],
     ],
     ids=str,

@@ -113,6 +113,13 @@ def test_commands_compose(task: str, command: str) -> None:
     compose([re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides], task)
 
 
+def test_the_readmes_experiments_compose_with_the_images_that_come_with_btrain() -> None:
+    named = re.findall(r"experiment=(\w+)", PAGES[ROOT / "README.md"])
+    assert len(named) > 3
+    for name in sorted(set(named)):
+        compose([f"experiment={name}", "dataset=mnist_sample", "model=small_cnn"])
+
+
 @pytest.mark.parametrize("command", BENCHES)
 def test_benches_have_cases(command: str) -> None:
     assert make_cases(*parse_bench(shlex.split(command)))

@@ -73,3 +73,9 @@ def test_help_in_a_locale_without_unicode(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"..." in done.stdout
     assert done.stdout.isascii()
+
+
+def test_a_size_is_told_in_the_unit_that_suits_it() -> None:
+    sizes = (65, 19_500, 1_500_000, 153_600_000, 2.5e9)
+    told = ["65 bytes", "20 kB", "1.5 MB", "153.6 MB", "2.5 GB"]
+    assert [terminal.sized(size) for size in sizes] == told

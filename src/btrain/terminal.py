@@ -50,6 +50,14 @@ def counted(count: object, one: str, many: str | None = None) -> str:
     return f"{count} {plural(count, one, many)}"
 
 
+def sized(count: float) -> str:
+    """Return a size in memory or on a disk: `1.5 GB`, `20 kB`."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count:.0f} bytes"
+
+
 def say(message: str, *, flush: bool = False) -> None:
     """Print a message on one line, whatever names are part of it."""
     show(printable(message), flush=flush)

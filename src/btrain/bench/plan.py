@@ -17,7 +17,7 @@ from btrain.errors import UserError
 from btrain.exchange.from_run import SavedRun, image_shape, read_run
 from btrain.methods.make import plain_defense
 from btrain.runs.checkpoint import load
-from btrain.settings import Config, CudaGraphs, DefenseName, TrainConfig
+from btrain.settings import Config, CudaGraphs, DefenseName, Score, Start, TrainConfig
 from btrain.settings.bench import BenchConfig, Contender
 from btrain.settings.compose import compose
 from btrain.settings.method import BulletTrainConfig
@@ -67,12 +67,21 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
         settings: overrides of `btrain train`.
 
     Raises:
-        UserError: a setting is wrong, or one that the bench goes through itself; fractions leave a
-            batch without robust examples; the run of `bench.checkpoint` cannot be read, had no
-            BulletTrain, or fewer images than a batch.
+        UserError: a setting is wrong, or one that the bench goes through itself or has no use for;
+            fractions leave a batch without robust examples; the run of `bench.checkpoint` cannot be
+            read, had no BulletTrain, or fewer images than a batch.
     """
     if bench.checkpoint is not None:
-        return _trained_cases(Path(bench.checkpoint), bench, settings)
+        cases = _trained_cases(Path(bench.checkpoint), bench, settings)
+    else:
+        cases = _cases(bench, settings)
+    for case in cases:
+        _reject_remembered(case.config)
+    return cases
+
+
+def _cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
+    """Return the cases of the bench's lists with the settings of `btrain train`."""
     for setting in settings:
         key = setting.partition("=")[0].lstrip("+~")
         if key in _OWN_KEYS:
@@ -83,6 +92,21 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
         for defense, model, size in product(bench.defenses, bench.models, bench.batch_sizes)
         for fractions in _fractions(bench, defense, size)
     ]  # fmt: skip
+
+
+def _reject_remembered(config: Config) -> None:
+    """Raise UserError for a setting that lives on what a run remembers of earlier batches."""
+    attack, bt, train = config.attack, config.bt, config.train
+    guard = bt.guard if isinstance(bt, BulletTrainConfig) else 1.0
+    once = "btrain bench visits every batch once, so that"
+    if train.skip:
+        raise UserError(f"{once} train.skip={train.skip:g} has no meaning there.")
+    if attack.start is Start.kept:
+        raise UserError(f"{once} attack.start=kept has no last attack to go on from there.")
+    if bt.score is Score.last:
+        raise UserError(f"{once} bt.score=last has no last visit's scores there.")
+    if guard < 1:
+        raise UserError(f"{once} bt.guard={guard:g} has no mean share of outliers to go by there.")
 
 
 def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> list[Fractions]:

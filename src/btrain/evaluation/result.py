@@ -545,8 +545,12 @@ def student(mean: float, deviation: float, n: int) -> tuple[float, float]:
 
 def hardly_above_chance(accuracy: float, classes: int) -> bool:
     """Return whether an accuracy, in percent, is hardly above that of guessing."""
-    chance = 100 / classes
-    return accuracy <= chance + (100 - chance) / 10
+    return hardly_above(accuracy, 100 / classes)
+
+
+def hardly_above(accuracy: float, guessing: float) -> bool:
+    """Return whether an accuracy gains at most a tenth of what guessing leaves, both in percent."""
+    return accuracy <= guessing + (100 - guessing) / 10
 
 
 def versions(*others: str) -> dict[str, str]:

@@ -38,6 +38,8 @@ from btrain.settings import Score
 
 OUTLIERS = "outlier_fraction"
 """The name of F_O's moving average in a method's memory, where a guard watches it."""
+SCORES, WEIGHTS = "score", "weight"
+"""The names of examples' scores at their last visit and of how many each stands for, (n,) each."""
 
 Regulariser = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """(network, images, labels, generator) -> what is added to the loss, ()"""
@@ -131,9 +133,9 @@ class BulletTrain:
         if self.guard is not None:
             memory[OUTLIERS] = torch.zeros((), device=device)
         if self.scores_kept:
-            memory["score"] = torch.zeros(len(data.train), device=device)
+            memory[SCORES] = torch.zeros(len(data.train), device=device)
         if self.skips:
-            memory["weight"] = torch.ones(len(data.train), device=device)
+            memory[WEIGHTS] = torch.ones(len(data.train), device=device)
         return memory
 
     def examples(
@@ -143,7 +145,7 @@ class BulletTrain:
         x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
         score = (
-            memory["score"][batch.indices] if self.scoring is Score.last else self.score(z, labels)
+            memory[SCORES][batch.indices] if self.scoring is Score.last else self.score(z, labels)
         )
         noise = self.start(batch, memory, generator)
 
@@ -268,7 +270,7 @@ class BulletTrain:
         seen = (logits for logits in (examples.z, clean_logits, adv_logits) if logits.shape[1])
         score = self.metric(next(seen).detach(), examples.labels)
         indices, score = self.remembered(examples.indices, score, examples.share)
-        memory["score"][indices] = score.to(memory["score"].dtype)
+        memory[SCORES][indices] = score.to(memory[SCORES].dtype)
 
     def remembered(self, indices: Tensor, score: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Return indices and scores to remember, (n,) each, of this share of a batch."""

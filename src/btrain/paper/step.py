@@ -1,4 +1,4 @@
-"""The cost of training a finished run: what a step holds, and an epoch's time over another's."""
+"""The cost of training a finished run: what a step holds, and its time over another's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from btrain.attacks.fast_paths import make_fast_paths
 from btrain.build import find_device, load_data
+from btrain.data.augmentation import batch_slices
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import read_config
@@ -48,16 +49,16 @@ class _Steps:
         self._method = make_method(config, device, paths=self._paths, known=known_of(data))
         self._split = data.train
         self._tried = self._state.throw_away_copy()
-
-    @property
-    def an_epoch(self) -> int:
-        """The number of steps of an epoch, fewer where images are left out of it."""
-        return batches_in(self._tried, len(self._split), self._plan)
+        shares = [share for share in run.logged("left_out") if 0 <= share < 1] or [0.0]
+        used = [round(len(self._split) * (1 - share)) for share in shares]
+        steps = [len(batch_slices(many, plan.batch_size)) for many in used]
+        self.an_epoch = sum(steps) / len(steps)
+        """The mean number of steps of an epoch, fewer where images are left out of some."""
 
     def take(self, many: int) -> float:
         """Take so many steps, or fewer to the end of an epoch; return the seconds of one."""
         tried = self._tried
-        if tried.batch == self.an_epoch:
+        if tried.batch == batches_in(tried, self._split, self._plan):
             self._state.generator = tried.generator  # other draws than before
             tried = self._tried = self._state.throw_away_copy()
         first, before = tried.batch, tried.epoch_work or 0.0

@@ -29,6 +29,7 @@ from btrain.runs.json_fields import Fields, is_number
 from btrain.runs.lengthening import LENGTH, lengthened
 from btrain.runs.lock import RunLock, locked
 from btrain.settings import Config, DatasetName, Resume
+from btrain.settings.checks import typed
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import as_begun, translated
 from btrain.terminal import complain
@@ -128,10 +129,13 @@ class RunFolder:
                 raise UserError(f"{self.path} belongs to {error}") from error
             others = [key for key in differing if key not in longer]
         if others:
-            key = others[0]
+            # Another option may have other settings: then it is named itself.
+            both = theirs.keys() & ours.keys()
+            key = next((key for key in others if key in both), others[0])
             raise UserError(
-                f"{self.path} belongs to a run with {key}={theirs.get(key)}, not "
-                f"{ours.get(key)}; please name another run.dir."
+                f"{self.path} belongs to a run with {key.removesuffix('.name')}="
+                f"{typed(theirs.get(key))}, not {typed(ours.get(key))}; please name another "
+                "run.dir."
             )
 
     def as_begun(self, config: Config) -> tuple[Config, str | None]:

@@ -12,9 +12,20 @@ _FARTHEST = 1_000_000  # √(C·H·W) of colour images of 577,000² pixels
 MISSING: Any = "???"  # OmegaConf's mark for a value that the user or a YAML file must give
 
 
+def typed(value: object) -> str:
+    """Return a setting's value as a user types it: `null`, `true`, `[1,2]`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    return str(value)
+
+
 def require(condition: bool, key: str, rule: str, value: object) -> None:
     if not condition:
-        raise UserError(f"{key} must be {rule}, not {value}.")
+        raise UserError(f"{key} must be {rule}, not {typed(value)}.")
 
 
 def finite(value: float) -> bool:

@@ -24,7 +24,7 @@ from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
-from btrain.settings.names import DatasetName, Start
+from btrain.settings.names import DatasetName, OptimizerName, Start
 from btrain.settings.run import DATASETS, MODELS
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
@@ -101,6 +101,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("with_views", _with_views, replace=True)
     OmegaConf.register_new_resolver("recipe_of", _recipe_of, replace=True)
     OmegaConf.register_new_resolver("augment", _augment, replace=True)
+    OmegaConf.register_new_resolver("nesterov", _nesterov, replace=True)
 
 
 def loosen(words: Sequence[str]) -> None:
@@ -203,6 +204,14 @@ def _augment(dataset: Mapping[str, Any], usual: bool | int) -> bool | int:
     if dataset["name"] is DatasetName.imagefolder and type(usual) is int:
         return min(usual, max(int(dataset["image_size"]), 0) // 8)
     return usual
+
+
+def _nesterov(optimizer: OptimizerName, momentum: float) -> bool:
+    """Return `${nesterov:sgd,0.9}` = true: whether a recipe has a momentum that can be Nesterov's.
+
+    Adam's cannot.
+    """
+    return optimizer is OptimizerName.sgd and momentum > 0
 
 
 def _recipe_of(defense: str, dataset: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from btrain.errors import UserError, first_line
 from btrain.settings import compose as configs
+from btrain.settings.checks import typed
 from btrain.untrusted import read_text
 
 _WIDTH = 34
@@ -146,15 +147,9 @@ def _shown(cfg: Any, name: str, raw: Any) -> str:
     except OmegaConfBaseException:
         value = raw
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return getattr(value, "name", None) or str(value)
+    return getattr(value, "name", None) or typed(value)
 
 
 def _row(left: str, right: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from btrain.errors import UserError
-from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require
+from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require, typed
 from btrain.settings.names import (
     AllocatorName,
     AttackMode,
@@ -112,8 +112,10 @@ class AttackConfig:
         if self.start is not Start.kept:
             unread = frozenset({"attack.store", "attack.checkpoint_store"})
             found.append(Choice(f"attack.start={self.start.name}", unread=unread))
-        if self.start is Start.clean:
-            found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
+        at_image = self.start in (Start.normal, Start.kept) and self.start_std == 0
+        if at_image or self.start is Start.clean:
+            written = "attack.start_std=0" if at_image else "attack.start=clean"
+            found.append(Choice(written, frozenset({"clean_start"})))
         if self.start is Start.kept:
             coarse = {} if self.store is Store.bf16 else _TOO_COARSE
             found.append(Choice("attack.start=kept", frozenset({"kept"}), _NO_KEPT | coarse))
@@ -125,7 +127,7 @@ class AttackConfig:
 
 _NO_KEPT = {
     "augmix": "there is no attack",
-    "rival": "a rival is run as published",
+    "rival": "a rival has a start of its own",
     "verified": "most of its images are not attacked",
     "pool": "the pool is attacked ahead of the weights that its batches leave",
     "attacks_by_itself": "its own attack is to find what one from the image finds",
@@ -514,7 +516,7 @@ class BTConfig:
             meant = Score.shared if self.share_clean_forward else Score.fresh
             if self.score not in (Score.fresh, meant):
                 raise UserError(
-                    f"bt.share_clean_forward={str(self.share_clean_forward).lower()}, an older "
+                    f"bt.share_clean_forward={typed(self.share_clean_forward)}, an older "
                     f"name of bt.score={meant.name}, contradicts bt.score={self.score.name}."
                 )
             self.score, self.share_clean_forward = meant, None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from btrain.settings.checks import typed
 from btrain.settings.combined import Config
 from btrain.settings.method import ALLOCATORS, DEFENSES, RIVALS
 from btrain.settings.names import DatasetName
@@ -99,6 +100,6 @@ def as_begun(config: Config, saved: Mapping[str, Any]) -> tuple[Config, str | No
     }
     if not begun:
         return config, None
-    words = ", ".join(f"recipe.{key}={value}".lower() for key, value in begun.items())
+    words = ", ".join(f"recipe.{key}={typed(value)}" for key, value in begun.items())
     note = f"goes on as it was begun, with {words}, the default of such images then"
     return replace(config, recipe=replace(config.recipe, **begun)), note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from btrain.controllers.base import Controller
 from btrain.data import Split, batches
 from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
+from btrain.evaluation.result import hardly_above
 from btrain.methods.base import Method
 from btrain.methods.bullettrain import OUTLIERS
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
@@ -95,15 +97,17 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(examples, generator=generator)
 
 
-def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
+def stand_ins(score: Tensor, share: float, batch_size: int, seed: int, epoch: int) -> Tensor:
     """Return how many examples each stands for in an epoch, 0 for one that is left out.
 
-    Of those whose score is above the median a share is left out, drawn by seed and epoch, and the
-    others of that half stand for them, so that no sum over the epoch is biased (Qin et al.,
+    Far from the boundary is who was predicted right and scored above the median. Of those a share
+    is left out, drawn by seed and epoch, or less, so that whole batches remain; the others stand
+    for them by inverse-probability weights, so that no sum over the epoch is biased (Qin et al.,
     "InfoBatch", leave out those with the smallest loss). The weights add up to n. (n,) -> (n,)
     """
-    far = (score > score.median()).nonzero().flatten()
-    left_out = int(share * len(far))
+    far = (score > score.median().clamp(min=0)).nonzero().flatten()
+    batches = math.ceil((len(score) - int(share * len(far))) / batch_size)
+    left_out = max(len(score) - batches * batch_size, 0)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + _APART) % 2**63)
     drawn = torch.randperm(len(far), generator=generator)[:left_out].to(score.device)
     weight = torch.ones_like(score)
@@ -112,29 +116,41 @@ def stand_ins(score: Tensor, share: float, seed: int, epoch: int) -> Tensor:
     return weight
 
 
-def weights_of_epoch(state: TrainState, plan: Plan) -> Tensor | None:
+def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | None:
     """Return how many examples each stands for in the epoch under way, (n,); None for one each.
 
-    The first epoch, which no scores precede, and the last ones leave out nobody; with a guard nor
-    does one that no epoch precedes that counted outliers, or that begins with more of them.
+    Nobody is left out in the first epoch, which no scores precede, while the network hardly does
+    better than a constant prediction, and in the last share `plan.skip_last` of the run; with a
+    guard nor in an epoch that begins with more outliers, or that none precedes that counted them.
     """
     if not plan.skip:
         return None
     weight = state.memory["weight"]
     if state.batch == 0:
-        unknown = state.epoch <= plan.plain_epochs
-        many = plan.guard < 1 and (unknown or float(state.memory[OUTLIERS]) > plan.guard)
-        if 0 < state.epoch < (1 - plan.skip_last) * plan.epochs and not many:
-            weight.copy_(stand_ins(state.memory["score"], plan.skip, plan.seed, state.epoch))
+        if _leaves_out(state, labels, plan):
+            score, size = state.memory["score"], plan.batch_size
+            weight.copy_(stand_ins(score, plan.skip, size, plan.seed, state.epoch))
         else:
             weight.fill_(1.0)
     return weight
 
 
-def batches_in(state: TrainState, examples: int, plan: Plan) -> int:
+def _leaves_out(state: TrainState, labels: Tensor, plan: Plan) -> bool:
+    """Return whether the epoch that begins leaves examples out."""
+    if state.epoch == 0 or state.epoch + 1 > (1 - plan.skip_last) * plan.epochs:
+        return False
+    guarded = plan.guard < 1
+    if guarded and (state.epoch <= plan.plain_epochs or state.memory[OUTLIERS] > plan.guard):
+        return False
+    right = 100 * (state.memory["score"] > 0).float().mean().item()
+    guessing = 100 * labels.bincount().max().item() / len(labels)
+    return not hardly_above(right, guessing)
+
+
+def batches_in(state: TrainState, split: Split, plan: Plan) -> int:
     """Return how many batches the epoch under way has."""
-    weight = weights_of_epoch(state, plan)
-    used = examples if weight is None else int((weight > 0).sum())
+    weight = weights_of_epoch(state, split.labels, plan)
+    used = len(split) if weight is None else int((weight > 0).sum())
     return len(batch_slices(used, plan.batch_size))
 
 
@@ -177,7 +193,7 @@ def train_epoch(
     device = split.images.device
     epoch = plan.before + state.epoch
     order = epoch_order(len(split), plan.seed, epoch).to(device)
-    weight = weights_of_epoch(state, plan)
+    weight = weights_of_epoch(state, split.labels, plan)
     if weight is not None:
         order = order[weight[order] > 0]
     steps_per_epoch = len(batch_slices(len(order), plan.batch_size))
@@ -245,6 +261,8 @@ def train_epoch(
     }
     if plan.score_every is not None:
         means["scores"] = scores_by_batch(state.batch_sums, state.epoch * unskipped)
+    if weight is not None:
+        means["left_out"] = float((weight == 0).float().mean())
     if MIX in state.memory:
         means[MIX] = float(state.memory[MIX])
     return means | (_skipped(state) if plan.skip_nonfinite else {})

@@ -22,7 +22,7 @@ from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
 from btrain.methods.make import make_method
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
-from btrain.terminal import counted, plural
+from btrain.terminal import counted, plural, sized
 from btrain.training.epochs import train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
@@ -74,8 +74,8 @@ class Foreseen:
             f"time     {_duration(self.seconds)} of training on {self.device}, by "
             f"{counted(self.timed, 'batch', 'batches')} tried{assumed}; evaluations come on top",
             f"work     {self.flops:.3g} FLOPs",
-            f"memory   {_size(self.memory)} at the most, {self._whose_memory()}",
-            f"disk     {_size(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
+            f"memory   {sized(self.memory)} at the most, {self._whose_memory()}",
+            f"disk     {sized(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
         if self.noise_for is not None:
             lines.append(
@@ -96,7 +96,7 @@ def in_all(jobs: Sequence[Foreseen]) -> str:
     disk = sum(_CHECKPOINTS * job.checkpoint for job in jobs)
     return (
         f"in all   {counted(len(jobs), 'job')}: {_duration(sum(job.seconds for job in jobs))} of "
-        f"training one after another, {sum(job.flops for job in jobs):.3g} FLOPs, {_size(disk)} of "
+        f"training one after another, {sum(job.flops for job in jobs):.3g} FLOPs, {sized(disk)} of "
         "checkpoints at the most"
     )
 
@@ -200,10 +200,3 @@ def _duration(seconds: float) -> str:
             return f"{seconds / length:.1f} {unit}"
     whole = f"{seconds:.0f}"
     return f"{whole} {plural(int(whole), 'second')}" if seconds >= 1 else "less than a second"
-
-
-def _size(count: float) -> str:
-    for unit, length in (("GB", 1e9), ("MB", 1e6)):
-        if count >= length:
-            return f"{count / length:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"

@@ -8,7 +8,7 @@ from typing import Any
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
 from btrain.evaluation.result import hardly_above_chance, wilson
-from btrain.settings import Config
+from btrain.settings import Config, Score
 from btrain.settings.method import BulletTrainConfig, VerifiedConfig
 from btrain.terminal import counted, plural
 from btrain.training.state import TrainState
@@ -104,9 +104,10 @@ def many_outliers(config: Config, metrics: dict[str, Any], classes: int) -> str 
             "to learn; more epochs (train.epochs), another rate (recipe.lr)"
             f"{grows if config.attack.augmix is None else ''} can help."
         )
+    everybody = f"bt=uniform{' bt.score=fresh' if bt.score is Score.last else ''}"
     return (
-        f"{so_far} count as outliers and are not attacked, which can cost robust accuracy; "
-        "bt.n_o=1 would attack them, and more epochs make them fewer."
+        f"{so_far} count as outliers and are not attacked, which can cost robust accuracy; more "
+        f"epochs make them fewer, and {everybody} attacks everybody."
     )
 
 

@@ -59,8 +59,8 @@ from btrain.training.setup import (
     doubts,
     known_of,
     make_state,
+    notes_on_store,
     sparsity_of,
-    store_size,
 )
 from btrain.training.state import TrainState
 from btrain.training.timing.graphs_pay import with_graphs_settled
@@ -162,9 +162,7 @@ def _train(
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
         state.sparsity = sparsity_of(config, state, data)
-    if size := store_size(config, data):
-        saves = config.attack.checkpoint_store
-        notes.append(f"attack.start=kept {size}, {'and in' if saves else 'none in'} checkpoints")
+    notes += notes_on_store(config, data, state)
     adopt_best(state, folder)
     check_same_folder(world, folder, state)  # all have read what is changed below
     recording: AbstractContextManager[Record | None] = nullcontext()
@@ -306,7 +304,7 @@ def _train_epochs(
             metrics["warnings"] = guard.warnings()
             metrics["speedup_measured"] = None
             metrics |= sparse_columns(state, metrics, unit)
-            complete = state.batch == batches_in(state, len(data.train), plan)
+            complete = state.batch == batches_in(state, data.train, plan)
             if complete:
                 try:
                     with _evaluation(config, state, stop):

@@ -34,15 +34,16 @@ from btrain.settings import (
     OnNonfinite,
     OptimizerName,
     RecipeConfig,
+    Store,
 )
 from btrain.settings.checks import no_farther
 from btrain.settings.method import OwnAttackConfig, OwnDefenseConfig, VerifiedConfig
-from btrain.terminal import counted, plural
+from btrain.terminal import counted, plural, sized
 from btrain.training.schedule import updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
 
-_NEED_ONE_PROCESS = ("one_process", "graphs", "skips")
+_NEED_ONE_PROCESS = ("one_process", "graphs")
 """Kinds of `settings.method.Choice`."""
 
 
@@ -131,31 +132,36 @@ def _random_states_kept(device: torch.device) -> Iterator[None]:
 
 def check_store(config: Config, data: Data, device: torch.device) -> None:
     """Raise UserError for kept starts that the device has no memory for."""
-    store = make_store(config.attack)
-    free = free_memory(device)
-    if store is not None and free is not None and store.nbytes(data) > free:
+    size, free = store_bytes(config, data), free_memory(device)
+    if size is not None and free is not None and size > free:
+        images, shape = len(data.train), "×".join(map(str, data.shape))
+        smaller = "" if config.attack.store is Store.int8 else "attack.store=int8 or "
         raise UserError(
-            f"attack.start=kept {store_size(config, data)}, more than the {_mb(free)} "
-            f"that {device} has left; attack.store=int8 or fewer training images need less."
+            f"attack.start=kept needs {sized(size)} for its store ({images:,} "
+            f"{plural(images, 'image')} of {shape} in {config.attack.store.name}), more than the "
+            f"{sized(free)} that {device} has left; {smaller}fewer training images need less."
         )
 
 
-def store_size(config: Config, data: Data) -> str:
-    """Return how large the store of kept starts is, in words; empty without one."""
+def store_bytes(config: Config, data: Data) -> int | None:
+    """Return the size of the store of kept starts; None without one."""
     store = make_store(config.attack)
-    if store is None:
-        return ""
-    images, size = len(data.train), "×".join(map(str, data.shape))
-    return (
-        f"keeps {_mb(store.nbytes(data))} of starts ({images:,} "
-        f"{plural(images, 'image')} of {size} in "
-        f"{config.attack.store.name})"
-    )
+    return None if store is None else store.nbytes(data)
 
 
-def _mb(count: int) -> str:
-    size = count / 1e6
-    return f"{size:,.0f} MB" if size > 10 else f"{size:.1f} MB" if size > 1 else f"{size:.1g} MB"
+def notes_on_store(config: Config, data: Data, state: TrainState) -> list[str]:
+    """Return sentences for the log on the store of kept starts, if there is one."""
+    size, saved = store_bytes(config, data), config.attack.checkpoint_store
+    if size is None:
+        return []
+    where = "also in every checkpoint" if saved else "and is in no checkpoint"
+    notes = [f"The store of kept starts takes {sized(size)}, {where}."]
+    if not saved and (state.epoch or state.batch):
+        notes.append(
+            "It is empty now, for the run goes on from a checkpoint: every example's next attack "
+            "begins as its first did."
+        )
+    return notes
 
 
 def sparsity_of(config: Config, state: TrainState, data: Data) -> Sparsity | None:

@@ -31,8 +31,8 @@ METRICS = {
 """The numbers of a row beside those of all tables, with their names for people."""
 
 TIMES_LEGEND = (
-    "Times over the baseline's are those of an epoch by its training steps, the run's as it would "
-    "go on and its baseline's in turns in one process, on a CPU its CPU time; where a run has "
+    "Times over the baseline's are those of an average epoch by steps of the middle one, the run's "
+    "and its baseline's in turns in one process, on a CPU its CPU time; where a run has "
     "none, of an epoch over as many images, seconds of training on the same machine, as many runs "
     "at a time where their folders tell that. Memory is the most that a step holds at a time, "
     "weights and momenta among it."
@@ -52,9 +52,9 @@ class Step:
     Attributes:
         peak_memory_mb: the most that is held at a time in a training step, weights and momenta
             among it, MiB.
-        times_baseline: the time of its middle epoch over that of the baseline's, by steps of
-            either taken in turns in one process; CPU time on a CPU. None where the baseline is
-            not trained.
+        times_baseline: its training time over the baseline's, by steps of the middle epoch of
+            either, taken in turns in one process, and by how many an epoch has on average; CPU
+            time on a CPU. None where the baseline is not trained.
         steps: of either, that were timed; nothing of a run changes by them.
         epoch: whose steps they are, from 1. Older files have none and told the time of a step of
             the last epoch over the baseline's: they count as not there.

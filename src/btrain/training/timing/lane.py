@@ -73,7 +73,7 @@ class Lane:
     stats: list[StepStats] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        # Its batches are visited once.
+        # Its batches are visited once, and nothing is remembered from one to the next.
         self.config = replace(
             self.config,
             attack=self.config.attack.unkept(),
@@ -123,8 +123,9 @@ class Lane:
     def run(self, batch: Batch) -> None:
         """Take one training step."""
         stats = train_batch(
-            self.inside, self.optimizer, self.method, batch, self.memory, self.generator
-        )
+            self.inside, self.optimizer, self.method, batch, self.memory, self.generator,
+            clip_norm=self.config.recipe.clip_norm,
+        )  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)  # as in a run
         self.stats.append(stats)
 
