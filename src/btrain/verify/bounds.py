@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btrain import precision
 from btrain.errors import UserError
+from btrain.terminal import sized
 from btrain.verify.coefficients import (
     Dense,
     Patches,
@@ -619,13 +620,13 @@ def _plan(
     pieces = 1
     at_once, found = needed(engine, pieces)
     if at_once > memory * most:  # a piece is no less than its share of the whole
-        raise _too_large(engine, f"at least {_bytes(at_once // most)}", memory, needed)
+        raise _too_large(engine, f"at least {sized(at_once // most)}", memory, needed)
     if at_once > memory:
         pieces = min(2 ** math.ceil(math.log2(at_once / memory)), most)
         at_once, found = needed(engine, pieces)
     while at_once > memory:
         if pieces >= most:
-            raise _too_large(engine, f"about {_bytes(at_once)}", memory, needed)
+            raise _too_large(engine, f"about {sized(at_once)}", memory, needed)
         pieces = min(2 * pieces, most)
         at_once, found = needed(engine, pieces)
     fitting = max(1, memory // at_once)
@@ -641,18 +642,10 @@ def _too_large(
     """Return what is said of bounds that do not fit, with an engine whose bounds do."""
     cheaper = ""
     if engine in ("symbolic", "crown") and (less := needed("crown_ibp", 1)[0]) <= memory:
-        cheaper = f"; those by crown_ibp need {_bytes(less)}"
+        cheaper = f"; those by crown_ibp need {sized(less)}"
     return UserError(
-        f"Bounds by {engine} need {need} for one image, and may take {_bytes(memory)}{cheaper}."
+        f"Bounds by {engine} need {need} for one image, and may take {sized(memory)}{cheaper}."
     )
-
-
-def _bytes(count: int) -> str:
-    """Return a size for people."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (1000, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count} bytes"
 
 
 class Size(NamedTuple):

@@ -128,6 +128,10 @@ def trace(network: nn.Module, shape: Shape) -> Graph:
     """
     if isinstance(network, _LEAVES) or _hooked(network) or "forward" in vars(network):
         network = nn.Sequential(network)  # torch.fx calls the root's class, without hooks
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            named = f"{name} is" if name else "it is"
+            raise _unfollowed(f"{named} compiled by torch.jit")
     parameter = next(network.parameters(), torch.empty(0))
     with evaluating(network), torch.no_grad(), precision.exactly_float32(parameter.device):
         images = _images(shape).to(parameter)
@@ -227,13 +231,11 @@ def _followed(network: nn.Module) -> fx.GraphModule:
             f"{first_line(error)}."
         ) from error
     except Exception as error:  # a forward pass is anybody's code
-        raise _unfollowed(error) from error
+        raise _unfollowed(first_line(error)) from error
 
 
-def _unfollowed(error: Exception) -> UserError:
-    return UserError(
-        f"The network's forward pass cannot be followed (torch.fx): {first_line(error)}."
-    )
+def _unfollowed(why: str) -> UserError:
+    return UserError(f"The network's forward pass cannot be followed (torch.fx): {why}.")
 
 
 def _images(shape: Shape) -> Tensor:
@@ -283,7 +285,7 @@ def _outcomes(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:
     try:
         Record(traced).run(images.clone())
     except Exception as error:
-        raise _unfollowed(error) from error
+        raise _unfollowed(first_line(error)) from error
     return outcomes
 
 
