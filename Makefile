@@ -56,7 +56,7 @@ cheapest_table: $(VENV)/.installed-paper  ## TRADES and its cheaper forms side b
 	$(call reproduce,cheapest_table) out=runs/cheapest/$(PROFILE) $(COLOUR)
 	$(call reproduce,cheapest_mnist) out=runs/cheapest/$(PROFILE)-mnist $(MNIST)
 
-mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper)
+mixtrain_table: $(VENV)/.installed-paper  ## training by bounds: MixTrain and its rivals, clean against verified (PROFILE=smoke|cpu|gpu|paper); its figures: scripts/mixtrain_*.py
 	$(call reproduce,mixtrain_table mixtrain_front)
 
 mixtrain_choice: $(VENV)/.installed-paper  ## BulletTrain's choice of the images that MixTrain bounds, beside chance (PROFILE=cpu: 5 seeds)

@@ -53,7 +53,7 @@ def mnist() -> Points:
         for row in lines("mnist/fastest_mnist.jsonl")
         if row["run"] in [f"fastest_mnist-seed{seed}" for seed in range(3)]
     ]
-    return found | cheap("mnist", {"cheapest": "cheapest_mnist"}, PLAIN * 10)
+    return found | cheap("mnist", {"BulletTrain, one step": "cheapest_mnist"}, PLAIN * 10)
 
 
 def cheap(part: str, runs: dict[str, str], plain: float) -> Points:
@@ -82,7 +82,6 @@ def cifar() -> Points:
         "TRADES": "trades-lr0.05-warmup",
         "BulletTrain": "bullettrain-lr0.05-warmup",
         "fastest": "fastest",
-        "TRADES, fastest's epochs": "trades-fastest-schedule",
         "3 steps for all": "fastest-three-steps-for-all",
     }
     found = {
@@ -94,8 +93,9 @@ def cifar() -> Points:
         for label, run in runs.items()
     }
     others = {
-        "TRADES, clipped gradients": "cheap_trades_same-recipe.clip_norm_1.0",
+        "TRADES, fastest's epochs, clipped": "cheap_trades_same-recipe.clip_norm_1.0",
         "FAST": "cheap_rival-rival_fast",
+        "BulletTrain, one step": "cheap_bullettrain",
         "cheapest": "cheapest",
     }
     return found | cheap("four_classes", others, PLAIN * 15)

@@ -34,6 +34,7 @@ CASES = {
     "all forwarded": ["bt.forward_unperturbed=true"],
     "kept starts": ["attack.start=kept", "bt.n_b=2", "bt.n_r=1"],
     "a share of the robust": ["bt.robust_share=0.5"],
+    "a share of the robust, pgd": ["bt.robust_share=0.5", "defense=pgd"],
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
 from btrain.defenses import DEFENSES, Weights, trades_loss
 from btrain.errors import UserError
-from btrain.methods.bullettrain import OUTLIERS, BulletTrain, Examples
+from btrain.methods.bullettrain import OUTLIERS, SCORES, BulletTrain, Examples
 from btrain.methods.make import make_method
 from btrain.methods.statistics import StepStats
 from btrain.runs import checkpoint
 from btrain.settings import older
 from btrain.settings.compose import to_dict
 from btrain.training import run, setup, train
-from btrain.training.epochs import batches_in, stand_ins, weights_of_epoch
+from btrain.training.epochs import batches_in, fewest_images, stand_ins, weights_of_epoch
 from btrain.training.lines import at_chance, many_outliers
+from btrain.training.safety.finite import Snapshot
 from btrain.training.schedule import make_plan
 from btrain.training.setup import make_state, notes_on_store
-from btrain.training.update import descend, shorten
+from btrain.training.update import clip, descend, train_batch
 from composing import compose
 from steps import epoch_of, memory_of
 from test_training import CPU, metrics, same, tiny, weights
@@ -58,7 +60,7 @@ def test_a_gradient_is_cut_to_a_length_and_keeps_its_direction() -> None:
 
 def test_a_gradient_that_is_not_finite_is_left_for_the_log_to_name() -> None:
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([torch.nan])]
-    shorten(gradients, 1.0)
+    clip(gradients, gradients, 1.0)
     assert gradients[0].tolist() == [1.0, 2.0]
 
 
@@ -132,6 +134,31 @@ def test_a_run_with_kept_starts_resumes(tmp_path: Path, digits: Data, settings: 
         epoch_of(config, state, digits.train)
     assert same(resumed.model.state_dict(), whole.model.state_dict()) is not bool(settings)
     assert bool(whole.memory[KNOWN].any())
+
+
+@pytest.mark.parametrize("settings", [[], ["rival=mma", "defense=pgd", "bt=uniform"]])
+def test_a_skipped_step_leaves_what_is_remembered_of_examples(
+    digits: Data, settings: list[str]
+) -> None:
+    levers = [*KEPT, "bt.score=last", "train.skip=0.5"]
+    config = compose(["dataset=digits", "model=small_cnn", *(settings or levers)])
+    few = Data(split := Split(digits.train.images[:37], digits.train.labels[:37]), None, split,
+               digits.classes)  # fmt: skip
+    state, method = make_state(config, few, CPU), make_method(config, CPU)
+    large = {name for name, tensor in state.memory.items() if tensor.shape[:1] == (37,)}
+    assert large == method.by_example & state.memory.keys() != set()
+    indices = torch.randperm(37, generator=generator())
+    for name in large - {"kept", "kept_known"}:
+        state.memory[name].fill_(0.5)
+    for rows, bad in ((indices[:20], False), (indices[10:30], True)):
+        earlier = {name: tensor.clone() for name, tensor in state.memory.items()}
+        before = Snapshot(state.model, state.optimizer, state.memory,
+                          by_example=method.by_example, indices=rows)  # fmt: skip
+        batch = Batch(to_unit(few.train.images[rows]), few.train.labels[rows], rows)
+        train_batch(state.model, state.optimizer, method, batch, state.memory, generator())
+        assert not same(state.memory, earlier)
+        before.undo_where(torch.tensor(bad))
+        assert same(state.memory, earlier) is bad
 
 
 def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:
@@ -280,6 +307,61 @@ def test_half_of_the_robust_examples_cost_half(digits: Data) -> None:
     assert not method.eq7
 
 
+@pytest.mark.parametrize("name", ["pgd", "mart"])
+def test_spared_examples_that_count_nothing_take_no_training_pass(digits: Data, name: str) -> None:
+    config = compose(["dataset=digits", "model=small_cnn", f"defense={name}", "bt.n_b=3",
+                      "bt.n_r=2", "bt.robust_share=0.4"])  # fmt: skip
+    method = make_method(config, CPU)
+    assert isinstance(method, BulletTrain)
+    all_learnt = replace(method, defense=replace(method.defense, weighs_by_adv=False))
+    model, m = make_state(config, digits, CPU).model, 50  # which has no BatchNorm
+    x = to_unit(digits.train.images[:m])
+    with torch.no_grad():
+        labels = (model.eval()(x).argmax(dim=1) + (torch.arange(m) % 7 == 0)) % 10
+    seen, units = [], []
+    for one in (method, all_learnt):
+        memory = memory_of(config, digits, CPU)
+        memory["robust_fraction"] += 0.6
+        batch = Batch(x, labels, torch.arange(m))
+        (examples,) = one.examples(model.train(), batch, memory, generator())
+        loss = one.loss(model, examples, memory, generator())
+        gradients = torch.autograd.grad(loss.value, [*model.parameters()])
+        seen.append((loss.value, *gradients, memory["robust_fraction"]))
+        assert isinstance(examples, Examples) and examples.weights is not None
+        spared, outliers = (
+            int(some.sum())
+            for some in (examples.weights.adv == 0, examples.allocation.classes == OUTLIER)
+        )
+        assert 0 < spared < m and outliers > 0
+        assert examples.learnt == (m - spared if one is method else m)
+        units.append(float(loss.stats.units))
+    torch.testing.assert_close(*seen)
+    assert units[1] - units[0] == 3 * spared
+    fractions = (0.2, 0.5, 0.3)
+    saved = 3 * 0.6 * 0.5
+    expected = [one.expected_units(fractions) for one in (method, all_learnt)]
+    assert expected == pytest.approx([expected[1] - saved, expected[1]])
+
+
+@pytest.mark.parametrize("defense", ["trades", "pgd"])
+def test_a_batch_of_spared_examples_alone_tells_nothing_of_f_r(digits: Data, defense: str) -> None:
+    config = compose(["dataset=digits", "model=small_cnn", f"defense={defense}",
+                      "bt.robust_share=1e-9"])  # fmt: skip
+    method, memory = make_method(config, CPU), memory_of(config, digits, CPU)
+    memory["robust_fraction"].fill_(1)  # no boundary examples
+    model = make_state(config, digits, CPU).model
+    x = to_unit(digits.train.images[:20])
+    with torch.no_grad():
+        labels = model.eval()(x).argmax(dim=1)  # no outliers
+    (examples,) = method.examples(
+        model.train(), Batch(x, labels, torch.arange(20)), memory, generator()
+    )
+    assert not bool(examples.allocation.steps.any())
+    loss = method.loss(model, examples, memory, generator())
+    assert float(memory["robust_fraction"]) == 1
+    assert bool(torch.isfinite(loss.value))
+
+
 # Examples left out of an epoch
 
 
@@ -340,6 +422,24 @@ def test_some_epochs_leave_examples_out_and_the_log_counts_all(tmp_path: Path) -
     whole, part = lines[0]["units_per_example"], lines[1]["units_per_example"]
     assert part <= 0.8 * (1 + 3 + 2 * 3 + 3) < 13
     assert whole > 4
+
+
+@pytest.mark.parametrize("more", [[], ["bt.guard=0.4", "bt.warmup_epochs=2"]])
+def test_a_plan_knows_the_epochs_and_how_many_they_leave_out(
+    tmp_path: Path, digits: Data, more: list[str]
+) -> None:
+    config = tiny(tmp_path, "train.skip=0.5", "train.epochs=9", "train.batch_size=16", *more)
+    plan, state = make_plan(config), make_state(config, digits, CPU)
+    state.memory[SCORES] += torch.rand(len(digits.train), generator=generator())  # all right
+    taken = []
+    for state.epoch in range(9):
+        weight = weights_of_epoch(state, digits.train.labels, plan)
+        assert weight is not None
+        taken.append(int((weight > 0).sum()))
+    assert taken == fewest_images(len(digits.train), plan)
+    assert len(set(taken)) == 2
+    outliers = fewest_images(len(digits.train), plan, outliers=0.45)
+    assert outliers == ([len(digits.train)] * 9 if more else taken)
 
 
 def summary_clean(lines: list[dict[str, Any]]) -> float:

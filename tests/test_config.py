@@ -615,7 +615,8 @@ def test_only_what_an_experiment_wrote_is_left_out(
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "bt/wrong": "defaults: [uniform, _self_]\nn_r: 1\n",
-        "experiment/ours": "# @package _global_\ndefaults: [cheap_bullettrain]\nbt: {n_b: 3, n_r: 2}\n",
+        "experiment/ours": "# @package _global_\ndefaults: [cheap_bullettrain]\n"
+        "bt: {n_b: 3, n_r: 2}\n",
         "experiment/torn": "# @package _global_\nbt: {n_r: 2, n_b: 1}\n",
         "experiment/typo": "# @package _global_\nbt: {nb: 3}\n",
     }.items():

@@ -101,3 +101,13 @@ def test_a_plan_is_told_and_nothing_made(
     assert "9 epochs of 400 images" in told[4]
     assert "without 1 row of unknown cost" in told[2]
     assert re.search(r"\d GFLOP to train, \d\S* GFLOP to evaluate", told[4])
+
+
+def test_rows_that_leave_images_out_have_a_cost() -> None:
+    of = job("cheapest_table", "smoke", "dataset.train_examples=400")
+    rows = {row.name: row for row in make_plan(of).rows}
+    name = "cheap_bullettrain"
+    some, all_of_them = (cost(of, rows[name + end]) for end in ("", "-train.skip_0.0"))
+    assert some.training is not None and all_of_them.training is not None
+    assert 0.7 < some.training / all_of_them.training < 1
+    assert "epochs of 280 to 400 images" in some.settings

@@ -49,6 +49,10 @@ def test_an_honest_network_passes(name: str, digits: Data, request: pytest.Fixtu
     # Both curves begin with the clean accuracy, and share the point ε, 20 steps.
     assert found.curves["epsilon"][0][1] == found.curves["steps"][0][1] > 85
     assert found.curves["epsilon"][2][1] == dict(found.curves["steps"])[20]
+    # What is broken within ε is so by one attack at least, and hardly more than by the strongest.
+    within = [left for _, left in [*found.curves["epsilon"][:3], *found.curves["steps"]]]
+    left = 100 - 100 * len(found.broken) / found.n
+    assert min(within) - 10 <= left <= min(within)
 
 
 def test_an_honest_network_passes_in_l2(robust_net: nn.Module, digits: Data) -> None:
@@ -131,6 +135,8 @@ def test_without_the_library_square_is_skipped(
     examples = digits_examples(digits, 10)
     correct = torch.ones(10, dtype=torch.bool)
     ball = LinfBall(EPSILON)
-    check = sanity._black_box(plain_net, examples, correct, ball, 0, 10, 50.0, 1.0)
+    missing_why = sanity._under_square(plain_net, examples, correct, ball, 0, 10)
+    assert isinstance(missing_why, str)
+    check = sanity._black_box(missing_why, 50.0, 1.0)
     assert check.verdict == "skipped"
     assert "btrain[eval]" in check.detail

@@ -100,3 +100,16 @@ def test_what_would_be_downloaded_is_planned_on_noise(
 def test_the_numbers_of_images_are_known(name: str) -> None:
     data = load(name, Path("unused"), device=torch.device("cpu"))
     assert (len(data.train), len(data.test)) == IMAGES[DatasetName(name)]
+
+
+def test_images_that_are_left_out_are_not_reckoned_with() -> None:
+    words = [*WORDS, "bt=uniform", "train.epochs=5", "train.skip_last=0.2", "train.skip=0.6"]
+    whole = foresee(compose([*words[:-2], "train.epochs=5"]))
+    told = foresee(compose([*words, "attack.start=kept", "attack.store=bf16"]))
+    # Of 200 images 60 of the far half in the three epochs between the first and the last.
+    assert told.flops / whole.flops == pytest.approx(1 - 3 * 60 / (5 * 200))
+    page = told.sentences()
+    assert "5 epochs of 10 batches, 41 to 50 in all, by how many images train.skip" in page
+    assert "with as many left out as may be" in page
+    assert "starts   26 kB of kept starts on cpu, in every checkpoint" in page
+    assert whole.fewest == 50 and "starts" not in whole.sentences()

@@ -108,7 +108,7 @@ def test_robust_accuracies_have_intervals_and_verified_shares_a_column(tmp_path:
     assert row["PGD 95 %"] == "40.4 to 59.6"
     low, high = wilson(40, 100)
     assert row["AutoAttack 95 %"] == f"{100 * low:.1f} to {100 * high:.1f}"
-    assert row["verified %"] == "10.00"
+    assert (row["verified by crown %"], row["verified by ibp %"]) == ("10.00", "5.00")
     head, _, merged = cells(compare([tmp_path], merge_seeds=True).split("\n\n")[0])
     # The mean is 53, its deviation √(13/3), and Student's t with 2 degrees of freedom 4.3027.
     assert dict(zip(head, merged, strict=True))["PGD 95 %"] == "44.0 to 62.0"

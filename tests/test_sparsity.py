@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import own
 from btrain.attacks.fast_paths import make_fast_paths
 from btrain.build import load_data
-from btrain.controllers.base import Controller
+from btrain.controllers.base import Controller, Gradients
 from btrain.controllers.sparsity.controller import FlyingBird, FlyingBirdPlus
 from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
+from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.methods.base import Memory
@@ -36,6 +38,7 @@ from btrain.training.epochs import train_epoch
 from btrain.training.schedule import make_plan, updates_per_epoch
 from btrain.training.setup import make_state
 from btrain.training.state import TrainState
+from btrain.training.update import descend
 
 CPU = torch.device("cpu")
 TINY = [
@@ -80,6 +83,9 @@ class Watch:
         self.sparsity, self.updates = state.sparsity, 0
         self.before = {name: mask.clone() for name, mask in state.sparsity.masks.items()}
         self.kept = state.sparsity.kept()
+
+    def active(self, gradients: Gradients) -> Gradients:
+        return gradients
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         self.updates += 1
@@ -168,6 +174,24 @@ def test_static_masks_have_exactly_their_density_and_stay(name: str, few: Data) 
     assert all(torch.equal(before[n], mask) for n, mask in again.sparsity.masks.items())
     epoch(state, few, config, Watch(state))
     assert all(torch.equal(before[n], mask) for n, mask in state.sparsity.masks.items())
+
+
+def test_clipping_counts_active_weights_alone_and_leaves_growth_its_gradients(few: Data) -> None:
+    config = tiny(*BIRD, "recipe.optimizer=sgd", "recipe.lr=1", "recipe.momentum=0",
+                  "recipe.nesterov=false", "recipe.weight_decay=0", "recipe.ema=0.9")  # fmt: skip
+    state = make_state(config, few, CPU)
+    assert state.sparsity is not None
+    before = [weight.detach().clone() for weight in state.model.parameters()]
+    loss = F.cross_entropy(state.model(to_unit(few.train.images)), few.train.labels)
+    descend(state.optimizer, loss, 0.01, state.controllers)
+    for name, weight in state.sparsity.thinned.weights.items():
+        assert weight.grad is not None
+        assert bool(weight.grad[state.sparsity.masks[name] == 0].any())
+    for controller in state.controllers:
+        controller.after_update(state.optimizer)
+    after = [weight.detach() for weight in state.model.parameters()]
+    moved = [(a - b).flatten() for a, b in zip(before, after, strict=True)]
+    assert float(torch.cat(moved).norm()) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_excluded_layers_stay_dense_and_do_not_count(few: Data) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.errors import UserError
+from btrain.evaluation.api import robust_accuracy
 from btrain.verify import accuracy, bounds, interval_attack, losses
 from btrain.verify.graph import Graph, trace
 
@@ -207,6 +209,8 @@ def test_verified_accuracy_counts_whole_sets_by_engine(net: tuple[nn.Module, Gra
             assert torch.equal(result.verified, bounds.verified(margins, labels))
             assert not (result.verified & ~right).any()
             assert result.accuracy == result.verified.sum().item() / 1100
+    (known,) = accuracy.verify(network, x, labels, epsilon=EPSILON, engines=["ibp"], correct=right)
+    assert torch.equal(known.verified, results[0].verified)
     by_name = {r.engine: r.verified for r in results}
     assert torch.equal(by_name["ibp+symbolic"], by_name["ibp"] | by_name["symbolic"])
     assert 0 < by_name["ibp"].sum() < by_name["any"].sum()
@@ -238,6 +242,50 @@ def test_epsilon_out_of_range(net: tuple[nn.Module, Graph], epsilon: float) -> N
     x, labels = images(3)
     with pytest.raises(UserError, match="ε must be above 0 and at most 1"):
         accuracy.verify(net[0], x, labels, epsilon=epsilon, engines=["ibp"])
+
+
+@pytest.mark.parametrize(
+    ("images_", "labels_", "said"),
+    [
+        (torch.rand(2, *SHAPE) + 0.5, torch.zeros(2, dtype=torch.int64), r"must lie in \[0, 1\]"),
+        (torch.rand(2, *SHAPE).double(), torch.zeros(2, dtype=torch.int64), "are float64 and the"),
+        (torch.rand(2, *SHAPE), torch.zeros(3, dtype=torch.int64), "one for each of 2 images"),
+        (torch.rand(2, *SHAPE), torch.zeros(2), "labels must be int64"),
+        (torch.rand(2, *SHAPE), torch.tensor([0, 3]), "from 0 to 2, for 3 logits, not from 0 to 3"),
+        (torch.rand(0, *SHAPE), torch.zeros(0, dtype=torch.int64), "one at least"),
+    ],
+)
+def test_images_and_labels_that_are_none(
+    net: tuple[nn.Module, Graph], images_: Tensor, labels_: Tensor, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        accuracy.verify(net[0], images_, labels_, epsilon=0.1, engines=["ibp"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss": "foo"}, "There is no loss foo; there are cw, pgd"),
+        ({"epsilon": -0.1}, "epsilon must be at least 0"),
+        ({"restarts": 0}, "restarts must be at least 1, not 0"),
+        ({"radius": 0.0}, "radius must be finite and greater than 0"),
+    ],
+)
+def test_interval_attacks_that_are_none(
+    net: tuple[nn.Module, Graph], settings: dict[str, Any], said: str
+) -> None:
+    network, graph = net
+    x, labels = images(3)
+    with pytest.raises(UserError, match=said):
+        interval_attack.attack(network, x, labels, graph=graph, **({"epsilon": 0.1} | settings))
+    with pytest.raises(UserError, match="images of 1×4×4, not of 1×4×5"):
+        interval_attack.attack(network, torch.rand(3, 1, 4, 5), labels, graph=graph, epsilon=0.1)
+
+
+def test_the_interval_attack_is_no_attack_without_bounds(net: tuple[nn.Module, Graph]) -> None:
+    x, labels = images(3)
+    with pytest.raises(UserError, match="attack=interval needs bounds; please use"):
+        robust_accuracy(net[0], x, labels, epsilon=0.1, attack="interval")
 
 
 def test_unknown_engine_is_refused_before_the_work(net: tuple[nn.Module, Graph]) -> None:

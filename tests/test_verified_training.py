@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,25 @@ from btrain.attacks.shadow import InBFloat16
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.evaluation.attack import Subject, clean_correct
+from btrain.evaluation.chain import check, contradictions
 from btrain.evaluation.examples import Examples
-from btrain.evaluation.result import Result
-from btrain.evaluation.verification import verified
+from btrain.evaluation.result import Result, Sanity
+from btrain.evaluation.verification import Known, verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.paper import step as paper_step
 from btrain.paper.sheets.cost import read_step
 from btrain.paper.step import write_step
 from btrain.settings.compose import compose
+from btrain.settings.evaluation import (
+    EvalSettings,
+    JumpChanges,
+    PgdChanges,
+    parse,
+    words_for,
+)
+from btrain.settings.method import VerifiedConfig
+from btrain.training.lines import headline
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
 from btrain.verify.graph import evaluating, trace
@@ -176,6 +187,12 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.per_batch=51"], "at most train.batch_size = 50, not 51"),
         (["defense=mixtrain", "defense.alpha=1.5"], r"defense.alpha must be in \[0, 1\]"),
         (["defense=mixtrain", "defense.engine=symbolic+crwon"], "defense.engine must be of ibp"),
+        (["defense=ibp", "defense.engine=symbolic"], "defense=ibp trains by ibp, as its name says"),
+        (["defense=mixtrain", "defense.weight_first=20"], "at least defense.weight_first = 20"),
+        (["defense=sabr", "defense.ramp=0", "defense.shi_regulariser=1"], "while ε grows"),
+        (["defense=mixtrain", "defense.memory=0"], "defense.memory must be finite and greater"),
+        (["defense=mixtrain", "defense.engine=any"], "any is for verify= alone"),
+        (["defense=mixtrain", "attack.norm=l2"], "bounds an L∞ ball; attack.norm does not go"),
         (["defense=mixtrain", "defense.k=1000"], "defense.per_batch must be null with defense.k"),
         (["defense=mixtrain", "bt=gaussian"], "only bt=random and bt=bullettrain choose"),
         (["defense=ibp", "bt=bullettrain"], "it bounds all images"),
@@ -199,6 +216,64 @@ def test_mistakes(overrides: list[str], said: str) -> None:
         compose([*SMALL, *overrides])
 
 
+def test_an_engine_has_one_name_in_evaluations() -> None:
+    typed = ["symbolic+ibp", "crown+crown", "crown+crown_ibp+symbolic+ibp"]
+    settings = EvalSettings(verify=typed)
+    assert settings.verify == ["crown", "ibp+symbolic", "any"]  # unions behind their members
+    assert settings.verified == ["verified-crown", "verified-ibp-symbolic", "verified-any"]
+    with pytest.raises(UserError, match=r"^verify=any\+ibp: any stands alone; it joins all"):
+        EvalSettings(verify=["any+ibp"])
+    with pytest.raises(UserError, match="must name each engine once"):
+        EvalSettings(verify=["symbolic+ibp", "ibp+symbolic"])
+
+
+def test_an_interval_attack_is_named_by_its_settings() -> None:
+    changes = {
+        "pgd": PgdChanges(steps=5, loss="ce"),
+        "jumping": JumpChanges(jump=0.05, radius=0.02),
+    }
+    settings = EvalSettings(attacks=["interval", "interval50"], verify_memory=0.5, **changes)
+    assert settings.memory == 2**29 and EvalSettings().memory == bounds.MEMORY
+    names = settings.results
+    assert names == ["interval5x1-ce-jump0.05-radius0.02", "interval5x50-ce-jump0.05-radius0.02"]
+    for name in names:
+        assert parse(["checkpoint=x", *words_for(name).split()]).results == [name]
+    assert parse(["checkpoint=x", "attack=interval", "attack.restarts=50"]).results == [
+        "interval50"
+    ]
+    for wrong, said in (
+        ({"attacks": ["pgd20"], "jumping": JumpChanges(jumps=2)}, "attack.jumps is a setting of"),
+        ({"attacks": ["interval"], "pgd": PgdChanges(loss="kl")}, "attack.loss=kl does not go"),
+        ({"verify_memory": 2.0}, "verify.memory goes with verify= or attack=interval"),
+        ({"verify": ["ibp"], "verify_memory": 0.0}, "verify.memory must be finite and greater"),
+    ):
+        with pytest.raises(UserError, match=said):
+            EvalSettings(**wrong)
+
+
+def test_a_run_that_was_cut_before_its_first_batch_has_a_headline() -> None:
+    summary = {"cut": "train.max_seconds", "clean_acc": 10.0, "robust_acc": None, "f_b": None,
+               "attack_norm": "linf", "eval_steps": 20, "epsilon": 0.1,
+               "train_seconds": 0.0}  # fmt: skip
+    told = headline(compose([*SMALL, "defense=mixtrain"]), summary)
+    assert "– % of the images bounded; 0.0 s of training" in told
+
+
+def test_settings_that_mean_something_else_are_told() -> None:
+    def hints(*words: str, held_out: int = 0) -> list[str]:
+        defense = compose([*SMALL, *words]).defense
+        assert isinstance(defense, VerifiedConfig)
+        return defense.hints(held_out)
+
+    (told,) = hints("defense=sabr", "defense.box=1")
+    assert told.startswith("defense.box=1 bounds the whole box")
+    assert not hints("defense=sabr", "defense.box=0.9")
+    feedback = ["defense=mixtrain", "defense.dynamic=feedback", "dataset.val_examples=100"]
+    (told,) = hints(*feedback, held_out=100)
+    assert "on 100 held-out images" in told
+    assert not hints(*feedback, held_out=200)
+
+
 def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     method = made("defense=mixtrain", "defense.alpha=1")
     network = torch.nn.Sequential(
@@ -207,6 +282,17 @@ def test_a_network_that_cannot_be_bounded_is_refused(digits: Data) -> None:
     memory, generator = method.memory(digits, CPU), torch.Generator()
     (examples,) = method.examples(network, batch_of(digits), memory, generator)
     with pytest.raises(UserError, match=r"through the layer 0 \(MaxPool2d\)"):
+        method.loss(network, examples, memory, generator)
+
+
+def test_bounds_take_as_much_memory_as_they_may(digits: Data) -> None:
+    assert made("defense=ibp").memory_limit == bounds.MEMORY
+    assert made("defense=ibp", "defense.memory=0.5").memory_limit == 2**29
+    method = made("defense=ibp", "defense.memory=1e-9")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    memory, generator = method.memory(digits, CPU), torch.Generator()
+    (examples,) = method.examples(network, batch_of(digits), memory, generator)
+    with pytest.raises(UserError, match=r"for one image, and may take"):
         method.loss(network, examples, memory, generator)
 
 
@@ -293,6 +379,44 @@ def test_a_run_is_trained_verified_and_attacked(
     assert cli.main(["eval", *arguments, "sanity=false", "device=cpu"]) == 1
     assert "verified and broken by an attack" in capsys.readouterr().err
     assert (run / "eval" / "verified_and_broken.json").is_file()
+    # So does a later command without verify=, and the table of runs.
+    later = ["eval", f"checkpoint={run}", "attack=pgd20,interval", "attack.jumps=1",
+             "verify.memory=0.5", "sanity=false", "device=cpu"]  # fmt: skip
+    for command in (later, ["report", str(run)]):
+        assert cli.main(command) == 1
+        assert "verified and broken by an attack" in capsys.readouterr().err
+    wrong.write(run / "eval")
+    assert cli.main(later) == 0
+    assert not (run / "eval" / "verified_and_broken.json").is_file()
+    facts = json.loads((run / "eval" / "interval40x1-cw-jumps1.json").read_text())
+    assert (facts["jumps"], facts["steps"], facts["restarts"]) == (1, 40, 1)
+
+
+def test_verdicts_are_compared_with_all_attacks_of_the_same_facts(tmp_path: Path) -> None:
+    labels = np.zeros(4, dtype=np.int64)
+    facts = {"classes": ["0"], "epsilon": 0.1, "norm": "linf", "checkpoint_sha256": "a"}
+
+    def result(name: str, right: list[bool], **changed: object) -> Result:
+        return Result(name, np.array(right), labels, ("0",), 1.0, facts | changed)
+
+    sound = result("verified-ibp", [True, True, False, False])
+    sound.write(tmp_path)
+    result("pgd20", [True, True, True, False]).write(tmp_path)
+    result("pgd100x10", [False, True, False, False], epsilon=0.2).write(tmp_path)
+    check(tmp_path)
+    broken = result("autoattack", [True, False, False, False])
+    assert contradictions(tmp_path, [broken]) == {"verified-ibp and autoattack": [1]}
+    with pytest.raises(UserError, match=r"^1 image is verified and broken by an attack \(verif"):
+        check(None, [sound, broken])
+    assert not contradictions(tmp_path, [result("clean", [False] * 4, checkpoint_sha256="b")])
+    Sanity(4, 0.1, (), {}, broken=(0, 3)).write(tmp_path, facts)
+    with pytest.raises(UserError, match=r"ibp and the sanity checks\): the bounds .* tells which"):
+        check(tmp_path, keep=facts)
+    kept = json.loads((tmp_path / "verified_and_broken.json").read_text())
+    assert kept == {"broken": {"verified-ibp and the sanity checks": [0]}} | facts
+    Sanity(4, 0.1, (), {}, broken=(3,)).write(tmp_path, facts)
+    check(tmp_path, keep=facts)
+    assert not (tmp_path / "verified_and_broken.json").exists()
 
 
 def test_mixtrain_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -433,3 +557,11 @@ def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
     counted = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
     assert counted[1] == counted[0] - 5
     assert not list((tmp_path / "cut").glob("*.partial.npz"))
+    # A union is asked for what its members left open alone.
+    known: Known = {}
+    members, union, alone = (subject(tmp_path / name) for name in ("whole", "union", "alone"))
+    verified(members, graph, "ibp", radii, known=known)
+    joined = verified(union, graph, "ibp+crown", known=known)
+    assert (joined.correct == verified(alone, graph, "ibp+crown").correct).all()
+    spared = sum(alone.examples.asked) - sum(union.examples.asked)  # type: ignore[attr-defined]
+    assert spared == result.correct.sum() > 0

@@ -251,8 +251,8 @@ def thinned(
     """Take the steps of robust examples, each with probability 1 − share.
 
     Returns:
-        The allocation, and how many examples each stands for, (m,): of the robust ones 1/share
-        where they keep their steps and 0 where not, so that no sum over them is biased; else 1.
+        The allocation, and inverse-probability weights, (m,), with which no sum over the examples
+        is biased: of robust ones 1/share where they keep their steps and 0 where not; of others 1.
     """
     robust = allocation.classes == ROBUST
     drawn = torch.rand(len(robust), generator=generator, device=robust.device)
@@ -263,11 +263,14 @@ def thinned(
 
 @dataclass(frozen=True)
 class Guard:
-    """The care for a network that gets most examples wrong, which nobody would attack.
+    """The change of an allocation while more than a share of the examples are outliers.
+
+    All robust examples then keep their steps, whatever the run's share of them, and outliers take
+    at least so many steps. Nothing changes otherwise.
 
     Attributes:
-        share: of outliers, above whose moving average nobody is spared.
-        steps: of an outlier then.
+        share: the largest moving average of F_O with which nothing changes.
+        steps: the least number of steps of an outlier above it.
     """
 
     share: float
@@ -276,7 +279,12 @@ class Guard:
     def __call__(
         self, allocation: Allocation, outlier_fraction: Tensor, robust_share: float
     ) -> tuple[Allocation, Tensor]:
-        """Return the allocation, and the share of robust examples that keep their steps, ()."""
+        """Return the allocation, and the share of robust examples that keep their steps, ().
+
+        Args:
+            outlier_fraction: the moving average of F_O, ().
+            robust_share: of the robust examples that keep their steps where nothing changes.
+        """
         many = outlier_fraction > self.share
         longer = allocation.steps.clamp(min=self.steps)
         steps = torch.where(many & (allocation.classes == OUTLIER), longer, allocation.steps)

@@ -35,7 +35,7 @@ _LEAST_MIXTURE = 1e-7
 
 
 class Weights(NamedTuple):
-    """The number of times that each example counts: for itself, and for others left out.
+    """Inverse-probability weights, by which examples count for those that were left out.
 
     Attributes:
         clean: in what the clean image is learnt from, (m,).
@@ -54,6 +54,7 @@ class Defense:
 
     Attributes:
         weighted_loss: the outer loss with `weights=`; None where it is not known by example.
+        weighs_by_adv: whether the weights of adversarial images alone count in it.
     """
 
     inner_loss: InnerLoss
@@ -61,6 +62,7 @@ class Defense:
     inner_reads_clean: bool
     outer_reads_clean: bool
     weighted_loss: Callable[..., Tensor] | None = None
+    weighs_by_adv: bool = False
 
 
 def ce_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,6 +84,19 @@ def kl_inner_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> T
     log_p = F.log_softmax(precision.full(clean_logits), dim=1)
     log_q = F.log_softmax(precision.full(adv_logits), dim=1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+
+
+def cw_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best wrong logit minus the right one: positive where the attack has won.
+
+    Carlini & Wagner, *Towards Evaluating the Robustness of Neural Networks*, f₆ without its cut.
+    The clean logits play no part. (m, K), (m, K), (m,) -> (m,)
+    """
+    del clean_logits
+    logits = precision.full(adv_logits)
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    return logits.masked_fill(~others, float("-inf")).amax(dim=1) - right
 
 
 def pgd_loss(
@@ -181,7 +196,12 @@ def _trades(beta: float) -> Defense:
 def _mart(beta: float) -> Defense:
     loss = partial(mart_loss, beta=beta)
     return Defense(
-        ce_inner_loss, loss, inner_reads_clean=False, outer_reads_clean=True, weighted_loss=loss
+        ce_inner_loss,
+        loss,
+        inner_reads_clean=False,
+        outer_reads_clean=True,
+        weighted_loss=loss,
+        weighs_by_adv=True,
     )
 
 
@@ -192,6 +212,7 @@ def _pgd() -> Defense:
         inner_reads_clean=False,
         outer_reads_clean=False,
         weighted_loss=pgd_loss,
+        weighs_by_adv=True,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.base import Gradients
 from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats
 
@@ -56,6 +57,10 @@ class WeightAverage:
         if self._counts:
             counts, counted = zip(*self._counts, strict=True)
             torch._foreach_copy_(list(counts), list(counted))
+
+    def active(self, gradients: Gradients) -> Gradients:
+        """Return the gradients: an average leaves the weights alone."""
+        return gradients
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Do nothing: the average moves once a batch."""

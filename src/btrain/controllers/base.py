@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btrain.methods.base import Memory
 from btrain.methods.statistics import StepStats
+
+Gradients = Mapping[nn.Parameter, Tensor]
+"""By their weights."""
 
 
 class Controller(Protocol):
@@ -19,6 +23,10 @@ class Controller(Protocol):
     """
 
     memory: Memory
+
+    def active(self, gradients: Gradients) -> Gradients:
+        """Return the gradients with zeros where it undoes an update; those given stay dense."""
+        ...
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Act on weights that the optimizer has just moved; their gradients are still there."""

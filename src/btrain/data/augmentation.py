@@ -65,8 +65,8 @@ class Batch(NamedTuple):
         labels: (m,) int64.
         indices: where the examples stand in the training set, (m,) int64.
         moved: what augmentation did to the images.
-        weight: how many examples each stands for, itself and others that were left out, (m,); None
-            where each stands for itself.
+        weight: inverse-probability weights, by which examples count for those that were left out,
+            (m,); None for ones.
     """
 
     x: Tensor
@@ -108,7 +108,7 @@ def batches(
         flip: whether each image is mirrored with probability 1/2.
         generator: of the augmentation, on the split's device.
         first: the batch to begin with; earlier ones draw nothing.
-        weight: how many examples each stands for, (n,); None for one each.
+        weight: inverse-probability weights of the examples, (n,); None for ones.
     """
     for part in batch_slices(len(order), batch_size)[first:]:
         indices = order[part]

@@ -24,7 +24,13 @@ from btrain.evaluation.pgd import farthest
 from btrain.evaluation.result import Result, Sanity
 from btrain.evaluation.sanity import check_sanity
 from btrain.settings.checks import no_farther
-from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings, PgdChanges
+from btrain.settings.evaluation import (
+    AUTOATTACKS,
+    INTERVAL_ATTACKS,
+    PRESETS,
+    EvalSettings,
+    PgdChanges,
+)
 
 
 def robust_accuracy(
@@ -73,6 +79,11 @@ def robust_accuracy(
     )
     if attack in ("all", "corruptions"):
         raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
+    if attack in INTERVAL_ATTACKS:
+        raise UserError(
+            f"attack={attack} needs bounds; please use btrain.verify.interval_attack.attack or "
+            "the command btrain eval."
+        )
     device = next((tensor.device for tensor in model.parameters()), images.device)
     examples = checked(images, labels, device)
     settings.check_lengths(norm)

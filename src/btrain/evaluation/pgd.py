@@ -19,7 +19,7 @@ from btrain.attacks.balls import Ball, LinfBall
 from btrain.attacks.pgd import InnerLoss, evaluation_mode, prefix_pgd
 from btrain.data import Split
 from btrain.data.augmentation import to_unit
-from btrain.defenses import ce_inner_loss, kl_inner_loss
+from btrain.defenses import ce_inner_loss, cw_loss, kl_inner_loss
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples
 from btrain.evaluation.worst_case import Partial, worst_case
@@ -325,17 +325,6 @@ class _Noise:
         return torch.cat(rows).to(x.device)
 
 
-def cw_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the best wrong logit minus the right one: positive where the attack has won.
-
-    Carlini & Wagner, *Towards Evaluating the Robustness of Neural Networks*, f₆ without its cut.
-    """
-    del clean_logits
-    logits = precision.full(adv_logits)
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    return _best_wrong(logits, labels) - right
-
-
 def dlr_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
     """Return `cw_loss` over the distance of the first from the third logit (K ≥ 3).
 
@@ -344,12 +333,6 @@ def dlr_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor
     """
     first, _, third = precision.full(adv_logits).topk(3, dim=1).values.unbind(dim=1)
     return cw_loss(adv_logits, clean_logits, labels) / (first - third + 1e-12)
-
-
-def _best_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the largest logit of another class, (m, K), (m,) -> (m,)."""
-    right = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
-    return logits.masked_fill(right, float("-inf")).amax(dim=1)
 
 
 LOSSES: dict[str, InnerLoss] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -29,6 +29,8 @@ from btrain.untrusted.arrays import read_npz
 STANDARD = ("clean", *CHAIN)
 """The usual attacks, in rising cost."""
 CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
+BROKEN = "verified_and_broken.json"
+"""The file that tells which images are verified and broken, which none may be."""
 PAGE = "index.html"
 SEVERITIES = 5
 SHARES = "shares"
@@ -271,6 +273,8 @@ class Sanity:
         curves: points (x, accuracy in percent) over "epsilon" and over "steps".
         norm: of the ball; older files do not tell, and are of L∞.
         warning: why the verdicts mean nothing, if they do not.
+        broken: the images that are misclassified within ε, by their places among those checked; in
+            a file by those in the test set.
     """
 
     n: int | None
@@ -279,6 +283,7 @@ class Sanity:
     curves: Mapping[str, list[tuple[float, float]]]
     norm: str = "linf"
     warning: str | None = None
+    broken: Sequence[int] = field(default=(), repr=False)
 
     def to_dict(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the file holds; the facts tell whose checks these are."""
@@ -299,6 +304,7 @@ class Sanity:
                 for check in self.checks
             ],
             "curves": {key: [list(point) for point in curve] for key, curve in self.curves.items()},
+            "broken": list(self.broken),
         }
 
     def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -446,7 +452,7 @@ class Evaluation:
         Raises:
             UserError: there is nothing to read, or a file is damaged.
         """
-        paths = {path.name: path for path in sorted(folder.glob("*.json"))}
+        paths = {path.name: path for path in sorted(folder.glob("*.json")) if path.name != BROKEN}
         samples = folder / SAMPLES
         files = [*paths, *([SAMPLES] if samples.exists() else [])]
         if not files:

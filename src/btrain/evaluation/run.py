@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from btrain.data.splits import class_balanced_order
 from btrain.durable import check_places, folder_made, real
 from btrain.errors import UserError
 from btrain.evaluation import attack as attacks
-from btrain.evaluation import earlier, verification
+from btrain.evaluation import chain, earlier, verification
 from btrain.evaluation.attack import Start, Subject
 from btrain.evaluation.autoattack import library, library_norm
 from btrain.evaluation.examples import Examples, as_evaluated, near_chance, predictions
 from btrain.evaluation.pgd import Pgd, pgd_images
 from btrain.evaluation.result import (
+    BROKEN,
     PAGE,
     SAMPLES,
     SANITY,
@@ -121,7 +123,7 @@ def _graph(settings: EvalSettings, target: Target) -> Graph:
     like = target.data.test.images.new_empty(0, dtype=torch.float32)
     interval = set(INTERVAL_ATTACKS) & set(settings.attacks)
     for engine in [*settings.verify, *(["symbolic"] if interval else [])]:
-        bounds.check_memory(graph, engine=engine, like=like)
+        bounds.check_memory(graph, engine=engine, like=like, memory=settings.memory)
     return graph
 
 
@@ -134,6 +136,7 @@ def _files(settings: EvalSettings, target: Target) -> list[Path]:
     names += [verification.unfinished(name, radius) for name in verified for radius in radii]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
+    names += [BROKEN]
     return [target.folder / name for name in names]
 
 
@@ -171,10 +174,17 @@ def _attacked(settings: EvalSettings, subject: Subject, graph: Graph | None) -> 
             start = Start(torch.from_numpy(result.correct), name)
     results.insert(0, attacks.clean(subject))
     if graph is not None:
+        known: verification.Known = {}
         for engine in settings.verify:
-            done(verification.verified(subject, graph, engine, settings.radii))
-        verification.compare(subject, results)
+            done(
+                verification.verified(
+                    subject, graph, engine, settings.radii, known=known, memory=settings.memory
+                )
+            )
     sanity = _sanity(subject) if settings.sanity else None
+    norm = subject.threat(subject.epsilon).norm
+    told = subject.facts | {"epsilon": subject.epsilon, "norm": norm}
+    chain.check(subject.folder, results, keep=told)
     if settings.report:
         _write_samples(subject)
     found = {result.attack: result.summary for result in results}
@@ -187,7 +197,8 @@ def _attack(
 ) -> Result:
     if name in INTERVAL_ATTACKS:
         assert graph is not None
-        return verification.attacked(subject, graph, name, start)
+        its, jumping = settings.interval_attack(name)
+        return verification.attacked(subject, graph, its, jumping, start, memory=settings.memory)
     if name == "corruptions":
         return _corruptions(settings, subject)
     if name in AUTOATTACKS:
@@ -268,6 +279,7 @@ def _sanity(subject: Subject) -> Sanity:
         show_progress=subject.show_progress,
     )
     assert subject.folder is not None
+    sanity = replace(sanity, broken=some[list(sanity.broken)].tolist())
     facts = subject.facts | {"seed": subject.seed, "versions": versions()}
     sanity.write(subject.folder, facts)
     return sanity

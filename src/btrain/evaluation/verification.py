@@ -1,25 +1,23 @@
-"""Verified accuracy as a result beside those of attacks, and the check of the one by the others."""
+"""Verified accuracy and the interval attack as results beside those of other attacks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from btrain.errors import UserError
 from btrain.evaluation.attack import Start, Subject, attack_facts, finished, identity, kept
 from btrain.evaluation.examples import batches
-from btrain.evaluation.result import SHARES, Result, write_json
+from btrain.evaluation.result import SHARES, Result
 from btrain.evaluation.worst_case import Partial, worst_case
-from btrain.settings.evaluation import INTERVAL_ATTACKS, VERIFIED
-from btrain.terminal import counted
-from btrain.verify import accuracy, interval_attack
+from btrain.settings.evaluation import VERIFIED, IntervalSettings
+from btrain.verify import accuracy, bounds, interval_attack
 from btrain.verify.graph import Graph, trace
-
-_BROKEN = "verified_and_broken.json"
 
 
 def unfinished(name: str, radius: float) -> str:
@@ -27,66 +25,140 @@ def unfinished(name: str, radius: float) -> str:
     return f"{name}-{radius!r}.partial.npz"
 
 
-def verified(subject: Subject, graph: Graph, engine: str, radii: Sequence[float] = ()) -> Result:
+Known = dict[tuple[str, float], Tensor]
+"""Verdicts by engine and radius, (n,) bool on the CPU."""
+
+
+def verified(
+    subject: Subject,
+    graph: Graph,
+    engine: str,
+    radii: Sequence[float] = (),
+    *,
+    known: Known | None = None,
+    memory: int = bounds.MEMORY,
+) -> Result:
     """Return which images an engine verifies at the subject's ε, and how many at other radii.
 
-    An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified. One that
-    is verified at a radius is so at smaller ones, and is not asked for at larger ones if it was not
-    at this: shares fall with the radius. Interrupted, the same call goes on where it was.
+    An image is verified if no image within ε (L∞) and within [0, 1] can be misclassified.
+    Interrupted, the same call goes on where it was.
 
     Args:
         radii: in [0, 1] pixel units, rising.
+        known: verdicts on the same images; what a member has verified its union is spared. Those
+            that are found are added.
+        memory: that the bounds take, in bytes, about.
     """
     name, started = VERIFIED + engine.replace("+", "-"), time.perf_counter()
+    at, known = subject.epsilon, {} if known is None else known
     facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
     told = facts | ({"radii": list(radii)} if radii else {})
-    if (there := kept(subject, name, told)) is not None:
+    there = kept(subject, name, told)
+    before = there or (kept(subject, name, facts) if radii else None)
+    if before is not None:
+        known[engine, at] = torch.from_numpy(before.correct)
+    if there is not None:
         return there
-    begun: list[Partial] = []
-
-    def among(candidates: Tensor, epsilon: float) -> Tensor:
-        """Return which of the candidates are verified at a radius, (n,) bool."""
-
-        def open_(_: int, some: Tensor) -> Tensor:
-            x, labels = subject.examples.batch(some)
-            (verdict,) = accuracy.verify(
-                subject.model, x, labels, epsilon=epsilon, engines=[engine], graph=graph
-            )
-            return ~verdict.verified
-
-        if subject.folder is not None:
-            path = subject.folder / unfinished(name, epsilon)
-            begun.append(Partial(path, identity(facts) | {"radius": epsilon}))
-        return worst_case(
-            open_,
-            candidates,
-            rounds=[f"{name}, ε = {epsilon:.4g}"],
-            batch_size=subject.batch_size,
-            partial=begun[-1] if begun else None,
-            show_progress=subject.show_progress,
-        )
-
-    before = kept(subject, name, facts) if radii else None
-    at = subject.epsilon
-    sound = {at: torch.from_numpy(before.correct) if before else among(subject.correct, at)}
-    for epsilon in (radius for radius in reversed(radii) if radius < at):
-        larger = sound[min(known for known in sound if known > epsilon)]
-        sound[epsilon] = larger | among(subject.correct & ~larger, epsilon)
-    for epsilon in (radius for radius in radii if radius > at):
-        sound[epsilon] = among(sound[max(known for known in sound if known < epsilon)], epsilon)
+    asked = _Asked(subject, graph, engine, name, facts, known, memory)
+    found = _at_all(asked, radii)
     if radii:
-        told[SHARES] = [[e, 100 * sound[e].double().mean().item()] for e in sorted(sound)]
-    seconds = sum(partial.seconds_before for partial in begun)
-    result = finished(subject, name, told, sound[at], started - seconds)
-    for partial in begun:
+        told[SHARES] = [[e, 100 * found[e].double().mean().item()] for e in sorted(found)]
+    seconds = sum(partial.seconds_before for partial in asked.begun)
+    result = finished(subject, name, told, found[at], started - seconds)
+    for partial in asked.begun:
         partial.remove()
     return result
 
 
-def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
-    """Return what stands under the interval attack, CW between its jumps."""
-    started, restarts = time.perf_counter(), INTERVAL_ATTACKS[name]
-    facts = attack_facts(subject, start) | {"restarts": restarts, "loss": "cw", "steps": 40}
+@dataclass
+class _Asked:
+    """An engine that is asked for its verdicts, radius by radius.
+
+    Attributes:
+        name, facts: of the result.
+        begun: the files of what it has said so far.
+    """
+
+    subject: Subject
+    graph: Graph
+    engine: str
+    name: str
+    facts: dict[str, Any]
+    known: Known
+    memory: int
+    begun: list[Partial] = field(default_factory=list)
+
+    def among(self, candidates: Tensor, epsilon: float) -> Tensor:
+        """Return which of the candidates are verified at a radius, (n,) bool."""
+        already = self._already(epsilon)
+
+        def open_(_: int, some: Tensor) -> Tensor:
+            sound = already[some]
+            if len(asked := some[~sound]):
+                x, labels = self.subject.examples.batch(asked)
+                (verdict,) = accuracy.verify(
+                    self.subject.model, x, labels, epsilon=epsilon, engines=[self.engine],
+                    graph=self.graph, memory=self.memory,
+                    correct=torch.ones_like(labels, dtype=torch.bool),
+                )  # fmt: skip
+                sound[~sound] = verdict.verified.cpu()
+            return ~sound
+
+        partial = None
+        if self.subject.folder is not None:
+            path = self.subject.folder / unfinished(self.name, epsilon)
+            partial = Partial(path, identity(self.facts) | {"radius": epsilon})
+            self.begun.append(partial)
+        found = worst_case(
+            open_,
+            candidates,
+            rounds=[f"{self.name}, ε = {epsilon:.4g}"],
+            batch_size=self.subject.batch_size,
+            partial=partial,
+            show_progress=self.subject.show_progress,
+        )
+        self.known[self.engine, epsilon] = found
+        return found
+
+    def _already(self, epsilon: float) -> Tensor:
+        """Return which images its members, or itself at a larger radius, have verified."""
+        members, already = set(bounds.engines(self.engine)), torch.zeros_like(self.subject.correct)
+        for (engine, radius), verdict in self.known.items():
+            if radius >= epsilon and set(bounds.engines(engine)) <= members:
+                already |= verdict
+        return already
+
+
+def _at_all(asked: _Asked, radii: Sequence[float]) -> dict[float, Tensor]:
+    """Return the verdicts at the subject's ε and at the radii, which rise.
+
+    One that is verified at a radius is so at smaller ones, and is not asked for at larger ones if
+    it was not at this: shares fall with the radius.
+    """
+    at, correct = asked.subject.epsilon, asked.subject.correct
+    before = asked.known.get((asked.engine, at))
+    sound = {at: before if before is not None else asked.among(correct, at)}
+    for epsilon in (radius for radius in reversed(radii) if radius < at):
+        sound[epsilon] = asked.among(correct, epsilon)
+    for epsilon in (radius for radius in radii if radius > at):
+        sound[epsilon] = asked.among(sound[max(r for r in sound if r < epsilon)], epsilon)
+    return sound
+
+
+def attacked(
+    subject: Subject,
+    graph: Graph,
+    name: str,
+    settings: IntervalSettings,
+    start: Start,
+    *,
+    memory: int = bounds.MEMORY,
+) -> Result:
+    """Return what stands under the interval attack, by default with CW between its jumps."""
+    started, usual = time.perf_counter(), IntervalSettings()
+    others = [key for key, value in asdict(settings).items() if value != getattr(usual, key)]
+    told = {key: getattr(settings, key) for key in ("restarts", "loss", "steps", *others)}
+    facts = attack_facts(subject, start) | told
     if (there := kept(subject, name, facts)) is not None:
         return there
     stands = start.stands.clone()
@@ -97,17 +169,13 @@ def attacked(subject: Subject, graph: Graph, name: str, start: Start) -> Result:
     ):  # fmt: skip
         x, labels = subject.examples.batch(some)
         found = interval_attack.attack(
-            subject.model, x, labels, epsilon=subject.epsilon, graph=graph, restarts=restarts,
-            generator=generator,
+            subject.model, x, labels, epsilon=subject.epsilon,
+            loss="pgd" if settings.loss == "ce" else "cw", graph=graph, steps=settings.steps,
+            step_size=settings.step_size, restarts=settings.restarts, jumps=settings.jumps,
+            jump=settings.jump, radius=settings.radius, memory=memory, generator=generator,
         )  # fmt: skip
-        stands[some] = _right(subject.model, found, labels)
+        stands[some] = accuracy.right(subject.model, found, labels).cpu()
     return finished(subject, name, facts, stands, started)
-
-
-@torch.no_grad()
-def _right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    right: Tensor = model(x).argmax(dim=1) == labels
-    return right.cpu()
 
 
 def graph_of(subject: Subject) -> Graph:
@@ -117,31 +185,3 @@ def graph_of(subject: Subject) -> Graph:
         UserError: a layer cannot be bounded.
     """
     return trace(subject.model, tuple(subject.examples.batch(torch.tensor([0]))[0].shape[1:]))
-
-
-def compare(subject: Subject, results: Sequence[Result]) -> None:
-    """Compare all verdicts with all attacks, image by image.
-
-    Raises:
-        UserError: an image is verified and broken. The indices are kept in a file: the bounds are
-            wrong, or what was attacked is another network.
-    """
-    verdicts = [r for r in results if r.attack.startswith(VERIFIED)]
-    attacks = [r for r in results if not r.attack.startswith(VERIFIED) and r.correct.ndim == 1]
-    found: dict[str, list[int]] = {}
-    for verdict in verdicts:
-        for attack in attacks:
-            broken = torch.from_numpy(~attack.correct)
-            try:
-                accuracy.refuse_broken(torch.from_numpy(verdict.correct), broken)
-            except accuracy.VerifiedAndBrokenError as error:
-                found[f"{verdict.attack} and {attack.attack}"] = list(error.indices)
-    if not found or subject.folder is None:
-        return
-    path = subject.folder / _BROKEN
-    write_json(path, {"broken": found} | subject.facts)
-    which, indices = next(iter(found.items()))
-    raise UserError(
-        f"{counted(len(indices), 'image is', 'images are')} verified and broken by an "
-        f"attack ({which}): the bounds are wrong. {path} tells which."
-    )

@@ -112,6 +112,7 @@ def rows_of(whole: Examples, rows: slice) -> Examples:
         score=whole.score[rows],
         allocation=whole.allocation.ordered(rows),
         perturbed=len(range(whole.perturbed)[rows]),
+        learnt=len(range(whole.learnt)[rows]),
         units=whole.units * len(x) / len(whole.x),
         indices=None if whole.indices is None else whole.indices[rows],
         weights=None if weights is None else Weights(*(weight[rows] for weight in weights)),

@@ -74,6 +74,7 @@ class AugMix:
     momentum: float
     world: World = ALONE
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R before the first batch."""

@@ -54,9 +54,12 @@ class Method(Protocol):
 
     Attributes:
         in_units: whether its units an example compare with the plain defense's.
+        by_example: names of what its memory may hold a row of for each training example. A batch
+            changes the rows of its own examples alone.
     """
 
     in_units: ClassVar[bool]
+    by_example: ClassVar[frozenset[str]]
 
     @property
     def eq7(self) -> bool:
@@ -91,6 +94,7 @@ class Method(Protocol):
         """Return units an example of a batch with these F_B, F_R, F_O; None if they do not tell.
 
         It is what `units_per_example` of a log will be where its fractions are these, but for
-        batches whose single perturbed example takes another one along.
+        batches whose single perturbed example takes another one along, and epochs that leave
+        examples out.
         """
         ...

@@ -27,7 +27,7 @@ from btrain.allocation import (
     update_robust_fraction,
 )
 from btrain.attacks.attack import Attack
-from btrain.attacks.kept import Kept
+from btrain.attacks.kept import KNOWN, STORE, Kept
 from btrain.attacks.pgd import by_steps
 from btrain.attacks.shadow import attacked
 from btrain.data import Batch, Data
@@ -68,10 +68,11 @@ class Examples(NamedTuple):
         z: the logits that decided the allocation, (m, K), or (m, 0) where nobody reads them.
         score: of z by the run's metric, (m,); NaN where there are none.
         perturbed: how many examples took a step.
+        learnt: how many have a part in the loss, all but the last ones.
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
-        weights: how often each counts; None for once.
+        weights: inverse-probability weights; None for ones.
         part: of the batch, where these are not all.
     """
 
@@ -83,6 +84,7 @@ class Examples(NamedTuple):
     score: Tensor
     allocation: Allocation
     perturbed: int
+    learnt: int
     units: float
     share: float = 1.0
     indices: Tensor | None = None
@@ -103,8 +105,9 @@ class BulletTrain:
         forward_unperturbed: whether examples without a step go through the adversarial forward.
         regulariser: added to the loss, and what it costs an example.
         kept: the store of the perturbations that attacks start from; None where they do not.
-        robust_share: of the robust examples, that are attacked and count for the others.
-        guard: who is attacked while most examples are outliers; None for the same as ever.
+        robust_share: the share of predicted robust examples that are attacked; each counts 1/share
+            times.
+        guard: what changes while most examples are outliers; None for no guard.
         scores_kept: whether each example's score at its last visit is remembered.
         skips: whether an epoch leaves examples out, by these scores.
     """
@@ -124,6 +127,7 @@ class BulletTrain:
     scores_kept: bool = False
     skips: bool = False
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset({STORE, KNOWN, SCORES, WEIGHTS})
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R before the first batch, and stores that are empty."""
@@ -155,12 +159,16 @@ class BulletTrain:
         allocation = self.allocator(  # line 12
             Scored(score, z, labels, memory["robust_fraction"], generator, attacked_logits)
         )
-        allocation, share = self.guarded(allocation, memory, batch.weight)
+        share: float | Tensor = self.robust_share
+        if self.guard is not None and self.allocator.needs_scores:
+            self.remember_outlier_fraction(memory, allocation.classes, batch.weight)
+            allocation, share = self.guard(allocation, memory[OUTLIERS], self.robust_share)
         allocation, weights = self.weighted(allocation, share, batch.weight, generator)
-        parts, clean_logits, allocation, active = self.in_order(
+        parts, clean_logits, allocation, (learnt, *active) = self.in_order(
             [x, labels, z, score, noise, torch.arange(len(x), device=x.device)],
             clean_logits,
             allocation,
+            weights.adv > 0 if weights is not None and self.leaves_spared_out else 1,
         )
         x, labels, z, score, noise, rows = parts
         targets, targeted = self.targets(network, x, z, active)
@@ -174,7 +182,7 @@ class BulletTrain:
         units += m if z.shape[1] and clean_logits is None else 0
         units += m * (2 * overhead + 1) if overhead else 0
         yield Examples(
-            x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), units,
+            x, labels, x_adv, clean_logits, z, score, allocation, sum(active[:1]), learnt, units,
             share=m / len(batch.x),
             indices=batch.indices[rows],
             weights=None if weights is None else Weights(*(weight[rows] for weight in weights)),
@@ -185,16 +193,18 @@ class BulletTrain:
     ) -> Loss:
         """Return the loss of the training passes, and remember F_R."""
         x, labels, x_adv, clean_logits, z, score = examples[:6]
-        allocation, perturbed, units, share = examples[6:10]
+        allocation, perturbed, learnt, units, share = examples[6:11]
         weights = examples.weights
         m = len(x)
+        learnt = min(max(learnt, 2), m)  # as BatchNorm needs, and a loss a graph
         if self.defense.outer_reads_clean:  # line 14
-            clean_logits = network(x) if clean_logits is None else clean_logits
-            rows = rows_to_forward(m if self.forward_unperturbed else perturbed, m)
+            if clean_logits is None:
+                clean_logits = forward_prefix(network, x, learnt, z)
+            rows = rows_to_forward(learnt if self.forward_unperturbed else perturbed, learnt)
             adv_logits = forward_prefix(network, x_adv, rows, clean_logits)
-            trained = m + rows
+            trained = learnt + rows
         else:
-            clean_logits, adv_logits, trained = z, network(x_adv), m
+            clean_logits, adv_logits, trained = z, forward_prefix(network, x_adv, learnt, z), learnt
         self.remember_robust_fraction(memory, examples, adv_logits)  # line 15
         if weights is None:
             loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
@@ -217,16 +227,28 @@ class BulletTrain:
     def remember_robust_fraction(
         self, memory: Memory, examples: Examples, adv_logits: Tensor
     ) -> None:
-        """Remember F_R, by how many examples of the batch stand. (m, K)"""
-        weights = examples.weights
-        memory["robust_fraction"] = update_robust_fraction(
-            memory["robust_fraction"],
+        """Remember F_R, by how many examples of the batch stand. (m, K)
+
+        It stays where none of them tells, for all were spared.
+        """
+        before, weights = memory["robust_fraction"], examples.weights
+        after = update_robust_fraction(
+            before,
             adv_logits,
             examples.labels,
             momentum=self.momentum,
             gamma=self.gamma,
             mean=partial(self.mean, weight=None if weights is None else weights.adv),
         )
+        after = after if weights is None else torch.where(after.isnan(), before, after)
+        memory["robust_fraction"] = after
+
+    def remember_outlier_fraction(
+        self, memory: Memory, classes: Tensor, weight: Tensor | None
+    ) -> None:
+        """Remember F_O, by the classes of the whole batch, which every process has. (m,)"""
+        f_o = weighted_mean((classes == OUTLIER).float(), weight)
+        memory[OUTLIERS] = self.momentum * memory[OUTLIERS] + (1 - self.momentum) * f_o
 
     def weighted(
         self,
@@ -235,32 +257,17 @@ class BulletTrain:
         weight: Tensor | None,
         generator: torch.Generator,
     ) -> tuple[Allocation, Weights | None]:
-        """Spare robust examples the attack, and return how often each example counts.
+        """Spare robust examples the attack; return inverse-probability weights of all examples.
 
         Args:
-            share: of the robust examples that are attacked, a number or ().
-            weight: of the batch, whose examples may stand for others, (m,); or None.
+            share: the probability of a robust example to be attacked, a number or ().
+            weight: that the batch already has, (m,); None for ones.
         """
         if self.robust_share == 1:
             return allocation, None if weight is None else Weights(weight, weight)
         allocation, adv = thinned(allocation, share, generator)
         clean = torch.ones_like(adv) if weight is None else weight
         return allocation, Weights(clean, clean * adv)
-
-    def guarded(
-        self, allocation: Allocation, memory: Memory, weight: Tensor | None
-    ) -> tuple[Allocation, float | Tensor]:
-        """Return the allocation and the share of robust examples to attack, and remember F_O.
-
-        Args:
-            weight: of the batch, whose examples may stand for others, (m,); or None.
-        """
-        if self.guard is None or not self.allocator.needs_scores:
-            return allocation, self.robust_share
-        # Every process has the whole batch here.
-        f_o = BulletTrain.mean(self, (allocation.classes == OUTLIER).float(), weight)
-        memory[OUTLIERS] = self.momentum * memory[OUTLIERS] + (1 - self.momentum) * f_o
-        return self.guard(allocation, memory[OUTLIERS], self.robust_share)
 
     def remember(
         self, memory: Memory, examples: Examples, clean_logits: Tensor, adv_logits: Tensor
@@ -305,6 +312,15 @@ class BulletTrain:
         if reads and self.scoring is not Score.last:
             return None, eval_logits(network, x)
         return None, x.new_empty(len(x), 0)
+
+    @property
+    def leaves_spared_out(self) -> bool:
+        """Return whether spared examples take no training pass.
+
+        None of their loss counts, and their scores come from a pass of their own.
+        """
+        by_adv = self.defense.weighs_by_adv and self.scoring is Score.fresh
+        return self.robust_share < 1 and by_adv
 
     @property
     def shares_clean_forward(self) -> bool:
@@ -352,23 +368,30 @@ class BulletTrain:
         kept.keep(memory, batch, rows, new, attacked)
 
     def in_order(
-        self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
+        self,
+        parts: Sequence[Tensor],
+        clean_logits: Tensor | None,
+        allocation: Allocation,
+        learnt: Tensor | int = 1,
     ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
         """Put the batch in descending order of steps, with groups rounded up as the attack wants.
 
         Args:
             parts: images, labels, z, score, noise and the numbers of the rows, (m, …) each.
             clean_logits: of a shared clean forward, (m, K), or None.
+            learnt: which examples have a part in the loss, (m,) bool; 1 for all. The others take
+                no steps and come last.
 
         Returns:
-            The rows of both, their allocation, and how many of them take the first attack step, the
-            second, …
+            The rows of both, their allocation, and how many of them have a part in the loss, take
+            the first attack step, the second, …
         """
-        order, counts = by_steps(allocation.steps, self.distance(parts[3]))
+        order, counts = by_steps(allocation.steps + learnt, self.distance(parts[3]))
         parts = [part[order] for part in parts]
         clean_logits = None if clean_logits is None else clean_logits[order]
-        allocation, active = self.rounded(allocation, order, counts())
-        return parts, clean_logits, allocation.ordered(order), active
+        number, *active = counts() or [0]
+        allocation, active = self.rounded(allocation, order, active)
+        return parts, clean_logits, allocation.ordered(order), [number, *active]
 
     def distance(self, score: Tensor) -> Tensor | None:
         """Return how far from the boundary examples are, (m,): who is next in a group rounded up.
@@ -387,10 +410,8 @@ class BulletTrain:
         return filled_up(allocation, order, active, self.attack.multiple)
 
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean over the batch, by weight (m,) if there is one. (m,) -> ()"""
-        if weight is None:
-            return values.mean()
-        return (weight * values).sum() / weight.sum().clamp(min=1)
+        """Return the mean over the batch, as `weighted_mean` does. (m,) -> ()"""
+        return weighted_mean(values, weight)
 
     @property
     def eq7(self) -> bool:
@@ -406,9 +427,9 @@ class BulletTrain:
         return Reach(epsilon, self.attack.ball.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
-        """Return units an example; None where the allocator, or who is left out, cannot tell."""
+        """Return units an example; None where the allocator cannot tell."""
         expected = self.expected(fractions)
-        if expected is None or self.skips:
+        if expected is None:
             return None
         reads = self.defense.inner_reads_clean
         scoring = 1.0 if reads or self.allocator.needs_scores else 0.0
@@ -416,8 +437,10 @@ class BulletTrain:
             scoring = 0.0
         elif self.scoring is Score.last:
             scoring = expected.attacked if reads else 0.0
-        perturbed = 1 if self.forward_unperturbed else expected.attacked
-        training = 3 + 3 * perturbed if self.defense.outer_reads_clean else 3
+        spared = (1 - self.share_of_robust(fractions[2])) * fractions[1]
+        learnt = 1 - spared if self.leaves_spared_out else 1
+        perturbed = learnt if self.forward_unperturbed else expected.attacked
+        training = 3 * (learnt + perturbed) if self.defense.outer_reads_clean else 3 * learnt
         choosing = 2 * expected.overhead + 1 if expected.overhead else 0
         penalty = self.regulariser[1] if self.regulariser is not None else 0
         return 2 * expected.steps + scoring + training + choosing + penalty
@@ -425,13 +448,28 @@ class BulletTrain:
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
         """Return the attack of an average batch, with a share of the robust examples."""
         boundary, robust, outlier = fractions
-        allocator, share = self.allocator, self.robust_share
-        if self.guard is not None and outlier > self.guard.share:
-            share = 1.0
-            if isinstance(allocator, allocators.BulletTrain):
-                n_b, n_r, n_o = allocator.steps
-                allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
+        allocator, share = self.allocator, self.share_of_robust(outlier)
+        if (
+            self.guard is not None
+            and outlier > self.guard.share
+            and isinstance(allocator, allocators.BulletTrain)
+        ):
+            n_b, n_r, n_o = allocator.steps
+            allocator = replace(allocator, steps=(n_b, n_r, max(n_o, self.guard.steps)))
         return allocator.expected((boundary, share * robust, outlier))
+
+    def share_of_robust(self, outlier: float) -> float:
+        """Return the share of robust examples that are attacked with this F_O."""
+        guarded = self.guard is not None and outlier > self.guard.share
+        return 1.0 if guarded else self.robust_share
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean of values by weight, (m,) each, or with None the plain one; () float.
+
+    It is NaN where all weights are 0.
+    """
+    return values.mean() if weight is None else (weight * values).sum() / weight.sum()
 
 
 def eval_logits(network: nn.Module, x: Tensor) -> Tensor:
@@ -449,6 +487,9 @@ def rows_to_forward(perturbed: int, m: int) -> int:
     return min(max(perturbed, 2), m) if perturbed else 0
 
 
-def forward_prefix(network: nn.Module, x_adv: Tensor, rows: int, clean_logits: Tensor) -> Tensor:
-    """Return logits (m, K) of the first `rows` examples; the others keep their clean logits."""
-    return torch.cat([network(x_adv[:rows]), clean_logits[rows:]]) if rows else clean_logits
+def forward_prefix(network: nn.Module, x: Tensor, rows: int, logits: Tensor) -> Tensor:
+    """Return new logits (m, K) of the first `rows` examples; the others keep those given."""
+    if rows == len(x):
+        new: Tensor = network(x)
+        return new
+    return torch.cat([network(x[:rows]), logits[rows:]]) if rows else logits

@@ -51,18 +51,24 @@ class DealtBulletTrain(BulletTrain):
         return self.world.gathered(logits, len(x))
 
     def in_order(
-        self, parts: Sequence[Tensor], clean_logits: Tensor | None, allocation: Allocation
+        self,
+        parts: Sequence[Tensor],
+        clean_logits: Tensor | None,
+        allocation: Allocation,
+        learnt: Tensor | int = 1,
     ) -> tuple[list[Tensor], Tensor | None, Allocation, list[int]]:
         """Return this process' share of the batch in descending order of steps."""
         own = self.world.share(len(parts[0]))
         if clean_logits is not None:
             own_parts = [part[own] for part in parts]
-            return super().in_order(own_parts, clean_logits, allocation.ordered(own))
-        order, counts = by_steps(allocation.steps, self.distance(parts[3]))
+            return super().in_order(own_parts, clean_logits, allocation.ordered(own), learnt)
+        order, counts = by_steps(allocation.steps + learnt, self.distance(parts[3]))
         rows = order[own]
         parts = [part[rows] for part in parts]
-        allocation, active = self.rounded(allocation, order, counts())
-        return parts, None, allocation.ordered(rows), self.world.dealt(active)
+        number, *active = counts() or [0]
+        allocation, active = self.rounded(allocation, order, active)
+        dealt = self.world.dealt([number, *active]) or [0]
+        return parts, None, allocation.ordered(rows), dealt
 
     def keep(
         self,
@@ -88,8 +94,8 @@ class DealtBulletTrain(BulletTrain):
         return indices.long(), score
 
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean over the whole batch, by weight (n,) if there is one. (n,) -> ()"""
+        """Return the mean over the whole batch, as `weighted_mean` does. (n,) -> ()"""
         if weight is None:
             return self.world.mean(values)
         sums = self.world.sum(torch.stack([(weight * values).sum(), weight.sum()]))
-        return sums[0] / sums[1].clamp(min=1)
+        return sums[0] / sums[1]

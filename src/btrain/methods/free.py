@@ -44,6 +44,7 @@ class Free:
     ball: Ball
     batch_size: int
     in_units: ClassVar[bool] = False
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R, which stays 0, and δ."""

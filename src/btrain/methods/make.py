@@ -52,6 +52,7 @@ from btrain.settings import (
     Store,
 )
 from btrain.settings import Start as StartName
+from btrain.settings.checks import gibibytes
 from btrain.settings.method import (
     AugMixDefenseConfig,
     BulletTrainConfig,
@@ -237,6 +238,7 @@ def make_verified(
         attack=attack if defense.attacks else None,
         plain_on_attacked=defense.plain_on_attacked,
         regulariser=defense.shi_regulariser,
+        memory_limit=gibibytes(defense.memory),
         feedback=defense.dynamic is MixDynamic.feedback,
         held_out=held_out,
         world=world,
@@ -346,7 +348,7 @@ def make_store(attack: AttackConfig) -> Kept | None:
 
 
 def make_guard(bt: BTConfig) -> Guard | None:
-    """Return who is attacked while most examples are outliers; None for the same as ever."""
+    """Return what changes while most examples are outliers; None for no guard."""
     if not isinstance(bt, BulletTrainConfig) or bt.guard == 1:
         return None
     return Guard(bt.guard, bt.guard_steps)

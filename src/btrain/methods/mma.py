@@ -63,6 +63,7 @@ class MMA:
     bisections: int
     clean_weight: float
     in_units: ClassVar[bool] = False
+    by_example: ClassVar[frozenset[str]] = frozenset({"margin"})
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R, which stays 0, and every training example's margin."""

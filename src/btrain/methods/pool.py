@@ -36,6 +36,7 @@ class Pool:
     batch_size: int
     world: World = ALONE
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = BulletTrain.by_example
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return what Algorithm 2 remembers."""
@@ -82,6 +83,7 @@ class Pool:
                 score=score[mine[own]],
                 allocation=Allocation(attacked.classes[own], attacked.steps[own]),
                 perturbed=sum(steps[i] > 0 for i in each),
+                learnt=len(each),
                 units=spent * len(each),
                 share=len(each) / (whole.stop - whole.start),
             )

@@ -78,8 +78,8 @@ def step_stats(
         adv_logits: (m, K), or (m, 0) where they tell nothing of the outcome.
         labels: (m,).
         units: what the batch has cost.
-        weights: how many examples each stands for; None for one each. All is of them all, but
-            the steps and the cost, which those of the batch alone have taken.
+        weights: inverse-probability weights; None for ones. All sums are weighted but those of
+            steps and cost, which the examples of the batch alone have taken.
     """
     classes, steps, overhead, _ = allocation
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER

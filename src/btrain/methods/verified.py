@@ -27,6 +27,7 @@ from btrain.errors import UserError
 from btrain.methods.base import Loss, Memory, Reach
 from btrain.methods.statistics import step_stats
 from btrain.processes.world import ALONE, World
+from btrain.settings.method import FEEDBACK_IMAGES
 from btrain.terminal import counted
 from btrain.verify import bounds, losses
 from btrain.verify.graph import Graph, evaluating, trace
@@ -35,7 +36,6 @@ MIX = "mix_share"
 """The memory's name for the worst case's share of the loss, with feedback."""
 LISTENED = "listened"
 """The memory's name for how often the mix has followed the held-out images."""
-_HELD_OUT = 200  # images
 
 Choose = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 """(clean logits (m, K), labels (m,), k', generator) -> rows of the images to bound (k',)"""
@@ -93,6 +93,7 @@ class Verified:
         attack: at a share of ε, for small boxes and for the plain loss on attacked images; or None.
         plain_on_attacked: whether the cross-entropy is that of attacked images.
         regulariser: weight of Shi et al.'s, while ε grows.
+        memory_limit: of the bounds, in bytes, about.
         feedback: whether α (convex) or the weight follows what held-out images tell.
         held_out: those images; None where the mix stays as the memory has it.
         world: the processes that share a batch. Each decides the same for the whole of it, attacks
@@ -113,10 +114,12 @@ class Verified:
     attack: Callable[[float], Attack] | None
     plain_on_attacked: bool
     regulariser: float
+    memory_limit: int = bounds.MEMORY
     feedback: bool = False
     held_out: Split | None = None
     world: World = ALONE
     in_units: ClassVar[bool] = False
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     def memory(self, data: Data, device: torch.device) -> Memory:
         """Return F_R, which stays 0, and how many images were trained on, and how many will be.
@@ -143,7 +146,9 @@ class Verified:
         """Raise UserError if there are no bounds of a network, or none that fit into memory."""
         graph = _graph(in_float32(network), shape)
         with evaluating(network), torch.enable_grad():
-            bounds.check_memory(graph, engine=self.engine, like=torch.empty(0))
+            bounds.check_memory(
+                graph, engine=self.engine, like=torch.empty(0), memory=self.memory_limit
+            )
 
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
@@ -242,13 +247,14 @@ class Verified:
         images not verified, at the ε of this moment, among those and the misclassified ones, a mean
         over the epochs that halves with each, in [0.1, 0.95].
         """
-        x, labels = to_unit(held_out.images[:_HELD_OUT]), held_out.labels[:_HELD_OUT]
+        some = slice(FEEDBACK_IMAGES)
+        x, labels = to_unit(held_out.images[some]), held_out.labels[some]
         plain = in_float32(network)
         graph = _graph(plain, tuple(x.shape[1:]))
         with evaluating(plain), torch.no_grad():
             wrong = (plain(x).argmax(dim=1) != labels).double().mean().item()
             box = bounds.box(x, self._share(progress) * self.epsilon)
-            upper = bounds.margins(graph, box, labels, engine=self.engine, all_rounding=False)
+            upper = self._upper(graph, box, labels)
             open_ = 1 - bounds.verified(upper, labels).double().mean().item()
         found = open_ / (open_ + wrong) if open_ else 0.5
         before = memory[MIX].item() if progress > 0 else found
@@ -285,7 +291,13 @@ class Verified:
             if self.box == 1
             else losses.small_box(x, x_adv, epsilon=epsilon, share=self.box)
         )
-        return bounds.margins(graph, box, labels, engine=self.engine, all_rounding=False)
+        return self._upper(graph, box, labels)
+
+    def _upper(self, graph: Graph, box: bounds.Box, labels: Tensor) -> Tensor:
+        """Return the margins' upper bounds, (k', K), without what a loss does not need."""
+        return bounds.margins(
+            graph, box, labels, engine=self.engine, memory=self.memory_limit, all_rounding=False
+        )
 
     @property
     def eq7(self) -> bool:

@@ -18,6 +18,8 @@ from btrain.settings import Config
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.settings.run import CLASSES, IMAGES, SHAPES
 from btrain.terminal import counted, plural
+from btrain.training.epochs import fewest_images
+from btrain.training.schedule import make_plan
 
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -43,7 +45,8 @@ class Cost:
 def cost(job: Job, row: Row) -> Cost:
     """Return the cost of each run of a row.
 
-    Its fractions are those that the paper tells of it, or of N_R = 2.
+    Its fractions are those that the paper tells of it, or of N_R = 2; epochs leave out as many
+    images as they may.
     """
     config = config_of(job, row.experiment, row.swept)
     data = config.dataset
@@ -58,15 +61,17 @@ def cost(job: Job, row: Row) -> Cost:
     tested = data.test_examples or (known and known[1])
     width = getattr(config.model, "width", None)
     model = config.model.name if width is None else f"{config.model.name} of width {width}"
+    taken = [] if images is None else fewest_images(images, make_plan(config), outlier)
+    fewer = f"{min(taken):,} to " if taken and min(taken) < max(taken) else ""
     settings = (
-        f"{model}, {counted(config.train.epochs, 'epoch')} of "
+        f"{model}, {counted(config.train.epochs, 'epoch')} of {fewer}"
         f"{'?' if images is None else f'{images:,}'} {plural(images, 'image')}, "
         f"batches of {config.train.batch_size}"
     )
     if images is None or tested is None or data.name not in SHAPES:
         return Cost(settings, None, None)
     unit = _forward_flops(config)
-    training = None if units is None else units * images * config.train.epochs * unit
+    training = None if units is None else units * sum(taken) * unit
     own = 2 * config.eval.steps + 2
     passes = own * (tested + config.train.batch_size * config.train.epochs)
     for attacks in job.profile.evaluations(job.target, row.name):

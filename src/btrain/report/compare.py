@@ -11,11 +11,13 @@ from typing import Any
 
 from btrain.durable import real
 from btrain.errors import UserError
+from btrain.evaluation import chain
 from btrain.evaluation.result import Result, hardly_above_chance, student, wilson
 from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_count
 from btrain.settings.evaluation import VERIFIED
+from btrain.settings.method import ANY, ENGINES
 from btrain.settings.run import CLASSES
 from btrain.terminal import counted
 
@@ -29,10 +31,10 @@ Cell = Callable[[Runs, Runs], str]
 def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     """Return a Markdown table of runs, and below it what all of them share.
 
-    Accuracies and times are always there, AutoAttack and the verified share if one of the runs has
-    them; no column is empty, and of several rows no other one is the same in all. Networks hardly
-    better than guessing are marked and have no speedup. Where one of the runs is
-    sparse, all are shown with their counted work and their robust overfitting. Times are compared
+    Accuracies and times are always there, AutoAttack and each engine's verified share if one of the
+    runs has them; no column is empty, and of several rows no other one is the same in all. Networks
+    hardly better than guessing are marked and have no speedup. Where one of the runs is sparse, all
+    are shown with their counted work and their robust overfitting. Times are compared
     with the first row's where device, data, network and epochs are its; elsewhere the column says
     what is not. The other speedups are each run's own, over the plain defense: by counted FLOPs,
     and measured by its probe.
@@ -61,11 +63,10 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     known = {key for summaries in rows.values() for run in summaries for key in run}
     left_out = set() if merge_seeds else {"seeds"}
     left_out |= set() if _AUTOATTACK in known else {"AutoAttack %", "AutoAttack 95 %"}
-    left_out |= set() if _VERIFIED in known else {"verified %"}
     sparse = "macs_share" in known
     columns = [
         (head, cells)
-        for head, cell in [*COLUMNS, *(_SPARSE if sparse else [])]
+        for head, cell in [*_with_engines(known), *(_SPARSE if sparse else [])]
         if head not in left_out
         and {*(cells := [told(head, cell, runs, baseline) for runs in rows.values()])} != {NONE}
     ]
@@ -86,18 +87,18 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
 
 def _may_go(head: str, cells: Sequence[str]) -> bool:
     """Return whether a column need not be drawn, all of whose cells are the same."""
-    if _is_interval(head):
+    if _is_interval(head) or head.startswith(_ENGINE):
         return False
     return head == "PGD's ball" if len(cells) == 1 else head not in _ALWAYS
 
 
+_ENGINE = "verified by"
 _ALWAYS = (
     *(
         "seeds",
         "clean %",
         "PGD %",
         "AutoAttack %",
-        "verified %",
         "training s",
         "times faster than row 1",
     ),
@@ -231,10 +232,7 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
     evaluated = Result.read(folder.path / "eval", _AUTOATTACK)
     if evaluated is not None:
         found |= {_AUTOATTACK: evaluated.accuracy, f"{_AUTOATTACK} 95": evaluated.ci95}
-    engines = {file.stem for file in (folder.path / "eval").glob(f"{VERIFIED}*.json")}
-    bounds = [Result.read(folder.path / "eval", engine) for engine in engines]
-    if shares := [result.accuracy for result in bounds if result is not None]:
-        found[_VERIFIED] = max(shares)
+    found |= _verified(folder.path / "eval")
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
         if (classes := _CLASSES.get(str(settings.get("dataset.name")))) is not None:
@@ -242,6 +240,20 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
         found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
         found[_THREAT] = _threat(settings)
     return found
+
+
+def _verified(folder: Path) -> dict[str, float]:
+    """Return each engine's verified accuracy by its result's name.
+
+    Raises:
+        UserError: an image is verified and yet broken by an attack.
+    """
+    names = {file.stem for file in folder.glob(f"{VERIFIED}*.json")}
+    engines = {n for n in names if {*n.removeprefix(VERIFIED).split("-")} <= {*ENGINES, ANY}}
+    results = {name: Result.read(folder, name) for name in sorted(engines)}
+    if results:
+        chain.check(folder)
+    return {name: result.accuracy for name, result in results.items() if result is not None}
 
 
 def _threat(settings: Mapping[str, Any]) -> str:
@@ -274,7 +286,7 @@ _THREAT = "threat"
 _NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
 
-_AUTOATTACK, _VERIFIED = "autoattack", "verified"
+_AUTOATTACK = "autoattack"
 _SAME = {
     "data": ("dataset.name", "dataset.factory", "dataset.train_examples"),
     "network": ("model.name", "model.factory", "model.width", "model.depth"),
@@ -300,7 +312,6 @@ COLUMNS: list[tuple[str, Cell]] = [
     ("PGD's ball", _ball),
     ("AutoAttack %", _mean(_AUTOATTACK, ".2f")),
     ("AutoAttack 95 %", _interval(_AUTOATTACK)),
-    ("verified %", _mean(_VERIFIED, ".2f")),
     ("F_B/F_R/F_O", _fractions),
     ("mean steps", _mean("attack_steps_mean", ".1f")),
     ("TFLOP", _mean("flops", ".3g", divisor=1e12)),
@@ -309,6 +320,15 @@ COLUMNS: list[tuple[str, Cell]] = [
     ("training s", _mean("train_seconds", ".1f")),
     ("times faster than row 1", _against_first),
 ]
+
+
+def _with_engines(known: Iterable[str]) -> list[tuple[str, Cell]]:
+    """Return the columns with one for each engine that has verified, behind the attacks'."""
+    names = sorted(key for key in known if key.startswith(VERIFIED))
+    engines = [(f"{_ENGINE} {n.removeprefix(VERIFIED)} %", _mean(n, ".2f")) for n in names]
+    at = [head for head, _ in COLUMNS].index("AutoAttack 95 %") + 1
+    return [*COLUMNS[:at], *engines, *COLUMNS[at:]]
+
 
 _SPARSE: list[tuple[str, Cell]] = [
     ("best PGD %", _mean("best_robust_acc", ".2f")),

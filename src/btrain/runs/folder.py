@@ -47,6 +47,7 @@ _MAY_DIFFER = (
     "train.checkpoint_every",
     "train.score_every",
     "bt.probe_every",
+    "defense.memory",
     "dataset.download",
     "dataset.l2_epsilon",  # of which attack.epsilon is made
 )

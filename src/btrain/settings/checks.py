@@ -43,6 +43,11 @@ def positive(key: str, value: float) -> None:
     require(value > 0 and finite(value), key, "finite and greater than 0", value)
 
 
+def gibibytes(count: float) -> int:
+    """Return so many GiB in bytes."""
+    return max(1, int(count * 2**30))
+
+
 def at_least(least: float, key: str, value: float | None) -> None:
     if value is not None:
         require(value >= least and finite(value), key, f"at least {least}", value)

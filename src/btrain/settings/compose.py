@@ -681,7 +681,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 # Settings that name the run already, or that do not change its result.
 _NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every)\b"
+    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every|defense\.memory)\b"
 )
 _LONGEST_NAME = 150  # bytes; file systems take 255
 
@@ -741,7 +741,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     kind = re.search(r"object_type=(\w+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
-        unread = _unread(name, kind.group(1)) if kind else None
+        unread = _no_norm(name, overrides) or (_unread(name, kind.group(1)) if kind else None)
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
@@ -860,6 +860,18 @@ def _unread(key: str, kind: str) -> str | None:
         either = f"{near} or " if near else ""
         return f"There is no setting {key}. Did you mean {either}{group}.{FREE}.{leaf}?"
     return None
+
+
+def _no_norm(key: str, overrides: Sequence[str]) -> str | None:
+    """Return a sentence for `attack.norm`, which is the attack's own and no setting, else None."""
+    if key != "attack.norm":
+        return None
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    schemas = {option.name: schema for option, schema in OPTIONS["defense"][1].items()}
+    defense = given.get("defense", "")
+    if schemas.get(defense) is VerifiedConfig:
+        return f"defense={defense} bounds an L∞ ball; {key} does not go with it."
+    return f"{key} is no setting: attack=linf_pgd and attack=l2_pgd each have their own norm."
 
 
 def _chosen(key: str, kind: str) -> str | None:

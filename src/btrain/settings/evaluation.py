@@ -12,10 +12,11 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.settings import Config, hints, words
-from btrain.settings.checks import at_least, pixels, seed_in_range
-from btrain.settings.method import ENGINES
+from btrain.settings.checks import at_least, gibibytes, pixels, positive, seed_in_range
+from btrain.settings.method import ANY, ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
+INTERVAL_LOSSES = ("cw", "ce")
 NORMS = ("linf", "l2")
 PRECISIONS = ("float32", "bf16")
 
@@ -42,8 +43,40 @@ class PgdSettings:
         return f"pgd{self.steps}x{self.restarts}-{self.loss}{size}{last}"
 
 
+@dataclass(frozen=True)
+class IntervalSettings:
+    """MixTrain's interval attack's settings but for ε; lengths in [0, 1] pixel units.
+
+    Attributes:
+        steps: between two jumps, and after the last.
+        step_size: None for ε/30.
+        jumps: in each of the first two restarts; later ones take one.
+        jump: their length; at 1 an image lands on a corner of the box.
+        radius: of the first region around a point that is bounded.
+    """
+
+    steps: int = 40
+    restarts: int = 1
+    loss: str = "cw"
+    step_size: float | None = None
+    jumps: int = 3
+    jump: float = 1.0
+    radius: float = 0.01
+
+    @property
+    def name(self) -> str:
+        """Return the name of settings that are no preset, for their files: `interval20x1-cw`."""
+        changed = {key: getattr(self, key) for key in ("step_size", "jumps", "jump", "radius")
+                   if getattr(self, key) != getattr(IntervalSettings, key)}  # fmt: skip
+        others = "".join(f"-{key.replace('_size', '')}{v:.4g}" for key, v in changed.items())
+        return f"interval{self.steps}x{self.restarts}-{self.loss}{others}"
+
+
 def words_for(attack: str) -> str:
     """Return the words of `btrain eval` that make an attack of this name: `attack.steps=50`."""
+    if (jumping := _OWN_INTERVAL.fullmatch(attack)) is not None:
+        typed = [f"attack.{key}={value}" for key, value in jumping.groupdict().items() if value]
+        return " ".join(["attack=interval", *typed])
     own = _OWN_PGD.fullmatch(attack)
     if own is None:
         return f"attack={attack}"
@@ -57,6 +90,11 @@ _OWN_PGD = re.compile(
     r"pgd(?P<steps>\d+)x(?P<restarts>\d+)-(?P<loss>[a-z]+)(-step(?P<step_size>[\d.e-]+))?(-last)?"
 )
 """A name as `PgdSettings.name` makes it."""
+_OWN_INTERVAL = re.compile(
+    r"interval(?P<steps>\d+)x(?P<restarts>\d+)-(?P<loss>[a-z]+)(-step(?P<step_size>[\d.e-]+))?"
+    r"(-jumps(?P<jumps>\d+))?(-jump(?P<jump>[\d.e-]+))?(-radius(?P<radius>[\d.e-]+))?"
+)
+"""A name as `IntervalSettings.name` makes it."""
 
 PRESETS = {
     "pgd20": PgdSettings(20, last_iterate=True),  # as published with TRADES
@@ -70,7 +108,7 @@ CHAIN = ("pgd20", "pgd100x10", "pgd1000x5", "autoattack")
 """The attacks of `attack=all`, the strongest last; each begins with what the one before left."""
 VERIFIED = "verified-"
 """The beginning of the names of verified accuracies; the engine follows."""
-INTERVAL_ATTACKS = {"interval": 1, "interval50": 50}  # restarts
+INTERVAL_ATTACKS = {"interval": IntervalSettings(), "interval50": IntervalSettings(restarts=50)}
 ATTACKS = (
     *("clean", *PRESETS, *AUTOATTACKS, *INTERVAL_ATTACKS),
     *("corruptions", "custom", "all"),
@@ -79,7 +117,7 @@ ATTACKS = (
 
 @dataclass
 class PgdChanges:
-    """The settings of PGD that were typed, each None where it was not."""
+    """The settings of PGD, and of the interval attack, that were typed; others are None."""
 
     steps: int | None = None
     restarts: int | None = None
@@ -93,26 +131,45 @@ class PgdChanges:
 
 
 @dataclass
+class JumpChanges:
+    """The settings of the interval attack alone that were typed; others are None."""
+
+    jumps: int | None = None
+    jump: float | None = None
+    radius: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return what was typed, by name."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass
 class EvalSettings:
     """The settings of one `btrain eval`.
 
     Attributes:
         attacks: names of `ATTACKS`; "all" stands alone.
-        pgd: settings that change the PGD attacks among them.
+        pgd: settings that change the PGD and interval attacks among them.
+        jumping: settings that change the interval attacks alone.
         config: overrides of the run's `dataset` and `model`, key by key as they were typed.
         factories: own code in the place of that which the run names, by its group.
         trust_code: whether own code that the checkpoint names may be imported.
         norm, epsilon, seed: None for the run's.
         batch_size: examples in memory at once.
-        verify: engines of `btrain.verify.bounds`, joined ones by +, or any.
+        verify: engines of `btrain.verify.bounds`, joined ones by +, or any; each by one name,
+            whatever the order in which it was joined, unions behind their members.
         verify_epsilon: other radii at which each engine verifies, as they were typed.
+        verify_memory: that bounds may take, in GiB; None for 2.
     """
 
     checkpoint: str = ""
     attacks: list[str] = field(default_factory=lambda: ["pgd20"])
     verify: list[str] = field(default_factory=list)
     verify_epsilon: list[str] = field(default_factory=list)
+    verify_memory: float | None = None
     pgd: PgdChanges = field(default_factory=PgdChanges)
+    jumping: JumpChanges = field(default_factory=JumpChanges)
     extra_corruptions: bool = False
     corruptions_root: str | None = None
     config: dict[str, str] = field(default_factory=dict)
@@ -139,11 +196,7 @@ class EvalSettings:
         _one_of("attack.loss", self.pgd.loss or "ce", LOSSES)
         _one_of("precision", self.precision, PRECISIONS)
         seed_in_range("seed", self.seed)
-        if self.pgd.given and not any(name in PRESETS or name == "custom" for name in self.attacks):
-            raise UserError(
-                f"attack.{next(iter(self.pgd.given))} is a setting of PGD; it does not go with "
-                f"attack={','.join(self.attacks)}."
-            )
+        self._check_changes()
         self._check_distinct()
         with_corruptions = {"corruptions", "all"} & set(self.attacks)
         if self.extra_corruptions and not with_corruptions:
@@ -163,9 +216,7 @@ class EvalSettings:
     @property
     def results(self) -> list[str]:
         """Return the names of the results, but for the clean accuracy, which always is there."""
-        pgd = (*PRESETS, "custom")
-        attacks = [self.pgd_attack(name)[0] if name in pgd else name for name in self.attacks]
-        return [name for name in attacks if name != "clean"] + self.verified
+        return [self._result(name) for name in self.attacks if name != "clean"] + self.verified
 
     @property
     def verified(self) -> list[str]:
@@ -173,19 +224,50 @@ class EvalSettings:
         return [f"{VERIFIED}{engine.replace('+', '-')}" for engine in self.verify]
 
     @property
+    def memory(self) -> int:
+        """Return the bytes that bounds may take."""
+        return gibibytes(2.0 if self.verify_memory is None else self.verify_memory)
+
+    @property
     def radii(self) -> list[float]:
         """Return the other radii at which is verified, rising."""
         key = "verify.epsilon"
         return sorted({pixels(key, typed, "linf") for typed in self.verify_epsilon})
 
+    def _check_changes(self) -> None:
+        """Raise UserError for a setting that was typed and that no attack here has."""
+        intervals = [name for name in self.attacks if name in INTERVAL_ATTACKS]
+        of_pgd = [name for name in self.attacks if name in PRESETS or name == "custom"]
+        for given, having, whose in (
+            (self.pgd.given, of_pgd + intervals, "PGD and of the interval attack"),
+            (self.jumping.given, intervals, "attack=interval and interval50"),
+        ):
+            if given and not having:
+                raise UserError(
+                    f"attack.{next(iter(given))} is a setting of {whose}; it does not go with "
+                    f"attack={','.join(self.attacks)}."
+                )
+        if intervals and self.pgd.loss not in (None, *INTERVAL_LOSSES):
+            raise UserError(
+                f"attack.loss={self.pgd.loss} does not go with attack={intervals[0]}, which "
+                f"ascends {' or '.join(INTERVAL_LOSSES)}."
+            )
+        at_least(0, "attack.jumps", self.jumping.jumps)
+        for key in ("jump", "radius"):
+            if (length := getattr(self.jumping, key)) is not None:
+                pixels(f"attack.{key}", length, "linf")
+
     def _check_bounds(self) -> None:
         if self.radii and not self.verify:
             raise UserError("verify.epsilon goes with verify=, which names the engines.")
-        for engine in self.verify:
-            for name in engine.split("+"):
-                _one_of("verify", name, (*ENGINES, "any"))
+        typed, engines = self.verify, [_canonical(engine) for engine in self.verify]
+        self.verify = sorted(engines, key=lambda engine: len(_joined(engine)))
         if len(set(self.verify)) < len(self.verify):
-            raise UserError(f"verify={','.join(self.verify)} must name each engine once.")
+            raise UserError(f"verify={','.join(typed)} must name each engine once.")
+        if self.verify_memory is not None:
+            positive("verify.memory", self.verify_memory)
+            if not self.bounded:
+                raise UserError("verify.memory goes with verify= or attack=interval, by bounds.")
         if self.bounded and self.precision != "float32":
             raise UserError(
                 f"{self.bounded[0]} does not go with precision={self.precision}: bounds are those "
@@ -209,13 +291,27 @@ class EvalSettings:
         names = [preset for preset, its in PRESETS.items() if its == settings]
         return (names[0] if names else settings.name), settings
 
+    def interval_attack(self, name: str) -> tuple[str, IntervalSettings]:
+        """Return an interval attack as the user has it, and its name then."""
+        changes = self.pgd.given | self.jumping.given
+        settings = replace(INTERVAL_ATTACKS[name], **changes)
+        names = [preset for preset, its in INTERVAL_ATTACKS.items() if its == settings]
+        return (names[0] if names else settings.name), settings
+
+    def _result(self, attack: str) -> str:
+        """Return the name of an attack's result."""
+        if attack in INTERVAL_ATTACKS:
+            return self.interval_attack(attack)[0]
+        return self.pgd_attack(attack)[0] if attack in (*PRESETS, "custom") else attack
+
     def _check_distinct(self) -> None:
         """Raise UserError where changed presets come to one and the same attack."""
         seen: dict[str, str] = {}
         for attack in self.attacks:
-            name = self.pgd_attack(attack)[0] if attack in (*PRESETS, "custom") else attack
+            name = self._result(attack)
             if name in seen:
-                changes = " ".join(f"attack.{key}={value}" for key, value in self.pgd.given.items())
+                given = self.pgd.given | self.jumping.given
+                changes = " ".join(f"attack.{key}={value}" for key, value in given.items())
                 raise UserError(
                     f"{seen[name]} and {attack} are one and the same attack with {changes}; "
                     "please leave one out."
@@ -230,10 +326,13 @@ usage: btrain eval checkpoint=RUN|FILE [option=value …]
 checkpoint=RUN             a run folder (its last checkpoint), or a checkpoint file
 attack=NAME[,NAME …]       {" ".join(ATTACKS)} (default pgd20)
 attack.steps= attack.restarts= attack.step_size= attack.loss={"|".join(LOSSES)}
-                           PGD of your own; also changes a preset
+                           PGD of your own; also changes a preset, and attack=interval
+attack.jumps= attack.jump= attack.radius=
+                           attack=interval's jumps, their length, the first bounded region
 verify=ENGINE[,ENGINE …]   {" ".join(ENGINES)}, several joined by +, or any:
                            which images no attack within epsilon (L∞) can break
 verify.epsilon=E[,E …]     the same at other radii, for the page's curves
+verify.memory=GIB          that bounds may take (default 2)
 attack.extra_corruptions=true
                            the 4 extra corruptions, too; they are no part of the mean
 dataset.corruptions_root=  the folder of gaussian_noise.npy … labels.npy
@@ -258,7 +357,9 @@ _FIELDS = {
     "attack": "attacks",
     **{f"attack.{key}": f"pgd.{key}" for key in PgdChanges.__annotations__},
     "attack.extra_corruptions": "extra_corruptions",
+    **{f"attack.{key}": f"jumping.{key}" for key in JumpChanges.__annotations__},
     "verify.epsilon": "verify_epsilon",
+    "verify.memory": "verify_memory",
     "dataset.corruptions_root": "corruptions_root",
     "eval.batch_size": "batch_size",
 }
@@ -380,6 +481,25 @@ def _merged(node: Any, group: str, overrides: Mapping[str, str]) -> Any:
     except OmegaConfBaseException as error:
         explained = str(configs.explain(error, ()))
         raise UserError(f"{group}.{explained}") from error
+
+
+def _canonical(typed: str) -> str:
+    """Return an engine's name, joined ones in one order and each once; all joined are `any`.
+
+    Raises:
+        UserError: there is no such engine, or any is joined to another.
+    """
+    names = typed.split("+")
+    for name in names:
+        _one_of("verify", name, (*ENGINES, ANY))
+    if ANY in names and len(names) > 1:
+        raise UserError(f"verify={typed}: {ANY} stands alone; it joins all engines.")
+    joined = [engine for engine in ENGINES if engine in names]
+    return ANY if len(joined) in (0, len(ENGINES)) else "+".join(joined)
+
+
+def _joined(engine: str) -> tuple[str, ...]:
+    return ENGINES if engine == ANY else tuple(engine.split("+"))
 
 
 def _check_attacks(names: Sequence[str]) -> None:

@@ -281,7 +281,7 @@ _OF_THE_SCHEMA = {
     "recipe.peak": "share of the run at which a cyclic rate is highest",
     "recipe.early_stop_on_collapse": "end ahead of an epoch in which PGD accuracy collapsed",
     "recipe.ema": "decay of the weights' moving average, which is then what is evaluated; 0: none",
-    "recipe.clip_norm": "longest gradient of all weights together; null: any",
+    "recipe.clip_norm": "largest norm of the gradient of all weights together; null: any",
     "logger.wandb": "whether it is one of the loggers: logger=[wandb,tensorboard]",
     "logger.tensorboard": "whether it is one of the loggers",
     "logger.mode": "of wandb alone",

@@ -262,6 +262,7 @@ class VerifiedConfig(DefenseConfig):
     shi_init: bool = MISSING
     shi_regulariser: float = MISSING
     dynamic: MixDynamic = MixDynamic.schedule
+    memory: float = 2.0
 
     kinds: ClassVar[frozenset[str]] = frozenset({"verified", "own_step", "one_pass", "not_pgd"})
     refuses: ClassVar[Mapping[str, str]] = {
@@ -279,7 +280,19 @@ class VerifiedConfig(DefenseConfig):
 
     def __post_init__(self) -> None:
         for engine in self.engine.split("+"):
-            require(engine in ENGINES, "defense.engine", f"of {', '.join(ENGINES)}", engine)
+            if engine == ANY:
+                raise UserError(
+                    f"defense.engine={self.engine}: {ANY} is for verify= alone; please join "
+                    "engines by +, like ibp+symbolic."
+                )
+            rule = f"of {', '.join(ENGINES)}, or several joined by +"
+            require(engine in ENGINES, "defense.engine", rule, engine)
+        by_name = _BY_NAME.get(self.name, self.engine)
+        if self.engine != by_name:
+            raise UserError(
+                f"defense={self.name.name} trains by {by_name}, as its name says; "
+                f"defense=verified defense.engine={self.engine} trains by another engine."
+            )
         at_least(1, "defense.k", self.k)
         at_least(1, "defense.per_batch", self.per_batch)
         only_one = self.k is None or self.per_batch is None
@@ -287,11 +300,15 @@ class VerifiedConfig(DefenseConfig):
         require(0 <= self.alpha <= 1, "defense.alpha", "in [0, 1]", self.alpha)
         positive("defense.weight_first", self.weight_first)
         positive("defense.weight_last", self.weight_last)
+        grows = f"at least defense.weight_first = {self.weight_first:g}: the weight grows"
+        require(self.weight_first <= self.weight_last, "defense.weight_last", grows,
+                f"{self.weight_last:g}")  # fmt: skip
         for name in ("weight_until", "box"):
             share = getattr(self, name)
             require(0 < share <= 1, f"defense.{name}", "in (0, 1]", share)
         require(0 <= self.ramp <= 1, "defense.ramp", "in [0, 1]", self.ramp)
         at_least(0, "defense.shi_regulariser", self.shi_regulariser)
+        positive("defense.memory", self.memory)
 
     @property
     def attacks(self) -> bool:
@@ -310,6 +327,25 @@ class VerifiedConfig(DefenseConfig):
             found.append(Choice(written, frozenset(), {"alike": why}))
         return found
 
+    def hints(self, held_out: int) -> list[str]:
+        """Return sentences for whoever might expect something else of settings that go together.
+
+        Args:
+            held_out: the number of held-out images.
+        """
+        found = []
+        if self.name is DefenseName.sabr and self.box == 1:
+            found.append(
+                "defense.box=1 bounds the whole box and attacks nothing: that is defense=ibp "
+                f"defense.alpha={self.alpha:g}, not SABR."
+            )
+        if self.dynamic is MixDynamic.feedback and held_out < FEEDBACK_IMAGES:
+            found.append(
+                f"defense.dynamic=feedback measures on {held_out} held-out images, all there are "
+                f"(dataset.val_examples), not on {FEEDBACK_IMAGES}."
+            )
+        return found
+
     def unread(self, bt: BTConfig) -> dict[str, str]:
         """Return the settings that nothing reads here, each with the choice that leaves it unread.
 
@@ -320,6 +356,8 @@ class VerifiedConfig(DefenseConfig):
         found = dict.fromkeys(unread, defense)
         if type(bt) is not BulletTrainConfig:
             found["bt.metric"] = f"bt={bt.name.name}"
+        if self.ramp == 0:
+            found["defense.shi_regulariser"] = "defense.ramp=0, for it is added while ε grows"
         if self.form is MixForm.convex:
             found |= dict.fromkeys(_WEIGHTS, form)
         if self.dynamic is MixDynamic.feedback:
@@ -328,6 +366,12 @@ class VerifiedConfig(DefenseConfig):
         return found
 
 
+_BY_NAME = {
+    DefenseName.ibp: "ibp",
+    DefenseName.crown_ibp: "crown_ibp",
+    DefenseName.mtl_ibp: "ibp",
+}
+"""The engine of a defense that is named after it."""
 _NEVER_READ = (
     *("bt.gamma", "bt.momentum", "bt.n_r", "bt.n_o", "bt.fractions", "bt.warmup_epochs"),
 )
@@ -336,6 +380,10 @@ _WEIGHTS = ("defense.weight_first", "defense.weight_last", "defense.weight_until
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 """The engines of `btrain.verify.bounds`."""
+ANY = "any"
+"""All engines joined, of an evaluation alone."""
+FEEDBACK_IMAGES = 200
+"""The most held-out images that the mix of training by bounds follows."""
 
 DEFENSES: dict[DefenseName, type[DefenseConfig]] = {
     DefenseName.trades: TradesConfig,

@@ -19,7 +19,7 @@ from btrain.data.augmentation import Batch, batch_slices, to_unit
 from btrain.errors import UserError
 from btrain.evaluation.result import hardly_above
 from btrain.methods.base import Method
-from btrain.methods.bullettrain import OUTLIERS
+from btrain.methods.bullettrain import OUTLIERS, SCORES, WEIGHTS
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
@@ -125,10 +125,10 @@ def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | 
     """
     if not plan.skip:
         return None
-    weight = state.memory["weight"]
+    weight = state.memory[WEIGHTS]
     if state.batch == 0:
         if _leaves_out(state, labels, plan):
-            score, size = state.memory["score"], plan.batch_size
+            score, size = state.memory[SCORES], plan.batch_size
             weight.copy_(stand_ins(score, plan.skip, size, plan.seed, state.epoch))
         else:
             weight.fill_(1.0)
@@ -137,14 +137,28 @@ def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | 
 
 def _leaves_out(state: TrainState, labels: Tensor, plan: Plan) -> bool:
     """Return whether the epoch that begins leaves examples out."""
-    if state.epoch == 0 or state.epoch + 1 > (1 - plan.skip_last) * plan.epochs:
+    if not plan.may_leave_out(state.epoch):
         return False
-    guarded = plan.guard < 1
-    if guarded and (state.epoch <= plan.plain_epochs or state.memory[OUTLIERS] > plan.guard):
+    if plan.guard < 1 and state.memory[OUTLIERS] > plan.guard:
         return False
-    right = 100 * (state.memory["score"] > 0).float().mean().item()
+    right = 100 * (state.memory[SCORES] > 0).float().mean().item()
     guessing = 100 * labels.bincount().max().item() / len(labels)
     return not hardly_above(right, guessing)
+
+
+def fewest_images(examples: int, plan: Plan, outliers: float = 0.0) -> list[int]:
+    """Return how many images each epoch of a run takes where it leaves out as many as it may.
+
+    Args:
+        outliers: F_O, of which a guard that allows less keeps everybody.
+    """
+    all_right = torch.arange(1.0, examples + 1)
+    weight = stand_ins(all_right, plan.skip, plan.batch_size, plan.seed, 0)
+    fewer = int((weight > 0).sum())
+    return [
+        fewer if plan.may_leave_out(epoch) and outliers <= plan.guard else examples
+        for epoch in range(plan.epochs)
+    ]
 
 
 def batches_in(state: TrainState, split: Split, plan: Plan) -> int:
@@ -282,7 +296,12 @@ def _take(
     """Take a step after `done` others of the run; undo and count it if it is to be skipped."""
     skip = plan.skip_nonfinite
     memories = [state.memory, *(controller.memory for controller in controllers)]
-    before = Snapshot(state.model, state.optimizer, *memories) if skip else None
+    before = None
+    if skip:
+        before = Snapshot(
+            state.model, state.optimizer, *memories,
+            by_example=method.by_example, indices=batch.indices,
+        )  # fmt: skip
     network = see(state.model if several is None else several.wrapped(state.model))
     stats = train_batch(
         network, state.optimizer, method, batch, state.memory, state.generator, several,

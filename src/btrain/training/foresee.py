@@ -23,10 +23,10 @@ from btrain.methods.make import make_method
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
 from btrain.terminal import counted, plural, sized
-from btrain.training.epochs import train_epoch
+from btrain.training.epochs import fewest_images, train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
-from btrain.training.setup import check_radius, known_of, make_state
+from btrain.training.setup import check_radius, known_of, make_state, store_bytes
 
 _SECONDS, _BATCHES = 10.0, 20
 _ALL = (1.0, 0.0, 0.0)
@@ -48,6 +48,10 @@ class Foreseen:
             the most.
         checkpoint: bytes of one.
         by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
+        fewest: batches in all, if train.skip leaves out as many images as it may; seconds and flops
+            are of so many.
+        store: bytes of the kept starts; None where none are kept.
+        saved: whether checkpoints hold them.
         noise_for: the data set that is still to be downloaded, for which noise stood in; or None.
     """
 
@@ -61,22 +65,32 @@ class Foreseen:
     checkpoint: int
     by_paper: bool
     device: str
+    fewest: int
+    store: int | None
+    saved: bool
     noise_for: str | None = None
 
     def sentences(self) -> str:
         """Return it for people, a line each."""
         shares = "/".join(f"{share:.2f}" for share in PAPER_FRACTIONS)
         assumed = f", at the paper's boundary/robust/outlier of {shares}" if self.by_paper else ""
+        most = self.epochs * self.batches
+        in_all = f"{most:,} in all"
+        if self.fewest < most:
+            in_all = f"{self.fewest:,} to {in_all}, by how many images train.skip leaves out"
+            assumed += ", with as many left out as may be"
         lines = [
             f"steps    {counted(self.epochs, 'epoch')} of "
-            f"{self.batches:,} {plural(self.batches, 'batch', 'batches')}, "
-            f"{self.epochs * self.batches:,} in all",
+            f"{self.batches:,} {plural(self.batches, 'batch', 'batches')}, {in_all}",
             f"time     {_duration(self.seconds)} of training on {self.device}, by "
             f"{counted(self.timed, 'batch', 'batches')} tried{assumed}; evaluations come on top",
             f"work     {self.flops:.3g} FLOPs",
             f"memory   {sized(self.memory)} at the most, {self._whose_memory()}",
             f"disk     {sized(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
+        if self.store is not None:
+            where = f"{self.device}, in {'every' if self.saved else 'no'} checkpoint"
+            lines.append(f"starts   {sized(self.store)} of kept starts on {where}")
         if self.noise_for is not None:
             lines.append(
                 f"data     noise of {self.noise_for}'s size and shape, which is not here yet: "
@@ -147,7 +161,8 @@ def foresee(config: Config) -> Foreseen:
     seconds, units, images = (b - a for a, b in zip(warm, tried, strict=True))
     expected = method.expected_units(PAPER_FRACTIONS)
     each = units / images if expected is None else expected
-    total = each * len(data.train) * config.train.epochs
+    fewest = fewest_images(len(data.train), plan)
+    total = each * sum(fewest_images(len(data.train), plan, PAPER_FRACTIONS[2]))
     content = io.BytesIO()
     torch.save(state.state_dict(), content)
     return Foreseen(
@@ -161,6 +176,9 @@ def foresee(config: Config) -> Foreseen:
         checkpoint=content.tell(),
         by_paper=expected is not None and expected != method.expected_units(_ALL),
         device=str(device),
+        fewest=sum(len(batch_slices(images, plan.batch_size)) for images in fewest),
+        store=store_bytes(config, data),
+        saved=config.attack.checkpoint_store,
         noise_for=config.dataset.title if noise else None,
     )
 

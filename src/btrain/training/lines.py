@@ -140,7 +140,8 @@ def speedup(numbers: dict[str, Any]) -> str:
 def _shares(config: Config, numbers: dict[str, Any]) -> str:
     """Return who was attacked for how long, or how many were bounded."""
     if isinstance(config.defense, VerifiedConfig):
-        return f"{100 * numbers['f_b']:.1f} % of the images bounded"
+        share = "–" if numbers["f_b"] is None else f"{100 * numbers['f_b']:.1f}"
+        return f"{share} % of the images bounded"
     return f"boundary/robust/outlier {fractions(numbers)}"
 
 

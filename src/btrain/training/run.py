@@ -28,6 +28,7 @@ from btrain.runs.provenance import changed_code, check_same_data, data_hash, ext
 from btrain.runs.tracking import open_tracker
 from btrain.settings import Config, Precision
 from btrain.settings.compose import to_dict
+from btrain.settings.method import VerifiedConfig
 from btrain.terminal import counted, say
 from btrain.training.epochs import Averages, batches_in, check_weights, train_epoch
 from btrain.training.lines import at_chance, describe, fractions, headline, number, tell_masks
@@ -245,6 +246,9 @@ def _train_epochs(
     short = record is not None and config.train.precision is Precision.bf16
     if short and (hint := bf16_hint("train.precision", device)):
         log.warning("%s", hint)
+    if record is not None and isinstance(config.defense, VerifiedConfig):
+        for hint in config.defense.hints(config.dataset.val_examples or 0):
+            log.warning("%s", hint)
     config = with_graphs_settled(config, state, data.train)
     paths = make_fast_paths(config.train, device)
     method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world,

@@ -44,7 +44,7 @@ class Plan:
             the run.
         before: epochs ahead of those that the run counts, of a search.
         score_every: batches from one whose scores the log shows to the next; None for none.
-        clip_norm: the longest gradient that an update follows; None for any.
+        clip_norm: the largest norm of the gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
         guard: nor does one that more than this share of outliers precede.
@@ -67,6 +67,12 @@ class Plan:
     skip_last: float = 0.0
     guard: float = 1.0
     plain_epochs: int = 0
+
+    def may_leave_out(self, epoch: int) -> bool:
+        """Return whether an epoch, from 0, may leave examples out."""
+        late = epoch + 1 > (1 - self.skip_last) * self.epochs
+        counted = self.guard == 1 or epoch > self.plain_epochs
+        return self.skip > 0 and epoch > 0 and not late and counted
 
 
 def make_plan(config: Config) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from btrain.controllers.base import Controller
+from btrain.controllers.base import Controller, Gradients
 from btrain.data import Batch
 from btrain.methods.base import Memory, Method
 from btrain.methods.statistics import StepStats, stacked, summed
@@ -35,7 +35,7 @@ def train_batch(
         generator: of all random choices, on the device.
         world: the processes that share the batch, if there are several.
         controllers: what acts on the weights behind each update.
-        clip_norm: the longest gradient that an update follows; None for any.
+        clip_norm: the largest norm of the gradient that an update follows; None for any.
 
     Returns:
         The sums over the batch, of all processes.
@@ -44,7 +44,7 @@ def train_batch(
     for examples in method.examples(network, batch, memory, generator):
         loss, stats, share, last = method.loss(network, examples, memory, generator)
         loss = loss if world is None else world.weighted(loss, share)
-        descend(optimizer, loss, clip_norm, begins=begins, ends=last)
+        descend(optimizer, loss, clip_norm, controllers, begins=begins, ends=last)
         begins = last
         for controller in controllers if last else ():
             controller.after_update(optimizer)
@@ -61,13 +61,16 @@ def descend(
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
     clip_norm: float | None = None,
+    controllers: Sequence[Controller] = (),
     *,
     begins: bool = True,
     ends: bool = True,
 ) -> None:
-    """Update the weights once, along the loss's gradient cut to a length.
+    """Update the weights once, along the loss's gradient, clipped by its norm.
 
     Args:
+        clip_norm: the largest norm; None for any.
+        controllers: what acts on the weights behind the update: what that undoes does not count.
         begins: whether the loss is the first one of the update; else its gradient is added.
         ends: whether it is the last one; else the weights stay.
     """
@@ -78,16 +81,27 @@ def descend(
         return
     if clip_norm is not None:
         weights = (weight for group in optimizer.param_groups for weight in group["params"])
-        shorten([weight.grad for weight in weights if weight.grad is not None], clip_norm)
+        gradients = {weight: weight.grad for weight in weights if weight.grad is not None}
+        active: Gradients = gradients
+        for controller in controllers:
+            active = controller.active(active)
+        clip([*gradients.values()], [*active.values()], clip_norm)
     optimizer.step()
 
 
 @torch.no_grad()
-def shorten(gradients: list[Tensor], most: float) -> None:
-    """Scale gradients, in place, so that all together are at most so long; no copy to the host.
+def clip(gradients: list[Tensor], active: list[Tensor], max_norm: float) -> None:
+    """Clip gradients by norm, in place, without a copy to the host.
 
-    Gradients that are not finite stay as they are, so that the log can name the one that was first.
+    All are multiplied by max_norm over the Euclidean norm of all entries of `active` together,
+    but by 1 at most. Where that norm is not finite they stay as they are, so that the log can name
+    the gradient that was so first. torch's `clip_grad_norm_` makes all of them NaN there, adds 1e-6
+    to the norm, and cannot leave masked entries out of it.
+
+    Args:
+        gradients: of any shapes.
+        active: the same, with zeros where an update is undone.
     """
-    length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    factor = (most / length).clamp(max=1)
-    torch._foreach_mul_(gradients, torch.where(torch.isfinite(length), factor, 1.0))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(active)))
+    factor = (max_norm / norm).clamp(max=1)
+    torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), factor, 1.0))

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from btrain import lazy
 
 if TYPE_CHECKING:
-    from btrain.verify import accuracy, bounds, graph
+    from btrain.verify import accuracy, bounds, graph, interval_attack, losses
 
-__all__ = ["accuracy", "bounds", "graph"]
+__all__ = ["accuracy", "bounds", "graph", "interval_attack", "losses"]
 
-__getattr__, __dir__ = lazy.attributes(__name__, ("accuracy", "bounds", "graph"))
+__getattr__, __dir__ = lazy.attributes(
+    __name__, ("accuracy", "bounds", "graph", "interval_attack", "losses")
+)

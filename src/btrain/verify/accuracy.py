@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from btrain.attacks.pgd import check_images
 from btrain.errors import UserError
 from btrain.terminal import counted
 from btrain.verify import bounds
@@ -16,6 +17,8 @@ from btrain.verify.graph import Graph, evaluating, trace
 
 _BATCH = 500
 """Images between two reports of progress."""
+_BY_COST = ("ibp", "crown_ibp", "symbolic", "crown")
+"""The engines, the cheapest first."""
 
 
 @dataclass(frozen=True)
@@ -54,53 +57,115 @@ def verify(
     engines: Sequence[str],
     memory: int = bounds.MEMORY,
     graph: Graph | None = None,
+    correct: Tensor | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Verification]:
     """Each engine's verdict on each image, in float32 or the network's own precision.
 
     An engine is given the images that the network classifies rightly, since a box holds its own
-    image. "any" and joined engines are given what no engine before them in `engines` verified, so
-    that a union costs what its last members cost.
+    image. "any" and joined engines are given what no engine before them in `engines` verified, and
+    go through their members by cost, each for what is still open.
 
     Args:
         network: put in evaluation mode meanwhile.
-        images: (m, C, H, W) in [0, 1].
+        images: (m, C, H, W) in [0, 1], in the network's precision.
         labels: (m,) int64.
         epsilon: L∞, in pixel units, above 0 and at most 1.
         engines: names as `bounds.engines` knows them.
+        memory: in bytes, about, see `bounds.margins`.
         graph: of the network, if there is one.
+        correct: which images the network classifies rightly, (m,) bool, if that is known.
         progress: told the engine and the number of images that are done.
 
     Raises:
-        UserError: no such engine, an ε out of range, or a layer that cannot be bounded.
+        UserError: no such engine, images, labels or ε that are not that, or a layer that cannot be
+            bounded.
     """
     if not 0 < epsilon <= 1:
         raise UserError(f"ε must be above 0 and at most 1, in pixel units, not {epsilon}.")
     members = {name: bounds.engines(name) for name in engines}
+    check_batch(network, images, labels)
     with evaluating(network), torch.no_grad():
         if graph is None:
             graph = trace(network, tuple(images.shape[1:]))
-        right = torch.cat([network(some).argmax(dim=1) for some in torch.split(images, _BATCH)])
-        right = right == labels
+        _check_classes(labels, graph.classes)
+        if correct is None:
+            parts = [torch.split(tensor, _BATCH) for tensor in (images, labels)]
+            correct = torch.cat([right(network, *pair) for pair in zip(*parts, strict=True)])
         verdicts: dict[str, Tensor] = {}
         results = []
         for name in engines:
             began = time.process_time()
-            sound = torch.zeros_like(right)
+            sound = torch.zeros_like(correct)
             for known in verdicts:
                 if set(members[known]) <= set(members[name]):
                     sound |= verdicts[known]
             for start in range(0, len(images), _BATCH):
-                open_ = (right & ~sound)[start : start + _BATCH].nonzero().squeeze(1) + start
-                region = bounds.box(images[open_], epsilon)
-                if len(open_):
-                    upper = bounds.margins(graph, region, labels[open_], engine=name, memory=memory)
-                    sound[open_] = bounds.verified(upper, labels[open_])
+                open_ = (correct & ~sound)[start : start + _BATCH].nonzero().squeeze(1) + start
+                sound[open_] = _best(
+                    graph, images[open_], labels[open_], members[name], epsilon, memory
+                )
                 if progress is not None:
                     progress(name, min(start + _BATCH, len(images)))
             verdicts[name] = sound
             results.append(Verification(name, epsilon, sound, time.process_time() - began))
     return results
+
+
+def _best(
+    graph: Graph, x: Tensor, labels: Tensor, members: Sequence[str], epsilon: float, memory: int
+) -> Tensor:
+    """Return which images the engines verify by the best of their bounds, margin by margin, (m,).
+
+    The cheapest begin, and the others are given what is still open.
+    """
+    sound = torch.zeros_like(labels, dtype=torch.bool)
+    open_, best = torch.arange(len(x), device=x.device), None
+    for engine in sorted(members, key=_BY_COST.index):
+        if not len(open_):
+            break
+        region = bounds.box(x[open_], epsilon)
+        upper = bounds.margins(graph, region, labels[open_], engine=engine, memory=memory)
+        best = upper if best is None else torch.minimum(best, upper)
+        now = bounds.verified(best, labels[open_])
+        sound[open_[now]] = True
+        open_, best = open_[~now], best[~now]
+    return sound
+
+
+@torch.no_grad()
+def right(network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Return which images a network, as it is, classifies rightly, (m,) bool on their device."""
+    found: Tensor = network(x).argmax(dim=1) == labels
+    return found
+
+
+def check_batch(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Raise UserError unless these are images in [0, 1] of the network's precision, and labels."""
+    if images.dim() != 4 or not len(images):
+        raise UserError(f"images must be (m, C, H, W), one at least, not {tuple(images.shape)}.")
+    check_images(images)
+    weight = next((w for w in network.parameters() if w.is_floating_point()), images)
+    if images.dtype != weight.dtype:
+        names = [str(dtype).removeprefix("torch.") for dtype in (images.dtype, weight.dtype)]
+        raise UserError(
+            f"images are {names[0]} and the network's weights {names[1]}; please give both in one "
+            "precision."
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"labels must be int64, one for each of {len(images)} images, not {labels.dtype} of "
+            f"shape {tuple(labels.shape)}."
+        )
+
+
+def _check_classes(labels: Tensor, classes: int) -> None:
+    first, last = (int(end) for end in torch.aminmax(labels))
+    if first < 0 or last >= classes:
+        raise UserError(
+            f"labels must be from 0 to {classes - 1}, for {classes} logits, not from {first} to "
+            f"{last}."
+        )
 
 
 def refuse_broken(verified: Tensor, broken: Tensor) -> None:

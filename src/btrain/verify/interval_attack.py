@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from btrain import precision
+from btrain.defenses import ce_inner_loss, cw_loss
+from btrain.errors import UserError
+from btrain.settings.checks import at_least, pixels, positive
 from btrain.verify import bounds
+from btrain.verify.accuracy import check_batch, right
 from btrain.verify.graph import Graph
 
 _GROWTH = 3.0
@@ -27,24 +29,19 @@ _CONFIDENCE = 50.0
 
 _RESTARTS_WITH_MORE_JUMPS = 2
 
-Ascent = Callable[[Tensor, Tensor], Tensor]
-"""(logits (m, K), labels (m,)) -> what to ascend (m,)"""
-
 
 def cw(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the best wrong logit minus the right one, cut at 50, (m,)."""
-    logits = precision.full(logits)
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    wrong = logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
-    return (wrong - right).clamp(max=_CONFIDENCE)
+    return cw_loss(logits, logits, labels).clamp(max=_CONFIDENCE)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy, which PGD ascends, (m,)."""
-    return F.cross_entropy(precision.full(logits), labels, reduction="none")
+    return ce_inner_loss(logits, logits, labels)
 
 
-LOSSES: dict[str, Ascent] = {"cw": cw, "pgd": cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cw": cw, "pgd": cross_entropy}
+"""(logits (m, K), labels (m,)) -> what the steps between the jumps ascend (m,)"""
 
 
 def attack(
@@ -61,9 +58,10 @@ def attack(
     jumps: int = 3,
     jump: float = 1.0,
     radius: float = 0.01,
+    memory: int = bounds.MEMORY,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Attacked images within ε of x (L∞) and within [0, 1].
+    """Return attacked images within ε of x (L∞) and within [0, 1].
 
     Without a graph it is plain CW or PGD of the same steps and restarts, to compare with.
 
@@ -81,10 +79,21 @@ def attack(
         jump: length in pixel units. At 1, the default, an image lands on a corner of the box.
         radius: of the first region around a point; it grows threefold while it is verified, up
             to ε/2.
+        memory: that the bounds take, in bytes, about.
 
     Returns:
         Like x: a misclassified image where one was found, else the last one.
+
+    Raises:
+        UserError: images, labels or a setting are not that.
     """
+    _check(network, x, labels, graph, loss)
+    pixels("epsilon", epsilon, "linf", least=True)
+    for key, least, count in (("steps", 0, steps), ("restarts", 1, restarts), ("jumps", 0, jumps)):
+        at_least(least, key, count)
+    at_least(0, "step_size", step_size)
+    at_least(0, "jump", jump)
+    positive("radius", radius)
     size = epsilon / 30 if step_size is None else step_size
     lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     found = x.clone()
@@ -102,18 +111,32 @@ def attack(
         for turn in range(many + 1 if graph is not None else 1):
             if turn:
                 assert graph is not None
-                now = confined(now + jump * _directions(graph, now, labels[left], epsilon, radius))
+                now = confined(
+                    now + jump * _directions(graph, now, labels[left], epsilon, radius, memory)
+                )
             for _ in range(steps):
                 now = confined(now + size * _gradient(network, now, labels[left], loss).sign())
             found[left] = now
-            kept = _right(network, now, labels[left])
+            kept = right(network, now, labels[left])
             left, now = left[kept], now[kept]
             if len(left) == 0:
                 return found
     return found
 
 
-def _directions(graph: Graph, x: Tensor, labels: Tensor, epsilon: float, radius: float) -> Tensor:
+def _check(network: nn.Module, x: Tensor, labels: Tensor, graph: Graph | None, loss: str) -> None:
+    """Raise UserError for a batch that cannot be attacked, or a loss that there is not."""
+    if loss not in LOSSES:
+        raise UserError(f"There is no loss {loss}; there are {', '.join(LOSSES)}.")
+    check_batch(network, x, labels)
+    if graph is not None and graph.shape != tuple(x.shape[1:]):
+        shapes = ["×".join(map(str, shape)) for shape in (graph.shape, x.shape[1:])]
+        raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
+
+
+def _directions(
+    graph: Graph, x: Tensor, labels: Tensor, epsilon: float, radius: float, memory: int
+) -> Tensor:
     """Return the sign of the interval gradient of the class that may win around each image.
 
     0 for images whose largest region is verified.
@@ -122,7 +145,7 @@ def _directions(graph: Graph, x: Tensor, labels: Tensor, epsilon: float, radius:
     left = torch.arange(len(x), device=x.device)
     while len(left):
         region = bounds.box(x[left], min(radius, epsilon / 2))
-        upper, slopes = bounds.slopes(graph, region, labels[left])
+        upper, slopes = bounds.slopes(graph, region, labels[left], memory=memory)
         open_ = upper.argmax(dim=1) != labels[left]
         winner = upper[open_].argmax(dim=1)
         directions[left[open_]] = slopes[open_][torch.arange(len(winner)), winner].sign()
@@ -136,9 +159,3 @@ def _gradient(network: nn.Module, x: Tensor, labels: Tensor, loss: str) -> Tenso
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(LOSSES[loss](network(x), labels).sum(), x)[0]
-
-
-@torch.no_grad()
-def _right(network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    right: Tensor = network(x).argmax(dim=1) == labels
-    return right

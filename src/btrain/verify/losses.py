@@ -56,6 +56,7 @@ def small_box(x: Tensor, attacked: Tensor, *, epsilon: float, share: float) -> B
     1].
 
     SABR of Müller et al., section 3: `share` 1 gives the whole box, 0 the attacked image alone.
+    (m, C, H, W), (m, C, H, W) -> a box of each
 
     Raises:
         UserError: the share lies outside [0, 1].
@@ -89,7 +90,7 @@ def regulariser(images: Box, before_relus: Sequence[Interval]) -> Tensor:
 
     For each layer: how much wider its intervals are than the images' (eq. 9), and how far the
     always active neurons outweigh the always inactive ones, or the reverse, in mean and in
-    variance (eq. 10). The mean over layers; 0 once all lie within τ = 0.5.
+    variance (eq. 10). The mean over layers, (); 0 once all lie within τ = 0.5.
 
     Args:
         before_relus: of all layers, from `bounds.before_relus`.

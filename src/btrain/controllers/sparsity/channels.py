@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from btrain.attacks.pgd import evaluation_mode
 from btrain.controllers.averaging import WeightAverage
+from btrain.controllers.base import Gradients
 from btrain.controllers.sparsity.controller import Flight, Sparsity, Thinned
 from btrain.controllers.sparsity.masks import Masks
 from btrain.methods.statistics import StepStats
@@ -152,6 +153,10 @@ class Channels(Sparsity):
             yield self._pair.small
         finally:
             self._pair.give(self.channels)
+
+    def active(self, gradients: Gradients) -> Gradients:
+        """Return the gradients: a network without the channels has none of theirs."""
+        return gradients
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the update: a network without the channels has nothing to be masked."""

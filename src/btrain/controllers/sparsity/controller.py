@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from btrain.controllers.base import Gradients
 from btrain.controllers.sparsity.masks import Masks, noise_like, regrown
 from btrain.controllers.sparsity.schedule import drop_rate, switches
 from btrain.methods.base import Memory
@@ -69,6 +70,11 @@ class Sparsity:
         self.refresh()
 
     # ---------------------------------------------------------------- what a run calls
+
+    def active(self, gradients: Gradients) -> Gradients:
+        """Return the gradients with zeros where weights are masked."""
+        masks = {weight: self.masks[name] for name, weight in self.thinned.weights.items()}
+        return {w: g * masks[w] if w in masks else g for w, g in gradients.items()}
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Set what is masked to 0 again, and change the masks where it is time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -70,15 +70,28 @@ class Snapshot:
     """The weights, BatchNorm statistics, momenta and memory as they were before a step.
 
     Taking and undoing copies each of them once: memory and time of two more copies of the weights
-    and momenta a step.
+    and momenta a step. Of a memory with a row for each training example these are the batch's rows.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *memories: Memory
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *memories: Memory,
+        by_example: Collection[str] = (),
+        indices: Tensor | None = None,
     ) -> None:
-        """Keep what a step changes; `memories` are those of the method and of the controllers."""
+        """Keep what a step changes.
+
+        Args:
+            memories: of the method and of the controllers.
+            by_example: names in them of tensors with a row for each training example.
+            indices: the rows of these that the step may change, (m,) int64; None without any.
+        """
         self._model, self._optimizer, self._memories = model, optimizer, memories
+        self._by_example, self._indices = frozenset(by_example), indices
         self._before = {name: tensor.clone() for name, tensor in self._tensors()}
+        self._rows_before = {name: tensor[indices] for name, tensor in self._tensors_by_example()}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._model.state_dict().items():
@@ -89,8 +102,13 @@ class Snapshot:
                 if isinstance(value, Tensor):
                     yield f"optimizer.{i}.{key}", value
         for i, memory in enumerate(self._memories):
-            for name, tensor in memory.items():
-                yield f"memory.{i}.{name}", tensor
+            for name in memory.keys() - self._by_example:
+                yield f"memory.{i}.{name}", memory[name]
+
+    def _tensors_by_example(self) -> Iterator[tuple[str, Tensor]]:
+        for i, memory in enumerate(self._memories):
+            for name in memory.keys() & self._by_example:
+                yield f"memory.{i}.{name}", memory[name]
 
     @torch.no_grad()
     def undo_where(self, bad: Tensor) -> None:
@@ -101,3 +119,6 @@ class Snapshot:
         for name, now in self._tensors():
             before = self._before.get(name)
             now.copy_(torch.where(bad, torch.zeros_like(now) if before is None else before, now))
+        for name, now in self._tensors_by_example():
+            rows = now[self._indices]
+            now[self._indices] = torch.where(bad, self._rows_before[name], rows)

@@ -36,6 +36,7 @@ class Masked:
     plain: BulletTrain | AugMix
     budget: Tensor
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def eq7(self) -> bool:

@@ -34,6 +34,7 @@ class Official:
     plain: BulletTrain
     beta: float
     in_units: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def eq7(self) -> bool:
