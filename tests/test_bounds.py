@@ -213,6 +213,32 @@ def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
             assert (ours.double() > theirs)[wrong].all()
 
 
+@pytest.mark.parametrize("large", [100.0, 10_000.0])
+def test_rounding_of_values_that_cancel_later_is_allowed_for(large: float) -> None:
+    """The true logits of a network in float32, whose second layer takes off what its first adds."""
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(72, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, CLASSES),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[1].bias += large
+        network[3].bias -= network[3].weight.double().sum(1).mul(large).float()
+    graph, exact = trace(network, SHAPE), copy.deepcopy(network).double()
+    x, labels = images(2, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    signs = torch.rand(500, 2, *SHAPE, generator=generator, dtype=torch.float64).round() * 2 - 1
+    for epsilon in (0.0, 1e-3):
+        region = bounds.box(x, epsilon)
+        with torch.no_grad():
+            z = exact((region.centre + region.radius * signs).flatten(0, 1)).unflatten(0, (500, 2))
+            for engine in bounds.ENGINES:
+                lower, upper = bounds.logits(graph, region, engine=engine)
+                margins = bounds.margins(graph, region, labels, engine=engine)
+                apart = z - z.gather(2, labels.expand(500, 2)[..., None])
+                assert (z <= upper).all() and (z >= lower).all() and (apart <= margins).all()
+
+
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
@@ -247,8 +273,13 @@ def test_little_memory_gives_the_same_bounds_and_gradients(name: str, engine: st
 def test_too_little_memory_for_one_image() -> None:
     _, graph = made("convolutional")
     x, labels = images(2)
-    with pytest.raises(UserError, match=r"Bounds by symbolic need about .* MiB for one image"):
+    sentence = r"^Bounds by symbolic need at least [\d.]+ kB for one image, and may take 1 kB.$"
+    with pytest.raises(UserError, match=sentence):
         bounds.margins(graph, bounds.box(x, 0.1), labels, engine="symbolic", memory=1000)
+    assert len(graph.sizes) == 2  # of one piece, and of another engine: no other is tried
+    _, graph = made("residual")
+    with pytest.raises(UserError, match=r"and may take 524 kB; those by crown_ibp need \d+ kB.$"):
+        bounds.check_memory(graph, engine="symbolic", like=x, memory=2**19)
 
 
 def test_a_union_is_the_best_of_its_engines() -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from btrain import cli
 from btrain.allocation import signed_prediction_variance
+from btrain.attacks.shadow import InBFloat16
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
 from btrain.evaluation.attack import Subject, clean_correct
@@ -293,6 +294,48 @@ def test_bounds_take_as_much_memory_as_they_may(digits: Data) -> None:
     (examples,) = method.examples(network, batch_of(digits), memory, generator)
     with pytest.raises(UserError, match=r"for one image, and may take"):
         method.loss(network, examples, memory, generator)
+
+
+OWN_NETWORK = """
+import torch
+class Pooled(torch.nn.Sequential):
+    def __init__(self, classes, shape):
+        super().__init__(torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(16, classes))
+"""
+
+
+def test_what_cannot_be_bounded_is_refused_ahead_of_any_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory, run = tmp_path / "pooled.py", tmp_path / "run"
+    factory.write_text(OWN_NETWORK)
+    words = ["dataset=digits", "dataset.train_examples=50", "dataset.test_examples=20",
+             "model=own", f"model.factory={factory}:Pooled", f"run.dir={run}",
+             "device=cpu"]  # fmt: skip
+    assert cli.main(["train", *words, "defense=mixtrain"]) == 1
+    assert "through the layer 0 (MaxPool2d)" in capsys.readouterr().err
+    assert not run.exists()
+    assert cli.main(["train", *words, "defense=pgd", "train.epochs=1"]) == 0
+    before = sorted(run.rglob("*"))
+    asked = [f"checkpoint={run}", "trust_code=true", "verify=ibp", "epsilon=0.1", "device=cpu"]
+    assert cli.main(["eval", *asked]) == 1
+    assert "through the layer 0 (MaxPool2d)" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("defense", ["mixtrain", "ibp", "sabr"])
+def test_passes_in_bf16_leave_bounds_in_float32(defense: str, digits: Data) -> None:
+    config = compose([*SMALL, f"defense={defense}", "defense.ramp=0", "defense.alpha=1"])
+    method, network = make_method(config, CPU), make_state(config, digits, CPU).model
+    assert isinstance(method, Verified)
+    values = []
+    for taken in (network, InBFloat16(network).train()):
+        memory, generator = method.memory(digits, CPU), torch.Generator().manual_seed(0)
+        (examples,) = method.examples(taken, batch_of(digits, 8), memory, generator)
+        values.append(method.loss(taken, examples, memory, generator).value)
+        values[-1].backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
+    assert values[1].item() == pytest.approx(values[0].item(), rel=2e-2)
 
 
 def test_a_run_is_trained_verified_and_attacked(

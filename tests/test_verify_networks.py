@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from btrain.errors import UserError
 from btrain.models import Normalise, verified
@@ -127,6 +129,26 @@ def test_tracing_leaves_mode_statistics_and_random_numbers_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_tracing_reads_the_network_as_it_is_evaluated_and_sets_nothing_on_it() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = F.dropout(x - torch.tensor([0.1]), 0.5, self.training)
+            return 2 * self.fc(x) if self.training else self.fc(x)
+
+    network = Branching()
+    before = dict(vars(network))
+    graph = trace(network, (4,))
+    assert vars(network) == before
+    x = torch.rand(5, 4)
+    assert torch.allclose(forward(graph.operations(), x), network.eval()(x))
+
+
 class Function(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -146,6 +168,17 @@ def overwriting(x: Tensor) -> Tensor:
     return flat.view(x.shape)
 
 
+class CappedReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(max=2.0)
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    """A layer that gives less where it would give much."""
+    layer.register_forward_hook(lambda module, args, out: out - 3 * F.relu(out - 1))
+    return layer
+
+
 REFUSED = {
     "max pooling": (
         nn.MaxPool2d(2),
@@ -162,6 +195,18 @@ REFUSED = {
     "branch": (Function(branching), "takes the same way for all images"),
     "overwritten": (Function(overwriting), "may write on values that are used again"),
     "scaled sum": (Function(lambda x: torch.add(x, x, alpha=2)), "through the operation add"),
+    "division": (Function(lambda x: 1 / x), "truediv.*, a division by what depends on the image"),
+    "own forward": (CappedReLU(), r"the operation clamp in 1 \(CappedReLU\)"),
+    "hook": (hooked(nn.BatchNorm2d(2)), r"1 \(BatchNorm2d\), which computes more than its kind"),
+    "alias": (Function(lambda x: (x.flatten(1).relu_(), x)[1]), "values that are used again"),
+    "chance": (Function(lambda x: x + 1e-5 * torch.randn(2, 1, 1)), "uses no chance"),
+    "Python's chance": (Function(lambda x: x + 1e-3 * random.random()), "uses no chance"),
+    "an image's own": (Function(lambda x: x * torch.rand(3, 2, 1, 1).clamp(1)), "image to image"),
+    "number": (Function(lambda x: x * x.max().item()), "through the operation max"),
+    "batch": (Function(lambda x: x * x.size(0)), "through the operation mul"),
+    "length": (Function(lambda x: x.view(len(x), -1)), r"cannot be followed \(torch.fx\): 'len'"),
+    "new layer": (Function(lambda x: nn.ReLU()(x)), r"cannot be followed \(torch.fx\): module"),
+    "no numbers": (Function(lambda x: x * float("nan")), "logits are not finite"),
 }
 
 
@@ -207,3 +252,73 @@ def test_a_graph_follows_its_network() -> None:
     with torch.no_grad():
         network[3].bias += 1
     assert torch.allclose(forward(graph.operations(), x), network(x))
+
+
+class SaturatingReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) - 3 * F.relu(x - 1)
+
+
+def with_forward_of_its_own() -> nn.Module:
+    layer = nn.ReLU()
+    layer.forward = SaturatingReLU().forward  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize("case", ["class", "hook", "instance", "whole network"])
+def test_layers_that_do_more_than_their_kind_are_read_as_they_compute(case: str) -> None:
+    """They differ from their kind for values above 1 alone, which few images reach."""
+    layer = {"class": SaturatingReLU, "instance": with_forward_of_its_own}.get(case, nn.ReLU)()
+    linear = nn.Linear(64, 1, bias=False)
+    nn.init.constant_(linear.weight, 1 / 40)
+    network = nn.Sequential(nn.Flatten(), hooked(linear) if case == "hook" else linear, layer)
+    network = hooked(network) if case == "whole network" else network
+    x = torch.full((1, 1, 8, 8), 0.7)
+    lower, upper = bounds.logits(trace(network, (1, 8, 8)), bounds.box(x, 0.3), engine="ibp")
+    out = network(torch.linspace(0.4, 1, 20)[:, None, None, None].expand(20, 1, 8, 8))
+    assert (lower <= out).all() and (out <= upper).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("made", [weight_norm, spectral_norm, nn.utils.weight_norm])
+def test_weights_made_of_others_are_followed(made: Callable[[nn.Module], nn.Module]) -> None:
+    network = nn.Sequential(made(nn.Conv2d(1, 2, 3)), nn.Flatten(), made(nn.Linear(8, 3))).eval()
+    graph = trace(network, (1, 4, 4))
+    x = torch.rand(4, 1, 4, 4)
+    for _ in range(2):
+        assert torch.allclose(forward(graph.operations(), x), network(x), atol=1e-6)
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+
+
+CALLED: dict[str, Callable[[nn.Conv2d, Tensor], Tensor]] = {
+    "layer": lambda conv, x: conv(input=x),
+    "in place": lambda conv, x: F.relu(input=conv(x), inplace=True),
+    "in place, used again": lambda conv, x: (lambda h: F.relu(h, True) + h)(conv(x)),
+    "another name, used again": lambda conv, x: (lambda h: h.contiguous().relu_() + h)(conv(x)),
+    "negative": lambda conv, x: torch.neg(input=conv(x)),
+    "difference": lambda conv, x: torch.sub(other=conv(x), input=conv.bias.view(2, 1, 1)),
+    "convolution": lambda conv, x: F.conv2d(x, conv.weight, bias=conv.bias, padding=1, stride=2),
+    "linear": lambda conv, x: F.linear(conv(x).flatten(1), conv.weight.view(1, 18)),
+    "pooling": lambda conv, x: F.avg_pool2d(x, kernel_size=x.size(2) // 2),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+def test_functions_and_arguments_by_name(case: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 2, 3)
+    network = nn.Sequential(Called(conv, CALLED[case]), nn.Flatten()).double().eval()
+    graph = trace(network, (1, 5, 5))
+    x = 4 * torch.randn(5, 1, 5, 5, dtype=torch.float64)
+    assert torch.allclose(forward(graph.operations(), x), network(x), rtol=0, atol=1e-12)
+
+
+class Called(nn.Module):
+    def __init__(self, conv: nn.Conv2d, call: Callable[[nn.Conv2d, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.call = conv, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.conv, x)

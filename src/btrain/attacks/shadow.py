@@ -216,3 +216,8 @@ def attacked(model: nn.Module) -> Iterator[nn.Module]:
 def bare(network: nn.Module) -> nn.Module:
     """Return the network without what averages its weights' gradients over several processes."""
     return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def in_float32(network: nn.Module) -> nn.Module:
+    """Return the bare network, without what makes its passes in bf16 or attacks another one."""
+    return bare(network.network if isinstance(network, Shadowed) else network)

@@ -37,7 +37,8 @@ from btrain.precision import bf16_hint
 from btrain.runs.lock import locked
 from btrain.settings.evaluation import AUTOATTACKS, CHAIN, INTERVAL_ATTACKS, EvalSettings
 from btrain.terminal import say, tell
-from btrain.verify.graph import Graph
+from btrain.verify import bounds
+from btrain.verify.graph import Graph, trace
 
 _SAMPLES = 12
 
@@ -90,6 +91,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     own = settings.out is None
     earlier.found(target.folder, told, own=own)  # ahead of the work
     check_places(_files(settings, target))
+    graph = _graph(settings, target) if settings.bounded else None
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
         facts["note"] = " ".join(filter(None, (facts["note"], hint)))
@@ -108,7 +110,21 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     )
     earlier.set_aside(target.folder, told, own=own)
     with _taken(settings, target.folder):
-        return _attacked(settings, subject)
+        return _attacked(settings, subject, graph)
+
+
+def _graph(settings: EvalSettings, target: Target) -> Graph:
+    """Return the network as bounds pass through it.
+
+    Raises:
+        UserError: a layer cannot be bounded, or the bounds of one image do not fit into memory.
+    """
+    graph = trace(target.model, target.data.shape)
+    like = target.data.test.images.new_empty(0, dtype=torch.float32)
+    interval = set(INTERVAL_ATTACKS) & set(settings.attacks)
+    for engine in [*settings.verify, *(["symbolic"] if interval else [])]:
+        bounds.check_memory(graph, engine=engine, like=like, memory=settings.memory)
+    return graph
 
 
 def _files(settings: EvalSettings, target: Target) -> list[Path]:
@@ -137,10 +153,9 @@ def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
         yield
 
 
-def _attacked(settings: EvalSettings, subject: Subject) -> Evaluation:
+def _attacked(settings: EvalSettings, subject: Subject, graph: Graph | None) -> Evaluation:
     assert subject.folder is not None
     results: list[Result] = []
-    graph = verification.graph_of(subject) if settings.bounded else None
     start = Start(subject.correct)
     names = _names(settings)
     left = [*names, *settings.verified, *(["sanity checks"] if settings.sanity else [])]

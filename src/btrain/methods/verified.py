@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from btrain import precision
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation
 from btrain.attacks.attack import Attack
-from btrain.attacks.shadow import bare
+from btrain.attacks.shadow import in_float32
 from btrain.data import Batch, Data, Split
 from btrain.data.augmentation import to_unit
 from btrain.errors import UserError
@@ -142,6 +142,14 @@ class Verified:
             memory |= {MIX: torch.tensor(0.5), LISTENED: torch.zeros((), dtype=torch.int64)}
         return memory
 
+    def check(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+        """Raise UserError if there are no bounds of a network, or none that fit into memory."""
+        graph = _graph(in_float32(network), shape)
+        with evaluating(network), torch.enable_grad():
+            bounds.check_memory(
+                graph, engine=self.engine, like=torch.empty(0), memory=self.memory_limit
+            )
+
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
@@ -185,8 +193,9 @@ class Verified:
         z = self.world.gathered(logits.detach(), m)
         rows = self._rows(z, labels, memory, generator)
         bounded, upper = rows[self.world.share(len(rows))], x.new_empty(len(logits), 0)
-        graph = _graph(bare(network), tuple(x.shape[1:]))
-        with evaluating(bare(network)):
+        plain = in_float32(network)
+        graph = _graph(plain, tuple(x.shape[1:]))
+        with evaluating(plain):
             if len(rows):
                 worst = loss.new_zeros(())
                 if len(bounded):
@@ -240,12 +249,12 @@ class Verified:
         """
         some = slice(FEEDBACK_IMAGES)
         x, labels = to_unit(held_out.images[some]), held_out.labels[some]
-        plain = bare(network)
+        plain = in_float32(network)
         graph = _graph(plain, tuple(x.shape[1:]))
         with evaluating(plain), torch.no_grad():
             wrong = (plain(x).argmax(dim=1) != labels).double().mean().item()
             box = bounds.box(x, self._share(progress) * self.epsilon)
-            upper = bounds.margins(graph, box, labels, engine=self.engine, memory=self.memory_limit)
+            upper = self._upper(graph, box, labels)
             open_ = 1 - bounds.verified(upper, labels).double().mean().item()
         found = open_ / (open_ + wrong) if open_ else 0.5
         before = memory[MIX].item() if progress > 0 else found
@@ -282,7 +291,13 @@ class Verified:
             if self.box == 1
             else losses.small_box(x, x_adv, epsilon=epsilon, share=self.box)
         )
-        return bounds.margins(graph, box, labels, engine=self.engine, memory=self.memory_limit)
+        return self._upper(graph, box, labels)
+
+    def _upper(self, graph: Graph, box: bounds.Box, labels: Tensor) -> Tensor:
+        """Return the margins' upper bounds, (k', K), without what a loss does not need."""
+        return bounds.margins(
+            graph, box, labels, engine=self.engine, memory=self.memory_limit, all_rounding=False
+        )
 
     @property
     def eq7(self) -> bool:

@@ -26,6 +26,7 @@ from btrain.errors import UserError
 from btrain.evaluation.pgd import farthest, threat_of
 from btrain.methods.make import Known, make_ball, make_defense, make_method, make_store
 from btrain.methods.own_parts import doubts_of_ball, doubts_of_defense
+from btrain.methods.verified import Verified
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
 from btrain.settings import (
@@ -85,6 +86,8 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
         model = to_channels_last(model)
     optimizer = make_optimizer(config.recipe, model)
     method = make_method(config, device, known=known_of(data))
+    if isinstance(method, Verified):
+        method.check(model, data.shape)
     check_store(config, data, device)
     memory = method.memory(data, device)
     if config.train.on_nonfinite is OnNonfinite.skip:

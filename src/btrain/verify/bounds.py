@@ -1,8 +1,9 @@
 """Sound bounds on a network's logits for all images in a box, by four engines.
 
-All engines enclose each ReLU between two lines and go backward from what is to be bounded to the
-box, adding up what the enclosures may amount to. They differ in the lines and in how the intervals
-before the ReLUs are found:
+All engines enclose each ReLU between two lines and add up what the enclosures may amount to, going
+backward from what is to be bounded to the box; where the lines are constants, `ibp`, no further
+than to the last of them. They differ in the lines and in how the intervals before the ReLUs are
+found:
 
 | engine | intervals before the ReLUs | lines at the end |
 |---|---|---|
@@ -15,14 +16,17 @@ before the ReLUs are found:
 joined by "+" give the best of their bounds, margin by margin; "any" joins all.
 
 Rounding: each radius grows by 64 units in the last place of its own size and of the largest value
-of its layer. That covers the rounding that sums of thousands of terms show, by a factor of ten and
-more, but is no proof against it.
+of its layer, and by what 8 units of all terms of every layer on the way may amount to, so that
+large values which cancel later are covered. The latter is left out in training (`all_rounding`).
+That covers the rounding that sums of thousands of terms show, by a factor of ten and more, but is
+no proof against it: what is computed with the coefficients of the lines is rounded, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btrain import precision
 from btrain.errors import UserError
+from btrain.terminal import sized
 from btrain.verify.coefficients import (
     Dense,
     Patches,
@@ -54,7 +59,8 @@ MEMORY = 2 * 2**30
 _IN_CACHE = 32 * 2**20
 """Bytes that a processor works on at once without waiting for its memory."""
 
-_ROUNDING = 64  # units in the last place
+_ROUNDING = 64  # units in the last place of a result
+_TERMS = 8  # of the terms that it is a sum of, with all their signs taken away
 
 Lines = Literal["constant", "parallel", "adaptive"]
 _INTERVALS: dict[str, Lines] = {
@@ -109,7 +115,13 @@ def engines(named: str) -> tuple[str, ...]:
 
 
 def margins(
-    graph: Graph, images: Box, labels: Tensor, *, engine: str, memory: int = MEMORY
+    graph: Graph,
+    images: Box,
+    labels: Tensor,
+    *,
+    engine: str,
+    memory: int = MEMORY,
+    all_rounding: bool = True,
 ) -> Tensor:
     """Return upper bounds of all other logits minus the labelled one, over the box.
 
@@ -123,6 +135,8 @@ def margins(
         engine: one or several, see `engines`.
         memory: in bytes, about. What does not fit is done in chunks, and in pieces computed twice
             where gradients are needed.
+        all_rounding: whether to allow for the rounding of every layer, see the head of this page;
+            a loss, which proves nothing, does without.
 
     Returns:
         (m, K), with gradients to the network's weights.
@@ -131,7 +145,8 @@ def margins(
         UserError: no such engine, a layer in training mode, or one image needs more memory.
     """
     bounds = [
-        _in_chunks(graph, images, labels, engine=name, memory=memory) for name in engines(engine)
+        _in_chunks(graph, images, labels, engine=name, memory=memory, all_rounding=all_rounding)
+        for name in engines(engine)
     ]
     best = bounds[0]
     for other in bounds[1:]:
@@ -151,7 +166,8 @@ def verified(upper: Tensor, labels: Tensor) -> Tensor:
 def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> Interval:
     """Return bounds of each logit by itself over the box, (m, K) each; otherwise like `margins`."""
     bounds = [
-        _in_chunks(graph, images, None, engine=name, memory=memory) for name in engines(engine)
+        _in_chunks(graph, images, None, engine=name, memory=memory, all_rounding=True)
+        for name in engines(engine)
     ]
     lower, upper = bounds[0].chunk(2, dim=1)
     for other in bounds[1:]:
@@ -163,13 +179,19 @@ def logits(graph: Graph, images: Box, *, engine: str, memory: int = MEMORY) -> I
 
 
 def before_relus(graph: Graph, images: Box) -> list[Interval]:
-    """Interval bounds before each ReLU in the order of computation, layer by layer (`ibp`)."""
+    """Return interval bounds before each ReLU in the order of computation, layer by layer (`ibp`).
+
+    Each (m, C, H, W) or (m, N), with gradients; without the margin for rounding.
+
+    Raises:
+        UserError: a layer is in training mode.
+    """
     with precision.exactly_float32(images.centre.device):
         operations = graph.operations()
         spans: list[_Span | None] = []
         for operation in operations:
             inputs = [spans[j] for j in operation.inputs]
-            spans.append(_span(operation, inputs, images, everywhere=True))
+            spans.append(_span(operation, inputs, images, everywhere=True, rounding=False))
         relus = (o.inputs[0] for o in operations if isinstance(o.what, Relu))
         chosen = [span for i in dict.fromkeys(relus) if (span := spans[i]) is not None]
         return [Interval(s.centre - s.radius, s.centre + s.radius) for s in chosen]
@@ -188,11 +210,11 @@ def slopes(
     """
     uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):
-        plan = _plan(graph, "symbolic", labels, memory, images.centre, len(labels))
+        plan = _plan(graph, "symbolic", memory, joint=True, like=images.centre, count=len(labels))
         for start in range(0, len(labels), plan.images):
             chunk = slice(start, start + plan.images)
             some = Box(images.centre[chunk], images.radius[chunk])
-            state = _State(graph.operations(), some, "symbolic", plan.pieces)
+            state = _State(graph.operations(), some, "symbolic", plan.pieces, all_rounding=False)
             uppers.append(state.margins(labels[chunk], keep=True))
             assert state.reached is not None
             reached.append(state.reached)
@@ -200,9 +222,20 @@ def slopes(
 
 
 def _in_chunks(
-    graph: Graph, images: Box, labels: Tensor | None, *, engine: str, memory: int
+    graph: Graph,
+    images: Box,
+    labels: Tensor | None,
+    *,
+    engine: str,
+    memory: int,
+    all_rounding: bool,
 ) -> Tensor:
-    """One engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits."""
+    """Return one engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits.
+
+    Raises:
+        UserError: the images are of another size, or one of them needs more memory.
+        ValueError: there is not one label for each image.
+    """
     count = len(images.centre)
     if labels is not None and labels.shape != (count,):
         raise ValueError(f"one label for each of {count} images, not {tuple(labels.shape)}")
@@ -210,7 +243,8 @@ def _in_chunks(
         shapes = ["×".join(map(str, s)) for s in (graph.shape, images.centre.shape[1:])]
         raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
 
-    plan = _plan(graph, engine, labels, memory, images.centre, count)
+    joint = labels is not None
+    plan = _plan(graph, engine, memory, joint=joint, like=images.centre, count=count)
     known: list[Operation] | None = None
     if plan.twice:
         # Read once: the backward pass meets the network in its own mode again, training.
@@ -220,7 +254,7 @@ def _in_chunks(
     def bound(some: Box, their: Tensor | None, pieces: int) -> Tensor:
         with precision.exactly_float32(some.centre.device):
             operations = graph.operations() if known is None else known
-            state = _State(operations, some, engine, pieces)
+            state = _State(operations, some, engine, pieces, all_rounding=all_rounding)
             return state.logits() if their is None else state.margins(their)
 
     parts = []
@@ -254,7 +288,13 @@ class _State:
     """One computation of bounds for a chunk of images."""
 
     def __init__(
-        self, operations: Sequence[Operation], images: Box, engine: str, pieces: int
+        self,
+        operations: Sequence[Operation],
+        images: Box,
+        engine: str,
+        pieces: int,
+        *,
+        all_rounding: bool,
     ) -> None:
         self.operations = operations
         self.pieces = pieces
@@ -266,32 +306,43 @@ class _State:
         """The only operation on the root, if there is only one."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
-        """Return the values at the middle of all relaxations, around which rows are bounded."""
+        """The values at the middle of all relaxations, around which rows are bounded."""
+        self._noise: list[Tensor | None] = []
+        """The rounding of the values since the last ReLU or the root, with `all_rounding`."""
         self._relaxed: dict[int, Relaxation] = {}
+        self._all_rounding = all_rounding
         self._forward(images, _INTERVALS[engine], _AT_THE_END[engine])
 
     def margins(self, labels: Tensor, *, keep: bool = False) -> Tensor:
-        """(m, K); with `keep`, what they are of the images is in `reached` afterwards."""
+        """Return the margins' upper bounds, (m, K).
+
+        With `keep`, their coefficients on the images are in `reached` afterwards.
+        """
         values = self._values[-1]
         unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
         right = unit[labels]
         start = Dense(unit - right[:, None], self.operations[-1].shape)
         centre = values - values.gather(1, labels[:, None])
         moved = self._reach(len(self.operations) - 1, start, keep=keep)
+        if (noise := self._noise[-1]) is not None:
+            moved = moved + noise + noise.gather(1, labels[:, None])
         return (centre + _with_rounding(moved, values)).masked_fill(right.bool(), 0)
 
     def logits(self) -> Tensor:
-        """(m, 2·K), lower bounds and then upper ones."""
+        """Return the logits' bounds, (m, 2·K), lower ones and then upper ones."""
         values = self._values[-1]
         up, down = self._both_reaches(len(self.operations) - 1, one_sided=True)
         return torch.cat([values - down, values + up], dim=1)
 
     def _forward(self, images: Box, before: Lines, at_the_end: Lines) -> None:
-        """Values and relaxations, operation by operation."""
+        """Compute values and relaxations, operation by operation."""
         intervals: dict[int, tuple[Tensor, Tensor]] = {}
         for i, operation in enumerate(self.operations):
             spans = [self._spans[j] for j in operation.inputs]
-            self._spans.append(_span(operation, spans, images, everywhere=before == "constant"))
+            constant, rounding = before == "constant", self._all_rounding
+            self._spans.append(
+                _span(operation, spans, images, everywhere=constant, rounding=rounding)
+            )
             match operation.what:
                 case Input():
                     value = images.centre
@@ -302,13 +353,43 @@ class _State:
                     if j not in intervals:
                         intervals[j] = self._interval(j, before)
                     self._relaxed[i] = _relaxation(self._values[j], *intervals[j], at_the_end)
+                    if (noise := self._noise[j]) is not None:
+                        self._relaxed[i] = _widened(self._relaxed[i], noise)
                     value = self._relaxed[i].middle
                 case affine:
                     value = affine.forward(self._values[operation.inputs[0]])
             self._values.append(value)
+            self._noise.append(self._noise_at(i) if self._all_rounding else None)
+
+    @torch.no_grad()
+    def _noise_at(self, i: int) -> Tensor | None:
+        """Return how far rounding may have taken an operation's values from where they belong.
+
+        The root's is in its radius, and a ReLU's in its gap.
+        """
+        operation, value = self.operations[i], self._values[i]
+        if i <= self._root or isinstance(operation.what, Input | Relu):
+            return None
+        before = [n for j in operation.inputs if (n := self._noise[j]) is not None]
+        own = value.abs().mul_(_unit(value, _TERMS))
+        if isinstance(operation.what, Sum):
+            return summed([own, *before])
+        if isinstance(operation.what, Reshape):
+            return operation.what.forward(before[0]) if before else None
+        terms = self._sizes(operation.inputs[0]).mul_(_unit(value, _TERMS))
+        return own.add_(operation.what.absolute(summed([terms, *before])))
+
+    def _sizes(self, i: int) -> Tensor:
+        """Return about how large an operation's values are over the box, in a tensor of its own."""
+        span = self._spans[i]
+        if span is not None:
+            return span.centre.abs().add_(span.radius)
+        if i in self._relaxed:
+            return self._relaxed[i].middle.abs().add_(self._relaxed[i].gap)
+        return self._values[i].abs()
 
     def _interval(self, i: int, lines: Lines) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of an operation's values."""
+        """Return lower and upper bounds of an operation's values, like these."""
         span, value = self._spans[i], self._values[i]
         if span is not None and (span.exact or lines == "constant"):
             radius = _with_rounding(span.radius, span.centre)
@@ -333,6 +414,8 @@ class _State:
             ups.append(up)
             downs.append(down)
         up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=1)
+        if (noise := self._noise[i]) is not None:
+            up, down = up + noise.flatten(1), down + noise.flatten(1)
         return _with_rounding(up, value), _with_rounding(down, value)
 
     def _reach(self, i: int, start: Start | Rows, *, keep: bool = False) -> Tensor:
@@ -399,10 +482,17 @@ def _root(operations: Sequence[Operation]) -> int:
 
 
 def _span(
-    operation: Operation, inputs: Sequence[_Span | None], images: Box, *, everywhere: bool
+    operation: Operation,
+    inputs: Sequence[_Span | None],
+    images: Box,
+    *,
+    everywhere: bool,
+    rounding: bool,
 ) -> _Span | None:
     """Return an operation's values layer by layer; None if not asked for `everywhere` and not
     exact.
+
+    With `rounding` the radius holds what rounding may have taken from the centre.
     """
     if isinstance(operation.what, Input):
         return _Span(images.centre, images.radius, exact=True, independent=True)
@@ -416,20 +506,28 @@ def _span(
             return _Span(middle, half, first.exact, first.independent)
         case Sum():
             centre = summed([span.centre for span in known])
-            return _Span(
-                centre, summed([span.radius for span in known]), exact=False, independent=False
-            )
+            radius = summed([span.radius for span in known])
+            if rounding:
+                radius = radius + centre.detach().abs() * _unit(centre, _TERMS)
+            return _Span(centre, radius, exact=False, independent=False)
         case affine:
+            centre, radius = affine.forward(first.centre), first.radius
+            if rounding and not isinstance(affine, Reshape):
+                unit = _unit(centre, _TERMS)
+                radius = torch.add(radius * (1 + unit), first.centre.detach().abs(), alpha=unit)
+                radius = torch.add(affine.absolute(radius), centre.detach().abs(), alpha=unit)
+            else:
+                radius = affine.absolute(radius)
             return _Span(
-                affine.forward(first.centre),
-                affine.absolute(first.radius),
+                centre,
+                radius,
                 first.independent,
                 first.independent and isinstance(affine, Scale | Reshape),
             )
 
 
 def _after_relu(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and half width of the interval after a ReLU."""
+    """Return middle and half width of the interval after a ReLU."""
     lower, upper = lower.clamp(min=0), upper.clamp(min=0)
     return (upper + lower) / 2, (upper - lower) / 2
 
@@ -452,6 +550,24 @@ def _relaxation(value: Tensor, lower: Tensor, upper: Tensor, lines: Lines) -> Re
     return Relaxation((line + low_line) / 2, (line - low_line) / 2, slope, low)
 
 
+def _widened(relaxation: Relaxation, noise: Tensor) -> Relaxation:
+    """Return the same lines, further apart by the rounding of the values that they are told from.
+
+    A neuron lets no more of it pass than its steeper line. Constant lines were made of intervals
+    that hold it.
+    """
+    if relaxation.up is None:
+        return relaxation
+    steeper = 1 if relaxation.low is None else 2  # a lower line of slope 1 is below one above 1/2
+    gap = torch.addcmul(relaxation.gap, noise, relaxation.up.detach(), value=steeper)
+    return replace(relaxation, gap=gap)
+
+
+def _unit(values: Tensor, many: int) -> float:
+    """Return so many units in the last place, as a share of a value."""
+    return many * torch.finfo(values.dtype).eps
+
+
 def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
     """Return a radius made larger by what rounding may have taken from it; see the head of this
     page.
@@ -459,7 +575,7 @@ def _with_rounding(moved: Tensor, values: Tensor) -> Tensor:
     with torch.no_grad():
         largest = values.abs().flatten(1).amax(dim=1)
         size = moved.abs() + largest.view(-1, *(1 for _ in moved.shape[1:]))
-        margin = size.mul_(_ROUNDING * torch.finfo(moved.dtype).eps)
+        margin = size.mul_(_unit(moved, _ROUNDING))
     return moved + margin
 
 
@@ -467,65 +583,96 @@ class _Plan(NamedTuple):
     """The way in which bounds are computed within their memory."""
 
     images: int
-    """In a chunk."""
+    """The number of images in a chunk."""
     pieces: int
-    """Into how many the rows of a layer are split."""
+    """The number of parts, of whole channels, that a layer's rows are bounded in."""
     twice: bool
     """True if a chunk is computed once more for its gradients."""
 
 
+def check_memory(graph: Graph, *, engine: str, like: Tensor, memory: int = MEMORY) -> None:
+    """Raise UserError if the margins of one image need more memory, with gradients if enabled.
+
+    Args:
+        engine: one or several, see `engines`.
+        like: a tensor of the images' dtype.
+    """
+    for name in engines(engine):
+        _plan(graph, name, memory, joint=True, like=like, count=1)
+
+
 def _plan(
-    graph: Graph, engine: str, labels: Tensor | None, memory: int, like: Tensor, count: int
-) -> _Plan:
+    graph: Graph, engine: str, memory: int, *, joint: bool, like: Tensor, count: int
+) -> _Plan:  # fmt: skip
     """Return the largest chunk that fits.
 
     Raises:
-        UserError: one image needs more, its rows one by one.
+        UserError: one image needs more, one channel of a layer at a time.
     """
     with_gradients = torch.is_grad_enabled() and any(w.requires_grad for w in graph.weights())
-    most = max(o.shape[0] for o in graph.nodes)
+    split = [i for node in graph.nodes if node.make is Relu for i in node.inputs]
+    most = max(graph.nodes[i].shape[0] for i in (*split, -1))
+
+    def needed(engine: str, pieces: int) -> tuple[int, Size]:
+        found = size(graph, engine, joint=joint, like=like, pieces=pieces)
+        return found.total // pieces if with_gradients else 3 * found.largest, found
+
     pieces = 1
-    while True:
-        needed = size(graph, engine, joint=labels is not None, like=like, pieces=pieces)
-        at_once = needed.total // pieces if with_gradients else 3 * needed.largest
-        if at_once <= memory:
-            break
+    at_once, found = needed(engine, pieces)
+    if at_once > memory * most:  # a piece is no less than its share of the whole
+        raise _too_large(engine, f"at least {sized(at_once // most)}", memory, needed)
+    if at_once > memory:
+        pieces = min(2 ** math.ceil(math.log2(at_once / memory)), most)
+        at_once, found = needed(engine, pieces)
+    while at_once > memory:
         if pieces >= most:
-            raise UserError(
-                f"Bounds by {engine} need about {at_once / 2**20:.3g} MiB for one image, and may "
-                f"take {memory / 2**20:.3g} MiB."
-            )
+            raise _too_large(engine, f"about {sized(at_once)}", memory, needed)
         pieces = min(2 * pieces, most)
+        at_once, found = needed(engine, pieces)
     fitting = max(1, memory // at_once)
     images = fitting
     if like.device.type == "cpu":
-        images = min(images, max(1, _IN_CACHE // (3 * needed.largest)))
+        images = min(images, max(1, _IN_CACHE // (3 * found.largest)))
     return _Plan(images, pieces, with_gradients and count > fitting)
 
 
+def _too_large(
+    engine: str, need: str, memory: int, needed: Callable[[str, int], tuple[int, Size]]
+) -> UserError:
+    """Return what is said of bounds that do not fit, with an engine whose bounds do."""
+    cheaper = ""
+    if engine in ("symbolic", "crown") and (less := needed("crown_ibp", 1)[0]) <= memory:
+        cheaper = f"; those by crown_ibp need {sized(less)}"
+    return UserError(
+        f"Bounds by {engine} need {need} for one image, and may take {sized(memory)}{cheaper}."
+    )
+
+
 class Size(NamedTuple):
-    """Bytes for one image."""
+    """Bytes for the bounds of one image."""
 
     largest: int
     """The bytes of the largest intermediate result."""
     total: int
-    """The bytes of all intermediate results."""
+    """The bytes of all intermediate results, of all pieces together."""
 
 
 def size(graph: Graph, engine: str, *, joint: bool, like: Tensor, pieces: int = 1) -> Size:
-    """Return what one image takes, by a computation without numbers; the graph remembers it.
+    """Return what the bounds of one image take, by a computation without numbers.
+
+    The graph remembers it.
 
     Args:
         joint: True for margins, False for logits.
         like: a tensor of the images' dtype.
-        pieces: into how many the rows of a layer are split.
+        pieces: into how many a layer's channels are split.
     """
     key = (engine, joint, like.dtype, pieces)
     if key not in graph.sizes:
         images = torch.empty((1, *graph.shape), dtype=like.dtype, device="meta")
         with torch.no_grad(), _Counted() as counted:
             operations = [on_meta(o) for o in graph.operations()]
-            state = _State(operations, Box(images, images), engine, pieces)
+            state = _State(operations, Box(images, images), engine, pieces, all_rounding=False)
             if joint:
                 state.margins(torch.zeros(1, dtype=torch.int64, device="meta"))
             else:

@@ -3,6 +3,19 @@
 A row is what is bounded: a neuron before its ReLU, or a margin. Going backward through a network,
 its coefficients on the values of each layer are held in one of three forms. In all of them the
 channel is the last dimension, which is what the convolutions are fastest with.
+
+In the words of the field:
+
+- row coefficients (`Rows`): the matrix A of a linear bound A·x + b on a layer's values;
+- `Start`: A = I, where backward substitution begins; it costs nothing until it is written out;
+- `Patches`: A of a convolution's outputs, kept on their windows alone, as auto_LiRPA does;
+- to pull (`operations`): one step of backward substitution, A -> A·W; `through_relu`: that of a
+  ReLU's relaxation;
+- to reach: to concretise A over a box around its centre, Σ |A|·radius.
+
+Letters of shapes: B images, R rows, L positions of windows, O rows at a position, (C, H, W) a map,
+(h, w) a window, N values of a vector. Where a first dimension is "B or 1", 1 stands for what all
+images share. Sizes that do not fit together raise torch's RuntimeError.
 """
 
 from __future__ import annotations
@@ -20,7 +33,11 @@ Shape = tuple[int, ...]
 
 
 def map_size(shape: Shape) -> tuple[int, int]:
-    """Height and width of a map."""
+    """Return height and width of a map, (C, H, W).
+
+    Raises:
+        ValueError: it is no map.
+    """
     _, height, width = shape
     return height, width
 
@@ -41,12 +58,12 @@ class Start:
     """A tensor of the dtype and on the device that the coefficients are to have."""
 
     def matrix(self, of: Tensor) -> Tensor:
-        """Return the chosen rows of a matrix or kernel whose first dimension are the values."""
+        """Return the chosen rows of a matrix or kernel, (N or C, …) -> (rows, …)."""
         rows = of[self.first : self.end]
         return torch.cat([rows, -rows]) if self.negated else rows
 
     def written_out(self) -> Rows:
-        """Return the same in the form of a vector's or a map's coefficients."""
+        """Return the same as Dense (1, R, N) of a vector or Patches (1, 1, O, 1, 1, C) of a map."""
         like = self.like
         rows = self.matrix(torch.eye(self.shape[0], dtype=like.dtype, device=like.device))
         if len(self.shape) == 1:
@@ -81,7 +98,7 @@ class Patches:
 
     @property
     def window(self) -> tuple[int, int]:
-        """Height and width."""
+        """Return height and width of a window."""
         return self.rows.shape[3], self.rows.shape[4]
 
     def overhang(self) -> tuple[int, int, int, int]:
@@ -111,7 +128,10 @@ class Patches:
         return replace(self, rows=self.rows * mask[:, :, None], inside=True)
 
     def dense(self) -> Dense:
-        """Return the same with a coefficient for each value of the map; rows ordered (o, i, j)."""
+        """Return the same with a coefficient for each value of the map, (B or 1, R, H, W, C).
+
+        Rows are ordered (o, i, j), as the convolution's outcome is when it is flattened.
+        """
         rows = self.rows
         (h, w), (gh, gw), (dy, dx) = self.window, self.grid, self.stride
         left, right, top, bottom = (max(0, n) for n in self.overhang())
@@ -134,12 +154,15 @@ Rows = Dense | Patches
 
 
 def as_rows(rows: Start | Rows) -> Rows:
-    """Coefficients that can be multiplied, from those that may only be a start."""
+    """Return coefficients that can be multiplied, from those that may only be a start."""
     return rows.written_out() if isinstance(rows, Start) else rows
 
 
 def added(a: Start | Rows, b: Start | Rows) -> Rows:
-    """Return the sum of two sets of coefficients on the same layer for the same rows."""
+    """Return the sum of two sets of coefficients on the same layer for the same rows.
+
+    Patches if both are, with equal strides, else dense; B is that of the one that has images.
+    """
     a, b = as_rows(a), as_rows(b)
     if isinstance(a, Patches) and isinstance(b, Patches):
         if a.stride == b.stride:
@@ -186,6 +209,10 @@ class Relaxation:
 def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | None]:
     """Return what the gaps of a layer add to each row's bound, and the coefficients before it.
 
+    Args:
+        rows: on the values after the ReLU, of B or 1 images.
+        relaxation: of B images.
+
     Returns:
         (B, R), and coefficients on the values before the ReLU; None if it lets none pass.
     """
@@ -200,12 +227,21 @@ def through_relu(rows: Rows, relaxation: Relaxation) -> tuple[Tensor, Rows | Non
 
 
 def reach(rows: Rows, radii: Tensor) -> Tensor:
-    """Return how far each row moves at most, (B, R), when each value moves by its radius."""
+    """Return how far each row moves at most, when each value moves by its radius.
+
+    Args:
+        rows: of B or 1 images.
+        radii: at least 0, (B, C, H, W) or (B, N).
+
+    Returns:
+        (B, R), of patches with R = (o, i, j)
+    """
     return _in_order(_reach(*_place_by_place(rows, radii)), rows, len(radii))
 
 
 def _place_by_place(rows: Rows, *values: Tensor) -> list[Tensor]:
-    """Coefficients as (b or 1, R, M) and values of their layer (B, …) as (b, M), each with its own.
+    """Return coefficients as (b or 1, R, M) and values of their layer (B, …) as (b, M), each with
+    its own.
 
     For patches b counts the images' positions, R their channels and M the values of a window; else
     b counts images.
@@ -221,14 +257,14 @@ def _place_by_place(rows: Rows, *values: Tensor) -> list[Tensor]:
 
 
 def _in_order(moved: Tensor, rows: Rows, images: int) -> Tensor:
-    """(b, R) place by place as (B, R) image by image; of patches with R = (o, i, j)."""
+    """Return (b, R), place by place, as (B, R), image by image; of patches with R = (o, i, j)."""
     if isinstance(rows, Patches):
         return moved.view(images, -1, moved.shape[1]).transpose(1, 2).flatten(1)
     return moved
 
 
 def _like(flat: Tensor, rows: Rows, images: int) -> Rows:
-    """Coefficients (b, R, M) place by place in the form of others, of which they were made."""
+    """Return coefficients (b, R, M), place by place, in the form of those they were made of."""
     if isinstance(rows, Patches):
         shaped = flat.view(images, -1, *rows.rows.shape[2:])
         return replace(rows, rows=shaped, inside=True)
@@ -240,7 +276,7 @@ _AT_ONCE = 2**19
 
 
 def _slices(rows: Tensor, places: int) -> list[slice]:
-    """Yield slices of (b, R, M): large tensors cost a CPU more time to be made than filled.
+    """Return slices of (b, R, M): large tensors cost a CPU more time to be made than filled.
 
     What is needed on the way is made for one slice and written over by the next.
     """
@@ -251,7 +287,7 @@ def _slices(rows: Tensor, places: int) -> list[slice]:
 
 
 def _sum_abs(rows: Tensor, radii: Tensor) -> Tensor:
-    """Σ_m |rows_m|·radii_m, (b or 1, R, M), (b, M) -> (b, R)"""
+    """Return Σ_m |rows_m|·radii_m, (b or 1, R, M), (b, M) -> (b, R)."""
     if len(rows) == 1:  # the same coefficients everywhere: one product of matrices
         return radii @ rows[0].abs().t()
     moved = radii.new_empty(*rows.shape[:2], 1)
@@ -264,7 +300,7 @@ def _sum_abs(rows: Tensor, radii: Tensor) -> Tensor:
 
 
 def _weighted_abs(weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ_r weights_r·|rows_r|, (b, R), (b or 1, R, M) -> (b, M)"""
+    """Return Σ_r weights_r·|rows_r|, (b, R), (b or 1, R, M) -> (b, M)."""
     return _sum_abs(rows.transpose(1, 2), weights)
 
 

@@ -6,7 +6,6 @@ copied: each use of a graph reads those the network has then.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.utils import parametrize
 
+from btrain import precision
 from btrain.errors import UserError, first_line
 from btrain.verify.coefficients import Shape
 from btrain.verify.operations import Affine, Convolution, Linear, Reshape, Scale
@@ -29,8 +31,13 @@ _LEAVES = (
     nn.Conv2d, nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d,
     nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
-_EVALUATED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d)
-"""Layers that must be in evaluation mode to be functions of one image."""
+_TRIED = 3
+"""The images that a network is tried on: one like those of data, and others far outside [0, 1]."""
+_FAR = 8.0
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""How far a graph's logits may be from the network's, as a share of 1 + the largest; else 1e-2."""
+_SAME = 1e-6
+"""How far logits of the same images may be apart: less than the rounding that bounds allow for."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Graph:
     weights: Callable[[], Iterator[nn.Parameter]]
     """A function that gives the network's parameters."""
     sizes: dict[Hashable, tuple[int, int]] = field(default_factory=dict, compare=False)
-    """A place where the bounds remember what memory they need."""
+    """The memory that bounds need, as `bounds.size` has found it before."""
 
     @property
     def shape(self) -> Shape:
@@ -85,7 +92,7 @@ class Graph:
 
     @property
     def classes(self) -> int:
-        """K."""
+        """Return the number of classes, K."""
         return self.nodes[-1].shape[0]
 
     @property
@@ -102,37 +109,42 @@ class Graph:
         for name, module in self.evaluated:
             if module.training:
                 raise UserError(
-                    f"Bounds need the layer {name} ({type(module).__name__}) in evaluation mode: "
-                    "in training mode its outcome depends on the other images of the batch or on "
-                    "chance."
+                    f"Bounds need the layer {name} ({type(module).__name__}) in evaluation mode, "
+                    "for in training mode its outcome depends on the other images of the batch, "
+                    "on chance or on how often it was called."
                 )
         return [Operation(node.make(), node.inputs, node.shape) for node in self.nodes]
 
 
 def trace(network: nn.Module, shape: Shape) -> Graph:
-    """Return the graph of a network for images of a shape, (C, H, W) or (N,).
+    """Return the graph of a network, as it is evaluated, for images of a shape, (C, H, W) or (N,).
 
     Computed once more by the graph and compared, so that nothing misread is ever bounded. The
-    network's mode and statistics stay as they are.
+    network's mode, statistics and attributes stay as they are.
 
     Raises:
-        UserError: an operation cannot be bounded, or the forward pass branches on the images.
+        UserError: an operation cannot be bounded, or the forward pass branches on the images or
+            uses chance.
     """
-    if isinstance(network, _LEAVES):
-        network = nn.Sequential(network)
-    try:
-        traced = fx.GraphModule(network, _Tracer().trace(network))
-    except fx.proxy.TraceError as error:
-        raise UserError(
-            f"Bounds need a network whose forward pass takes the same way for all images: "
-            f"{first_line(error)}."
-        ) from error
-    with evaluating(network):
-        reader = _Reader(network, _shapes(traced, shape), shape)
-        for node in traced.graph.nodes:
-            reader.read(node)
-        graph = reader.graph()
-        _compare(graph, network, shape)
+    if isinstance(network, _LEAVES) or _hooked(network) or "forward" in vars(network):
+        network = nn.Sequential(network)  # torch.fx calls the root's class, without hooks
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            named = f"{name} is" if name else "it is"
+            raise _unfollowed(f"{named} compiled by torch.jit")
+    parameter = next(network.parameters(), torch.empty(0))
+    with evaluating(network), torch.no_grad(), precision.exactly_float32(parameter.device):
+        images = _images(shape).to(parameter)
+        with _restored(network):
+            logits = _logits(network, images, shape)
+            traced = _followed(network)
+            outcomes = _outcomes(traced, images)
+        with _restored(network):
+            reader = _Reader(network, traced, outcomes)
+            for node in traced.graph.nodes:
+                reader.read(node)
+            graph = reader.graph()
+            _compare(forward(graph.operations(), images), logits)
     return graph
 
 
@@ -148,49 +160,157 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _restored(network: nn.Module) -> Iterator[None]:
+    """Undo all that is set on a network meanwhile: attributes, modules and buffers' values."""
+    dicts = [vars(module) for module in network.modules()]
+    dicts += [d[name] for d in dicts for name in ("_parameters", "_buffers", "_modules")]
+    before = [dict(d) for d in dicts]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for now, then in zip(dicts, before, strict=True):
+            now.clear()
+            now.update(then)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Return whether a forward pass runs more than the module's forward method."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Return whether a module computes what a layer that bounds pass through computes.
+
+    A class made of such a layer with a forward method of its own does not; one with other weights
+    does, as torch's parametrizations make them.
+    """
+    kind = next((kind for kind in _LEAVES if isinstance(module, kind)), None)
+    if kind is None or "forward" in vars(module) or _hooked(module):
+        return False
+    names = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    return all(getattr(type(module), name) is getattr(kind, name) for name in names)
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, _LEAVES):
+            return _is_known(m)
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if not isinstance(m, _LEAVES):
+                raise
+            name = f"the layer {self.path_of_module(m)} ({type(m).__name__})"
+            raise _unbounded(name, ", which computes more than its kind of layer") from error
 
 
-def _shapes(traced: fx.GraphModule, shape: Shape) -> dict[fx.Node, Any]:
-    """Each node's outcome for two images, without memory."""
+def _followed(network: nn.Module) -> fx.GraphModule:
+    """Return the network's forward pass as `torch.fx` reads it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        return fx.GraphModule(network, _Tracer().trace(network))
+    except UserError:
+        raise
+    except fx.proxy.TraceError as error:
+        raise UserError(
+            f"Bounds need a network whose forward pass takes the same way for all images: "
+            f"{first_line(error)}."
+        ) from error
+    except Exception as error:  # a forward pass is anybody's code
+        raise _unfollowed(first_line(error)) from error
+
+
+def _unfollowed(why: str) -> UserError:
+    return UserError(f"The network's forward pass cannot be followed (torch.fx): {why}.")
+
+
+def _images(shape: Shape) -> Tensor:
+    """Return images to try a network on, (3, C, H, W) or (3, N)."""
+    generator = torch.Generator().manual_seed(0)
+    near = torch.rand((1, *shape), generator=generator)
+    far = _FAR * torch.randn((_TRIED - 1, *shape), generator=generator)
+    return torch.cat([near, far])
+
+
+def _logits(network: nn.Module, images: Tensor, shape: Shape) -> Any:
+    """Return what a network gives for images.
+
+    Raises:
+        UserError: it fails, gives other logits when asked again, or some that are not finite.
+    """
+    try:
+        first, second = network(images.clone()), network(images.clone())
+    except Exception as error:
+        raise UserError(
+            f"The network does not take images of {'×'.join(map(str, shape))}: {first_line(error)}."
+        ) from error
+    if isinstance(first, Tensor):
+        if not first.isfinite().all():
+            raise UserError("The network's logits are not finite.")
+        if first.shape != second.shape or not _near(first, second, _SAME):
+            raise UserError(
+                "The network gives the same images other logits each time; bounds need one that "
+                "uses no chance."
+            )
+    return first
+
+
+def _outcomes(traced: fx.GraphModule, images: Tensor) -> dict[fx.Node, Any]:
+    """Return each node's outcome.
+
+    Raises:
+        UserError: the forward pass, as it was read, fails.
+    """
     outcomes: dict[fx.Node, Any] = {}
 
     class Record(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            outcomes[by_name[n.name]] = outcome = super().run_node(n)
+            outcomes[n] = outcome = super().run_node(n)
             return outcome
 
-    by_name = {node.name: node for node in traced.graph.nodes}
-    dtype = next((p.dtype for p in traced.parameters()), torch.float32)
-    on_meta = copy.deepcopy(traced).to("meta")
     try:
-        Record(on_meta).run(torch.empty(2, *shape, dtype=dtype, device="meta"))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"The network does not take images of {'×'.join(map(str, shape))}: {first_line(error)}."
-        ) from error
+        Record(traced).run(images.clone())
+    except Exception as error:
+        raise _unfollowed(first_line(error)) from error
     return outcomes
 
 
-def _compare(graph: Graph, network: nn.Module, shape: Shape) -> None:
-    """Run the graph and the network on the same images.
+def _compare(ours: Tensor, theirs: Tensor) -> None:
+    """Compare a graph's logits with the network's, both (m, K).
 
     Raises:
         UserError: they differ, as with a layer that writes on values which are used again.
     """
-    parameter = next(network.parameters(), torch.empty(0))
-    images = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0))
-    images = images.to(parameter)
-    with torch.no_grad():
-        theirs, ours = network(images), forward(graph.operations(), images)
-    bound = 1e-3 * (1 + theirs.abs().max().item())
-    if theirs.shape != ours.shape or not (theirs - ours).abs().max().item() <= bound:
+    if theirs.shape != ours.shape or not _near(ours, theirs, _CLOSE.get(theirs.dtype, 1e-2)):
         raise UserError(
             "The network's operations, one by one, do not give what the network gives: a layer "
             "may write on values that are used again, or do more than its kind of layer does."
         )
+
+
+def _near(ours: Tensor, theirs: Tensor, share: float) -> bool:
+    """Return whether each image's logits differ by a share of 1 + its largest at most."""
+    ours, theirs = (t.reshape(t.shape[0] if t.dim() else 1, -1) for t in (ours, theirs))
+    allowed = share * (1 + theirs.abs().amax(dim=1, keepdim=True))
+    return bool(((ours - theirs).abs() <= allowed).all())
+
+
+def _unbounded(name: str, why: str) -> UserError:
+    return UserError(f"No bound can be computed through {name}{why}; bounds pass through {KNOWN}.")
 
 
 def on_meta(operation: Operation) -> Operation:
@@ -202,7 +322,7 @@ def on_meta(operation: Operation) -> Operation:
 
 
 def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
-    """Return the logits of images, by the operations."""
+    """Return the logits of images, by the operations, (m, C, H, W) or (m, N) -> (m, K)."""
     values: list[Tensor] = []
     for operation in operations:
         match operation.what:
@@ -218,7 +338,7 @@ def forward(operations: Sequence[Operation], x: Tensor) -> Tensor:
 
 
 def summed(values: Sequence[Tensor]) -> Tensor:
-    """Return the sum of one or more tensors."""
+    """Return the sum of one or more tensors of one shape."""
     total = values[0]
     for value in values[1:]:
         total = total + value
@@ -230,11 +350,12 @@ class _Reader:
     """Reads a traced network node by node."""
 
     network: nn.Module
+    traced: fx.GraphModule
     outcomes: dict[fx.Node, Any]
-    image: Shape
+    """What each node gave for `_TRIED` images."""
     nodes: list[Node] = field(default_factory=list)
     place: dict[fx.Node, int] = field(default_factory=dict)
-    """The shape of each node's values in `nodes`."""
+    """The index in `nodes` of each node's values."""
     evaluated: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     def graph(self) -> Graph:
@@ -268,13 +389,10 @@ class _Reader:
 
     def _put(self, node: fx.Node, make: Callable[[], Any], inputs: tuple[int, ...]) -> None:
         outcome = self.outcomes[node]
-        if outcome.dim() not in (2, 4) or outcome.shape[0] != 2:
+        if outcome.dim() not in (2, 4) or outcome.shape[0] != _TRIED:
             raise self._refused(node)
         self.place[node] = len(self.nodes)
         self.nodes.append(Node(make, inputs, tuple(outcome.shape[1:])))
-
-    def _shape(self, node: fx.Node) -> Shape:
-        return self.nodes[self.place[node]].shape
 
     def _refused(self, node: fx.Node, why: str = "") -> UserError:
         if node.op == "call_module":
@@ -283,64 +401,105 @@ class _Reader:
         else:
             called = getattr(node.target, "__name__", node.target)
             name = f"the operation {called}" + _where(node)
-        return UserError(
-            f"No bound can be computed through {name}{why}; bounds pass through {KNOWN}."
-        )
+        return _unbounded(name, why)
 
     def _operation(self, node: fx.Node) -> None:
         if node.op == "call_module":
             self._module(node, self.network.get_submodule(str(node.target)))
             return
-        name = node.target if isinstance(node.target, str) else node.target.__name__
+        name = _name(node)
         if node.op == "call_function" and getattr(node.target, "__module__", "") not in _TORCH:
             raise self._refused(node)
+        given = self._given(node, name)
+        writes = name in _IN_PLACE or bool(given.get("inplace"))
+        on = given["input"]
+        before = self.place.get(on) if isinstance(on, fx.Node) else None
         if name in ("relu", "relu_"):
-            self._only(node, 1, ("inplace",))
             self._put(node, Relu, (self._at(node),))
         elif name in _SUMS:
-            self._only(node, 2)
-            self._sum(node, *_SUMS[name])
+            self._sum(node, given, *_SUMS[name])
         elif name in _PRODUCTS:
-            self._only(node, 2)
-            self._product(node, inverse=_PRODUCTS[name])
+            self._product(node, given, inverse=_PRODUCTS[name])
         elif name == "neg":
-            self._scale(node, node.args[0], factor=-1.0)
-        elif name in ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"):
+            self._scale(node, self._at(node), factor=-1.0)
+        elif name in _RESHAPES:
             self._reshape(node)
         elif name == "mean":
-            self._mean(node)
+            self._mean(node, given)
         elif name in ("avg_pool2d", "adaptive_avg_pool2d"):
-            self._pool(node, _bound(node, name))
+            self._pool(node, self._numbers(given))
+        elif name == "linear":
+            self._linear(node, *self._weights(node, given))
+        elif name == "conv2d":
+            given = self._numbers(given)
+            options = (given.get(name, at) for name, at in _STEPS.items())
+            self._convolution(node, *self._weights(node, given), *options)
+        elif name in ("dropout", "dropout2d"):
+            if given.get("training", True) is not False:
+                raise self._refused(node, ", which uses chance")
+            self.place[node] = self._at(node)
         else:
             raise self._refused(node)
-        if name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv"):
-            self.place[node.args[0]] = self.place[node]  # type: ignore[index]
+        if writes and before is not None and self.place[node] != before:
+            self._written(node, on, before)
+
+    def _given(self, node: fx.Node, name: str = "") -> dict[str, Any]:
+        """Return a call's arguments by name, the first one always as `input`.
+
+        Raises:
+            UserError: there are others that would change its meaning, like `alpha` of a sum.
+        """
+        names = _ARGUMENTS.get(name, ("input",))
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        unread = len(node.args) > len(names) or set(given) - set(names)
+        if "input" not in given or (name in _ARGUMENTS and unread):
+            raise self._refused(node)
+        return given
 
     def _at(self, node: fx.Node) -> int:
-        value = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        value = self._given(node, "" if node.op == "call_module" else _name(node))["input"]
         if not isinstance(value, fx.Node) or value not in self.place:
             raise self._refused(node)
         return self.place[value]
 
-    def _only(self, node: fx.Node, many: int, ignored: tuple[str, ...] = ()) -> None:
-        """Refuse arguments that change the meaning, like `alpha` of a sum."""
-        if (len(node.args) > many and not ignored) or set(node.kwargs) - {"input", *ignored}:
-            raise self._refused(node)
+    def _written(self, node: fx.Node, on: fx.Node, before: int) -> None:
+        """Let all names of values that a node has written on mean what it wrote.
+
+        Raises:
+            UserError: other values share their memory and are used again.
+        """
+        memory = self.outcomes[on].untyped_storage().data_ptr()
+        order = {n: i for i, n in enumerate(self.traced.graph.nodes)}
+        for other in list(self.place):
+            if other is node or self.outcomes[other].untyped_storage().data_ptr() != memory:
+                continue
+            if self.place[other] == before:
+                self.place[other] = self.place[node]
+            elif any(
+                order[user] > order[node] and isinstance(self.outcomes[user], Tensor)
+                for user in other.users
+            ):
+                raise self._refused(node, ", which may write on values that are used again")
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         at = self._at(node)
         shape = self.nodes[at].shape
+        if parametrize.is_parametrized(module):  # some are other weights in training mode
+            self.evaluated.append((str(node.target), module))
         match module:
             case nn.Conv2d():
-                self._convolution(node, module)
+                if module.padding_mode != "zeros" and module.padding not in ((0, 0), "valid"):
+                    raise self._refused(node, f", which pads with {module.padding_mode}")
+                self._convolution(
+                    node, lambda: module.weight, lambda: module.bias, module.stride,
+                    module.padding, module.dilation, module.groups,
+                )  # fmt: skip
             case nn.Linear():
-                if len(shape) != 1:
-                    raise self._refused(node)
-                self._put(node, lambda: Linear(module.weight, module.bias), (at,))
+                self._linear(node, lambda: module.weight, lambda: module.bias)
             case nn.ReLU():
                 self._put(node, Relu, (at,))
                 if module.inplace:
-                    self.place[node.args[0]] = self.place[node]  # type: ignore[index]
+                    self._written(node, self._given(node)["input"], at)
             case nn.BatchNorm1d() | nn.BatchNorm2d():
                 if module.running_mean is None or module.running_var is None:
                     raise self._refused(node, ", which keeps no running statistics")
@@ -358,31 +517,57 @@ class _Reader:
             case _:
                 raise self._refused(node)
 
-    def _convolution(self, node: fx.Node, module: nn.Conv2d) -> None:
-        shape = self._shape(node.args[0])  # type: ignore[arg-type]
-        padding = module.padding
+    def _weights(
+        self, node: fx.Node, given: dict[str, Any]
+    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Return what computes the weight and the bias of a layer called as a function."""
+        weight, bias = (self._constant(node, given.get(name)) for name in ("weight", "bias"))
+        if weight is None or bias is None:
+            raise self._refused(node, ", of weights that depend on the image")
+        return weight, bias
+
+    def _numbers(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments with the numbers that were computed from an image's size as numbers."""
+
+        def number(node: fx.Node) -> Any:
+            outcome = self.outcomes[node]
+            return node if isinstance(outcome, Tensor) else outcome
+
+        return {name: fx.node.map_arg(value, number) for name, value in given.items()}
+
+    def _linear(
+        self, node: fx.Node, weight: Callable[[], Any], bias: Callable[[], Any]
+    ) -> None:  # fmt: skip
+        at = self._at(node)
+        if len(self.nodes[at].shape) != 1:
+            raise self._refused(node)
+        self._put(node, lambda: Linear(weight(), bias()), (at,))
+
+    def _convolution(
+        self, node: fx.Node, weight: Callable[[], Any], bias: Callable[[], Any],
+        stride: Any, padding: Any, dilation: Any, groups: Any,
+    ) -> None:  # fmt: skip
+        at = self._at(node)
+        shape = self.nodes[at].shape
+        if len(shape) != 3:
+            raise self._refused(node)
+        steps, apart = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
-            total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            total = [d * (k - 1) for d, k in zip(apart, weight().shape[2:], strict=True)]
             if padding == "same" and any(n % 2 for n in total):
                 raise self._refused(node, ", which pads one side more than the other")
             padding = tuple(n // 2 for n in total) if padding == "same" else (0, 0)
-        if module.padding_mode != "zeros" and any(padding):
-            raise self._refused(node, f", which pads with {module.padding_mode}")
-        if len(shape) != 3:
-            raise self._refused(node)
-        pad = (int(padding[0]), int(padding[1]))
+        pad = _pair(padding)
 
         def make() -> Convolution:
-            return Convolution(
-                module.weight, module.bias, _pair(module.stride), pad, _pair(module.dilation),
-                module.groups, shape,
-            )  # fmt: skip
+            return Convolution(weight(), bias(), steps, pad, apart, groups, shape)
 
-        self._put(node, make, (self._at(node),))
+        self._put(node, make, (at,))
 
     def _pool(self, node: fx.Node, options: dict[str, Any]) -> None:
-        """Average pooling as a convolution of each channel by itself."""
-        shape = self._shape(node.args[0])  # type: ignore[arg-type]
+        """Put average pooling as a convolution of each channel by itself."""
+        at = self._at(node)
+        shape = self.nodes[at].shape
         if len(shape) != 3:
             raise self._refused(node)
         padding = _pair(options.get("padding", 0))
@@ -400,7 +585,7 @@ class _Reader:
                 or (any(padding) and not options.get("count_include_pad", True))
             ):
                 raise self._refused(node, ", whose windows differ in size")
-        self._average(node, kernel, stride, padding, self._at(node))
+        self._average(node, kernel, stride, padding, at)
 
     def _average(
         self, node: fx.Node, kernel: tuple[int, int], stride: tuple[int, int],
@@ -420,11 +605,10 @@ class _Reader:
         self.place[node] = len(self.nodes)
         self.nodes.append(Node(make, (at,), (shape[0], *out)))
 
-    def _mean(self, node: fx.Node) -> None:
-        """Return the mean over a map, with or without its two dimensions left at 1."""
+    def _mean(self, node: fx.Node, given: dict[str, Any]) -> None:
+        """Put the mean over a map, with or without its two dimensions left at 1."""
         at = self._at(node)
         shape, out = self.nodes[at].shape, self.outcomes[node].shape
-        given = _bound(node, "mean")
         dim = given.get("dim")
         if len(shape) != 3 or not isinstance(dim, tuple | list):
             raise self._refused(node)
@@ -439,17 +623,17 @@ class _Reader:
         at = self._at(node)
         shape, outcome = self.nodes[at].shape, self.outcomes[node]
         out = tuple(outcome.shape[1:])
-        if outcome.shape[0] != 2 or math.prod(out) != math.prod(shape):
+        if outcome.shape[0] != _TRIED or math.prod(out) != math.prod(shape):
             raise self._refused(node)
         if out == shape:
             self.place[node] = at
         else:
             self._put(node, lambda: Reshape(shape, out), (at,))
 
-    def _sum(self, node: fx.Node, first: float, second: float) -> None:
-        """first·a + second·b, where one of the two may be a constant."""
+    def _sum(self, node: fx.Node, given: dict[str, Any], first: float, second: float) -> None:
+        """Put first·a + second·b, where one of the two may be a constant."""
         signs = (first, second)
-        values = [self._value(node, i) for i in range(2)]
+        values = [self._value(node, given, name) for name in ("input", "other")]
         if all(isinstance(value, int) for value in values):
             places = [
                 value if sign == 1 else self._extra_scale(value, sign)
@@ -461,34 +645,43 @@ class _Reader:
             self._put(node, Sum, tuple(places))
             return
         i = 0 if isinstance(values[0], int) else 1
-        constant = values[1 - i]
-        assert callable(constant)
+        at, constant = values[i], values[1 - i]
+        assert isinstance(at, int) and callable(constant)
         sign = signs[1 - i]
         self._scale(
-            node, node.args[i], factor=None if signs[i] == 1 else signs[i],
-            shift=lambda: constant() * sign,
-        )  # fmt: skip
+            node, at, factor=None if signs[i] == 1 else signs[i], shift=lambda: constant() * sign
+        )
 
-    def _product(self, node: fx.Node, *, inverse: bool) -> None:
-        values = [self._value(node, i) for i in range(2)]
+    def _product(self, node: fx.Node, given: dict[str, Any], *, inverse: bool) -> None:
+        """Put a·b, or a/b, where one of the two is a constant."""
+        values = [self._value(node, given, name) for name in ("input", "other")]
         i = 0 if isinstance(values[0], int) else 1
-        constant = values[1 - i]
-        if not callable(constant) or (inverse and i == 1):
+        at, constant = values[i], values[1 - i]
+        if not callable(constant):
             raise self._refused(node, ", of two values that depend on the image")
-        self._scale(node, node.args[i], factor=(lambda: 1 / constant()) if inverse else constant)
+        if inverse and i == 1:
+            raise self._refused(node, ", a division by what depends on the image")
+        assert isinstance(at, int)
+        self._scale(node, at, factor=(lambda: 1 / constant()) if inverse else constant)
 
-    def _value(self, node: fx.Node, i: int) -> int | Callable[[], Any]:
+    def _value(
+        self, node: fx.Node, given: dict[str, Any], name: str
+    ) -> int | Callable[[], Any]:  # fmt: skip
         """Return an argument's place, or what computes it if it does not depend on the images."""
-        value = (*node.args, *node.kwargs.values())[i]
+        value = given.get(name)
         if isinstance(value, fx.Node) and value in self.place:
             return self.place[value]
-        constant = self._constant(value)
-        if constant is None:
+        constant = self._constant(node, value)
+        if value is None or constant is None:
             raise self._refused(node)
         return constant
 
-    def _constant(self, value: Any) -> Callable[[], Any] | None:
-        """Return what computes a value from the weights alone; None if it needs the images."""
+    def _constant(self, of: fx.Node, value: Any) -> Callable[[], Any] | None:
+        """Return what computes a value from the weights alone; None if it needs the images.
+
+        Raises:
+            UserError: it uses chance.
+        """
         if not isinstance(value, fx.Node):
             return lambda: value
         nodes: list[fx.Node] = []
@@ -503,15 +696,22 @@ class _Reader:
 
         if not collect(value):
             return None
+        network = self.network
+        made = {  # in the forward pass, as torch.tensor(…) is
+            str(n.target): operator.attrgetter(str(n.target))(self.traced)
+            for n in nodes
+            if n.op == "get_attr" and not _has(network, str(n.target))
+        }
 
         def compute() -> Any:
             found: dict[fx.Node, Any] = {}
             for node in nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
                 if node.op == "get_attr":
-                    found[node] = operator.attrgetter(str(node.target))(self.network)
+                    name = str(node.target)
+                    found[node] = made[name] if name in made else operator.attrgetter(name)(network)
                 elif node.op == "call_module":
-                    found[node] = self.network.get_submodule(str(node.target))(*args, **kwargs)
+                    found[node] = network.get_submodule(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
                     found[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
@@ -519,6 +719,10 @@ class _Reader:
                     found[node] = node.target(*args, **kwargs)
             return found[value]
 
+        first, second = compute(), compute()
+        same = torch.equal(first, second) if isinstance(first, Tensor) else first == second
+        if not same:
+            raise self._refused(of, ", of a constant that changes from call to call")
         return compute
 
     def _like(self) -> Callable[[], Tensor]:
@@ -526,13 +730,14 @@ class _Reader:
         parameter = next(self.network.parameters(), None)
         return lambda: torch.empty(0) if parameter is None else parameter
 
-    def _scale(
-        self, node: fx.Node, of: Any, *, factor: Any = None, shift: Any = None
-    ) -> None:  # fmt: skip
-        at = self.place[of]
+    def _scale(self, node: fx.Node, at: int, *, factor: Any = None, shift: Any = None) -> None:
         shape = self.nodes[at].shape
         if tuple(self.outcomes[node].shape[1:]) != shape:
             raise self._refused(node)
+        for given in (factor, shift):
+            size = getattr(given() if callable(given) else given, "shape", ())
+            if any(n != 1 for n in size[: max(0, len(size) - len(shape))]):
+                raise self._refused(node, ", of a constant that differs from image to image")
         self._put(node, self._scaling(factor, shift, shape), (at,))
 
     def _extra_scale(self, at: int, factor: float) -> int:
@@ -548,15 +753,29 @@ class _Reader:
                 return None
             value, weight = given() if callable(given) else given, like()
             value = torch.as_tensor(value, dtype=weight.dtype, device=weight.device)
-            while value.dim() > len(shape):
-                value = value.squeeze(0)
-            return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+            size = tuple(value.shape)[-len(shape) :] if value.dim() > len(shape) else value.shape
+            return value.reshape((1,) * (len(shape) - len(size)) + tuple(size))
 
         return lambda: Scale(fitted(factor), fitted(shift), shape)
 
 
+def _has(network: nn.Module, name: str) -> bool:
+    """Return whether a network has an attribute of a dotted name."""
+    try:
+        operator.attrgetter(name)(network)
+    except AttributeError:
+        return False
+    return True
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls."""
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
 def _normalisation(module: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape) -> Scale:
-    """Batch normalisation by its running statistics."""
+    """Return batch normalisation by its running statistics."""
     assert module.running_mean is not None and module.running_var is not None
     factor = torch.rsqrt(module.running_var + module.eps)
     if module.weight is not None:
@@ -569,7 +788,9 @@ def _normalisation(module: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape) -> Sca
 
 
 def _fused(nodes: Sequence[Node]) -> list[Node]:
-    """Scales joined to what they alone follow: batch normalisation costs nothing then."""
+    """Return nodes with scales joined to what they alone follow: batch normalisation costs nothing
+    then.
+    """
     uses = [0] * len(nodes)
     for node in nodes:
         for i in node.inputs:
@@ -620,19 +841,29 @@ _PRODUCTS = {
 """True if it is a division."""
 
 
-def _bound(node: fx.Node, name: str) -> dict[str, Any]:
-    """Return a call's arguments by name."""
-    names = {
-        "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode",
-                       "count_include_pad", "divisor_override"),
-        "adaptive_avg_pool2d": ("input", "output_size"),
-        "mean": ("input", "dim", "keepdim"),
-    }[name]  # fmt: skip
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+_STEPS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+"""A convolution's options and what they are unless given."""
+_IN_PLACE = ("relu_", "add_", "iadd", "sub_", "isub", "mul_", "imul", "div_", "itruediv")
+_RESHAPES = ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze")
+_ARGUMENTS = {
+    **dict.fromkeys((*_SUMS, *_PRODUCTS), ("input", "other")),
+    "relu": ("input", "inplace"),
+    "relu_": ("input",),
+    "neg": ("input",),
+    "mean": ("input", "dim", "keepdim", "dtype"),
+    "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+                   "divisor_override"),
+    "adaptive_avg_pool2d": ("input", "output_size"),
+    "linear": ("input", "weight", "bias"),
+    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "dropout": ("input", "p", "training", "inplace"),
+    "dropout2d": ("input", "p", "training", "inplace"),
+}  # fmt: skip
+"""The arguments of functions and methods in their order, where others change what they mean."""
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    """(height, width), from one number for both or a pair."""
+    """Return (height, width), from one number for both or a pair."""
     if isinstance(value, int):
         return value, value
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])

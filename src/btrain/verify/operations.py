@@ -1,7 +1,8 @@
 """The operations that bounds pass through: forward on values, backward on coefficients.
 
 All but the ReLU and the sum are affine, x -> A·x + b: `forward` computes it, `absolute` |A|·r, and
-`pull` takes coefficients on the outcome to coefficients on x, which need A alone.
+`pull` takes coefficients on the outcome to coefficients on x, which need A alone. Letters of shapes
+are those of `coefficients`; sizes that do not fit together raise torch's RuntimeError.
 """
 
 from __future__ import annotations
@@ -26,16 +27,25 @@ Pair = tuple[int, int]
 
 
 class Affine(Protocol):
-    """An affine map of one example's values."""
+    """An affine map of one example's values, from (C, H, W) or (N,) to another such shape."""
 
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A·x + b of B images' values, (B, …) -> (B, …)."""
 
-    def absolute(self, radii: Tensor) -> Tensor: ...
+    def absolute(self, radii: Tensor) -> Tensor:
+        """Return how far the outcome moves at most when x moves by radii at most, |A|·r.
 
-    def pull(self, rows: Start | Rows) -> Start | Rows: ...
+        `radii` is at least 0; shapes are those of `forward`.
+        """
+
+    def pull(self, rows: Start | Rows) -> Start | Rows:
+        """Return the coefficients on x of rows that have coefficients on the outcome.
+
+        Of as many rows and images; those that all images share stay shared.
+        """
 
     def scaled(self, scale: Scale) -> Affine | None:
-        """This map followed by a scale, as one; None if that is no map of this kind."""
+        """Return this map followed by a scale, as one; None if that is no map of this kind."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class Convolution:
         return reach(Dense(rows, tuple(by_phase.shape[1:])), by_phase)
 
     def _small(self, patches: Patches) -> Rows:
-        """Without patches once they are no smaller than the whole map."""
+        """Return the same, without patches once they are no smaller than the whole map."""
         (h, w), (_, height, width) = patches.window, self.shape
         return patches.dense() if h * w >= height * width else patches
 
@@ -217,7 +227,10 @@ class Convolution:
         return Dense(pulled.view(batch, many, *pulled.shape[1:]), self.shape)
 
     def _transposed(self, rows: Tensor, padding: Pair, left_over: Pair) -> Tensor:
-        """(n, h, w, C) -> (n, h', w', C'), with the memory in this order before and after."""
+        """Return rows of the outcome as rows of x, with the memory in this order before and after.
+
+        (n, h, w, C) -> (n, h', w', C')
+        """
         pulled = F.conv_transpose2d(
             rows.permute(0, 3, 1, 2),
             self.weight.contiguous(memory_format=torch.channels_last),
@@ -307,12 +320,12 @@ class Reshape:
 
 
 def _each(values: Tensor | None, many: int) -> Tensor | None:
-    """One value for each channel or neuron, (many,), from what may be one for all."""
+    """Return one value for each channel or neuron, (many,), from what may be one for all."""
     return None if values is None else values.reshape(-1).expand(many)
 
 
 def _affine_bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """bias·factor + shift"""
+    """Return bias·factor + shift, each (C,) or None."""
     if bias is not None and factor is not None:
         bias = bias * factor
     if bias is None or shift is None:
