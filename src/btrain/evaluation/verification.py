@@ -17,7 +17,7 @@ from btrain.evaluation.result import SHARES, Result
 from btrain.evaluation.worst_case import Partial, worst_case
 from btrain.settings.evaluation import VERIFIED, IntervalSettings
 from btrain.verify import accuracy, bounds, interval_attack
-from btrain.verify.graph import Graph, trace
+from btrain.verify.graph import Graph
 
 
 def unfinished(name: str, radius: float) -> str:
@@ -178,10 +178,3 @@ def attacked(
     return finished(subject, name, facts, stands, started)
 
 
-def graph_of(subject: Subject) -> Graph:
-    """Return the network as bounds pass through it.
-
-    Raises:
-        UserError: a layer cannot be bounded.
-    """
-    return trace(subject.model, tuple(subject.examples.batch(torch.tensor([0]))[0].shape[1:]))
