@@ -176,5 +176,3 @@ def attacked(
         )  # fmt: skip
         stands[some] = accuracy.right(subject.model, found, labels).cpu()
     return finished(subject, name, facts, stands, started)
-
-
