@@ -158,7 +158,8 @@ def run(
     model = models.build(architecture, width=4, depth=None, classes=10, shape=(1, 8, 8))
     if config.train.precision.name == "float32":
         model.double()
-        model.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
+        if not isinstance(config.defense, VerifiedConfig):  # whose bounds pass through no hook
+            model.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     memory = memory_of(config, digits, CPU)
     memory["robust_fraction"] = memory["robust_fraction"] + 0.5
@@ -168,7 +169,7 @@ def run(
     several, fractions, stats = None if world.size == 1 else world, [], []
     for number in range(STEPS):
         x = to_unit(digits.train.images[number * m : (number + 1) * m])
-        if isinstance(config.defense, VerifiedConfig):  # whose bounds do not pass by the hook
+        if isinstance(config.defense, VerifiedConfig):
             x = x.double()
         batch = Batch(x, labelled(model, x, kind), torch.arange(m))
         if config.train.skip:

@@ -999,6 +999,7 @@ NOT_IN_NAME = (
     "train.checkpoint_every",
     "train.score_every",
     "bt.probe_every",
+    "defense.memory",
 )
 
 
