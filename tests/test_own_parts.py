@@ -24,6 +24,7 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
+from btrain.runs.lengthening import lengthened
 from btrain.settings import compose as configs
 from torchrun import ENVIRONMENT, forked
 
@@ -501,6 +502,16 @@ def test_a_longer_run_is_the_one_that_was_long_from_the_start(short: Path, tmp_p
     ]  # fmt: skip
     assert lines[0] == lines[1]
     assert len(lines[0]) == 6
+
+
+def test_a_run_that_left_images_out_is_not_lengthened() -> None:
+    begun = {"train.epochs": 6, "recipe.epochs": 6, "recipe.schedule": "step",
+             "recipe.milestones": [], "recipe.lr_factors": [], "train.skip": 0.5}  # fmt: skip
+    longer = begun | {"train.epochs": 12, "recipe.epochs": 12}
+    with pytest.raises(UserError, match="cannot go on to 12: train.skip would have left images"):
+        lengthened(begun, longer)
+    whole = {"train.skip": 0.0}
+    assert "train.epochs" in lengthened(begun | whole, longer | whole)
 
 
 @pytest.mark.parametrize(

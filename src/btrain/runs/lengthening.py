@@ -9,7 +9,7 @@ from typing import Any
 from btrain.errors import UserError
 
 LENGTH = ("train.epochs", "recipe.epochs", "recipe.milestones", "recipe.lr_factors")
-"""Settings that may differ in a longer run, if the past epochs' learning rates do not."""
+"""Settings that may differ in a longer run, if its past epochs would have been the same."""
 
 
 def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
@@ -20,7 +20,8 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
         ours: today's.
 
     Raises:
-        UserError: it is longer, but in the past epochs its learning rate would have been another.
+        UserError: it is longer, but its past epochs would have had another learning rate, or fewer
+            images.
     """
     before, after = theirs.get("train.epochs"), ours.get("train.epochs")
     if type(before) is not int or type(after) is not int or after <= before:
@@ -28,6 +29,8 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
     sentence = f"a run with train.epochs={before} and cannot go on to {after}"
     if (schedule := ours.get("recipe.schedule")) != "step" or theirs["recipe.schedule"] != schedule:
         raise UserError(f"{sentence}: recipe.schedule={schedule} falls until the end of the run.")
+    if theirs.get("train.skip"):
+        raise UserError(f"{sentence}: train.skip would have left images out of its last epochs.")
     try:
         old, new = _falls(theirs, before), _falls(ours, before)
     except (TypeError, KeyError, ValueError, ZeroDivisionError):  # of a damaged file

@@ -159,7 +159,7 @@ def _train(
     saved, warning = load_newest(folder)
     if saved is not None:
         state.load_state_dict(saved["state"])
-        check_batch(state, len(batch_slices(len(data.train), config.train.batch_size)), folder)
+        check_batch(state, batches_in(state, data.train, make_plan(config)), folder)
     elif config.model.weights is not None:
         notes.append(state.start_from(Path(config.model.weights)))
         state.sparsity = sparsity_of(config, state, data)
