@@ -508,7 +508,7 @@ def test_a_run_that_left_images_out_is_not_lengthened() -> None:
     begun = {"train.epochs": 6, "recipe.epochs": 6, "recipe.schedule": "step",
              "recipe.milestones": [], "recipe.lr_factors": [], "train.skip": 0.5}  # fmt: skip
     longer = begun | {"train.epochs": 12, "recipe.epochs": 12}
-    with pytest.raises(UserError, match="cannot go on to 12: train.skip would have left images"):
+    with pytest.raises(UserError, match=r"cannot go on to 12: train\.skip would have left images"):
         lengthened(begun, longer)
     whole = {"train.skip": 0.0}
     assert "train.epochs" in lengthened(begun | whole, longer | whole)
