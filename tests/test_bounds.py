@@ -239,6 +239,28 @@ def test_rounding_of_values_that_cancel_later_is_allowed_for(large: float) -> No
                 assert (z <= upper).all() and (z >= lower).all() and (apart <= margins).all()
 
 
+def test_rounding_of_a_constant_that_cancels_in_batch_normalisation_is_allowed_for() -> None:
+    """The logits of a float32 network, whose normalisation takes off what its convolution adds."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(SHAPE[0], 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * (SHAPE[1] - 2) * (SHAPE[2] - 2), CLASSES),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        network[0].bias += 300
+        network[1].running_mean.fill_(300)
+        network[1].running_var.fill_(0.01)
+    graph = trace(network, SHAPE)
+    x, _ = images(8, torch.float32)
+    region = bounds.box(x, 1e-6)
+    signs = torch.rand(100, *x.shape, generator=torch.Generator().manual_seed(5)).round() * 2 - 1
+    with torch.no_grad():
+        z = network((region.centre + region.radius * signs).flatten(0, 1)).unflatten(0, (100, 8))
+        for engine in bounds.ENGINES:
+            lower, upper = bounds.logits(graph, region, engine=engine)
+            assert (z <= upper).all() and (z >= lower).all()
+
+
 @pytest.mark.parametrize(
     ("name", "engine"),
     [

@@ -49,7 +49,7 @@ from btrain.verify.coefficients import (
     through_relu,
 )
 from btrain.verify.graph import Graph, Input, Operation, Relu, Sum, on_meta, summed
-from btrain.verify.operations import Convolution, Reshape, Scale
+from btrain.verify.operations import Affine, Convolution, Reshape, Scale
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 ANY = "any"
@@ -377,7 +377,8 @@ class _State:
         if isinstance(operation.what, Reshape):
             return operation.what.forward(before[0]) if before else None
         terms = self._sizes(operation.inputs[0]).mul_(_unit(value, _TERMS))
-        return own.add_(operation.what.absolute(summed([terms, *before])))
+        own.add_(operation.what.absolute(summed([terms, *before])))
+        return _with_terms(own, operation.what)
 
     def _sizes(self, i: int) -> Tensor:
         """Return about how large an operation's values are over the box, in a tensor of its own."""
@@ -516,6 +517,7 @@ def _span(
                 unit = _unit(centre, _TERMS)
                 radius = torch.add(radius * (1 + unit), first.centre.detach().abs(), alpha=unit)
                 radius = torch.add(affine.absolute(radius), centre.detach().abs(), alpha=unit)
+                radius = _with_terms(radius, affine)
             else:
                 radius = affine.absolute(radius)
             return _Span(
@@ -524,6 +526,12 @@ def _span(
                 first.independent,
                 first.independent and isinstance(affine, Scale | Reshape),
             )
+
+
+def _with_terms(radius: Tensor, affine: Affine) -> Tensor:
+    """Return a radius with what rounding may take from what was added up to the map's constant."""
+    terms = affine.terms
+    return radius if terms is None else radius + terms * _unit(radius, _TERMS)
 
 
 def _after_relu(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

@@ -781,10 +781,12 @@ def _normalisation(module: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape) -> Sca
     if module.weight is not None:
         factor = factor * module.weight
     shift = -module.running_mean * factor
+    terms = shift.detach().abs()
     if module.bias is not None:
         shift = shift + module.bias
+        terms = terms + module.bias.detach().abs()
     size = (-1, *(1 for _ in shape[1:]))
-    return Scale(factor.reshape(size), shift.reshape(size), shape)
+    return Scale(factor.reshape(size), shift.reshape(size), shape, terms.reshape(size))
 
 
 def _fused(nodes: Sequence[Node]) -> list[Node]:

@@ -8,6 +8,7 @@ are those of `coefficients`; sizes that do not fit together raise torch's Runtim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -47,6 +48,10 @@ class Affine(Protocol):
     def scaled(self, scale: Scale) -> Affine | None:
         """Return this map followed by a scale, as one; None if that is no map of this kind."""
 
+    @property
+    def terms(self) -> Tensor | None:
+        """Return the size of all that was added up to b, where that was more than one term."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -54,6 +59,8 @@ class Linear:
 
     weight: Tensor
     bias: Tensor | None
+    terms: Tensor | None = None
+    """(out,)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -70,7 +77,8 @@ class Linear:
     def scaled(self, scale: Scale) -> Affine | None:
         factor, shift = (_each(t, self.weight.shape[0]) for t in (scale.factor, scale.shift))
         weight = self.weight if factor is None else self.weight * factor[:, None]
-        return Linear(weight, _affine_bias(self.bias, factor, shift))
+        terms = _added_sizes(self, self.bias, factor, scale)
+        return Linear(weight, _affine_bias(self.bias, factor, shift), terms)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Convolution:
     groups: int
     shape: Shape
     """(C, H, W) of what comes in."""
+    terms: Tensor | None = None
+    """(out, 1, 1)"""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolved(x, self.weight, self.bias)
@@ -100,7 +110,11 @@ class Convolution:
             return None  # not the same for all positions
         factor, shift = (_each(t, self.weight.shape[0]) for t in (scale.factor, scale.shift))
         weight = self.weight if factor is None else self.weight * factor[:, None, None, None]
-        return replace(self, weight=weight, bias=_affine_bias(self.bias, factor, shift))
+        terms = _added_sizes(self, self.bias, factor, scale)
+        terms = None if terms is None else terms[:, None, None]
+        return replace(
+            self, weight=weight, bias=_affine_bias(self.bias, factor, shift), terms=terms
+        )
 
     def pull(self, rows: Start | Rows) -> Rows:
         if isinstance(rows, Start) and self.groups == 1 and self.dilation == (1, 1):
@@ -246,6 +260,8 @@ class Scale:
     factor: Tensor | None
     shift: Tensor | None
     shape: Shape
+    terms: Tensor | None = None
+    """Of as many dimensions as the shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.factor is None else x * self.factor
@@ -270,7 +286,9 @@ class Scale:
         factor = scale.factor if self.factor is None else self.factor
         if self.factor is not None and scale.factor is not None:
             factor = self.factor * scale.factor
-        return Scale(factor, _affine_bias(self.shift, scale.factor, scale.shift), self.shape)
+        shift = _affine_bias(self.shift, scale.factor, scale.shift)
+        sizes = [_size(self.shift, scale.factor), _size(self.terms, scale.factor)]
+        return Scale(factor, shift, self.shape, _sum([*sizes, _size(scale.shift), scale.terms]))
 
 
 @dataclass(frozen=True)
@@ -279,6 +297,7 @@ class Reshape:
 
     shape: Shape
     out: Shape
+    terms: None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(-1, *self.out)
@@ -331,3 +350,27 @@ def _affine_bias(bias: Tensor | None, factor: Tensor | None, shift: Tensor | Non
     if bias is None or shift is None:
         return bias if shift is None else shift
     return bias + shift
+
+
+def _added_sizes(
+    before: Linear | Convolution, bias: Tensor | None, factor: Tensor | None, scale: Scale
+) -> Tensor | None:
+    """Return the size of all that is added up to a map's bias when a scale joins it, (C,) or None.
+
+    The network itself adds them one after another, and rounds each sum.
+    """
+    many = before.weight.shape[0]
+    shift, theirs = (_each(t, many) for t in (scale.shift, scale.terms))
+    own = None if before.terms is None else before.terms.reshape(-1)
+    return _sum([_size(bias, factor), _size(own, factor), _size(shift), theirs])
+
+
+def _size(values: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
+    if values is None:
+        return None
+    return (values if factor is None else values * factor).detach().abs()
+
+
+def _sum(sizes: Sequence[Tensor | None]) -> Tensor | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known[1:], known[0]) if known else None
