@@ -187,8 +187,6 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
         (["defense=mixtrain", "defense.per_batch=51"], "at most train.batch_size = 50, not 51"),
         (["defense=mixtrain", "defense.alpha=1.5"], r"defense.alpha must be in \[0, 1\]"),
         (["defense=mixtrain", "defense.engine=symbolic+crwon"], "defense.engine must be of ibp"),
-        (["defense=ibp", "defense.engine=symbolic"], "defense=ibp trains by ibp, as its name says"),
-        (["defense=mixtrain", "defense.weight_first=20"], "at least defense.weight_first = 20"),
         (["defense=sabr", "defense.ramp=0", "defense.shi_regulariser=1"], "while ε grows"),
         (["defense=mixtrain", "defense.memory=0"], "defense.memory must be finite and greater"),
         (["defense=mixtrain", "defense.engine=any"], "any is for verify= alone"),
@@ -265,6 +263,10 @@ def test_settings_that_mean_something_else_are_told() -> None:
         assert isinstance(defense, VerifiedConfig)
         return defense.hints(held_out)
 
+    (told,) = hints("defense=ibp", "defense.engine=symbolic")
+    assert told.startswith("defense=ibp is trained by defense.engine=symbolic here, not by ibp")
+    (told,) = hints("defense=mixtrain", "defense.weight_first=20")
+    assert told.startswith("The weight falls, from defense.weight_first=20")
     (told,) = hints("defense=sabr", "defense.box=1")
     assert told.startswith("defense.box=1 bounds the whole box")
     assert not hints("defense=sabr", "defense.box=0.9")

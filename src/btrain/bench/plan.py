@@ -72,9 +72,8 @@ def make_cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
             read, had no BulletTrain, or fewer images than a batch.
     """
     if bench.checkpoint is not None:
-        cases = _trained_cases(Path(bench.checkpoint), bench, settings)
-    else:
-        cases = _cases(bench, settings)
+        return _trained_cases(Path(bench.checkpoint), bench, settings)
+    cases = _cases(bench, settings)
     for case in cases:
         _reject_remembered(case.config)
     return cases

@@ -54,7 +54,8 @@ def check(
         else:
             (folder / BROKEN).unlink(missing_ok=True)
     if found:
-        which, indices = next(iter(found.items()))
+        which = max(found, key=lambda pair: len(found[pair]))
+        indices = set().union(*found.values())
         place = "" if folder is None else f"{folder}: "
         tells = "" if folder is None or keep is None else f" {BROKEN} tells which."
         raise UserError(

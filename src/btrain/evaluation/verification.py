@@ -51,7 +51,10 @@ def verified(
     """
     name, started = VERIFIED + engine.replace("+", "-"), time.perf_counter()
     at, known = subject.epsilon, {} if known is None else known
-    facts = attack_facts(subject, Start(subject.correct)) | {"engine": engine}
+    facts = attack_facts(subject, Start(subject.correct)) | {
+        "engine": engine,
+        "bounds": bounds.REVISION,
+    }
     told = facts | ({"radii": list(radii)} if radii else {})
     there = kept(subject, name, told)
     before = there or (kept(subject, name, facts) if radii else None)

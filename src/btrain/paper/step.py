@@ -49,9 +49,11 @@ class _Steps:
         self._method = make_method(config, device, paths=self._paths, known=known_of(data))
         self._split = data.train
         self._tried = self._state.throw_away_copy()
-        shares = [share for share in run.logged("left_out") if 0 <= share < 1] or [0.0]
+        shares = [share for share in run.logged("left_out") if 0 <= share < 1]
         used = [round(len(self._split) * (1 - share)) for share in shares]
         steps = [len(batch_slices(many, plan.batch_size)) for many in used]
+        if len(steps) < config.train.epochs:  # it has none, or its first epochs are older
+            steps = [batches_in(self._tried, self._split, plan)]
         self.an_epoch = sum(steps) / len(steps)
         """The mean number of steps of an epoch, fewer where images are left out of some."""
 

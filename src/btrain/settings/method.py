@@ -112,10 +112,8 @@ class AttackConfig:
         if self.start is not Start.kept:
             unread = frozenset({"attack.store", "attack.checkpoint_store"})
             found.append(Choice(f"attack.start={self.start.name}", unread=unread))
-        at_image = self.start in (Start.normal, Start.kept) and self.start_std == 0
-        if at_image or self.start is Start.clean:
-            written = "attack.start_std=0" if at_image else "attack.start=clean"
-            found.append(Choice(written, frozenset({"clean_start"})))
+        if self.start is Start.clean:
+            found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
         if self.start is Start.kept:
             coarse = {} if self.store is Store.bf16 else _TOO_COARSE
             found.append(Choice("attack.start=kept", frozenset({"kept"}), _NO_KEPT | coarse))
@@ -287,12 +285,6 @@ class VerifiedConfig(DefenseConfig):
                 )
             rule = f"of {', '.join(ENGINES)}, or several joined by +"
             require(engine in ENGINES, "defense.engine", rule, engine)
-        by_name = _BY_NAME.get(self.name, self.engine)
-        if self.engine != by_name:
-            raise UserError(
-                f"defense={self.name.name} trains by {by_name}, as its name says; "
-                f"defense=verified defense.engine={self.engine} trains by another engine."
-            )
         at_least(1, "defense.k", self.k)
         at_least(1, "defense.per_batch", self.per_batch)
         only_one = self.k is None or self.per_batch is None
@@ -300,9 +292,6 @@ class VerifiedConfig(DefenseConfig):
         require(0 <= self.alpha <= 1, "defense.alpha", "in [0, 1]", self.alpha)
         positive("defense.weight_first", self.weight_first)
         positive("defense.weight_last", self.weight_last)
-        grows = f"at least defense.weight_first = {self.weight_first:g}: the weight grows"
-        require(self.weight_first <= self.weight_last, "defense.weight_last", grows,
-                f"{self.weight_last:g}")  # fmt: skip
         for name in ("weight_until", "box"):
             share = getattr(self, name)
             require(0 < share <= 1, f"defense.{name}", "in (0, 1]", share)
@@ -334,6 +323,17 @@ class VerifiedConfig(DefenseConfig):
             held_out: the number of held-out images.
         """
         found = []
+        by_name = _BY_NAME.get(self.name, self.engine)
+        if self.engine != by_name:
+            found.append(
+                f"defense={self.name.name} is trained by defense.engine={self.engine} here, not by "
+                f"{by_name}, as its name says."
+            )
+        if self.form is MixForm.bernoulli and self.weight_last < self.weight_first:
+            found.append(
+                f"The weight falls, from defense.weight_first={self.weight_first:g} to "
+                f"defense.weight_last={self.weight_last:g}."
+            )
         if self.name is DefenseName.sabr and self.box == 1:
             found.append(
                 "defense.box=1 bounds the whole box and attacks nothing: that is defense=ibp "

@@ -100,10 +100,11 @@ def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
 def stand_ins(score: Tensor, share: float, batch_size: int, seed: int, epoch: int) -> Tensor:
     """Return how many examples each stands for in an epoch, 0 for one that is left out.
 
-    Far from the boundary is who was predicted right and scored above the median. Of those a share
-    is left out, drawn by seed and epoch, or less, so that whole batches remain; the others stand
-    for them by inverse-probability weights, so that no sum over the epoch is biased (Qin et al.,
-    "InfoBatch", leave out those with the smallest loss). The weights add up to n. (n,) -> (n,)
+    An example is far from the boundary if it was predicted right and scored above the median. Of
+    those a share is left out, drawn by seed and epoch, or less, so that whole batches remain; the
+    others stand for them by inverse-probability weights, so that no sum over the epoch is biased
+    (Qin et al., "InfoBatch", leave out those with the smallest loss). The weights add up to n.
+    (n,) -> (n,)
     """
     far = (score > score.median().clamp(min=0)).nonzero().flatten()
     batches = math.ceil((len(score) - int(share * len(far))) / batch_size)

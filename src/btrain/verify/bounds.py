@@ -53,6 +53,8 @@ from btrain.verify.operations import Affine, Convolution, Reshape, Scale
 
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 ANY = "any"
+REVISION = 2
+"""Of what the bounds allow for; verdicts of an earlier one are no longer taken for today's."""
 MEMORY = 2 * 2**30
 """Bytes that bounds may take unless told otherwise."""
 
@@ -66,6 +68,8 @@ Lines = Literal["constant", "parallel", "adaptive"]
 _INTERVALS: dict[str, Lines] = {
     "ibp": "constant", "symbolic": "parallel", "crown_ibp": "constant", "crown": "adaptive",
 }  # fmt: skip
+_IN_PIECES = ("symbolic", "crown")
+"""The engines that go backward from every layer, from some of its channels at a time."""
 _AT_THE_END: dict[str, Lines] = {
     "ibp": "constant", "symbolic": "parallel", "crown_ibp": "adaptive", "crown": "adaptive",
 }  # fmt: skip
@@ -623,9 +627,10 @@ def _plan(
 
     def needed(engine: str, pieces: int) -> tuple[int, Size]:
         found = size(graph, engine, joint=joint, like=like, pieces=pieces)
-        return found.total // pieces if with_gradients else 3 * found.largest, found
+        split = pieces if engine in _IN_PIECES else 1
+        return found.total // split if with_gradients else 3 * found.largest, found
 
-    pieces = 1
+    most, pieces = most if engine in _IN_PIECES else 1, 1
     at_once, found = needed(engine, pieces)
     if at_once > memory * most:  # a piece is no less than its share of the whole
         raise _too_large(engine, f"at least {sized(at_once // most)}", memory, needed)
