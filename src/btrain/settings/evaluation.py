@@ -115,8 +115,15 @@ ATTACKS = (
 )
 
 
+class _Changes:
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return what was typed, by name."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
 @dataclass
-class PgdChanges:
+class PgdChanges(_Changes):
     """The settings of PGD, and of the interval attack, that were typed; others are None."""
 
     steps: int | None = None
@@ -124,24 +131,14 @@ class PgdChanges:
     loss: str | None = None
     step_size: float | None = None
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """Return what was typed, by name."""
-        return {key: value for key, value in vars(self).items() if value is not None}
-
 
 @dataclass
-class JumpChanges:
+class JumpChanges(_Changes):
     """The settings of the interval attack alone that were typed; others are None."""
 
     jumps: int | None = None
     jump: float | None = None
     radius: float | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Return what was typed, by name."""
-        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass
