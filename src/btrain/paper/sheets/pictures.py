@@ -145,13 +145,17 @@ def _verified(sheet: Sheet) -> Figure | None:
 
 
 def _front(sheet: Sheet) -> Figure | None:
-    """Draw verified over clean accuracy, a line for each method's settings."""
+    """Draw verified over clean accuracy, a line for each method's settings.
+
+    Methods of a single setting have no front, and are left out where others have one.
+    """
     methods: dict[str, list[tuple[Spread, Spread, str]]] = {}
     for line in sheet.lines:
         x, y = spread(line.values["clean_acc"]), spread(line.values.get(bounded.BEST, {}))
         if x is not None and y is not None:
             name, _, value = line.row.label.partition(", ")
             methods.setdefault(name, []).append((x, y, value))
+    methods = {name: points for name, points in methods.items() if len(points) > 1} or methods
     if not methods:
         return None
     figure = _new(8, 5.4, sheet.plan.title, scale_words(sheet))
