@@ -112,8 +112,10 @@ class AttackConfig:
         if self.start is not Start.kept:
             unread = frozenset({"attack.store", "attack.checkpoint_store"})
             found.append(Choice(f"attack.start={self.start.name}", unread=unread))
-        if self.start is Start.clean:
-            found.append(Choice("attack.start=clean", frozenset({"clean_start"})))
+        at_image = self.start in (Start.normal, Start.kept) and self.start_std == 0
+        if at_image or self.start is Start.clean:
+            written = "attack.start_std=0" if at_image else "attack.start=clean"
+            found.append(Choice(written, frozenset({"clean_start"})))
         if self.start is Start.kept:
             coarse = {} if self.store is Store.bf16 else _TOO_COARSE
             found.append(Choice("attack.start=kept", frozenset({"kept"}), _NO_KEPT | coarse))
