@@ -54,7 +54,7 @@ from btrain.verify.operations import Affine, Convolution, Reshape, Scale
 ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
 ANY = "any"
 REVISION = 2
-"""Of what the bounds allow for; verdicts of an earlier one are no longer taken for today's."""
+"""The revision of what bounds allow for; verdicts of an earlier one are not taken for today's."""
 MEMORY = 2 * 2**30
 """Bytes that bounds may take unless told otherwise."""
 
@@ -615,7 +615,7 @@ def check_memory(graph: Graph, *, engine: str, like: Tensor, memory: int = MEMOR
 
 def _plan(
     graph: Graph, engine: str, memory: int, *, joint: bool, like: Tensor, count: int
-) -> _Plan:  # fmt: skip
+) -> _Plan:
     """Return the largest chunk that fits.
 
     Raises:
@@ -623,14 +623,13 @@ def _plan(
     """
     with_gradients = torch.is_grad_enabled() and any(w.requires_grad for w in graph.weights())
     split = [i for node in graph.nodes if node.make is Relu for i in node.inputs]
-    most = max(graph.nodes[i].shape[0] for i in (*split, -1))
+    most = max(graph.nodes[i].shape[0] for i in (*split, -1)) if engine in _IN_PIECES else 1
 
     def needed(engine: str, pieces: int) -> tuple[int, Size]:
         found = size(graph, engine, joint=joint, like=like, pieces=pieces)
-        split = pieces if engine in _IN_PIECES else 1
-        return found.total // split if with_gradients else 3 * found.largest, found
+        return found.total // pieces if with_gradients else 3 * found.largest, found
 
-    most, pieces = most if engine in _IN_PIECES else 1, 1
+    pieces = 1
     at_once, found = needed(engine, pieces)
     if at_once > memory * most:  # a piece is no less than its share of the whole
         raise _too_large(engine, f"at least {sized(at_once // most)}", memory, needed)
@@ -654,7 +653,7 @@ def _too_large(
 ) -> UserError:
     """Return what is said of bounds that do not fit, with an engine whose bounds do."""
     cheaper = ""
-    if engine in ("symbolic", "crown") and (less := needed("crown_ibp", 1)[0]) <= memory:
+    if engine in _IN_PIECES and (less := needed("crown_ibp", 1)[0]) <= memory:
         cheaper = f"; those by crown_ibp need {sized(less)}"
     return UserError(
         f"Bounds by {engine} need {need} for one image, and may take {sized(memory)}{cheaper}."

@@ -35,9 +35,9 @@ _TRIED = 3
 """The images that a network is tried on: one like those of data, and others far outside [0, 1]."""
 _FAR = 8.0
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""How far a graph's logits may be from the network's, as a share of 1 + the largest; else 1e-2."""
+"""The distance allowed to a graph's logits, as a share of 1 + the network's largest; else 1e-2."""
 _SAME = 1e-6
-"""How far logits of the same images may be apart: less than the rounding that bounds allow for."""
+"""The distance allowed to a network's logits of the same images, as such a share."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ class _Reader:
     network: nn.Module
     traced: fx.GraphModule
     outcomes: dict[fx.Node, Any]
-    """What each node gave for `_TRIED` images."""
+    """The outcome of each node for `_TRIED` images."""
     nodes: list[Node] = field(default_factory=list)
     place: dict[fx.Node, int] = field(default_factory=dict)
     """The index in `nodes` of each node's values."""

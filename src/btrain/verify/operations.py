@@ -261,7 +261,7 @@ class Scale:
     shift: Tensor | None
     shape: Shape
     terms: Tensor | None = None
-    """Of as many dimensions as the shift."""
+    """The sizes, with as many dimensions as the shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.factor is None else x * self.factor
