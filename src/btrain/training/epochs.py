@@ -120,6 +120,7 @@ def stand_ins(score: Tensor, share: float, batch_size: int, seed: int, epoch: in
 def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | None:
     """Return how many examples each stands for in the epoch under way, (n,); None for one each.
 
+    That is chosen where an epoch begins and kept in the state's memory, for one that is resumed.
     Nobody is left out in the first epoch, which no scores precede, while the network hardly does
     better than a constant prediction, and in the last share `plan.skip_last` of the run; with a
     guard nor in an epoch that begins with more outliers, or that none precedes that counted them.

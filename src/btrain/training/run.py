@@ -325,6 +325,7 @@ def _train_epochs(
             metrics |= sparse_columns(state, metrics, unit)
             complete = state.batch == batches_in(state, data.train, plan)
             if complete:
+                bar.update(batches - state.batch)  # those that train.skip has spared
                 try:
                     with _evaluation(config, state, stop):
                         metrics["speedup_measured"] = world.told(probe.speedup(state))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from btrain.attacks.pgd import check_images
 from btrain.errors import UserError
-from btrain.terminal import counted
 from btrain.verify import bounds
 from btrain.verify.graph import Graph, evaluating, trace
 
@@ -36,16 +35,6 @@ class Verification:
     def accuracy(self) -> float:
         """Return the verified images' share of all."""
         return self.verified.double().mean().item()
-
-
-class VerifiedAndBrokenError(Exception):
-    """An image was verified and is misclassified within its box: the bounds are wrong."""
-
-    def __init__(self, indices: Sequence[int]) -> None:
-        self.indices = tuple(indices)
-        shown = ", ".join(map(str, self.indices[:10])) + (", …" if len(indices) > 10 else "")
-        count = counted(len(indices), "image is", "images are")
-        super().__init__(f"{count} verified and broken by an attack: {shown}.")
 
 
 def verify(
@@ -166,19 +155,3 @@ def _check_classes(labels: Tensor, classes: int) -> None:
             f"labels must be from 0 to {classes - 1}, for {classes} logits, not from {first} to "
             f"{last}."
         )
-
-
-def refuse_broken(verified: Tensor, broken: Tensor) -> None:
-    """Compare verdicts with what attacks at no larger ε found, image by image.
-
-    Args:
-        verified: (m,) bool.
-        broken: (m,) bool, true where an image of the box is misclassified, found by any attack or
-            by rounding.
-
-    Raises:
-        VerifiedAndBrokenError: an image is both.
-    """
-    both = (verified & broken).nonzero().squeeze(1)
-    if len(both):
-        raise VerifiedAndBrokenError(both.tolist())
