@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from btrain.models import verified
+from btrain.settings.names import ENGINES
 from btrain.verify import bounds
 from btrain.verify.graph import trace
 
@@ -84,6 +85,6 @@ def main(engines: list[str], memory_of: int | None) -> None:
 
 
 if __name__ == "__main__":
-    wanted = [word for word in sys.argv[1:] if "=" not in word] or list(bounds.ENGINES)
+    wanted = [word for word in sys.argv[1:] if "=" not in word] or list(ENGINES)
     words = [word.removeprefix("memory=") for word in sys.argv[1:] if "=" in word]
     main(wanted, int(words[0]) if words else None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from btrain.errors import UserError
 from btrain.models import Normalise
 from btrain.models.verified import Residual
+from btrain.settings.names import ENGINES
 from btrain.verify import bounds
 from btrain.verify.graph import Graph, trace
 from zonotopes import Zonotope, margins, through
@@ -117,8 +118,8 @@ def test_no_point_of_the_box_lies_beyond_a_bound(name: str) -> None:
     x, labels = images(2, torch.float32)
     epsilon = 0.15
     region = bounds.box(x, epsilon)
-    intervals = [bounds.logits(graph, region, engine=e) for e in bounds.ENGINES]
-    uppers = torch.stack([bounds.margins(graph, region, labels, engine=e) for e in bounds.ENGINES])
+    intervals = [bounds.logits(graph, region, engine=e) for e in ENGINES]
+    uppers = torch.stack([bounds.margins(graph, region, labels, engine=e) for e in ENGINES])
     lower = torch.stack([i.lower for i in intervals])
     upper = torch.stack([i.upper for i in intervals])
     low, high = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
@@ -155,7 +156,7 @@ def check(
     return z.shape[0] * z.shape[1]
 
 
-@pytest.mark.parametrize("engine", bounds.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_box_of_one_image_is_bounded_by_its_logits(name: str, engine: str) -> None:
     network, graph = made(name)
@@ -169,7 +170,7 @@ def test_a_box_of_one_image_is_bounded_by_its_logits(name: str, engine: str) -> 
     assert (lower <= out).all() and (out <= upper).all()
 
 
-@pytest.mark.parametrize("engine", bounds.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_are_those_of_finite_differences(name: str, engine: str) -> None:
     network, graph = made(name)
@@ -202,7 +203,7 @@ def test_float32_bounds_lie_beyond_those_of_float64(name: str) -> None:
     network, rounded = made(name, torch.float32)
     exact = trace(copy.deepcopy(network).double(), SHAPE)
     x, labels = images(8, torch.float32)
-    for engine in bounds.ENGINES:
+    for engine in ENGINES:
         for epsilon in (0.0, 0.1):
             box = bounds.box(x, epsilon)
             theirs = bounds.margins(
@@ -232,7 +233,7 @@ def test_rounding_of_values_that_cancel_later_is_allowed_for(large: float) -> No
         region = bounds.box(x, epsilon)
         with torch.no_grad():
             z = exact((region.centre + region.radius * signs).flatten(0, 1)).unflatten(0, (500, 2))
-            for engine in bounds.ENGINES:
+            for engine in ENGINES:
                 lower, upper = bounds.logits(graph, region, engine=engine)
                 margins = bounds.margins(graph, region, labels, engine=engine)
                 apart = z - z.gather(2, labels.expand(500, 2)[..., None])
@@ -256,7 +257,7 @@ def test_rounding_of_a_constant_that_cancels_in_batch_normalisation_is_allowed_f
     signs = torch.rand(100, *x.shape, generator=torch.Generator().manual_seed(5)).round() * 2 - 1
     with torch.no_grad():
         z = network((region.centre + region.radius * signs).flatten(0, 1)).unflatten(0, (100, 8))
-        for engine in bounds.ENGINES:
+        for engine in ENGINES:
             lower, upper = bounds.logits(graph, region, engine=engine)
             assert (z <= upper).all() and (z >= lower).all()
 
@@ -264,7 +265,7 @@ def test_rounding_of_a_constant_that_cancels_in_batch_normalisation_is_allowed_f
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        *(("convolutional", engine) for engine in bounds.ENGINES),
+        *(("convolutional", engine) for engine in ENGINES),
         ("residual", "symbolic"),
         ("normalised", "ibp"),
     ],
@@ -313,13 +314,13 @@ def test_a_union_is_the_best_of_its_engines() -> None:
     _, graph = made("residual")
     x, labels = images(4)
     box = bounds.box(x, 0.02)
-    each = {e: bounds.margins(graph, box, labels, engine=e) for e in bounds.ENGINES}
+    each = {e: bounds.margins(graph, box, labels, engine=e) for e in ENGINES}
     two = bounds.margins(graph, box, labels, engine="symbolic+ibp")
     assert torch.equal(two, torch.minimum(each["symbolic"], each["ibp"]))
     everything = bounds.margins(graph, box, labels, engine="any")
     assert torch.equal(everything, torch.stack(list(each.values())).amin(0))
     lower, upper = bounds.logits(graph, box, engine="any")
-    for engine in bounds.ENGINES:
+    for engine in ENGINES:
         alone = bounds.logits(graph, box, engine=engine)
         assert (lower >= alone.lower).all() and (upper <= alone.upper).all()
 
@@ -329,7 +330,7 @@ def test_margins_are_bounded_together() -> None:
     _, graph = made("convolutional")
     x, labels = images(4)
     box = bounds.box(x, 0.1)
-    for engine in bounds.ENGINES:
+    for engine in ENGINES:
         joint = bounds.margins(graph, box, labels, engine=engine)
         lower, upper = bounds.logits(graph, box, engine=engine)
         apart = upper - lower.gather(1, labels[:, None])

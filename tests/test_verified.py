@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from btrain.errors import UserError
 from btrain.evaluation.api import robust_accuracy
+from btrain.settings.names import ENGINES
 from btrain.verify import accuracy, bounds, interval_attack, losses
 from btrain.verify.graph import Graph, trace
 
@@ -59,7 +60,7 @@ def test_the_worst_case_loss_is_above_the_loss_of_every_point(
     network, graph = net
     x, labels = images(12, seed=1)
     with torch.no_grad():
-        for engine in bounds.ENGINES:
+        for engine in ENGINES:
             margins = bounds.margins(graph, bounds.box(x, EPSILON), labels, engine=engine)
             bound = losses.worst_case(margins, labels)
             for seed in range(50):
@@ -172,7 +173,7 @@ def test_the_interval_attack_stays_in_the_box_and_breaks_no_verified_image(
         with torch.no_grad():
             both[name] = network(attacked).argmax(1) != labels
     assert both["interval"].sum() >= both["plain"].sum() > 0
-    for verdict in accuracy.verify(network, x, labels, epsilon=EPSILON, engines=bounds.ENGINES):
+    for verdict in accuracy.verify(network, x, labels, epsilon=EPSILON, engines=ENGINES):
         assert not (verdict.verified & (both["interval"] | both["plain"])).any()
 
 

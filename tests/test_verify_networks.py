@@ -16,6 +16,7 @@ from btrain.models import Normalise, verified
 from btrain.models.preact_resnet import PreActResNet
 from btrain.models.small_cnn import SmallCNN
 from btrain.models.wide_resnet import WideResNet
+from btrain.settings.names import ENGINES
 from btrain.verify import bounds
 from btrain.verify.graph import Graph, evaluating, forward, trace
 
@@ -66,7 +67,7 @@ def test_btrains_other_networks_are_bounded_soundly(network: nn.Module) -> None:
     z = (x + epsilon * (2 * torch.rand(500, 3, 8, 8) - 1).sign()).clamp(0, 1)
     with torch.no_grad():
         out = network(z)
-        for engine in bounds.ENGINES:
+        for engine in ENGINES:
             margins = bounds.margins(graph, bounds.box(x, epsilon), labels, engine=engine)
             assert (out - out[:, 1:2] <= margins).all()
 
@@ -103,7 +104,7 @@ def test_arithmetic_written_by_hand() -> None:
         network.shift += 1  # the weights of the moment
     assert torch.allclose(forward(graph.operations(), x), network(x), rtol=0, atol=1e-12)
     z = (x[:1] + 0.1 * (2 * torch.rand(1000, 2, 4, 4).double() - 1).sign()).clamp(0, 1)
-    for engine in bounds.ENGINES:
+    for engine in ENGINES:
         lower, upper = bounds.logits(graph, bounds.box(x[:1], 0.1), engine=engine)
         out = network(z)
         assert (lower <= out).all() and (out <= upper).all()

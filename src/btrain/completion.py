@@ -192,7 +192,7 @@ def _named(before: Sequence[str], key: str) -> Iterable[str] | None:
         return ("basic", "joblib", "submitit_local", "submitit_slurm")
     if before[0] == "eval" and key in ("attack", "verify", "norm", "precision", "attack.loss"):
         from btrain.settings import evaluation
-        from btrain.settings.method import ANY, ENGINES
+        from btrain.settings.names import ANY, ENGINES
 
         lists = {
             "attack": evaluation.ATTACKS,

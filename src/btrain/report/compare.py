@@ -17,7 +17,7 @@ from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_count
 from btrain.settings.evaluation import VERIFIED
-from btrain.settings.method import ANY, ENGINES
+from btrain.settings.names import ANY, ENGINES
 from btrain.settings.run import CLASSES
 from btrain.terminal import counted
 

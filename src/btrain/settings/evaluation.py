@@ -13,7 +13,7 @@ from typing import Any
 from btrain.errors import UserError
 from btrain.settings import Config, hints, words
 from btrain.settings.checks import at_least, gibibytes, pixels, positive, seed_in_range
-from btrain.settings.method import ANY, ENGINES
+from btrain.settings.names import ANY, ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
 INTERVAL_LOSSES = ("cw", "ce")

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from btrain.errors import UserError
 from btrain.settings.checks import MISSING, at_least, no_null, pixels, positive, require, typed
 from btrain.settings.names import (
+    ANY,
+    ENGINES,
     AllocatorName,
     AttackMode,
     AttackName,
@@ -380,10 +382,6 @@ _NEVER_READ = (
 _WEIGHTS = ("defense.weight_first", "defense.weight_last", "defense.weight_until")
 
 
-ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
-"""The engines of `btrain.verify.bounds`."""
-ANY = "any"
-"""All engines joined, of an evaluation alone."""
 FEEDBACK_IMAGES = 200
 """The most held-out images that the mix of training by bounds follows."""
 

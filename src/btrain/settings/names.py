@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 
+ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
+"""The engines of bounds, see `btrain.verify.bounds`."""
+ANY = "any"
+"""All engines joined, of an evaluation alone."""
+
 
 class DatasetName(Enum):
     cifar10 = "cifar10"

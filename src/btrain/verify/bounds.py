@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btrain import precision
 from btrain.errors import UserError
+from btrain.settings.names import ANY, ENGINES
 from btrain.terminal import sized
 from btrain.verify.coefficients import (
     Dense,
@@ -51,8 +52,6 @@ from btrain.verify.coefficients import (
 from btrain.verify.graph import Graph, Input, Operation, Relu, Sum, on_meta, summed
 from btrain.verify.operations import Affine, Convolution, Reshape, Scale
 
-ENGINES = ("ibp", "symbolic", "crown_ibp", "crown")
-ANY = "any"
 REVISION = 2
 """The revision of what bounds allow for; verdicts of an earlier one are not taken for today's."""
 MEMORY = 2 * 2**30
