@@ -145,6 +145,7 @@ def trace(network: nn.Module, shape: Shape) -> Graph:
                 reader.read(node)
             graph = reader.graph()
             _compare(forward(graph.operations(), images), logits)
+            _compare_batches(_logits(network, images[:-1], shape), logits[:-1])
     return graph
 
 
@@ -302,6 +303,19 @@ def _compare(ours: Tensor, theirs: Tensor) -> None:
         )
 
 
+def _compare_batches(fewer: Tensor, logits: Tensor) -> None:
+    """Compare the logits of the same images from two batches, both (m, K).
+
+    Raises:
+        UserError: they differ, as with a number that is computed from the size of the batch.
+    """
+    if fewer.shape != logits.shape or not _near(fewer, logits, _CLOSE.get(logits.dtype, 1e-2)):
+        raise UserError(
+            "The network gives an image other logits in another batch; bounds need a function of "
+            "one image."
+        )
+
+
 def _near(ours: Tensor, theirs: Tensor, share: float) -> bool:
     """Return whether each image's logits differ by a share of 1 + its largest at most."""
     ours, theirs = (t.reshape(t.shape[0] if t.dim() else 1, -1) for t in (ours, theirs))
@@ -410,7 +424,7 @@ class _Reader:
         name = _name(node)
         if node.op == "call_function" and getattr(node.target, "__module__", "") not in _TORCH:
             raise self._refused(node)
-        given = self._given(node, name)
+        given = self._numbers(self._given(node, name))
         writes = name in _IN_PLACE or bool(given.get("inplace"))
         on = given["input"]
         before = self.place.get(on) if isinstance(on, fx.Node) else None
@@ -427,11 +441,10 @@ class _Reader:
         elif name == "mean":
             self._mean(node, given)
         elif name in ("avg_pool2d", "adaptive_avg_pool2d"):
-            self._pool(node, self._numbers(given))
+            self._pool(node, given)
         elif name == "linear":
             self._linear(node, *self._weights(node, given))
         elif name == "conv2d":
-            given = self._numbers(given)
             options = (given.get(name, at) for name, at in _STEPS.items())
             self._convolution(node, *self._weights(node, given), *options)
         elif name in ("dropout", "dropout2d"):
