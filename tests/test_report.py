@@ -114,6 +114,15 @@ def test_robust_accuracies_have_intervals_and_verified_shares_a_column(tmp_path:
     assert dict(zip(head, merged, strict=True))["PGD 95 %"] == "44.0 to 62.0"
 
 
+def test_a_run_that_a_collapse_ended_is_marked(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / "a", 1.0), finished(tmp_path / "b", 2.0)]
+    summary = runs[1] / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"collapse": "epoch 5 of 6"}))
+    rows = compare(runs).splitlines()
+    assert rows[2].split("|")[1].strip() == "a"
+    assert rows[3].split("|")[1].strip() == "b (ended by a collapse)"
+
+
 def test_times_of_different_devices_are_not_divided(tmp_path: Path) -> None:
     table = compare([finished(tmp_path / "a", 90.0), finished(tmp_path / "b", 4.0, "NVIDIA H200")])
     assert "other device" in table.splitlines()[3]

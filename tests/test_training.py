@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import find_device
+from btrain.build import find_device, load_data, make_model
 from btrain.data import Batch, Data, Split
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
+from btrain.evaluation import evaluate
 from btrain.methods.make import make_methods
+from btrain.methods.statistics import EXAMPLES
 from btrain.precision import to_channels_last
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
@@ -30,6 +32,7 @@ from btrain.settings import AllocatorName, Config, DefenseName, RivalName
 from btrain.training import train
 from btrain.training.epochs import train_epoch
 from btrain.training.schedule import cosine, cyclic, step_decay
+from btrain.training.scores import part_of
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
 from btrain.training.update import train_batch
@@ -257,9 +260,35 @@ def test_a_collapse_is_logged_and_ends_the_run_if_asked(tmp_path: Path, stops: b
     assert watched[12] < watched[11] - 20 > 30
     assert summary["epochs"] == (12 if stops else 14)
     assert len(watched) == (13 if stops else 14)
+    for key in ("train_seconds", "flops"):  # an epoch that is undone was paid for
+        assert summary[key] == pytest.approx(sum(line[key] for line in metrics(tmp_path)))
+    assert summary["collapse"] == ("epoch 13 of 14" if stops else None)
+    last = (tmp_path / "train.log").read_text().splitlines()[-1]
+    assert ("ended by a collapse in epoch 13 of 14; clean" in last) is stops
     if stops:
+        saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]
+        assert saved["total_sums"][EXAMPLES] == 13 * 300
         assert summary["clean_acc"] > 60  # the weights of the epoch before
         assert train(config) == summary  # over for good
+
+
+@pytest.mark.parametrize(("stops", "images"), [(True, 128), (False, 16)])
+def test_a_collapse_is_looked_for_on_enough_images(
+    tmp_path: Path, stops: bool, images: int
+) -> None:
+    wanted = ["train.epochs=1", "train.batch_size=16", "dataset.train_examples=160"]
+    config = tiny(
+        tmp_path, *wanted, f"recipe.early_stop_on_collapse={stops}", "attack.epsilon=0.03"
+    )
+    train(config)
+    data = load_data(config, CPU)
+    network = make_model(config.model, len(data.classes), data.shape)
+    network.load_state_dict(weights(tmp_path))
+    found = evaluate(
+        network, part_of(data.train, config.seed, images), epsilon=config.eval.epsilon,
+        step_size=config.eval.step_size, steps=config.eval.steps, batch_size=500, seed=config.seed,
+    )  # fmt: skip
+    assert metrics(tmp_path)[0]["pgd_acc_train_batch"] == found.robust
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,13 @@ def _intervals(rows: Iterable[Runs]) -> str:
 
 
 def marked(name: str, runs: Runs) -> str:
-    """Return a row's name, with a word on runs that were cut or are no better than guessing."""
-    cut = any(isinstance(run.get("cut"), str) for run in runs)
-    return f"{name}{' (cut)' if cut else ''}{' (at chance)' if _at_chance(runs) else ''}"
+    """Return a row's name, with a word on runs that ended early or are no better than guessing."""
+    early = {"cut": "cut", "collapse": "ended by a collapse"}
+    said = [
+        word for key, word in early.items() if any(isinstance(run.get(key), str) for run in runs)
+    ]
+    said += ["at chance"] if _at_chance(runs) else []
+    return "".join([name, *(f" ({word})" for word in said)])
 
 
 def told(head: str, cell: Cell, runs: Runs, baseline: Runs) -> str:

@@ -150,10 +150,11 @@ def number(value: float | None) -> str:
 
 
 def headline(config: Config, summary: dict[str, Any]) -> str:
-    """Return what a run came to; first of all that it was cut, if it was."""
-    cut = summary.get("cut")
+    """Return what a run came to; first of all what ended it early, if anything did."""
+    cut, collapse = summary.get("cut"), summary.get("collapse")
     return (
         f"{f'cut by {cut}; ' if cut else ''}"
+        f"{f'ended by a collapse in {collapse}; ' if collapse else ''}"
         f"clean {number(summary['clean_acc'])} %, "
         f"{_attack(summary)} {number(summary['robust_acc'])} %; {_shares(config, summary)}; "
         f"{speedup(summary)}{summary['train_seconds']:.1f} s of training"

@@ -25,6 +25,7 @@ from btrain.runs.provenance import device_name, git_commit, git_dirty
 from btrain.settings import Config
 from btrain.settings.compose import to_dict
 from btrain.settings.sparsity import FlyingBirdPlusConfig
+from btrain.terminal import counted
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above
@@ -34,6 +35,7 @@ from btrain.training.state import TrainState
 log = logging.getLogger("btrain")
 
 _PROBE = 1000  # training images that Flying Bird+ is told of where training's accuracy misleads
+_WATCHED = 128  # training images of which a fall by 20 points is no chance
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,26 @@ def after_epoch(
 
     The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
     `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
-    run back to that epoch and ends it, as FAST does. It is that of the weights in training, whose
-    average would show a fall later; all else is scored on `state.evaluated`. `state` changes last,
-    so that a signal within leaves it where the epoch's training ended.
+    run back to that epoch and ends it, as FAST does; a smaller batch is then filled up to 128
+    images. This accuracy is that of the weights in training, whose average would show a fall later;
+    all else is scored on `state.evaluated`. `state` changes last, so that a signal within leaves it
+    where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
-    batch = part_of(data.train, config.seed, config.train.batch_size)
+    size, stops = config.train.batch_size, config.recipe.early_stop_on_collapse
+    batch = part_of(data.train, config.seed, max(size, _WATCHED) if stops else size)
     before, watched = state.watched_acc, evaluator(state.model, batch)
     metrics["pgd_acc_train_batch"] = watched.robust
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
-    if fell(before, watched.robust) and config.recipe.early_stop_on_collapse:
-        log.info(
-            "PGD accuracy on a training batch fell from %.1f to %.1f %%: stopped.",
-            before,
-            watched.robust,
-        )
+    if stops and fell(before, watched.robust):
         if world.first:
-            state.load_state_dict(checkpoint.load(folder.epoch_start)["state"])
+            log.warning(
+                "epoch %d: PGD accuracy on %s fell from %.1f to %.1f %%; the run ends with the "
+                "weights of epoch %d (recipe.early_stop_on_collapse).",
+                state.epoch + 1, counted(len(batch), "training image"), before, watched.robust,
+                state.epoch,
+            )  # fmt: skip
+            state.go_back(checkpoint.load(folder.epoch_start)["state"])
             adopt_best(state, folder)  # as the others have it
         world.copy_weights(state.evaluated)  # all that the others still need
         state.collapsed = True
@@ -289,6 +294,7 @@ def summarise(
         "train_seconds": state.train_seconds,
         "epochs": state.epoch,
         "cut": _cut(config, state),
+        "collapse": _next_epoch(config, state) if state.collapsed else None,
         "eval_steps": config.eval.steps,
         "seed": config.seed,
         "test_examples": len(data.test),
@@ -311,8 +317,12 @@ def summarise(
 
 
 def _cut(config: Config, state: TrainState) -> str | None:
-    """Return what ended a run ahead of its last epoch, and where; None for a whole one."""
+    """Return the time limit that ended a run ahead of its last epoch, and where, or None."""
     if state.epoch >= config.train.epochs or state.collapsed:
         return None
-    where = f"epoch {state.epoch + 1} of {config.train.epochs}, batch {state.batch}"
+    where = f"{_next_epoch(config, state)}, batch {state.batch}"
     return f"train.max_seconds={config.train.max_seconds:g} in {where}"
+
+
+def _next_epoch(config: Config, state: TrainState) -> str:
+    return f"epoch {state.epoch + 1} of {config.train.epochs}"

@@ -36,7 +36,7 @@ class TrainState:
         epoch: epochs completed.
         batch: batches done in the epoch that is under way.
         epoch_sums: `StepStats` summed over that epoch, float64 on the device.
-        total_sums: the same over the epochs completed.
+        total_sums: the same over the epochs completed, and over one that a collapse undid.
         epoch_seconds, train_seconds: time spent in training steps, in that epoch and in all.
         best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
         epoch_work: seconds that the device worked in that epoch; None if another session began it.
@@ -223,6 +223,22 @@ class TrainState:
             ) from error
         except Exception as error:  # torch's loaders believe what they get
             raise UserError("The checkpoint does not hold the state of a run like this.") from error
+
+    def go_back(self, saved: dict[str, Any]) -> None:
+        """Continue from an earlier state of the run; what it has cost since remains counted.
+
+        Raises:
+            UserError: as `load_state_dict`.
+        """
+        self.total_sums += self.epoch_sums
+        counts = [self.total_sums]
+        if self.sparsity is not None:
+            counts += [self.sparsity.memory[name] for name in ("counted_units", "extra_units")]
+        spent, seconds = [count.clone() for count in counts], self.train_seconds
+        self.load_state_dict(saved)
+        for count, value in zip(counts, spent, strict=True):
+            count.copy_(value)
+        self.train_seconds = seconds
 
     def fits(self, weights: object) -> bool:
         """Return whether weights from a file are finite and of the shapes of this network's."""
