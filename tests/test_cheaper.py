@@ -611,7 +611,12 @@ def test_half_way_through_a_run_the_log_warns_of_many_outliers() -> None:
     guarded = [*settings, "bt.guard=0.6", "bt.robust_share=0.5"]
     assert many_outliers(compose(guarded), line, 10) is not None
     assert many_outliers(compose([*guarded, "bt.guard_steps=1"]), line, 10) is None
-    assert many_outliers(compose([*settings, "bt=uniform"]), line, 10) is None
+    for name in ("uniform", "random"):  # one has none, the other draws them
+        assert many_outliers(compose([*settings, f"bt={name}"]), line, 10) is None
+    warm = compose([*settings, "bt.warmup_epochs=3"])
+    assert many_outliers(warm, line | {"f_o": 0.0}, 10) is None
+    assert many_outliers(warm, line, 10) is None
+    assert many_outliers(warm, line | {"epoch": 4}, 10) is not None
     assert (
         many_outliers(compose([*settings, "defense=mixtrain", "bt=bullettrain"]), line, 10) is None
     )

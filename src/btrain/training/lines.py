@@ -9,7 +9,7 @@ from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
 from btrain.evaluation.result import hardly_above_chance, wilson
 from btrain.settings import Config, Score
-from btrain.settings.method import BulletTrainConfig, VerifiedConfig
+from btrain.settings.method import BulletTrainConfig, RandomConfig, VerifiedConfig
 from btrain.terminal import counted, plural
 from btrain.training.state import TrainState
 
@@ -86,15 +86,17 @@ def epoch_line(config: Config, metrics: dict[str, Any]) -> str:
 def many_outliers(config: Config, metrics: dict[str, Any], classes: int) -> str | None:
     """Return a warning, half-way through a run, if most examples are outliers and not attacked.
 
-    Outliers are the misclassified: where they are as many as by guessing, to attack them would not
-    help.
+    Outliers are the misclassified, but for `bt=random`, which draws them: where they are as many as
+    by guessing, to attack them would not help. Warm-up epochs count none, so that the first one
+    behind them is looked at if it is later.
     """
     bt, epochs, share = config.bt, config.train.epochs, metrics["f_o"]
-    half_way = metrics["epoch"] == (epochs + 1) // 2
+    looked_at = metrics["epoch"] == max((epochs + 1) // 2, bt.plain_epochs + 1)
     guarded = isinstance(bt, BulletTrainConfig) and bt.guard < 1 and bt.guard_steps > 0
     spared = isinstance(bt, BulletTrainConfig) and bt.n_o == 0 and bt.n_b > 0 and not guarded
+    spared = spared and not isinstance(bt, RandomConfig)
     spared = spared and not isinstance(config.defense, VerifiedConfig)
-    if not (half_way and spared and share is not None and share > _MANY):
+    if not (looked_at and spared and share is not None and share > _MANY):
         return None
     so_far = f"epoch {metrics['epoch']} of {epochs}: {100 * share:.0f} % of the examples"
     if hardly_above_chance(100 * (1 - share), classes):
