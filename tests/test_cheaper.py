@@ -29,12 +29,13 @@ from btrain.training.epochs import batches_in, fewest_images, stand_ins, weights
 from btrain.training.lines import at_chance, many_outliers
 from btrain.training.safety.finite import Snapshot
 from btrain.training.schedule import make_plan
-from btrain.training.setup import make_state, notes_on_store
+from btrain.training.setup import doubts, make_state, notes_on_store
 from btrain.training.update import clip, descend, train_batch
 from composing import compose
 from steps import epoch_of, memory_of
 from test_training import CPU, metrics, same, tiny, weights
 
+NORMED = ["model=resnet18", "model.width=2"]
 KEPT = ["attack.start=kept", "bt.n_b=1", "bt.n_r=1"]
 
 
@@ -503,7 +504,6 @@ def test_the_levers_go_together_with_every_defense(
         (["bt.guard=1.1"], "bt.guard must be in [0, 1]"),
         (["bt.guard_steps=1"], "bt.guard_steps has no meaning with bt.guard=1"),
         (["bt.guard=0.5", "bt.guard_steps=3"], "bt.guard_steps must be from bt.n_o = 0 to bt.n_r"),
-        (["bt.guard=0.5"], "bt.guard=0.5 guards nothing: it lifts bt.robust_share and train.skip"),
         (["bt=oracle", "bt.guard=0.5", "bt.guard_steps=-3"], "bt.guard_steps must be"),
         (["bt.share_clean_forward=false", "bt.score=last"], "contradicts bt.score=last"),
         (["bt.guard=0.5", "defense=mixtrain"], "defense=mixtrain"),
@@ -516,6 +516,38 @@ def test_the_levers_go_together_with_every_defense(
 def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         compose(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "doubt"),
+    [
+        ([], None),
+        (["train.skip=0.8", "bt.guard=0.5"], None),
+        (["bt.guard=0.5"], "bt.guard=0.5 changes nothing here: it lifts bt.robust_share and"),
+        (["train.skip=0.1"], "out: it would spare at most 15 images of 300 in an epoch, which is"),
+        (["train.skip=0.6", "train.epochs=1"], "no scores precede it, and train.epochs=1."),
+        (["train.skip=0.6", "train.skip_last=0.8"], "by train.skip_last=0.8 all the others do."),
+        (["train.skip=0.6", "bt.guard=0.5", "bt.warmup_epochs=4"], "of bt.warmup_epochs=4 does,"),
+        (["attack.epsilon_warmup_epochs=3"], None),
+        (["attack.epsilon_warmup_epochs=5"], "is not below train.epochs=4: no epoch attacks at "
+         "the whole ε, the last one has 67 % of it."),
+        (["bt.score=shared"], None),
+        ([*NORMED, "bt.score=shared", "bt=uniform", "attack.mode=train"], None),
+        ([*NORMED, "bt.score=shared", "bt=uniform", "defense=mart"], None),
+        ([*NORMED, "bt.score=shared"], "bt.score=shared scores examples, and makes what their"),
+        ([*NORMED, "bt.score=shared", "defense=mart"], "cost two points of robust accuracy"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_nothing_or_harm_are_told(
+    digits: Data, overrides: list[str], doubt: str | None
+) -> None:
+    common = ["dataset=digits", "model=small_cnn", "model.width=4", "train.epochs=4"]
+    config = compose([*common, "train.batch_size=100", *overrides])
+    few = Split(digits.train.images[:300], digits.train.labels[:300])
+    data = replace(digits, train=few)
+    found = doubts(config, make_state(config, data, CPU), data)
+    assert len(found) == (doubt is not None)
+    assert doubt is None or doubt in found[0]
 
 
 # Scores of the last visit

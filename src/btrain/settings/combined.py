@@ -11,7 +11,6 @@ from btrain.settings.checks import MISSING, pixels, seed_in_range
 from btrain.settings.method import (
     AttackConfig,
     BTConfig,
-    BulletTrainConfig,
     Choice,
     DefenseConfig,
     MMAConfig,
@@ -76,11 +75,6 @@ class Config:
         """Raise UserError where numbers of two groups do not go together."""
         rival, attack, bt = self.rival, self.attack, self.bt
         bt.check_order()
-        if isinstance(bt, BulletTrainConfig) and bt.guards_nothing and not self.train.skip:
-            raise UserError(
-                f"bt.guard={bt.guard:g} guards nothing: it lifts bt.robust_share and train.skip, "
-                "which spare nobody here, and gives outliers bt.guard_steps, which are bt.n_o."
-            )
         lengths = [
             ("bt.step_size_b", bt.step_size_b, 2),
             ("eval.epsilon", self.eval.epsilon, 1),

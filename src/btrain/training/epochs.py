@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from btrain.methods.bullettrain import OUTLIERS, SCORES, WEIGHTS
 from btrain.methods.statistics import StepStats, averages, scores_by_batch
 from btrain.methods.verified import MIX
 from btrain.processes.world import ALONE, World
+from btrain.terminal import counted
 from btrain.training.safety.finite import FiniteCheck, NotFiniteError, Snapshot
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.schedule import Plan
@@ -161,6 +162,37 @@ def fewest_images(examples: int, plan: Plan, outliers: float = 0.0) -> list[int]
         fewer if plan.may_leave_out(epoch) and outliers <= plan.guard else examples
         for epoch in range(plan.epochs)
     ]
+
+
+def why_nobody_is_left_out(examples: int, plan: Plan) -> str | None:
+    """Return why a run leaves no image out though `train.skip` asks for it, or None.
+
+    The reason is a setting that alone keeps all of them, or the size of a batch.
+    """
+    if not plan.skip or min(fewest_images(examples, plan)) < examples:
+        return None
+
+    def ever(plan: Plan) -> bool:
+        return any(map(plan.may_leave_out, range(plan.epochs)))
+
+    if ever(plan):
+        most = int(plan.skip * (examples // 2))
+        return (
+            f"it would spare at most {counted(most, 'image')} of {examples:,} in an epoch, which "
+            f"is rounded up to whole batches of {plan.batch_size} and so has all of them; a larger "
+            "train.skip or a smaller train.batch_size spares some"
+        )
+    if plan.epochs == 1:
+        return "the first epoch takes every image, for no scores precede it, and train.epochs=1"
+    if ever(replace(plan, skip_last=0.0)):
+        return (
+            f"the first epoch takes every image, and by train.skip_last={plan.skip_last:g} all the "
+            "others do"
+        )
+    return (
+        f"bt.guard={plan.guard:g} waits for an epoch that counts outliers, and none of "
+        f"bt.warmup_epochs={plan.plain_epochs} does, with train.epochs={plan.epochs}"
+    )
 
 
 def batches_in(state: TrainState, split: Split, plan: Plan) -> int:

@@ -34,7 +34,6 @@ from btrain.training.epochs import (
     Averages,
     batches_in,
     check_weights,
-    fewest_images,
     train_epoch,
 )
 from btrain.training.lines import at_chance, describe, fractions, headline, number, tell_masks
@@ -255,15 +254,6 @@ def _train_epochs(
     if record is not None and isinstance(config.defense, VerifiedConfig):
         for hint in config.defense.hints(config.dataset.val_examples or 0):
             log.warning("%s", hint)
-    if (
-        record is not None
-        and plan.skip
-        and min(fewest_images(len(data.train), plan)) == len(data.train)
-    ):
-        log.warning(
-            "train.skip=%g leaves nobody out: whole batches of %d remain of %s in every epoch.",
-            plan.skip, plan.batch_size, counted(len(data.train), "image"),
-        )  # fmt: skip
     config = with_graphs_settled(config, state, data.train)
     paths = make_fast_paths(config.train, device)
     method_of = make_methods(config, device, paths=paths, known=known_of(data), world=world,

@@ -24,22 +24,31 @@ from btrain.data import Data
 from btrain.data.augmentation import batch_slices
 from btrain.errors import UserError
 from btrain.evaluation.pgd import farthest, threat_of
+from btrain.methods.bullettrain import BulletTrain
 from btrain.methods.make import Known, make_ball, make_defense, make_method, make_store
 from btrain.methods.own_parts import doubts_of_ball, doubts_of_defense
 from btrain.methods.verified import Verified
 from btrain.precision import to_channels_last
 from btrain.processes.world import World
 from btrain.settings import (
+    AttackMode,
     Config,
     OnNonfinite,
     OptimizerName,
     RecipeConfig,
+    Score,
     Store,
 )
 from btrain.settings.checks import no_farther
-from btrain.settings.method import OwnAttackConfig, OwnDefenseConfig, VerifiedConfig
+from btrain.settings.method import (
+    BulletTrainConfig,
+    OwnAttackConfig,
+    OwnDefenseConfig,
+    VerifiedConfig,
+)
 from btrain.terminal import counted, plural, sized
-from btrain.training.schedule import updates_per_epoch
+from btrain.training.epochs import why_nobody_is_left_out
+from btrain.training.schedule import make_plan, updates_per_epoch
 from btrain.training.state import TrainState
 from btrain.verify import losses
 
@@ -100,7 +109,7 @@ def make_state(config: Config, data: Data, device: torch.device) -> TrainState:
 
 
 def doubts(config: Config, state: TrainState, data: Data) -> list[str]:
-    """Return a sentence for each own part that can be trained with, but hardly as it is meant.
+    """Return a sentence for all that can be trained with, but hardly as it is meant.
 
     There is none where a run goes on. The random states of Python, NumPy and torch stay as they
     were.
@@ -115,7 +124,42 @@ def doubts(config: Config, state: TrainState, data: Data) -> list[str]:
             found += doubts_of_defense(made, defense.factory, known)
         if isinstance(attack, OwnAttackConfig):
             found += doubts_of_ball(make_ball(attack, 1.0, known), attack.factory, known)
+        found += _doubts_of_settings(config, state, data)
     return found
+
+
+def _doubts_of_settings(config: Config, state: TrainState, data: Data) -> list[str]:
+    """Return a sentence for each setting that does nothing beside the others, or harm."""
+    bt, train, attack, found = config.bt, config.train, config.attack, []
+    if isinstance(bt, BulletTrainConfig) and bt.guards_nothing and not train.skip:
+        found.append(
+            f"bt.guard={bt.guard:g} changes nothing here: it lifts bt.robust_share and train.skip, "
+            "which spare nobody, and gives outliers bt.guard_steps, which are bt.n_o."
+        )
+    if (why := why_nobody_is_left_out(len(data.train), make_plan(config))) is not None:
+        found.append(f"train.skip={train.skip:g} leaves nobody out: {why}.")
+    if bt.n_b > 0 and attack.epsilon_warmup_epochs >= train.epochs:
+        found.append(
+            f"attack.epsilon_warmup_epochs={attack.epsilon_warmup_epochs} is not below "
+            f"train.epochs={train.epochs}: no epoch attacks at the whole ε, the last one has "
+            f"{100 * attack.share(train.epochs - 1):.0f} % of it."
+        )
+    if bt.score is Score.shared and attack.mode is AttackMode.eval and _normalises(state.model):
+        method = make_method(config, state.device, known=known_of(data))
+        assert isinstance(method, BulletTrain)
+        if method.defense.inner_reads_clean or method.allocator.needs_scores:
+            found.append(
+                "bt.score=shared scores examples, and makes what their attack aims at, by "
+                "BatchNorm's statistics of the batch, while the attack is made in eval mode: that "
+                "cost two points of robust accuracy where it was measured; bt.score=fresh takes a "
+                "forward pass more."
+            )
+    return found
+
+
+def _normalises(network: nn.Module) -> bool:
+    """Return whether a network has BatchNorm."""
+    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in network.modules())
 
 
 @contextmanager
