@@ -295,6 +295,8 @@ def test_a_run_leaves_its_files_with_the_documented_keys(finished: Path) -> None
     }  # fmt: skip
     assert {path.name for path in finished.parent.iterdir()} == {"run"}
 
+    (session,) = json.loads((finished / "provenance.json").read_text())["sessions"]
+    assert session["overrides"] == [*SMALL, "run.dir=run"]
     (epoch,) = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
     assert set(epoch) == METRICS
     assert epoch["epoch"] == 1

@@ -62,6 +62,7 @@ def test_a_bad_job_says_so_once_and_leaves_the_good_one(
     assert not Path("runs/2").exists()
     (session,) = json.loads(Path("runs/0.8/provenance.json").read_text())["sessions"]
     assert session["jobs"] == jobs
+    assert {"bt.gamma=0.8", "run.dir=runs/${bt.gamma}"} < {*session["overrides"]}
 
 
 IDLE = """

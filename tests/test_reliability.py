@@ -746,6 +746,7 @@ def test_the_folder_tells_where_the_result_comes_from(
     first, second = content["sessions"]
     assert (first["from_epoch"], second["from_epoch"]) == (1, 2)
     assert first["versions"]["torch"] == torch.__version__
+    assert first["overrides"] is None  # of Python
     assert first["git_dirty"] in (True, False, None)
     capability = torch.backends.cpu.get_cpu_capability()
     assert first["hardware"]["processor"].endswith(f"{capability})")

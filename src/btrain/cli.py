@@ -138,10 +138,13 @@ def _train(args: list[str]) -> None:
     """Run `btrain.training.train`, once a job."""
     from btrain.settings import compose as configs
 
+    as_typed = {configs.with_path_quoted(word): word for word in args}
+
     def run(config: Any) -> float | None:
         from btrain.training import train
 
-        summary = train(config, jobs=configs.jobs_at_once())
+        typed = [as_typed.get(word, word) for word in configs.words_of_job()]
+        summary = train(config, jobs=configs.jobs_at_once(), overrides=typed)
         if is_first() and not configs.is_sweep():
             from btrain.training.lines import in_words
 

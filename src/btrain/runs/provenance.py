@@ -86,9 +86,9 @@ def extended(
     data_sha256: str,
     device: torch.device,
     epoch: int,
-    processes: int = 1,
-    jobs: int | None = None,
-    own_parts: Mapping[str, Any] | None = None,
+    processes: int,
+    started: Mapping[str, Any],
+    own_parts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return `provenance.json` of a run now: its data's hash, and who trained from where.
 
@@ -97,7 +97,8 @@ def extended(
         data_sha256: of the data now.
         epoch: epochs completed when the run began or went on.
         processes: how many train together.
-        jobs: runs that share the machine, or None.
+        started: how the session was: `jobs`, the runs that share the machine, and `overrides`, the
+            words of the command line; None for what nobody tells.
         own_parts: `own.facts` of the user's own parts, by their group.
 
     Raises:
@@ -119,7 +120,7 @@ def extended(
         "git_dirty": git_dirty(),
         "device": device_name(device),
         "processes": processes,
-        "jobs": jobs,
+        **started,
         "hardware": {
             "processor": processor(),
             "cores": os.cpu_count(),

@@ -445,6 +445,15 @@ def jobs_at_once() -> int | None:
     return int(jobs) if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + int(jobs))
 
 
+def words_of_job() -> list[str]:
+    """Return the arranged words that the current job was started with, or its sweep chose."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    overrides = HydraConfig.get().overrides.task
+    return cast(list[str], OmegaConf.to_container(overrides, resolve=False))
+
+
 def check_search(config: Any, hydra_config: Any) -> None:
     """Raise UserError for a sweep that chooses values by what came out, without held-out images.
 

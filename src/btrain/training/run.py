@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ from btrain.training.timing.probe import Probe
 log = logging.getLogger("btrain")
 
 
-def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, jobs: int | None = None, overrides: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Train, evaluate, and leave a run folder behind; return its summary.
 
     A finished run of the same configuration is not repeated; an unfinished one goes on from its
@@ -85,6 +87,7 @@ def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
     Args:
         jobs: runs that share the machine, this one included, for `provenance.json`; None where
             nobody tells.
+        overrides: the words of the command line, for the same file; None where there is none.
 
     Raises:
         UserError: bad data, device or folder (then nothing was written), or training had to stop
@@ -92,10 +95,10 @@ def train(config: Config, *, jobs: int | None = None) -> dict[str, Any]:
         Interrupted: a signal came; the checkpoint is of that moment.
     """
     with joined() as world:
-        return _run(config, world, jobs)
+        return _run(config, world, {"jobs": jobs, "overrides": overrides})
 
 
-def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
+def _run(config: Config, world: World, started: Mapping[str, Any]) -> dict[str, Any]:
     """Do as `train`, in one of the processes."""
     folder, summary = RunFolder(config.run_dir), None
     config, note = folder.as_begun(config)
@@ -122,7 +125,7 @@ def _run(config: Config, world: World, jobs: int | None) -> dict[str, Any]:
             if (summary := world.told(summary)) is not None:
                 return summary
             notes = [] if note is None else [note]
-            return _train(config, state, data, data_sha256, folder, lock, world, jobs, notes)
+            return _train(config, state, data, data_sha256, folder, lock, world, started, notes)
 
 
 def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -157,7 +160,7 @@ def _train(
     folder: RunFolder,
     lock: RunLock | None,
     world: World,
-    jobs: int | None,
+    started: Mapping[str, Any],
     notes: list[str],
 ) -> dict[str, Any]:
     """Do the run, in the process that holds the folder's lock and writes, or in another."""
@@ -176,7 +179,7 @@ def _train(
         parts = _own_parts(config)
         notes += changed_code(folder.provenance, parts)
         provenance = extended(
-            folder.provenance, data_sha256, state.device, state.epoch, world.size, jobs, parts
+            folder.provenance, data_sha256, state.device, state.epoch, world.size, started, parts
         )
         recording = _recording(config, state, data, provenance, folder, lock, warning, notes)
     with recording as record, stop_on_signals(world) as stop:
