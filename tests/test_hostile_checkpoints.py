@@ -387,6 +387,10 @@ def test_weights_alone_are_no_run_to_go_on_with(
     checkpoint.save(vars(folder)[name], {"state": content})
     with pytest.raises(UserError, match="it does not say how far its run came"):
         load_newest(folder)
+    if name == "last":
+        checkpoint.save(folder.previous, {"state": state.state_dict(), "config": {}})
+        assert str(load_newest(folder)[1]).endswith("how far its run came. The run goes on from "
+                                                    f"{folder.previous}.")  # fmt: skip
 
 
 @pytest.mark.parametrize(

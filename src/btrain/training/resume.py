@@ -28,7 +28,7 @@ def load_newest(folder: RunFolder) -> tuple[dict[str, Any] | None, str | None]:
     except UserError as error:
         if not folder.previous.is_file():
             raise
-        why = str(error).split(";")[0] + "."
+        why = str(error).split(";")[0].rstrip(".") + "."
     return _load(folder.previous), f"{why} The run goes on from {folder.previous}."
 
 
