@@ -392,8 +392,14 @@ def test_where_images_lie_and_who_fetched_them_may_differ(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(to_yaml(compose(["dataset=mnist"])))
     folder = RunFolder(tmp_path)
     folder.check_owner(compose(["dataset=mnist", "dataset.download=false", "dataset.root=else"]))
-    with pytest.raises(UserError, match=r"belongs to a run with attack\.epsilon=0\.3, not"):
+    with pytest.raises(UserError, match=r"belongs to a run with attack\.epsilon=0\.3, not") as told:
         folder.check_owner(compose())
+    assert "; dataset=mnist, not cifar10; " in str(told.value)
+    assert re.search(
+        r"; \d+ more settings differ; please name another run\.dir\.$", str(told.value)
+    )
+    with pytest.raises(UserError, match=r"run with bt\.n_r=2, not 1; seed=0, not 3; please name"):
+        folder.check_owner(compose(["dataset=mnist", "bt.n_r=1", "seed=3"]))
 
 
 def test_a_run_without_a_folder_is_named_after_its_settings(here: Path) -> None:

@@ -32,7 +32,7 @@ from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.checks import typed
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import as_begun, translated
-from btrain.terminal import complain
+from btrain.terminal import complain, counted, plural
 from btrain.untrusted import open_plain, read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
@@ -70,6 +70,7 @@ SUMMARY_KEYS = {
     "device",
 }
 """The keys of a summary that `btrain report` reads; there are more."""
+_NAMED = 5  # settings of another run
 _ALSO_NUMBERS = (
     *("density", "macs_share", "flops_counted", "flops_executed", "speedup_counted", "classes"),
     *("train_robust_acc", "best_robust_acc"),
@@ -130,12 +131,18 @@ class RunFolder:
                 raise UserError(f"{self.path} belongs to {error}") from error
             others = [key for key in differing if key not in longer]
         if others:
-            # Another option may have other settings: then it is named itself.
-            both = theirs.keys() & ours.keys()
-            key = next((key for key in others if key in both), others[0])
+            # Another option may have other settings: then it is named itself, ahead of them.
+            first, *more = [key for key in others if key in theirs and key in ours] or others
+            more.sort(key=lambda key: not key.endswith(".name"))
+            named = [
+                f"{key.removesuffix('.name')}={typed(theirs.get(key))}, not {typed(ours.get(key))}"
+                for key in [first, *more[: _NAMED - 1]]
+            ]
+            if (left := len(more) + 1 - _NAMED) > 0:
+                differ = plural(left, "differs", "differ")
+                named.append(f"{counted(left, 'more setting')} {differ}")
             raise UserError(
-                f"{self.path} belongs to a run with {key.removesuffix('.name')}="
-                f"{typed(theirs.get(key))}, not {typed(ours.get(key))}; please name another "
+                f"{self.path} belongs to a run with {'; '.join(named)}; please name another "
                 "run.dir."
             )
 
