@@ -31,6 +31,7 @@ from btrain.runs.provenance import git_commit
 from btrain.settings import AllocatorName, Config, DefenseName, RivalName
 from btrain.training import train
 from btrain.training.epochs import train_epoch
+from btrain.training.lines import epoch_line, headline
 from btrain.training.schedule import cosine, cyclic, step_decay
 from btrain.training.scores import part_of
 from btrain.training.setup import make_optimizer, make_state
@@ -203,6 +204,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["state"]["epoch"] == 1
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_log_line_tells_what_is_known_and_no_more() -> None:
+    numbers = {"epoch": 1, "loss": 0.5, "clean_acc_train": None, "robust_acc_train": 97.0,
+               "train_seconds": 2.0, "f_b": 0.25, "f_r": 0.5, "f_o": 0.25}  # fmt: skip
+    chosen, alike = (compose([*TINY, f"bt={bt}"]) for bt in ("bullettrain", "uniform"))
+    line = "epoch 1: loss 0.5000, training images 97.00 % under the training's attack; "
+    assert epoch_line(alike, numbers) == line + "2.0 s"
+    assert epoch_line(chosen, numbers) == line + "boundary/robust/outlier 0.25/0.50/0.25; 2.0 s"
+    known = numbers | {"clean_acc_train": 99.0, "robust_acc_train": None}
+    assert epoch_line(alike, known) == "epoch 1: loss 0.5000, training images 99.00 % clean; 2.0 s"
+    summary = numbers | {"clean_acc": 90.0, "robust_acc": 80.0, "eval_steps": 20}
+    assert headline(alike, summary) == "clean 90.00 %, PGD-20 80.00 %; 2.0 s of training"
 
 
 def test_warm_up_epochs_give_every_example_the_full_budget(tmp_path: Path) -> None:

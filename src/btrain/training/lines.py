@@ -9,7 +9,7 @@ from btrain.controllers.sparsity.controller import Sparsity
 from btrain.data import Data
 from btrain.evaluation.result import hardly_above_chance, wilson
 from btrain.settings import Config, Score
-from btrain.settings.method import BulletTrainConfig, RandomConfig, VerifiedConfig
+from btrain.settings.method import BulletTrainConfig, RandomConfig, UniformConfig, VerifiedConfig
 from btrain.terminal import counted, plural
 from btrain.training.state import TrainState
 
@@ -64,21 +64,25 @@ def tell_masks(sparsity: Sparsity) -> None:
 
 
 def epoch_line(config: Config, metrics: dict[str, Any]) -> str:
-    """Return what an epoch came to; its robust accuracy is under the attack of the training."""
-    robust = metrics["robust_acc_train"]
+    """Return what an epoch came to, as far as it is known.
+
+    Its robust accuracy is under the attack of the training.
+    """
+    verified = isinstance(config.defense, VerifiedConfig)
+    kinds = {
+        "clean_acc_train": "clean",
+        "robust_acc_train": "verified" if verified else "under the training's attack",
+    }
+    known = [f"{metrics[k]:.2f} % {kind}" for k, kind in kinds.items() if metrics[k] is not None]
     held_out = (
         f", held-out {metrics['val_clean_acc']:.2f} % clean, {metrics['val_robust_acc']:.2f} % PGD"
         if "val_clean_acc" in metrics
         else ""
     )
-    if isinstance(config.defense, VerifiedConfig):
-        under = "" if robust is None else f", {robust:.2f} % verified"
-    else:
-        under = f", {number(robust)} % under the training's attack"
     return (
-        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, training images "
-        f"{number(metrics['clean_acc_train'])} % clean{under}{held_out}; "
-        f"{_shares(config, metrics)}; "
+        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}"
+        f"{', training images ' if known else ''}{', '.join(known)}{held_out}; "
+        f"{_shares(config, metrics)}"
         f"{speedup(metrics)}{metrics['train_seconds']:.1f} s"
     )
 
@@ -140,11 +144,13 @@ def speedup(numbers: dict[str, Any]) -> str:
 
 
 def _shares(config: Config, numbers: dict[str, Any]) -> str:
-    """Return who was attacked for how long, or how many were bounded."""
+    """Return who was attacked for how long, or how many were bounded; empty where all are alike."""
     if isinstance(config.defense, VerifiedConfig):
         share = "–" if numbers["f_b"] is None else f"{100 * numbers['f_b']:.1f}"
-        return f"{share} % of the images bounded"
-    return f"boundary/robust/outlier {fractions(numbers)}"
+        return f"{share} % of the images bounded; "
+    if isinstance(config.bt, UniformConfig):
+        return ""
+    return f"boundary/robust/outlier {fractions(numbers)}; "
 
 
 def number(value: float | None) -> str:
@@ -158,7 +164,7 @@ def headline(config: Config, summary: dict[str, Any]) -> str:
         f"{f'cut by {cut}; ' if cut else ''}"
         f"{f'ended by a collapse in {collapse}; ' if collapse else ''}"
         f"clean {number(summary['clean_acc'])} %, "
-        f"{_attack(summary)} {number(summary['robust_acc'])} %; {_shares(config, summary)}; "
+        f"{_attack(summary)} {number(summary['robust_acc'])} %; {_shares(config, summary)}"
         f"{speedup(summary)}{summary['train_seconds']:.1f} s of training"
     )
 
