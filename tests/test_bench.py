@@ -396,6 +396,11 @@ def test_what_lives_on_earlier_visits_is_refused(setting: str) -> None:
     assert str(error.value).startswith("btrain bench visits every batch once, so that")
 
 
+def test_who_times_a_rival_is_told() -> None:
+    with pytest.raises(UserError, match=r"not rival=fast; btrain paper times the runs"):
+        make_cases(command.compose(["bench.defenses=[trades]"]), [*TINY[:1], "rival=fast"])
+
+
 # The command
 
 QUICK = ["bench.repetitions=1", "bench.batch_sizes=[16,24]", "bench.models=[small_cnn]"]
@@ -476,10 +481,12 @@ def test_as_trained_takes_network_images_and_robust_fraction_of_a_run(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "bench.json"
     train(compose([*SMALL_CNN, "model=small_cnn", "train.epochs=2", "eval.steps=1",
-                   f"run.dir={run}"]))  # fmt: skip
+                   "train.skip=0.3", "bt.guard=0.9", f"run.dir={run}"]))  # fmt: skip
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     words = [f"bench.checkpoint={run}", "bench.repetitions=2", "bench.batch_sizes=[200]"]
     assert main(["bench", *words, f"bench.out={out}"]) == 0
+    left_out = f"times {run} without train.skip=0.3 and bt.guard=0.9."
+    assert left_out in capsys.readouterr().err
     content = json.loads(out.read_text())
     detail = {row["method"]: d for row, d in zip(content["rows"], content["details"], strict=True)}
     assert detail["bullettrain"]["fractions"] == pytest.approx(

@@ -21,7 +21,7 @@ from btrain.settings import Config, CudaGraphs, DefenseName, Score, Start, Train
 from btrain.settings.bench import BenchConfig, Contender
 from btrain.settings.compose import compose
 from btrain.settings.method import BulletTrainConfig
-from btrain.terminal import counted
+from btrain.terminal import counted, tell
 from btrain.training.epochs import epoch_order
 from btrain.training.timing.forced import class_counts
 from btrain.training.timing.lane import CLASSES, Lane, Workload
@@ -86,26 +86,51 @@ def _cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
         if key in _OWN_KEYS:
             raise UserError(f"{key} is a list here: please give {_OWN_KEYS[key]}=[…].")
     return [
-        Case(compose([f"defense={defense.value}", f"model={model}", *settings,
-                      f"train.batch_size={size}", "bt=bullettrain"]), fractions)
+        Case(_with_bullettrain([f"defense={defense.value}", f"model={model}", *settings,
+                                f"train.batch_size={size}"]), fractions)
         for defense, model, size in product(bench.defenses, bench.models, bench.batch_sizes)
         for fractions in _fractions(bench, defense, size)
     ]  # fmt: skip
 
 
-def _reject_remembered(config: Config) -> None:
-    """Raise UserError for a setting that lives on what a run remembers of earlier batches."""
+def _with_bullettrain(settings: Sequence[str]) -> Config:
+    """Return the configuration of a training with BulletTrain; say of a rival who times it."""
+    try:
+        return compose([*settings, "bt=bullettrain"])
+    except UserError as error:
+        try:
+            rival = compose([*settings, "bt=uniform"]).chosen("rival")
+        except UserError:
+            rival = None
+        if rival is None:
+            raise
+        raise UserError(
+            f"btrain bench times BulletTrain beside the plain defense (bench.methods), not {rival}; "
+            "btrain paper times the runs of its targets by turns with their baseline (step.json in "
+            "a run folder)."
+        ) from error
+
+
+def _remembered(config: Config) -> dict[str, str]:
+    """Return the settings that live on what a run remembers of earlier batches, each with why."""
     attack, bt, train = config.attack, config.bt, config.train
     guard = bt.guard if isinstance(bt, BulletTrainConfig) else 1.0
-    once = "btrain bench visits every batch once, so that"
+    found = {}
     if train.skip:
-        raise UserError(f"{once} train.skip={train.skip:g} has no meaning there.")
+        found[f"train.skip={train.skip:g}"] = "has no meaning there"
     if attack.start is Start.kept:
-        raise UserError(f"{once} attack.start=kept has no last attack to go on from there.")
+        found["attack.start=kept"] = "has no last attack to go on from there"
     if bt.score is Score.last:
-        raise UserError(f"{once} bt.score=last has no last visit's scores there.")
+        found["bt.score=last"] = "has no last visit's scores there"
     if guard < 1:
-        raise UserError(f"{once} bt.guard={guard:g} has no mean share of outliers to go by there.")
+        found[f"bt.guard={guard:g}"] = "has no mean share of outliers to go by there"
+    return found
+
+
+def _reject_remembered(config: Config) -> None:
+    """Raise UserError for a setting that lives on what a run remembers of earlier batches."""
+    for setting, why in _remembered(config).items():
+        raise UserError(f"btrain bench visits every batch once, so that {setting} {why}.")
 
 
 def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> list[Fractions]:
@@ -140,6 +165,11 @@ def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> l
     config, batch_sizes = run.config, bench.batch_sizes
     if type(config.bt) is not BulletTrainConfig:
         raise UserError(f"{path} was trained with bt={config.bt.name.value}, not bullettrain.")
+    if left_out := _remembered(config):
+        tell(
+            f"btrain bench visits every batch once, and times {path} without "
+            f"{' and '.join(left_out)}."
+        )
     images = len(load_data(config, torch.device("cpu")).train)
     if max(batch_sizes) > images:
         raise UserError(
