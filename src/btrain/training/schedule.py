@@ -15,6 +15,7 @@ Schedule = Callable[[float], float]
 """The share of the run that is done, in [0, 1], -> the factor on the initial learning rate."""
 
 _COSINE_END = 1e-5
+_ROUNDING = 1e-9  # epochs
 
 
 def step_decay(milestones: Sequence[float], factors: Sequence[float]) -> Schedule:
@@ -70,7 +71,8 @@ class Plan:
 
     def may_leave_out(self, epoch: int) -> bool:
         """Return whether an epoch, from 0, may leave examples out."""
-        late = epoch + 1 > (1 - self.skip_last) * self.epochs
+        left = self.epochs - epoch - 1
+        late = left < self.skip_last * self.epochs - _ROUNDING
         counted = self.guard == 1 or epoch > self.plain_epochs
         return self.skip > 0 and epoch > 0 and not late and counted
 
