@@ -48,8 +48,8 @@ class Plan:
         clip_norm: the largest norm of the gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
-        guard: nor does one that more than this share of outliers precede.
-        plain_epochs: the first epochs, which count none.
+        guard: the largest F_O with which an epoch leaves examples out; 1 for any.
+        plain_epochs: the first epochs, whose allocator has no classes, so that F_O is not counted.
     """
 
     seed: int
