@@ -96,7 +96,7 @@ def _cases(bench: BenchConfig, settings: Sequence[str]) -> list[Case]:
 def _with_bullettrain(settings: Sequence[str]) -> Config:
     """Return the configuration of a training with BulletTrain; say of a rival who times it."""
     try:
-        return compose([*settings, "bt=bullettrain"])
+        config: Config = compose([*settings, "bt=bullettrain"])
     except UserError as error:
         try:
             rival = compose([*settings, "bt=uniform"]).chosen("rival")
@@ -105,10 +105,11 @@ def _with_bullettrain(settings: Sequence[str]) -> Config:
         if rival is None:
             raise
         raise UserError(
-            f"btrain bench times BulletTrain beside the plain defense (bench.methods), not {rival}; "
-            "btrain paper times the runs of its targets by turns with their baseline (step.json in "
-            "a run folder)."
+            "btrain bench times BulletTrain beside the plain defense (bench.methods), not "
+            f"{rival}; btrain paper times the runs of its targets by turns with their baseline "
+            "(step.json in a run folder)."
         ) from error
+    return config
 
 
 def _remembered(config: Config) -> dict[str, str]:
