@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from btrain import cli
 from btrain.methods.cost import expected_units
+from btrain.methods.make import make_method
 from btrain.paper.estimate import cost, listing
 from btrain.paper.job import Job, make_plan
 from btrain.paper.target import read_profile, read_target
 from btrain.settings.compose import config_dir
 from btrain.training import train
+from composing import compose
 from test_training import tiny
 
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
@@ -45,6 +48,23 @@ def test_the_units_of_a_step_are_those_of_the_log(tmp_path: Path, settings: list
     summary = train(config)
     units = expected_units(config, (summary["f_b"], summary["f_r"], summary["f_o"]))
     assert units == pytest.approx(summary["units_per_example"], rel=0.02)
+
+
+def test_fixed_fractions_go_by_their_own_and_early_exit_tells_nothing() -> None:
+    words = ["dataset=digits", "model=small_cnn", "bt.n_r=3", "bt.robust_share=0.5", "bt.n_b=9",
+             "bt.guard=0.3"]  # fmt: skip
+    by_score, by_chance, early = (
+        make_method(compose([*words, f"bt={name}", *more]), torch.device("cpu"))
+        for name, more in (
+            ("bullettrain", []),
+            ("random", ["bt.fractions=[0.2,0.4,0.4]"]),
+            ("early_exit", []),
+        )
+    )
+    fixed = (0.2, 0.4, 0.4)
+    assert by_chance.expected_units((0.28, 0.54, 0.18)) == by_score.expected_units(fixed)
+    assert by_chance.expected_units(fixed) != by_score.expected_units((0.28, 0.54, 0.18))
+    assert early.expected_units(fixed) is None
 
 
 @pytest.mark.parametrize("rival", ["free", "mma"])
