@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -276,7 +275,7 @@ class OwnSteps:
             raise UserError(
                 f"{where} returns a {kind}, neither btrain.allocation.Expected nor None."
             )
-        numbers = all(isinstance(part, Real) and 0 <= part < math.inf for part in told)
+        numbers = all(isinstance(part, int | float) and 0 <= part < math.inf for part in told)
         if not numbers or told.attacked > 1:
             raise UserError(
                 f"{where} must return numbers from 0, and an attacked share up to 1, not {told}."
