@@ -176,6 +176,9 @@ def foresee(config: Config) -> Foreseen:
     plan, known = make_plan(config), known_of(data)
     paths = make_fast_paths(config.train, device)
     methods = make_methods(config, device, paths=paths, known=known)
+    reckoned, if_all_near = (
+        reckon(config, methods, len(data.train), fractions) for fractions in (PAPER_FRACTIONS, _ALL)
+    )
     batches = len(batch_slices(len(data.train), plan.batch_size))
     earlier = 0  # batches, in the epochs before the one under way
 
@@ -218,9 +221,6 @@ def foresee(config: Config) -> Foreseen:
         warm = take(method, lambda: tried() == untimed)
         timed = take(method, late)
     seconds, units, images = (b - a for a, b in zip(warm, timed, strict=True))
-    reckoned, if_all_near = (
-        reckon(config, methods, len(data.train), fractions) for fractions in (PAPER_FRACTIONS, _ALL)
-    )
     total = reckoned.total(units / images)
     fewest, taken = (
         sum(len(batch_slices(count, plan.batch_size)) for count in counts)
