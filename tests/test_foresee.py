@@ -136,6 +136,7 @@ def test_a_guard_that_keeps_all_images_is_told_once() -> None:
 
 
 def test_trials_are_announced_and_as_many_as_that(capsys: pytest.CaptureFixture[str]) -> None:
-    told = foresee(compose([*WORDS, "train.batch_size=50", "bt=uniform"]))
+    words = [*WORDS, "train.batch_size=50", "bt=uniform", "train.max_seconds=0.001"]
+    told = foresee(compose(words))
     assert "Trying 2 to 21 batches of 50 images on cpu" in capsys.readouterr().err
     assert told.batches == 4 and told.timed == 20

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +173,7 @@ def foresee(config: Config) -> Foreseen:
     data, noise = load_or_stand_in(config.dataset, device)
     check_radius(config, data)
     state = make_state(config, data, device)
-    plan, known = make_plan(config), known_of(data)
+    plan, known = replace(make_plan(config), max_seconds=None), known_of(data)
     paths = make_fast_paths(config.train, device)
     methods = make_methods(config, device, paths=paths, known=known)
     reckoned, if_all_near = (
