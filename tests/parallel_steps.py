@@ -94,6 +94,7 @@ CASES = {
         MIXED,
         51,
     ),
+    "in parts, some stand for others": (["train.accumulate=2", "train.skip=0.5"], MIXED, 47),
     "guarded": (["bt.guard=0.05", "bt.guard_steps=1", "bt.robust_share=0.5"], MIXED, 51),
     "scores of the last visit": (["bt.score=last"], MIXED, 51),
     "scores of the last visit, mart": (["defense=mart", "bt.score=last"], MIXED, 51),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -343,6 +344,25 @@ def test_spared_examples_that_count_nothing_take_no_training_pass(digits: Data, 
     assert expected == pytest.approx([expected[1] - saved, expected[1]])
 
 
+def test_f_r_is_of_the_examples_that_the_percentile_is_of(digits: Data) -> None:
+    """It does not change with how many examples that were left out each stands for."""
+    config = compose(["dataset=digits", "model=small_cnn", "train.skip=0.5"])
+    method, m = make_method(config, CPU), 50
+    model = make_state(config, digits, CPU).model
+    x = to_unit(digits.train.images[:m])
+    with torch.no_grad():
+        labels = (model.eval()(x).argmax(dim=1) + (torch.arange(m) % 3 == 0)) % 10
+    found = []
+    for weight in (None, torch.where(torch.arange(m) % 3 == 1, 5.0, 1.0)):
+        memory = memory_of(config, digits, CPU)
+        batch = Batch(x, labels, torch.arange(m), weight=weight)
+        (examples,) = method.examples(model.train(), batch, memory, generator())
+        loss = method.loss(model, examples, memory, generator())
+        found.append((float(memory["robust_fraction"]), float(loss.stats.robust_correct)))
+    assert found[0][0] == found[1][0] > 0
+    assert found[1][1] > found[0][1] + 10  # while the log's counts stand for all
+
+
 @pytest.mark.parametrize("defense", ["trades", "pgd"])
 def test_a_batch_of_spared_examples_alone_tells_nothing_of_f_r(digits: Data, defense: str) -> None:
     config = compose(["dataset=digits", "model=small_cnn", f"defense={defense}",
@@ -442,6 +462,16 @@ def test_a_plan_knows_the_epochs_and_how_many_they_leave_out(
     assert outliers == ([len(digits.train)] * 9 if more else taken)
 
 
+def test_the_last_share_of_a_run_is_exact() -> None:
+    plan = make_plan(compose(["dataset=digits", "train.skip=0.5"]))
+    for epochs, twentieths in itertools.product(range(1, 100), range(20)):
+        skip_last = float(f"{5 * twentieths}e-2")
+        one = replace(plan, epochs=epochs, skip_last=skip_last)
+        some = sum(one.may_leave_out(epoch) for epoch in range(epochs))
+        # Of the epochs behind the first those of which none of the last share is touched.
+        assert some == max(0, epochs - -(-twentieths * epochs // 20) - 1)
+
+
 def summary_clean(lines: list[dict[str, Any]]) -> float:
     return sum(line["clean_acc_train"] for line in lines) / len(lines)
 
@@ -504,7 +534,8 @@ def test_the_levers_go_together_with_every_defense(
         (["bt.guard_steps=1"], "bt.guard_steps has no meaning with bt.guard=1"),
         (["bt.guard=0.5", "bt.guard_steps=3"], "bt.guard_steps must be from bt.n_o = 0 to bt.n_r"),
         (["bt.guard=0.5"], "bt.guard=0.5 guards nothing: it lifts bt.robust_share and train.skip"),
-        (["bt=oracle", "bt.guard=0.5", "bt.guard_steps=-3"], "bt.guard_steps must be"),
+        (["bt=oracle", "bt.guard=0.5", "bt.guard_steps=99"], "bt.guard_steps must be from bt.n_o"),
+        (["bt=oracle", "bt.n_r=0", "bt.robust_share=0.5"], "bt.robust_share must be 1 where"),
         (["bt.share_clean_forward=false", "bt.score=last"], "contradicts bt.score=last"),
         (["bt.guard=0.5", "defense=mixtrain"], "defense=mixtrain"),
         (["bt.guard=0.5", "bt.pool=2"], "bt.guard=0.5 does not go with bt.pool=2"),

@@ -33,7 +33,7 @@ from torch.utils.data import TensorDataset
 
 from btrain import own
 from btrain.data import Data, Split, batches, given, load
-from btrain.data.augmentation import batch_slices, random_crop, random_flip
+from btrain.data.augmentation import Moved, batch_slices, random_mirrors, random_shifts
 from btrain.data.download import import_torchvision
 from btrain.data.splits import arranged, class_balanced_order
 from btrain.errors import UserError
@@ -1083,7 +1083,7 @@ def drawn(split: Split, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("padding", [1, 2])
 def test_a_crop_is_a_window_of_the_padded_image_for_each_image_its_own(padding: int) -> None:
     images = torch.randint(1, 256, (400, 3, 6, 7), generator=seeded(), dtype=torch.uint8)
-    cropped = random_crop(images, padding, seeded(1))
+    cropped = Moved(padding, random_shifts(400, padding, seeded(1))).follow(images)
     assert cropped.dtype is torch.uint8
     offsets: Counter[tuple[int, int]] = Counter()
     for image, crop in zip(images, cropped, strict=True):
@@ -1103,7 +1103,7 @@ def test_a_crop_is_a_window_of_the_padded_image_for_each_image_its_own(padding: 
 
 def test_a_flip_is_the_image_or_its_mirror_with_equal_chances() -> None:
     images = torch.randint(256, (400, 3, 6, 7), generator=seeded(), dtype=torch.uint8)
-    flipped = random_flip(images, seeded(1))
+    flipped = Moved(mirrored=random_mirrors(400, seeded(1))).follow(images)
     kept = mirrored = 0
     for image, result in zip(images, flipped, strict=True):
         mirror = torch.stack([image[:, :, 6 - x] for x in range(7)], dim=2)

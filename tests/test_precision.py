@@ -20,7 +20,7 @@ from btrain.attacks.shadow import InBFloat16, attacked
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
-from btrain.methods.make import make_bullettrain, probe_factor
+from btrain.methods.make import make_bullettrain, make_defense, probe_factor
 from btrain.methods.statistics import StepStats
 from btrain.precision import to_channels_last
 from btrain.training import train
@@ -300,7 +300,7 @@ def test_probing_further_off_gives_bf16_the_direction_of_float32(tiles: Tensor) 
     model = network().eval()
     noise = 0.001 * torch.randn(tiles.shape, generator=torch.Generator().manual_seed(0))
     config = compose(["train.precision=bf16"])
-    factor = probe_factor(config)
+    factor = probe_factor(config, make_defense(config.defense))
     assert factor is not None
     assert factor * config.attack.start_std == pytest.approx(0.3 * config.attack.epsilon)
     exact = first_signs(model, tiles, tiles + noise)
@@ -325,7 +325,8 @@ def test_probing_further_off_gives_bf16_the_direction_of_float32(tiles: Tensor) 
     ids=str,
 )
 def test_only_a_kl_divergence_in_bf16_next_to_the_image_is_probed(overrides: list[str]) -> None:
-    assert probe_factor(compose(overrides)) is None
+    config = compose(overrides)
+    assert probe_factor(config, make_defense(config.defense)) is None
 
 
 @pytest.mark.parametrize("early_exit", [False, True])

@@ -466,11 +466,12 @@ def test_the_offending_batch_is_saved_and_named(tmp_path: Path, digits: Data) ->
     assert torch.equal(digits.train.labels[saved["indices"]], saved["labels"])
     assert saved["x"].shape == (64, 1, 8, 8)
     # The images as they were augmented: drawn again from the state that was saved with them.
-    from btrain.data.augmentation import random_crop, to_unit
+    from btrain.data.augmentation import Moved, random_shifts, to_unit
 
     generator = torch.Generator()
     generator.set_state(saved["generator"])
-    images = random_crop(digits.train.images[saved["indices"]], 1, generator)
+    moved = Moved(1, random_shifts(64, 1, generator))
+    images = moved.follow(digits.train.images[saved["indices"]])
     assert torch.equal(to_unit(images), saved["x"])
 
 

@@ -17,7 +17,7 @@ from btrain.attacks.pgd import pgd
 from btrain.data import Batch, Data
 from btrain.defenses import kl_inner_loss
 from btrain.methods.gradalign import misalignment
-from btrain.methods.make import make_attack
+from btrain.methods.make import make_attack, make_method
 from btrain.methods.mma import MMA, soft_logit_margin
 from composing import compose
 from steps import memory_of, step_of, take
@@ -98,6 +98,7 @@ def test_nfgsm_steps_from_noise_beyond_the_ball_and_is_not_projected(
     ours = attack.evenly(small_cnn, x, labels, z, attack.sizes(torch.ones(len(x))), [len(x)], noise)
     torch.testing.assert_close(ours, (x + noise + 0.1 * gradient.sign()).clamp(0, 1))
     assert (ours - x).abs().max() > 0.2
+    assert make_method(config, torch.device("cpu")).reach.radius is None  # nor is it warned of
 
 
 def test_misalignment_is_one_minus_the_cosine_of_the_input_gradients(

@@ -1,4 +1,4 @@
-"""From a configuration to its device, data and network."""
+"""The device, data and network of a configuration."""
 
 from __future__ import annotations
 

@@ -394,7 +394,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 _NO_RESULT = ("TerminatedWorkerError", "UncompletedJobError")
-"""What joblib's and submitit's launcher raise when a job's process is gone."""
+"""The errors that joblib's and submitit's launcher raise when a job's process is gone."""
 
 
 def _report(args: list[str]) -> None:

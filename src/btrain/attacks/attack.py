@@ -19,7 +19,7 @@ Start = Callable[[Ball, Tensor, torch.Generator], Tensor]
 
 
 def at_the_image(ball: Ball, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return no noise; an attack that starts there needs a gradient there."""
+    """Return no noise: the attack starts at the image, where its loss must have a gradient."""
     del ball, generator
     return torch.zeros_like(x)
 

@@ -26,6 +26,11 @@ class Ball:
     def __init__(self, epsilon: float | Tensor) -> None:
         self.epsilon = epsilon
 
+    @property
+    def reach(self) -> float | Tensor | None:
+        """Return how far from x an attack may end; None for any distance."""
+        return self.epsilon
+
     def start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return a random point of the ball minus x, like x."""
         raise NotImplementedError
@@ -87,6 +92,11 @@ class NoisyBall(LinfBall):
     def __init__(self, epsilon: float | Tensor, noise: float) -> None:
         super().__init__(epsilon)
         self.noise = noise
+
+    @property
+    def reach(self) -> None:
+        """Return None: a step leads on from the noise, and out of the ball."""
+        return None
 
     def start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         return LinfBall(self.noise * self.epsilon).start(x, generator)

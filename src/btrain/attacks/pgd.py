@@ -41,8 +41,8 @@ def pgd(
     """Return adversarial examples within the ε-ball around x and the box [0, 1].
 
     The model is attacked in the mode it is in (see `evaluation_mode`). Three copies from the device
-    to the host: the range of the images, that of the rest, and the step counts. Other than in the
-    returned order, an example's result depends on the batch only through the model.
+    to the host: the range of the images, that of the rest, and the step counts. An example's result
+    depends on the others of the batch only through the model.
 
     Args:
         model: maps images to logits.

@@ -44,7 +44,7 @@ class WeightAverage:
         """Move towards the model as it is now.
 
         Args:
-            done: steps of the run before this one.
+            done: steps of the run before this one, with those that `train.skip` left out.
             skipped: whether that step was undone, () bool; then the average stays, too.
         """
         share: float | Tensor = 1 - min(self._decay, (1 + done) / (10 + done))

@@ -36,7 +36,7 @@ class Controller(Protocol):
         """Act on the weights that a batch leaves.
 
         Args:
-            done: batches of the run before this one.
+            done: batches of the run before this one, with those that `train.skip` left out.
             stats: sums over the batch, zeros where it was undone.
             skipped: whether it was undone, () bool; None where no batch ever is.
         """

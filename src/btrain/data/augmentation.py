@@ -126,19 +126,6 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to ±padding pixels in both directions, zeros moving in.
-
-    (m, C, H, W) -> (m, C, H, W)
-    """
-    return Moved(padding, random_shifts(len(images), padding, generator)).follow(images)
-
-
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2. (m, C, H, W) -> (m, C, H, W)"""
-    return Moved(mirrored=random_mirrors(len(images), generator)).follow(images)
-
-
 def random_shifts(m: int, padding: int, generator: torch.Generator) -> Tensor:
     """Return where the crops of padded images begin: rows and columns, (2, m, 1) int64."""
     return torch.randint(2 * padding + 1, (2, m, 1), generator=generator, device=generator.device)

@@ -1,4 +1,4 @@
-"""From what a run left behind back to its configuration and its network."""
+"""The configuration and the network of a run, from what it left behind."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Examples(NamedTuple):
         z: the logits that decided the allocation, (m, K), or (m, 0) where nobody reads them.
         score: of z by the run's metric, (m,); NaN where there are none.
         perturbed: how many examples took a step.
-        learnt: how many have a part in the loss, all but the last ones.
+        learnt: how many examples, the first ones, have a part in the loss.
         units: the cost so far, in forward passes of one example.
         share: of the whole batch, which several processes share.
         indices: where the examples stand in the training set, (m,).
@@ -145,7 +145,7 @@ class BulletTrain:
     def examples(
         self, network: nn.Module, batch: Batch, memory: Memory, generator: torch.Generator
     ) -> Iterator[Examples]:
-        """Yield the batch once, attacked; one copy to the host, of the step counts."""
+        """Yield the batch once, attacked; of the device only counts of steps are read."""
         x, labels = batch.x, batch.labels
         clean_logits, z = self.forward_clean(network, x)  # line 11
         score = (
@@ -229,16 +229,19 @@ class BulletTrain:
     ) -> None:
         """Remember F_R, by how many examples of the batch stand. (m, K)
 
-        It stays where none of them tells, for all were spared.
+        Robust examples that were spared are stood for by the others. Those that `train.skip` left
+        out are not: the percentile of eq. 6, too, is of the examples that were drawn. F_R stays
+        where none of them tells, for all were spared.
         """
         before, weights = memory["robust_fraction"], examples.weights
+        weight = None if weights is None else weights.adv / weights.clean
         after = update_robust_fraction(
             before,
             adv_logits,
             examples.labels,
             momentum=self.momentum,
             gamma=self.gamma,
-            mean=partial(self.mean, weight=None if weights is None else weights.adv),
+            mean=partial(self.mean, weight=weight),
         )
         after = after if weights is None else torch.where(after.isnan(), before, after)
         memory["robust_fraction"] = after
@@ -276,12 +279,11 @@ class BulletTrain:
         assert examples.indices is not None
         seen = (logits for logits in (examples.z, clean_logits, adv_logits) if logits.shape[1])
         score = self.metric(next(seen).detach(), examples.labels)
-        indices, score = self.remembered(examples.indices, score, examples.share)
+        indices, score = self.remembered(examples.indices, score)
         memory[SCORES][indices] = score.to(memory[SCORES].dtype)
 
-    def remembered(self, indices: Tensor, score: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Return indices and scores to remember, (n,) each, of this share of a batch."""
-        del share
+    def remembered(self, indices: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """Return indices and scores to remember, (n,) each."""
         return indices, score
 
     def targets(
@@ -422,9 +424,9 @@ class BulletTrain:
     @property
     def reach(self) -> Reach:
         """Return how far from the clean images it trains."""
-        epsilon = self.attack.ball.epsilon
-        assert isinstance(epsilon, float)
-        return Reach(epsilon, self.attack.ball.norm)
+        radius = self.attack.ball.reach
+        assert not isinstance(radius, Tensor)
+        return Reach(radius, self.attack.ball.norm)
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
         """Return units an example; None where the allocator cannot tell."""

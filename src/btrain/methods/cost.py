@@ -69,8 +69,9 @@ def speedups(costs: Costs, means: dict[str, Any]) -> dict[str, float | None]:
 
     `theoretical_speedup` is eq. 7, whose sum over the classes is the mean number of steps, also
     where that varies within a class. The other two compare units: with the plain defense of the
-    same settings, and with the published TRADES code. Eq. 7 knows nothing of GradAlign's penalty,
-    and none of the three describes Free or MMA, nor a run that ended before its first batch.
+    same settings, and with the published TRADES code. Eq. 7 describes neither GradAlign's penalty
+    nor kept starts, a share of the robust examples, a guard or examples left out; none of the three
+    describes Free, MMA, training by bounds, or a run that ended before its first batch.
     """
     steps, units = means["attack_steps_mean"], means["units_per_example"]
     if units is None or not costs.in_units:

@@ -87,10 +87,11 @@ class DealtBulletTrain(BulletTrain):
         new = self.world.gathered(new.view(torch.int8), m).view(kept.dtype).view(m, *shape)
         kept.keep(memory, batch, rows, new, attacked > 0)
 
-    def remembered(self, indices: Tensor, score: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Return indices and scores of the whole batch, for another process' next visit."""
+    def remembered(self, indices: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """Return indices and scores of all processes, for another process' next visit."""
         told = torch.stack([indices.double(), score.double()], dim=1)
-        indices, score = self.world.gathered(told, round(len(score) / share)).unbind(dim=1)
+        rows = int(self.world.sum(torch.tensor(len(score), device=score.device)))
+        indices, score = self.world.gathered(told, rows).unbind(dim=1)
         return indices.long(), score
 
     def mean(self, values: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -308,7 +308,7 @@ def make_attack(
     """Return the attack at a share of its lengths, on the inner loss of the defense."""
     attack, bt = config.attack, config.bt
     defense = defense or make_defense(config.defense, known)
-    probe, kept = probe_factor(config, share, known, defense), attack.start is StartName.kept
+    probe, kept = probe_factor(config, defense, share, known), attack.start is StartName.kept
     ball = make_ball(attack, share, known)
     start = make_start(attack, probe if kept and probe else 1.0)
     if isinstance(config.rival, NFGSMConfig):
@@ -412,7 +412,7 @@ _PROBE = 0.3  # ε
 
 
 def probe_factor(
-    config: Config, share: float = 1.0, known: Known = NOTHING, defense: Defense | None = None
+    config: Config, defense: Defense, share: float = 1.0, known: Known = NOTHING
 ) -> float | None:
     """Return how much further than the start the first gradient is taken in bf16, for a KL.
 
@@ -424,7 +424,7 @@ def probe_factor(
     attack = config.attack
     if (
         config.train.precision is Precision.float32
-        or not (defense or make_defense(config.defense, known)).inner_reads_clean
+        or not defense.inner_reads_clean
         or attack.start not in (StartName.normal, StartName.kept)
         or not 0 < attack.start_std < _PROBE * share * attack.epsilon
     ):

@@ -113,9 +113,9 @@ def _try_loss(name: str, check: Callable[[Tensor], None], clean: Tensor, *, read
 def doubts_of_defense(defense: Defense, factory: str, known: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each way in which a defense of the user's is probably meant otherwise.
 
-    Steps up the inner loss, from beside the clean logits, lower the outer loss, or with every
-    example the cross-entropy: the attack helps. Of a batch taken twice the outer loss is twice as
-    large: it is a sum.
+    The attack helps where steps that raise the inner loss, from near the clean logits, lower the
+    outer loss, or each example's cross-entropy. The outer loss is a sum where it is twice as large
+    for a batch taken twice.
     """
     where = f"defense.factory={factory}"
     clean, noise, labels = _logits(known, _MANY)

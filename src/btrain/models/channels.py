@@ -23,7 +23,7 @@ _BETWEEN = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Flatten, nn.Identity, nn
 """Layers that leave channels to themselves."""
 
 Kept = Mapping[str, Tensor]
-"""Which channels are there, by the name of the layer that makes them: ascending, (n,) int64."""
+"""The channels that are there, by the name of the layer that makes them: ascending, (n,) int64."""
 
 
 class Inner(NamedTuple):

@@ -24,7 +24,7 @@ _SYMBOLS = {
     "bt.n_o": "N_O",
 }
 _PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")
-"""How the keys begin that change nothing of what is learnt."""
+"""The beginnings of the keys that change nothing of what is learnt."""
 _OURS = ("experiment", "seed", "run.dir", "logger.group", "logger.tags")
 
 

@@ -657,6 +657,9 @@ class BulletTrainConfig(ChoosingConfig):
     guard: float = 1.0
     guard_steps: int = 0
 
+    in_order: ClassVar[bool] = True
+    """Whether N_O ≤ N_R ≤ N_B must hold."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, "bt.n_o", self.n_o)
@@ -688,13 +691,14 @@ class BulletTrainConfig(ChoosingConfig):
         return replace(self, guard=1.0, score=super().unkept().score)
 
     def check_order(self) -> None:
-        """Raise UserError unless N_O ≤ N_R ≤ N_B."""
-        require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
-        if self.n_r > self.n_b:
-            raise UserError(
-                f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a robust "
-                "example gets no more steps than a boundary one."
-            )
+        """Raise UserError unless N_O ≤ N_R ≤ N_B, and guard and share go with them."""
+        if self.in_order:
+            require(self.n_o <= self.n_r, "bt.n_o", f"at most bt.n_r = {self.n_r}", self.n_o)
+            if self.n_r > self.n_b:
+                raise UserError(
+                    f"bt.n_r must be at most bt.n_b = {self.n_b}, not {self.n_r}; set both: a "
+                    "robust example gets no more steps than a boundary one."
+                )
         if self.guard < 1:
             between = self.n_o <= self.guard_steps <= self.n_r
             rule = f"from bt.n_o = {self.n_o} to bt.n_r = {self.n_r}"
@@ -751,14 +755,12 @@ class OracleConfig(BulletTrainConfig):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"chooses", "attacks_by_itself"})
     refuses: ClassVar[Mapping[str, str]] = _NEEDS_ATTACK
+    in_order: ClassVar[bool] = False  # with the true classes any are worth a study (Figure 2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, "bt.oracle_steps", self.oracle_steps)
         self.oracle_step_size = pixels("bt.oracle_step_size", self.oracle_step_size, "l2")
-
-    def check_order(self) -> None:
-        """Raise nothing: with the true classes any budgets are worth a study (Figure 2)."""
 
 
 @dataclass

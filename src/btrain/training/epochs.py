@@ -122,8 +122,9 @@ def weights_of_epoch(state: TrainState, labels: Tensor, plan: Plan) -> Tensor | 
 
     That is chosen where an epoch begins and kept in the state's memory, for one that is resumed.
     Nobody is left out in the first epoch, which no scores precede, while the network hardly does
-    better than a constant prediction, and in the last share `plan.skip_last` of the run; with a
-    guard nor in an epoch that begins with more outliers, or that none precedes that counted them.
+    better than a constant prediction, and in the last share `plan.skip_last` of the run. With a
+    guard nobody is left out in an epoch that begins with more outliers, either, and in the first
+    one behind the warm-up, for no outliers have been counted then.
     """
     if not plan.skip:
         return None

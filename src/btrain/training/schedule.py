@@ -15,6 +15,7 @@ Schedule = Callable[[float], float]
 """The share of the run that is done, in [0, 1], -> the factor on the initial learning rate."""
 
 _COSINE_END = 1e-5
+_ROUNDING = 1e-9  # epochs
 
 
 def step_decay(milestones: Sequence[float], factors: Sequence[float]) -> Schedule:
@@ -47,8 +48,8 @@ class Plan:
         clip_norm: the largest norm of the gradient that an update follows; None for any.
         skip: the share of the examples far from the boundary that an epoch leaves out.
         skip_last: the share of the run, at its end, in which no epoch does.
-        guard: nor does one that more than this share of outliers precede.
-        plain_epochs: the first epochs, which count none.
+        guard: the largest F_O with which an epoch leaves examples out; 1 for any.
+        plain_epochs: the first epochs, whose allocator has no classes, so that F_O is not counted.
     """
 
     seed: int
@@ -70,7 +71,8 @@ class Plan:
 
     def may_leave_out(self, epoch: int) -> bool:
         """Return whether an epoch, from 0, may leave examples out."""
-        late = epoch + 1 > (1 - self.skip_last) * self.epochs
+        left = self.epochs - epoch - 1
+        late = left < self.skip_last * self.epochs - _ROUNDING
         counted = self.guard == 1 or epoch > self.plain_epochs
         return self.skip > 0 and epoch > 0 and not late and counted
 

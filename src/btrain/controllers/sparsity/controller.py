@@ -246,7 +246,7 @@ class FlyingBird(Sparsity):
 
     @property
     def drop_rate(self) -> float:
-        """κ of now."""
+        """Return κ of now."""
         return self.flight.drop_rate(self.steps)
 
     def change(self) -> bool:
@@ -288,7 +288,7 @@ class FlyingBird(Sparsity):
 
 @dataclass(frozen=True)
 class Switches:
-    """When Flying Bird+ prunes or grows more.
+    """The rule by which Flying Bird+ prunes or grows more.
 
     Attributes:
         start: the updates of the weights behind which it may.

@@ -1,4 +1,4 @@
-"""From a configuration to the masks of a run that has not begun."""
+"""The masks of a run that has not begun, made from its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights a mask may take, how many each layer keeps, and masks with exactly so many."""
+"""The weights that a mask may take, how many each layer keeps, and masks with exactly so many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When masks change, and by how much: pure functions of the updates of the weights so far."""
+"""The times and sizes of changes of masks: pure functions of the updates of the weights so far."""
 
 from __future__ import annotations
 

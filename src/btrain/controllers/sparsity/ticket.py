@@ -16,7 +16,7 @@ from btrain.controllers.sparsity.scores import magnitude
 
 @dataclass(frozen=True)
 class Ticket:
-    """When the search is over, and what is left of the network then.
+    """The rule by which the search ends, and what it leaves of the network.
 
     Attributes:
         kept: how many weights stay.
