@@ -139,6 +139,8 @@ def test_rows_that_leave_images_out_have_a_cost() -> None:
     assert some.training is not None and all_of_them.training is not None
     assert 0.7 < some.training / all_of_them.training < 1
     assert "epochs of 280 to 400 images" in some.settings
+    warm = replace(of, extra=[*of.extra, "bt.warmup_epochs=1"])
+    assert cost(warm, rows[name + "-train.skip_0.0"]).training > 1.05 * all_of_them.training
 
 
 def test_a_folder_of_images_is_looked_into(tmp_path: Path) -> None:
