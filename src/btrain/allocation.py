@@ -464,6 +464,8 @@ class EarlyExit(BulletTrain):
 class Random(BulletTrain):
     """The control that the choice matters: the budgets on randomly chosen examples.
 
+    Scores are computed though fixed fractions do not need them, to cost what a real choice costs.
+
     Attributes:
         fractions: F_B, F_R, F_O of every batch; None for those of BulletTrain's rule.
     """
