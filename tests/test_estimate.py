@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from btrain import cli
-from btrain.methods.cost import expected_units
+from btrain.methods.make import make_method
 from btrain.paper.estimate import cost, listing
-from btrain.paper.job import Job, make_plan
+from btrain.paper.job import Job, config_of, make_plan
 from btrain.paper.target import read_profile, read_target
 from btrain.settings.compose import config_dir
 from btrain.training import train
+from btrain.training.foresee import foresee
+from composing import compose
 from test_training import tiny
 
+CPU = torch.device("cpu")
 SMALLER = ["dataset.train_examples=60", "dataset.test_examples=20", "train.epochs=1"]
 
 
@@ -43,13 +49,33 @@ def job(target: str, profile: str, *extra: str) -> Job:
 def test_the_units_of_a_step_are_those_of_the_log(tmp_path: Path, settings: list[str]) -> None:
     config = tiny(tmp_path, "train.epochs=2", "train.batch_size=100", *settings)
     summary = train(config)
-    units = expected_units(config, (summary["f_b"], summary["f_r"], summary["f_o"]))
+    units = make_method(config, CPU).expected_units(
+        (summary["f_b"], summary["f_r"], summary["f_o"])
+    )
     assert units == pytest.approx(summary["units_per_example"], rel=0.02)
+
+
+def test_fixed_fractions_go_by_their_own_and_early_exit_tells_nothing() -> None:
+    words = ["dataset=digits", "model=small_cnn", "bt.n_r=3", "bt.robust_share=0.5", "bt.n_b=9",
+             "bt.guard=0.3"]  # fmt: skip
+    by_score, by_chance, early = (
+        make_method(compose([*words, f"bt={name}", *more]), CPU)
+        for name, more in (
+            ("bullettrain", []),
+            ("random", ["bt.fractions=[0.2,0.4,0.4]"]),
+            ("early_exit", []),
+        )
+    )
+    fixed = (0.2, 0.4, 0.4)
+    assert by_chance.expected_units((0.28, 0.54, 0.18)) == by_score.expected_units(fixed)
+    assert by_chance.expected_units(fixed) != by_score.expected_units((0.28, 0.54, 0.18))
+    assert early.expected_units(fixed) is None
 
 
 @pytest.mark.parametrize("rival", ["free", "mma"])
 def test_of_a_rival_of_another_kind_nothing_is_told(tmp_path: Path, rival: str) -> None:
-    assert expected_units(tiny(tmp_path, "defense=pgd", f"rival={rival}"), (1, 0, 0)) is None
+    config = tiny(tmp_path, "defense=pgd", f"rival={rival}")
+    assert make_method(config, CPU).expected_units((1, 0, 0)) is None
 
 
 def test_the_flops_of_a_row_are_those_that_its_run_counts(tmp_path: Path) -> None:
@@ -96,10 +122,12 @@ def test_a_plan_is_told_and_nothing_made(
         "table3, profile smoke", "table3_mart", "all",
     ]  # fmt: skip
     assert (
-        "4 epochs" in told[1] and "seeds of unknown to train" in told[1]
+        "4 epochs of ? images" in told[1] and "seeds of unknown to train" in told[1]
     )  # another folder's images
     assert "9 epochs of 400 images" in told[4]
-    assert "without 1 row of unknown cost" in told[2]
+    assert told[2].startswith(
+        f"  all: unknown: There is no folder {tmp_path}/their images, 3/train;"
+    )
     assert re.search(r"\d GFLOP to train, \d\S* GFLOP to evaluate", told[4])
 
 
@@ -111,3 +139,31 @@ def test_rows_that_leave_images_out_have_a_cost() -> None:
     assert some.training is not None and all_of_them.training is not None
     assert 0.7 < some.training / all_of_them.training < 1
     assert "epochs of 280 to 400 images" in some.settings
+    warm = replace(of, extra=[*of.extra, "bt.warmup_epochs=1"])
+    assert cost(warm, rows[name + "-train.skip_0.0"]).training > 1.05 * all_of_them.training
+
+
+def test_a_folder_of_images_is_looked_into(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (i, 9 * i, 0)).save(tmp_path / name / f"{i}.png")
+    fewer = ["dataset.train_examples=20", "dataset.test_examples=4", "model.width=2"]
+    target = read_target("cheapest_table")
+    target = replace(target, sweeps=[
+        one for one in target.sweeps
+        if one.experiments in (["cheap_free"], ["cheapest"]) and not one.values
+    ])  # fmt: skip
+    profile, root = read_profile("cpu"), f"dataset.root={tmp_path}"
+    of = Job(target, profile, tmp_path, [root, *fewer], [], None)
+    plan = make_plan(of)
+    *_, free, total = listing([(of, plan)]).splitlines()
+    assert "of unknown to train" in free and re.search(r"\d GFLOP to evaluate", free)
+    why = "only trying tells what cheap_free takes: btrain plan experiment=cheap_free"
+    assert f" without 1 row of unknown cost ({why}); " in total
+    row = next(row for row in plan.rows if row.name == "cheapest")
+    config = config_of(of, row.experiment, row.swept)
+    assert cost(of, row).training == foresee(config).flops
+    too_many = replace(of, extra=[root], only=["cheapest"])
+    *_, total = listing([(too_many, plan)]).splitlines()
+    assert total == "  all: unknown: dataset.train_examples must be at most 24, not 8000"

@@ -13,6 +13,7 @@ from btrain.cli import main
 from btrain.data import load
 from btrain.settings import DatasetName
 from btrain.settings.run import IMAGES
+from btrain.training import train
 from btrain.training.foresee import foresee
 from composing import compose
 
@@ -113,3 +114,29 @@ def test_images_that_are_left_out_are_not_reckoned_with() -> None:
     assert "with as many left out as may be" in page
     assert "starts   26 kB of kept starts on cpu, in every checkpoint" in page
     assert whole.fewest == 50 and "starts" not in whole.sentences()
+
+
+@pytest.mark.parametrize("first", ["bt.warmup_epochs=1", "bt.score=last"])
+def test_epochs_that_cost_more_at_first_are_told(tmp_path: Path, first: str) -> None:
+    words = [*WORDS, "bt=random", "bt.fractions=[0.2,0.4,0.4]", "bt.robust_share=0.5", first]
+    config = compose([*words, "eval.steps=0", f"run.dir={tmp_path}"])
+    told = foresee(config)
+    assert told.flops == pytest.approx(train(config)["flops"], rel=0.02)
+    assert not told.by_paper
+
+
+def test_a_guard_that_keeps_all_images_is_told_once() -> None:
+    words = [*WORDS, "train.epochs=4", "train.skip=0.5", "bt.guard=0.1", "bt.guard_steps=1"]
+    strict, none = (foresee(compose(more)) for more in (words, [*words[:-3], *words[-2:]]))
+    assert strict.flops == none.flops and strict.seconds > 0
+    page = strict.sentences()
+    assert "40 in all, by how many images train.skip leaves out" in page
+    assert "with none left out, as bt.guard has it at so many outliers" in page
+    assert "as may be" not in page and "0.28/0.54/0.18" in page
+
+
+def test_trials_are_announced_and_as_many_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "train.batch_size=50", "bt=uniform", "train.max_seconds=0.001"]
+    told = foresee(compose(words))
+    assert "Trying 2 to 21 batches of 50 images on cpu" in capsys.readouterr().err
+    assert told.batches == 4 and told.timed == 20

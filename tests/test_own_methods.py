@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import own
-from btrain.allocation import Scored
+from btrain.allocation import Expected, Scored
 from btrain.cli import main
 from btrain.data import Data, Split
 from btrain.defenses import DEFENSES as DEFENSES_OF_BTRAIN
@@ -329,6 +329,31 @@ def test_an_allocator_that_writes_into_its_batch_changes_nothing() -> None:
     before = [part.clone() for part in batch[:4]]
     assert with_own_steps(writes, "writes")(batch).steps.tolist() == [2, 2, 2]
     torch.testing.assert_close(list(batch[:4]), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ((1.5, 0.5), "returns a tuple, neither btrain.allocation.Expected nor None"),
+        (Expected(-1.0, 0.5), "must return numbers from 0, and an attacked share up to 1, not "),
+        (Expected(float("nan"), 0.5), "must return numbers"),
+        (Expected(9.0, 2.0), "must return numbers"),
+        (ZeroDivisionError("by 0"), "fails: ZeroDivisionError: by 0."),
+    ],
+    ids=str,
+)
+def test_what_an_allocator_expects_is_checked(told: Any, sentence: str) -> None:
+    class Theirs:
+        def __call__(self, batch: Scored) -> Tensor:
+            return batch.labels
+
+        def expected(self, fractions: tuple[float, float, float]) -> Any:
+            if isinstance(told, Exception):
+                raise told
+            return told
+
+    with pytest.raises(UserError, match=f"^bt.factory=theirs: expected {sentence}"):
+        with_own_steps(Theirs(), "theirs").expected((0.28, 0.54, 0.18))
 
 
 def test_a_run_says_that_its_network_gives_probabilities(

@@ -386,6 +386,11 @@ class Allocator(Protocol):
         """Return classes and steps of the batch."""
         ...
 
+    @property
+    def fractions(self) -> tuple[float, float, float] | None:
+        """Return the F_B, F_R, F_O that every batch has; None where the scores tell."""
+        ...
+
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
         """Return what F_B, F_R, F_O come to; None where they do not tell."""
         ...
@@ -398,6 +403,7 @@ class Uniform:
     n_b: int
     needs_scores: ClassVar[bool] = False
     by_distance: ClassVar[bool] = True
+    fractions: ClassVar[tuple[float, float, float]] = (1.0, 0.0, 0.0)
 
     def __call__(self, batch: Scored) -> Allocation:
         classes = torch.full_like(batch.labels, BOUNDARY)
@@ -425,11 +431,19 @@ class BulletTrain:
     def __call__(self, batch: Scored) -> Allocation:
         return by_score(batch.score, batch.robust_fraction, self.budget)
 
-    def expected(self, fractions: tuple[float, float, float]) -> Expected:
-        shares = list(zip(fractions, self.steps, strict=True))
-        return Expected(
-            sum(share * n for share, n in shares), sum(share for share, n in shares if n)
-        )
+    @property
+    def fractions(self) -> tuple[float, float, float] | None:
+        """Return None: the scores tell."""
+        return None
+
+    def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
+        return _by_budget(fractions, self.steps)
+
+
+def _by_budget(fractions: tuple[float, float, float], steps: tuple[int, int, int]) -> Expected:
+    """Return what F_B, F_R, F_O come to where every example takes all steps of its class."""
+    shares = list(zip(fractions, steps, strict=True))
+    return Expected(sum(share * n for share, n in shares), sum(share for share, n in shares if n))
 
 
 @dataclass(frozen=True)
@@ -441,10 +455,16 @@ class EarlyExit(BulletTrain):
     def __call__(self, batch: Scored) -> Allocation:
         return super().__call__(batch)._replace(patience=self.patience)
 
+    def expected(self, fractions: tuple[float, float, float]) -> None:
+        """Return None: how early examples stop depends on the network."""
+        del fractions
+
 
 @dataclass(frozen=True)
 class Random(BulletTrain):
     """The control that the choice matters: the budgets on randomly chosen examples.
+
+    Scores are computed though fixed fractions do not need them, to cost what a real choice costs.
 
     Attributes:
         fractions: F_B, F_R, F_O of every batch; None for those of BulletTrain's rule.
@@ -468,6 +488,7 @@ class Gaussian:
     mean_steps: float
     needs_scores: ClassVar[bool] = True
     by_distance: ClassVar[bool] = True
+    fractions: ClassVar[None] = None
 
     def __call__(self, batch: Scored) -> Allocation:
         return gaussian(
@@ -492,4 +513,4 @@ class Oracle(BulletTrain):
         return by_class(classes, self.budget)._replace(overhead=self.oracle_steps)
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected:
-        return super().expected(fractions)._replace(overhead=self.oracle_steps)
+        return _by_budget(fractions, self.steps)._replace(overhead=self.oracle_steps)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +125,45 @@ def load_or_stand_in(dataset: DatasetConfig, device: torch.device) -> tuple[Data
     return load_configured(dataset, device), False
 
 
+class Size(NamedTuple):
+    """The size of the data that a run uses.
+
+    Attributes:
+        train, test: how many images.
+        classes: K.
+        shape: (C, H, W).
+    """
+
+    train: int
+    test: int
+    classes: int
+    shape: tuple[int, int, int]
+
+
+def size_of(dataset: DatasetConfig) -> Size:
+    """Return the size of a configuration's data; nothing is downloaded, and no file decoded.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if dataset.name in IMAGES:
+        (train, test), classes = IMAGES[dataset.name], CLASSES[dataset.name]
+        shape = SHAPES[dataset.name]
+    else:
+        parts = _parts(dataset)
+        train, test = (len(part.labels) for part in parts)
+        classes = len(parts[0].classes)
+        if isinstance(dataset, ImageFolderConfig):
+            shape = (3, dataset.image_size, dataset.image_size)
+        else:
+            channels, height, width = parts[0].read(np.arange(1)).shape[1:]
+            shape = channels, height, width
+    counts = _counts(
+        train, test, dataset.train_examples, dataset.test_examples, dataset.val_examples
+    )
+    return Size(*counts, classes, shape)
+
+
 def _noise(name: DatasetName, count: int) -> Source:
     """Return images of chance in the shape of a data set, with as many of each class."""
     rng = np.random.default_rng(0)
@@ -181,15 +221,11 @@ def arranged(
     Raises:
         UserError: files are damaged, or more examples are asked for than there are.
     """
-    order = class_balanced_order(train.labels)
-    rest = order[val_examples:]
-    if len(rest) < 2:
-        raise UserError(
-            f"dataset.val_examples={val_examples} leaves no training images of {len(order)}."
-        )
-    chosen = rest[: _checked("train_examples", train_examples, len(rest))]
-    test_order = class_balanced_order(test.labels)
-    chosen_test = test_order[: _checked("test_examples", test_examples, len(test_order))]
+    order, test_order = (class_balanced_order(part.labels) for part in (train, test))
+    many, many_test = _counts(
+        len(order), len(test_order), train_examples, test_examples, val_examples
+    )
+    chosen, chosen_test = order[val_examples:][:many], test_order[:many_test]
 
     def split(source: Source, indices: Labels) -> Split:
         indices = np.sort(indices)
@@ -218,10 +254,29 @@ def class_balanced_order(labels: Labels) -> Labels:
     return shuffled[np.argsort(rank, kind="stable")].astype(np.int64)
 
 
-def _checked(key: str, wanted: int | None, available: int) -> int:
-    if wanted is not None and wanted > available:
-        raise UserError(f"dataset.{key} must be at most {available}, not {wanted}.")
-    return available if wanted is None else wanted
+def _counts(
+    train: int, test: int, train_examples: int | None, test_examples: int | None, val_examples: int
+) -> tuple[int, int]:
+    """Return how many images of a data set's training and test part a run takes.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    rest = train - val_examples
+    if rest < 2:
+        raise UserError(
+            f"dataset.val_examples={val_examples} leaves no training images of {train}."
+        )
+
+    def checked(key: str, wanted: int | None, available: int) -> int:
+        if wanted is not None and wanted > available:
+            raise UserError(f"dataset.{key} must be at most {available}, not {wanted}.")
+        return available if wanted is None else wanted
+
+    return (
+        checked("train_examples", train_examples, rest),
+        checked("test_examples", test_examples, test),
+    )
 
 
 _Reader = tuple[Callable[[Path], Path | None], Callable[[Path], tuple[Source, Source]]]

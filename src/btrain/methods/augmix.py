@@ -204,7 +204,7 @@ class AugMix:
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
         """Return three units for each pass of an image or view."""
-        expected = self.allocator.expected(fractions)
+        expected = self.allocator.expected(self.allocator.fractions or fractions)
         if expected is None:
             return None
         return 3 + 6 * expected.attacked if self.jsd else 3

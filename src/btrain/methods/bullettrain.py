@@ -430,6 +430,7 @@ class BulletTrain:
 
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
         """Return units an example; None where the allocator cannot tell."""
+        fractions = self.allocator.fractions or fractions
         expected = self.expected(fractions)
         if expected is None:
             return None

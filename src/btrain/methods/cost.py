@@ -32,11 +32,6 @@ def forward_flops(model: nn.Module, shape: tuple[int, int, int], device: torch.d
     return int(counter.get_total_flops())
 
 
-def expected_units(config: Config, fractions: tuple[float, float, float]) -> float | None:
-    """Return units an example of a training step with these F_B, F_R, F_O; see `Method`."""
-    return make_method(config, torch.device("cpu")).expected_units(fractions)
-
-
 @dataclass(frozen=True)
 class Costs:
     """The units with which those of a run are compared.

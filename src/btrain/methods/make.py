@@ -85,7 +85,7 @@ def make_methods(
     config: Config,
     device: torch.device,
     *,
-    paths: FastPaths,
+    paths: FastPaths | None = None,
     known: Known = NOTHING,
     world: World = ALONE,
     held_out: Split | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -221,6 +222,7 @@ class OwnSteps:
     factory: str
     needs_scores: ClassVar[bool] = True
     by_distance: ClassVar[bool] = True
+    fractions: ClassVar[None] = None
 
     def __call__(self, batch: Scored) -> Allocation:
         """Return its allocation; of steps alone the classes are BulletTrain's, for the log.
@@ -257,9 +259,28 @@ class OwnSteps:
         return decided._replace(steps=decided.steps.long().clamp(min=0))
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
-        """Return what the user's own says, if it has an `expected`; else None."""
-        theirs = getattr(self.decide, "expected", None)
-        return None if theirs is None else theirs(fractions)
+        """Return what the user's own says, if it has an `expected`; else None.
+
+        Raises:
+            UserError: it fails, or says what no attack can be.
+        """
+        where = f"bt.factory={self.factory}: expected"
+        with own.explained(where):
+            theirs = getattr(self.decide, "expected", None)
+            told = None if theirs is None else theirs(fractions)
+        if told is None:
+            return None
+        if not isinstance(told, Expected):
+            kind = type(told).__name__
+            raise UserError(
+                f"{where} returns a {kind}, neither btrain.allocation.Expected nor None."
+            )
+        numbers = all(isinstance(part, int | float) and 0 <= part < math.inf for part in told)
+        if not numbers or told.attacked > 1:
+            raise UserError(
+                f"{where} must return numbers from 0, and an attacked share up to 1, not {told}."
+            )
+        return told
 
 
 def _check_tensor(where: str, what: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -5,21 +5,24 @@ A unit is one forward pass of one image; see `btrain.methods.cost`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from btrain import own
 from btrain.build import make_model
-from btrain.methods.cost import PAPER_FRACTIONS, expected_units, forward_flops
+from btrain.data.splits import Size, size_of
+from btrain.errors import UserError
+from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
+from btrain.methods.make import make_methods
 from btrain.paper.job import Job, asked, config_of
 from btrain.paper.plan import Plan, Row
-from btrain.settings import Config
+from btrain.settings import Config, DatasetConfig, ModelConfig, OwnModelConfig
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
-from btrain.settings.run import CLASSES, IMAGES, SHAPES
 from btrain.terminal import counted, plural
-from btrain.training.epochs import fewest_images
-from btrain.training.schedule import make_plan
+from btrain.training.foresee import reckon
 
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -33,52 +36,70 @@ class Cost:
 
     Attributes:
         settings: the size of the run, for people.
-        training: FLOPs; None where the images or the method are not known here.
+        training: FLOPs; None where they are not known here.
         evaluation: FLOPs at most, were no example to fall early; None likewise.
+        why: the reason that one of them is not known; None if both are.
     """
 
     settings: str
     training: float | None
     evaluation: float | None
+    why: str | None = None
 
 
-def cost(job: Job, row: Row) -> Cost:
+def cost(job: Job, row: Row, look: Callable[[DatasetConfig], Size] = size_of) -> Cost:
     """Return the cost of each run of a row.
 
     Its fractions are those that the paper tells of it, or of N_R = 2; epochs leave out as many
     images as they may.
+
+    Args:
+        look: finds the size of the data.
     """
     config = config_of(job, row.experiment, row.swept)
-    data = config.dataset
-    known = IMAGES.get(data.name)
-    told = tuple(row.paper.get(key) for key in ("f_b", "f_r", "f_o"))
+    own.allow_parts(config)
+    try:
+        data = look(config.dataset)
+        known = {"classes": data.classes, "shape": data.shape}
+        methods = make_methods(config, torch.device("cpu"), known=known)
+        work = reckon(config, methods, data.train, _fractions(row))
+        unit = _forward_flops(config.model, data)
+    except UserError as error:
+        return Cost(_settings(config, None), None, None, str(error).removesuffix("."))
+    epochs, size = config.train.epochs, config.train.batch_size
+    passes = (2 * config.eval.steps + 2) * (data.test + size * epochs)
+    for attacks in job.profile.evaluations(job.target, row.name):
+        wanted = asked(attacks)
+        n = int(wanted.config.get("dataset.test_examples", data.test))
+        passes += n * sum(_attack_units(wanted, attack) for attack in wanted.attacks)
+    training = why = None
+    if None in work.units:
+        why = f"only trying tells what {row.name} takes: btrain plan experiment={row.experiment}"
+    else:
+        training = work.total(0) * unit
+    return Cost(_settings(config, work.images), training, passes * unit, why)
+
+
+def _fractions(row: Row) -> tuple[float, float, float]:
+    """Return the F_B, F_R, F_O that the paper tells of a row, or the usual ones."""
+    told = (row.paper.get(key) for key in ("f_b", "f_r", "f_o"))
     boundary, robust, outlier = (
         share if share is not None else usual
         for share, usual in zip(told, PAPER_FRACTIONS, strict=True)
     )
-    units = expected_units(config, (boundary, robust, outlier))
-    images = data.train_examples or (known and known[0] - data.val_examples)
-    tested = data.test_examples or (known and known[1])
+    return boundary, robust, outlier
+
+
+def _settings(config: Config, images: Sequence[int] | None) -> str:
+    """Return the size of a run for people, with the images of each epoch where they are known."""
     width = getattr(config.model, "width", None)
     model = config.model.name if width is None else f"{config.model.name} of width {width}"
-    taken = [] if images is None else fewest_images(images, make_plan(config), outlier)
-    fewer = f"{min(taken):,} to " if taken and min(taken) < max(taken) else ""
-    settings = (
-        f"{model}, {counted(config.train.epochs, 'epoch')} of {fewer}"
-        f"{'?' if images is None else f'{images:,}'} {plural(images, 'image')}, "
-        f"batches of {config.train.batch_size}"
-    )
-    if images is None or tested is None or data.name not in SHAPES:
-        return Cost(settings, None, None)
-    unit = _forward_flops(config)
-    training = None if units is None else units * sum(taken) * unit
-    own = 2 * config.eval.steps + 2
-    passes = own * (tested + config.train.batch_size * config.train.epochs)
-    for attacks in job.profile.evaluations(job.target, row.name):
-        wanted = asked(attacks)
-        n = int(wanted.config.get("dataset.test_examples", tested))
-        passes += n * sum(_attack_units(wanted, attack) for attack in wanted.attacks)
-    return Cost(settings, training, passes * unit)
+    many = "? images"
+    if images is not None:
+        fewer = f"{min(images):,} to " if min(images) < max(images) else ""
+        many = f"{fewer}{max(images):,} {plural(max(images), 'image')}"
+    epochs = counted(config.train.epochs, "epoch")
+    return f"{model}, {epochs} of {many}, batches of {config.train.batch_size}"
 
 
 def _attack_units(wanted: EvalSettings, attack: str) -> int:
@@ -89,13 +110,14 @@ def _attack_units(wanted: EvalSettings, attack: str) -> int:
     return 1 + {"corruptions": _CORRUPTIONS}.get(attack, _AUTOATTACK * (attack in AUTOATTACKS))
 
 
-def _forward_flops(config: Config) -> int:
+def _forward_flops(model: ModelConfig, data: Size) -> int:
     """Return the FLOPs of one image, by torch's counter, on a network without memory of its own."""
-    name = config.dataset.name
     meta = torch.device("meta")
-    with meta:
-        network = make_model(config.model, CLASSES[name], SHAPES[name])
-    return forward_flops(network, SHAPES[name], meta)
+    theirs = f"model.factory={model.factory}" if isinstance(model, OwnModelConfig) else None
+    with nullcontext() if theirs is None else own.explained(theirs):
+        with meta:
+            network = make_model(model, data.classes, data.shape)
+        return forward_flops(network, data.shape, meta)
 
 
 def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
@@ -103,32 +125,43 @@ def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
 
     Runs that targets share are counted in each of them.
     """
+    seen: dict[str, Size] = {}  # for the rows of a target have the same data
+
+    def look(dataset: DatasetConfig) -> Size:
+        if (key := repr(dataset)) not in seen:
+            seen[key] = size_of(dataset)
+        return seen[key]
+
     lines = []
     for job, plan in jobs:
         rows = [row for row in plan.rows if job.wanted([row.experiment])]
         lines += [f"{plan.target}, profile {plan.profile}: {plan.title}"]
-        costs = [(row, cost(job, row)) for row in rows]
+        costs = [(row, cost(job, row, look)) for row in rows]
         for row, found in costs:
             lines.append(
                 f"  {row.name}: {found.settings}; {counted(len(row.runs), 'seed')} of "
                 f"{_work(found.training)} to train, {_work(found.evaluation)} to evaluate"
             )
-        lines.append(f"  {_total(job, costs)}")
+        lines.append(f"  all: {_total(job, costs)}")
     return "\n".join(lines)
 
 
 def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
-    """Return the sum of the known costs, and how long a device of the profile would take."""
+    """Return the sum of the known costs, how long a device of the profile would take, and what
+    is not known why.
+    """
     known = [
         len(row.runs) * (found.training + found.evaluation)
         for row, found in costs
         if found.training is not None and found.evaluation is not None
     ]
+    why = "; ".join(dict.fromkeys(found.why for _, found in costs if found.why is not None))
+    if not known:
+        return f"unknown: {why}" if costs else "no row"
     unknown = len(costs) - len(known)
-    words = f"all: {_work(sum(known))}"
-    words += (
-        f" without {unknown} row{'s' if unknown > 1 else ''} of unknown cost" if unknown else ""
-    )
+    words = _work(sum(known))
+    if unknown:
+        words += f" without {counted(unknown, 'row')} of unknown cost ({why})"
     if job.profile.tflops is not None:
         minutes = sum(known) / (job.profile.tflops * 1e12) / 60
         words += (

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,11 +19,12 @@ from btrain.attacks.fast_paths import make_fast_paths
 from btrain.build import find_device
 from btrain.data.augmentation import batch_slices
 from btrain.data.splits import load_or_stand_in
+from btrain.methods.base import Method
 from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
-from btrain.methods.make import make_method
+from btrain.methods.make import make_methods
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
-from btrain.terminal import counted, plural, sized
+from btrain.terminal import counted, plural, sized, tell
 from btrain.training.epochs import fewest_images, train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
@@ -39,7 +41,7 @@ class Foreseen:
 
     Attributes:
         batches: of an epoch.
-        timed: batches that were tried.
+        timed: batches that were tried and timed.
         seconds: of training, without the evaluations.
         flops: of the whole training.
         memory: the most that was held while steps were tried, bytes: on a GPU by tensors, on a CPU
@@ -48,8 +50,9 @@ class Foreseen:
             the most.
         checkpoint: bytes of one.
         by_paper: whether the paper's shares of boundary, robust and outlier examples were assumed.
-        fewest: batches in all, if train.skip leaves out as many images as it may; seconds and flops
-            are of so many.
+        fewest: batches in all, if train.skip leaves out as many images as it may.
+        reckoned: batches in all that seconds and flops are of: the fewest, unless a guard keeps all
+            images at the share of outliers that is assumed.
         store: bytes of the kept starts; None where none are kept.
         saved: whether checkpoints hold them.
         noise_for: the data set that is still to be downloaded, for which noise stood in; or None.
@@ -66,6 +69,7 @@ class Foreseen:
     by_paper: bool
     device: str
     fewest: int
+    reckoned: int
     store: int | None
     saved: bool
     noise_for: str | None = None
@@ -78,7 +82,8 @@ class Foreseen:
         in_all = f"{most:,} in all"
         if self.fewest < most:
             in_all = f"{self.fewest:,} to {in_all}, by how many images train.skip leaves out"
-            assumed += ", with as many left out as may be"
+            kept = "none left out, as bt.guard has it at so many outliers"
+            assumed += f", with {kept if self.reckoned == most else 'as many left out as may be'}"
         lines = [
             f"steps    {counted(self.epochs, 'epoch')} of "
             f"{self.batches:,} {plural(self.batches, 'batch', 'batches')}, {in_all}",
@@ -115,6 +120,45 @@ def in_all(jobs: Sequence[Foreseen]) -> str:
     )
 
 
+class Reckoned(NamedTuple):
+    """The work of a training by its settings.
+
+    Attributes:
+        images: of each epoch.
+        units: an example of each epoch; None where only trying can tell.
+    """
+
+    images: list[int]
+    units: list[float | None]
+
+    def total(self, tried: float) -> float:
+        """Return the units of all epochs, with those that were tried where nothing else tells."""
+        each = (tried if units is None else units for units in self.units)
+        return sum(count * units for count, units in zip(self.images, each, strict=True))
+
+
+def reckon(
+    config: Config,
+    methods: Callable[[int], Method],
+    examples: int,
+    fractions: tuple[float, float, float],
+) -> Reckoned:
+    """Return the work of a training where examples of an epoch have these F_B, F_R, F_O.
+
+    Epochs leave out as many images as they may.
+
+    Args:
+        methods: of each epoch.
+        examples: of the training set.
+    """
+    own: tuple[float, float, float] | None = getattr(config.bt, "fractions", None)
+    *_, outliers = own or fractions
+    return Reckoned(
+        fewest_images(examples, make_plan(config), outliers),
+        [methods(epoch).expected_units(fractions) for epoch in range(config.train.epochs)],
+    )
+
+
 def foresee(config: Config) -> Foreseen:
     """Try a few batches of a run and return what all of it will take; nothing is written.
 
@@ -129,54 +173,74 @@ def foresee(config: Config) -> Foreseen:
     data, noise = load_or_stand_in(config.dataset, device)
     check_radius(config, data)
     state = make_state(config, data, device)
-    plan, known = make_plan(config), known_of(data)
+    plan, known = replace(make_plan(config), max_seconds=None), known_of(data)
     paths = make_fast_paths(config.train, device)
-    method = make_method(config, device, paths=paths, known=known)
+    methods = make_methods(config, device, paths=paths, known=known)
+    reckoned, if_all_near = (
+        reckon(config, methods, len(data.train), fractions) for fractions in (PAPER_FRACTIONS, _ALL)
+    )
     batches = len(batch_slices(len(data.train), plan.batch_size))
-    ends = time.perf_counter() + _SECONDS
+    earlier = 0  # batches, in the epochs before the one under way
 
-    def take(enough: Callable[[], bool] = lambda: False) -> tuple[float, float, float]:
-        """Train until it is enough; return seconds, units and images so far."""
-        train_epoch(
-            state, data.train, method, plan, see=paths.view, tick=lambda: None,
-            show=lambda means: None, stopped=enough, controllers=(),
-        )  # fmt: skip
+    def tried() -> int:
+        return earlier + state.batch
+
+    def take(method: Method, enough: Callable[[], bool]) -> tuple[float, float, float]:
+        """Train until it is enough, the epoch again and again.
+
+        Returns:
+            The seconds, units and images so far.
+        """
+        nonlocal earlier
+        while not enough():
+            if state.batch == batches:
+                earlier, state.batch = earlier + batches, 0
+            train_epoch(
+                state, data.train, method, plan, see=paths.view, tick=lambda: None,
+                show=lambda means: None, stopped=enough, controllers=(),
+            )  # fmt: skip
         sums = state.epoch_sums
         return state.train_seconds, float(sums[UNITS]), float(sums[EXAMPLES])
 
-    def enough() -> bool:
-        late = state.batch > 1 and time.perf_counter() > ends
-        return late or state.batch >= min(_BATCHES, batches - 1)
+    # One batch is to be warm; one in which everybody takes all steps holds the most memory.
+    untimed = 2 if 0 < config.bt.plain_epochs < config.train.epochs else 1
+    most = untimed + _BATCHES
+    tell(
+        f"Trying {untimed + 1} to {most} batches of {min(plan.batch_size, len(data.train))} images "
+        f"on {device}, until {_SECONDS:g} seconds are over."
+    )
+    ends = time.perf_counter() + _SECONDS
+
+    def late() -> bool:
+        return tried() >= most or (tried() > untimed and time.perf_counter() > ends)
 
     size = f"train.batch_size={config.train.batch_size}"
     with explained_memory(device, size, smaller_batch(config.train.accumulate)):
-        if batches > 2:
-            warm = take(lambda: state.batch == 1)
-            tried, timed = take(enough), state.batch - 1
-        else:  # the epoch again and again: a batch of it is to be warm
-            warm, timed = take(), 0
-            while not timed or (timed < _BATCHES and time.perf_counter() < ends):
-                state.batch = 0
-                tried, timed = take(), timed + batches
-    seconds, units, images = (b - a for a, b in zip(warm, tried, strict=True))
-    expected = method.expected_units(PAPER_FRACTIONS)
-    each = units / images if expected is None else expected
-    fewest = fewest_images(len(data.train), plan)
-    total = each * sum(fewest_images(len(data.train), plan, PAPER_FRACTIONS[2]))
+        take(methods(0), lambda: tried() == untimed - 1)
+        method = methods(config.train.epochs - 1)
+        warm = take(method, lambda: tried() == untimed)
+        timed = take(method, late)
+    seconds, units, images = (b - a for a, b in zip(warm, timed, strict=True))
+    total = reckoned.total(units / images)
+    fewest, taken = (
+        sum(len(batch_slices(count, plan.batch_size)) for count in counts)
+        for counts in (fewest_images(len(data.train), plan), reckoned.images)
+    )
     content = io.BytesIO()
     torch.save(state.state_dict(), content)
     return Foreseen(
         epochs=config.train.epochs,
         batches=batches,
-        timed=timed,
+        timed=tried() - untimed,
         seconds=total * seconds / units,
         flops=total * forward_flops(state.model, data.shape, device),
         memory=_memory(device),
         alone=alone,
         checkpoint=content.tell(),
-        by_paper=expected is not None and expected != method.expected_units(_ALL),
+        by_paper=reckoned != if_all_near,
         device=str(device),
-        fewest=sum(len(batch_slices(images, plan.batch_size)) for images in fewest),
+        fewest=fewest,
+        reckoned=taken,
         store=store_bytes(config, data),
         saved=config.attack.checkpoint_store,
         noise_for=config.dataset.title if noise else None,
