@@ -557,7 +557,7 @@ def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words:
         (["bt.guard=0.5"], "bt.guard=0.5 changes nothing here: it lifts bt.robust_share and"),
         (["train.skip=0.1"], "out: it would spare at most 15 images of 300 in an epoch, which is"),
         (["train.skip=0.6", "train.epochs=1"], "no scores precede it, and train.epochs=1."),
-        (["train.skip=0.6", "train.skip_last=0.8"], "by train.skip_last=0.8 all the others do."),
+        (["train.skip=0.6", "train.skip_last=0.8"], "out: train.skip_last=0.8 keeps every image"),
         (["train.skip=0.6", "bt.guard=0.5", "bt.warmup_epochs=4"], "of bt.warmup_epochs=4 does,"),
         (["attack.epsilon_warmup_epochs=3"], None),
         (["attack.epsilon_warmup_epochs=5"], "is not below train.epochs=4: no epoch attacks at "

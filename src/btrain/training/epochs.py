@@ -187,8 +187,8 @@ def why_nobody_is_left_out(examples: int, plan: Plan) -> str | None:
         return "the first epoch takes every image, for no scores precede it, and train.epochs=1"
     if ever(replace(plan, skip_last=0.0)):
         return (
-            f"the first epoch takes every image, and by train.skip_last={plan.skip_last:g} all the "
-            "others do"
+            f"train.skip_last={plan.skip_last:g} keeps every image in all epochs that could leave "
+            "some out, which the first never does"
         )
     return (
         f"bt.guard={plan.guard:g} waits for an epoch that counts outliers, and none of "

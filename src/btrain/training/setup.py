@@ -146,8 +146,9 @@ def _doubts_of_settings(config: Config, state: TrainState, data: Data) -> list[s
         )
     if bt.score is Score.shared and attack.mode is AttackMode.eval and _normalises(state.model):
         method = make_method(config, state.device, known=known_of(data))
-        assert isinstance(method, BulletTrain)
-        if method.defense.inner_reads_clean or method.allocator.needs_scores:
+        if isinstance(method, BulletTrain) and (
+            method.defense.inner_reads_clean or method.allocator.needs_scores
+        ):
             found.append(
                 "bt.score=shared scores examples, and makes what their attack aims at, by "
                 "BatchNorm's statistics of the batch, while the attack is made in eval mode: that "
