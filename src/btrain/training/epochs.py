@@ -213,7 +213,7 @@ def train_epoch(
     tick: Callable[[], None],
     show: Callable[[Averages], None],
     stopped: Callable[[], bool] = lambda: False,
-    guard: InputGuard | None = None,
+    watch: InputGuard | None = None,
     world: World = ALONE,
     controllers: Sequence[Controller] | None = None,
 ) -> Averages | None:
@@ -225,7 +225,7 @@ def train_epoch(
         tick: called after each batch.
         show: called about once a second with the epoch's averages so far.
         stopped: asked ahead of each batch.
-        guard: looks at the epoch's last batch.
+        watch: looks at the epoch's last batch.
         world: the processes that train together; they stop together, by the clock of the first.
         controllers: what acts on the weights; None for all that the state has.
 
@@ -289,7 +289,7 @@ def train_epoch(
                 heartbeat.random_states[state.batch + 1] = state.generator.get_state()
             batch = next(drawn)
             last = state.batch + 1 == steps_per_epoch
-            with guard.over(state.model, batch.x) if guard is not None and last else nullcontext():
+            with watch.over(state.model, batch.x) if watch is not None and last else nullcontext():
                 _take(state, method, batch, heartbeat.check, plan, done, see, several, acting)
             if first:
                 heartbeat.step(state)

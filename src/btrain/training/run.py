@@ -291,14 +291,14 @@ def _train_epochs(
 
         while not _is_over(config, vars(state)):
             method = method_of(state.epoch)
-            guard = InputGuard(method.reach)
+            watch = InputGuard(method.reach)
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             if record is not None:
                 record.save_epoch_start()
             with record.offending_batch_kept() if record is not None else nullcontext():
                 means = train_epoch(
                     state, data.train, method, plan, see=paths.view,
-                    tick=bar.update, show=show, stopped=stop.made, guard=guard, world=world,
+                    tick=bar.update, show=show, stopped=stop.made, watch=watch, world=world,
                 )  # fmt: skip
             if means is not None:
                 check_weights(state, data.train)
@@ -313,7 +313,7 @@ def _train_epochs(
             metrics: dict[str, Any] = {"epoch": state.epoch + 1} | means
             metrics |= speedups(costs, means)
             metrics["flops"] = float(state.epoch_sums[UNITS]) * unit
-            metrics["warnings"] = guard.warnings()
+            metrics["warnings"] = watch.warnings()
             metrics["speedup_measured"] = None
             metrics |= sparse_columns(state, metrics, unit)
             complete = state.batch == batches_in(state, data.train, plan)
