@@ -68,8 +68,9 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     steps = {run.get("eval_steps") for runs in rows.values() for run in runs}
     step = f"{counted(steps.pop(), 'step')} " if len(steps) == 1 else ""
     attack = f"{step}on the test set"
-    work = "in FLOPs, and measured," if measured else "in FLOPs"
-    note = f"PGD: {attack}; speedup: over the plain defense, {work.rstrip(',')}."
+    work = "in FLOPs, and measured" if measured else "in FLOPs"
+    over = "over each row's own defense with all its steps for everybody"
+    note = f"PGD: {attack}; speedup: {over}, {work}."
     return f"{text(['setting', *shown], lines)}\n\n{note}"
 
 
