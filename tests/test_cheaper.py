@@ -584,10 +584,12 @@ def test_settings_that_do_nothing_or_harm_are_told(
 # Scores of the last visit
 
 
+@pytest.mark.parametrize("allocator", ["bullettrain", "random"])
 def test_scores_of_the_last_visit_choose_like_fresh_ones_while_weights_stand_still(
-    digits: Data,
+    digits: Data, allocator: str
 ) -> None:
-    common, m = ["dataset=digits", "model=small_cnn", "bt.n_b=2", "bt.n_r=1"], 60
+    common = ["dataset=digits", "model=small_cnn", f"bt={allocator}", "bt.n_b=2", "bt.n_r=1"]
+    m = 60
     model = make_state(compose(common), digits, CPU).model
     x = to_unit(digits.train.images[:m])
     with torch.no_grad():
@@ -611,6 +613,8 @@ def test_scores_of_the_last_visit_choose_like_fresh_ones_while_weights_stand_sti
     torch.testing.assert_close(last_loss.value, fresh_loss.value)
     saved = m - int((last.allocation.steps > 0).sum())
     assert 0 < saved == float(fresh_loss.stats.units - last_loss.stats.units)
+    told = last_loss.stats._replace(units=fresh_loss.stats.units)
+    torch.testing.assert_close(told, fresh_loss.stats, equal_nan=True)
 
 
 def test_the_older_name_of_shared_scores_goes_on() -> None:

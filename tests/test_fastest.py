@@ -42,11 +42,10 @@ def test_a_recipe_with_adam_has_no_nesterov(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["mnist_sample", "digits", "cifar10"])
-def test_the_rival_has_the_same_descent_everywhere(dataset: str) -> None:
+def test_the_rival_has_the_same_recipe_everywhere(dataset: str) -> None:
     rival = compose(["experiment=cheap_rival", f"dataset={dataset}", "model=small_cnn"]).recipe
-    ours = compose(["experiment=cheap_bullettrain", "dataset=cifar10"]).recipe
-    for name in ("optimizer", "lr", "momentum", "nesterov", "schedule", "peak", "clip_norm"):
-        assert getattr(rival, name) == getattr(ours, name), name
+    ours = compose(["experiment=cheap_bullettrain", f"dataset={dataset}", "model=small_cnn"]).recipe
+    assert rival == ours
 
 
 def test_cheapest_is_the_rival_in_fewer_epochs_and_ends_ahead_of_a_collapse() -> None:

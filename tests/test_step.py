@@ -465,14 +465,6 @@ def test_statistics_of_a_hand_made_batch() -> None:
         }
     )
 
-    # By the loss' clean logits where the choice was made without any, and by chance.
-    by_chance = Allocation(classes.flip(0), allocation.steps)
-    ours, same = (
-        step_stats(by_chance, torch.tensor(1.5), read, score, z, adv, labels, units=60.0)
-        for read in (z, torch.empty(6, 0))
-    )
-    assert torch.equal(stacked(ours), stacked(same))
-
 
 def test_nothing_is_claimed_where_nothing_is_known() -> None:
     labels = torch.zeros(4, dtype=torch.int64)

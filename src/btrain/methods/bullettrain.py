@@ -218,8 +218,9 @@ class BulletTrain:
             regulariser, cost = self.regulariser
             loss = loss + regulariser(network, x, labels, generator)
             units += cost * m
+        predicted = clean_logits if self.scoring is Score.last else z  # which then is of few
         stats = step_stats(
-            allocation, loss, z, score, clean_logits, adv_logits, labels, units=units,
+            allocation, loss, predicted, score, clean_logits, adv_logits, labels, units=units,
             weights=weights,
         )  # fmt: skip
         return Loss(loss, stats, share)

@@ -84,8 +84,7 @@ def step_stats(
     classes, steps, overhead, _ = allocation
     boundary, robust, outlier = classes == BOUNDARY, classes == ROBUST, classes == OUTLIER
     has_clean, has_adv = clean_logits.shape[1] > 0, adv_logits.shape[1] > 0
-    predicted = z if z.shape[1] else clean_logits
-    wrong = predicted.argmax(dim=1) != labels if predicted.shape[1] else outlier
+    wrong = z.argmax(dim=1) != labels if z.shape[1] else outlier
     stands = adv_logits.argmax(dim=1) == labels if has_adv else torch.zeros_like(wrong)
     known = (steps > 0) & ~wrong if has_adv else torch.zeros_like(wrong)
     fell, stood = known & ~stands, known & stands
