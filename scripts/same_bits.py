@@ -38,7 +38,7 @@ COMMON = """dataset=digits dataset.train_examples=250 dataset.test_examples=100 
 WEAK = "attack.epsilon=0.03 recipe.optimizer=adam recipe.lr=0.01"
 """An attack that the network soon resists in part, so that all three classes of examples occur."""
 WATCHED = frozenset({"pgd_acc_train_batch", "watched_acc"})
-"""Of a batch, then; where a collapse ends the run, it is of 128 images at least now."""
+"""Measured by the earlier commit on a batch, now on 128 images where a collapse ends the run."""
 RESNET = "model=preact_resnet18 model.width=4 dataset.train_examples=150"
 
 

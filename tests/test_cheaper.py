@@ -558,14 +558,16 @@ def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words:
         (["train.skip=0.1"], "out: it would spare at most 15 images of 300 in an epoch, which is"),
         (["train.skip=0.6", "train.epochs=1"], "no scores precede it, and train.epochs=1."),
         (["train.skip=0.6", "train.skip_last=0.8"], "out: train.skip_last=0.8 keeps every image"),
-        (["train.skip=0.6", "bt.guard=0.5", "bt.warmup_epochs=4"], "of bt.warmup_epochs=4 does,"),
+        (["train.skip=0.6", "bt.guard=0.5", "bt.warmup_epochs=4"], "would be epoch 5 of 4 ("),
         (["attack.epsilon_warmup_epochs=3"], None),
         (["attack.epsilon_warmup_epochs=5"], "is not below train.epochs=4: no epoch attacks at "
          "the whole ε, the last one has 67 % of it."),
         (["bt.score=shared"], None),
         ([*NORMED, "bt.score=shared", "bt=uniform", "attack.mode=train"], None),
         ([*NORMED, "bt.score=shared", "bt=uniform", "defense=mart"], None),
-        ([*NORMED, "bt.score=shared"], "bt.score=shared scores examples, and makes what their"),
+        ([*NORMED, "bt.score=shared", "bt=uniform", "bt.n_b=0"], None),
+        ([*NORMED, "bt.score=shared", "bt=uniform"], "bt.score=shared: the attack's target is"),
+        ([*NORMED, "bt.score=shared"], "are scored and the attack's target is made by"),
         ([*NORMED, "bt.score=shared", "defense=mart"], "cost two points of robust accuracy"),
     ],
 )  # fmt: skip

@@ -392,9 +392,11 @@ def test_where_images_lie_and_who_fetched_them_may_differ(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(to_yaml(compose(["dataset=mnist"])))
     folder = RunFolder(tmp_path)
     folder.check_owner(compose(["dataset=mnist", "dataset.download=false", "dataset.root=else"]))
-    with pytest.raises(UserError, match=r"belongs to a run with attack\.epsilon=0\.3, not") as told:
+    with pytest.raises(
+        UserError, match="belongs to a run with dataset=mnist, not cifar10; "
+    ) as told:
         folder.check_owner(compose())
-    assert "; dataset=mnist, not cifar10; " in str(told.value)
+    assert "; attack.epsilon=0.3, not 0.031; " in str(told.value)
     assert re.search(
         r"; \d+ more settings differ; please name another run\.dir\.$", str(told.value)
     )

@@ -159,7 +159,7 @@ def test_a_folder_of_images_is_looked_into(tmp_path: Path) -> None:
     plan = make_plan(of)
     *_, free, total = listing([(of, plan)]).splitlines()
     assert "of unknown to train" in free and re.search(r"\d GFLOP to evaluate", free)
-    why = "only trying tells what cheap_free takes: btrain plan experiment=cheap_free"
+    why = "only trying tells what cheap_free takes, by btrain plan with its settings"
     assert f" without 1 row of unknown cost ({why}); " in total
     row = next(row for row in plan.rows if row.name == "cheapest")
     config = config_of(of, row.experiment, row.swept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -257,6 +258,41 @@ def test_a_collapse_goes_back_to_the_epoch_before_wherever_the_run_was_cut(
     train(tiny(tmp_path / "cut", *collapsing))
     assert_like(tmp_path / "cut", tmp_path / "whole")
     assert len(metrics(tmp_path / "cut")) == 13
+
+
+def test_a_checkpoint_that_watched_fewer_images_tells_of_no_collapse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, "train.epochs=2", "train.batch_size=16", "dataset.train_examples=160",
+                  "recipe.early_stop_on_collapse=true")  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_after(patch, 11, signal.SIGTERM)
+        train(config)
+    file = RunFolder(tmp_path).last
+    saved = checkpoint.load(file)
+    assert saved["state"].pop("watched_images") == 128  # as older ones have none
+    saved["state"]["watched_acc"] = 100.0
+    checkpoint.save(file, saved)
+    summary = train(config)
+    assert summary["collapse"] is None and summary["epochs"] == 2
+
+
+def test_going_back_keeps_what_was_spent(tmp_path: Path, digits: Data) -> None:
+    state = make_state(tiny(tmp_path, "sparsity=flying_bird"), digits, torch.device("cpu"))
+    assert state.sparsity is not None
+    before = copy.deepcopy(state.state_dict())
+    state.total_sums += 2
+    state.epoch_sums += 3
+    state.train_seconds = 4.0
+    counts = [state.sparsity.memory[name] for name in ("counted_units", "extra_units")]
+    for count in counts:
+        count += 5
+    with torch.no_grad():
+        next(state.model.parameters()).add_(1)
+    state.go_back(before)
+    assert same(state.model.state_dict(), before["model"])
+    assert bool((state.total_sums == 5).all()) and not bool(state.epoch_sums.any())
+    assert state.train_seconds == 4 and all(float(count) == 5 for count in counts)
 
 
 def test_nothing_draws_from_torchs_own_generators(

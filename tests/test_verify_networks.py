@@ -204,7 +204,12 @@ REFUSED = {
     "Python's chance": (Function(lambda x: x + 1e-3 * random.random()), "uses no chance"),
     "an image's own": (Function(lambda x: x * torch.rand(3, 2, 1, 1).clamp(1)), "image to image"),
     "number": (Function(lambda x: x * x.max().item()), "through the operation max"),
-    "batch": (Function(lambda x: x * x.size(0)), "other logits in another batch"),
+    "a pixel": (Function(lambda x: x * x.tolist()[0][0][0][0]), "than an image's size"),
+    "batch": (Function(lambda x: x * x.size(0)), "than an image's size"),
+    "batch by index": (Function(lambda x: x * x.shape[-4]), "than an image's size"),
+    "large batches": (Function(lambda x: x * (1 + x.size(0) // 100)), "than an image's size"),
+    "count": (Function(lambda x: x + x.numel() // 3000), "than an image's size"),
+    "mean over the batch": (Function(lambda x: x - x.mean(0)), "through the operation mean"),
     "length": (Function(lambda x: x.view(len(x), -1)), r"cannot be followed \(torch.fx\): 'len'"),
     "new layer": (Function(lambda x: nn.ReLU()(x)), r"cannot be followed \(torch.fx\): module"),
     "no numbers": (Function(lambda x: x * float("nan")), "logits are not finite"),
@@ -302,7 +307,7 @@ CALLED: dict[str, Callable[[nn.Conv2d, Tensor], Tensor]] = {
     "difference": lambda conv, x: torch.sub(other=conv(x), input=conv.bias.view(2, 1, 1)),
     "convolution": lambda conv, x: F.conv2d(x, conv.weight, bias=conv.bias, padding=1, stride=2),
     "linear": lambda conv, x: F.linear(conv(x).flatten(1), conv.weight.view(1, 18)),
-    "channels": lambda conv, x: conv(x) / conv(x).shape[1] + x.shape[-1],
+    "sizes": lambda conv, x: conv(x) / conv(x).shape[1] + 2 * x.size(-1) ** -0.5,
     "pooling": lambda conv, x: F.avg_pool2d(x, kernel_size=x.size(2) // 2),
 }
 

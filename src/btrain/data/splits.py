@@ -141,10 +141,12 @@ class Size(NamedTuple):
 
 
 def size_of(dataset: DatasetConfig) -> Size:
-    """Return the size of a configuration's data; nothing is downloaded, and no file decoded.
+    """Return the size of a configuration's data, by its name or a look into its folder.
+
+    Nothing is downloaded, and no image is decoded but one of own data.
 
     Raises:
-        UserError: as `load`.
+        UserError: a folder or own data cannot be read, or more is asked for than there is.
     """
     if dataset.name in IMAGES:
         (train, test), classes = IMAGES[dataset.name], CLASSES[dataset.name]

@@ -72,7 +72,7 @@ def step_stats(
     Args:
         allocation: of the batch.
         loss: mean over the batch, ().
-        z: the logits that decided the allocation, (m, K), or (m, 0) where none were computed.
+        z: the logits that tell who is misclassified, (m, K), or (m, 0) where none were computed.
         score: of z, (m,); NaN, or None for all, where it is not known.
         clean_logits: (m, K), or (m, 0) where none were computed.
         adv_logits: (m, K), or (m, 0) where they tell nothing of the outcome.

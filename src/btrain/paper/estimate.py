@@ -23,6 +23,7 @@ from btrain.settings import Config, DatasetConfig, ModelConfig, OwnModelConfig
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
 from btrain.terminal import counted, plural
 from btrain.training.foresee import reckon
+from btrain.training.scores import watched_images
 
 _CORRUPTIONS = 15 * 5
 _UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -66,15 +67,15 @@ def cost(job: Job, row: Row, look: Callable[[DatasetConfig], Size] = size_of) ->
         unit = _forward_flops(config.model, data)
     except UserError as error:
         return Cost(_settings(config, None), None, None, str(error).removesuffix("."))
-    epochs, size = config.train.epochs, config.train.batch_size
-    passes = (2 * config.eval.steps + 2) * (data.test + size * epochs)
+    watched = config.train.epochs * watched_images(config)
+    passes = (2 * config.eval.steps + 2) * (data.test + watched)
     for attacks in job.profile.evaluations(job.target, row.name):
         wanted = asked(attacks)
         n = int(wanted.config.get("dataset.test_examples", data.test))
         passes += n * sum(_attack_units(wanted, attack) for attack in wanted.attacks)
     training = why = None
     if None in work.units:
-        why = f"only trying tells what {row.name} takes: btrain plan experiment={row.experiment}"
+        why = f"only trying tells what {row.name} takes, by btrain plan with its settings"
     else:
         training = work.total(0) * unit
     return Cost(_settings(config, work.images), training, passes * unit, why)
@@ -147,9 +148,7 @@ def listing(jobs: Iterable[tuple[Job, Plan]]) -> str:
 
 
 def _total(job: Job, costs: list[tuple[Row, Cost]]) -> str:
-    """Return the sum of the known costs, how long a device of the profile would take, and what
-    is not known why.
-    """
+    """Return the line on all rows: known costs, their time, and why others are unknown."""
     known = [
         len(row.runs) * (found.training + found.evaluation)
         for row, found in costs

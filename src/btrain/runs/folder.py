@@ -132,13 +132,13 @@ class RunFolder:
             others = [key for key in differing if key not in longer]
         if others:
             # Another option may have other settings: then it is named itself, ahead of them.
-            first, *more = [key for key in others if key in theirs and key in ours] or others
-            more.sort(key=lambda key: not key.endswith(".name"))
+            options = [key for key in others if key.endswith(".name")]
+            both = [key for key in others if key in theirs and key in ours and key not in options]
             named = [
                 f"{key.removesuffix('.name')}={typed(theirs.get(key))}, not {typed(ours.get(key))}"
-                for key in [first, *more[: _NAMED - 1]]
+                for key in ([*options, *both] or others)[:_NAMED]
             ]
-            if (left := len(more) + 1 - _NAMED) > 0:
+            if (left := len(others) - len(named)) > 0:
                 differ = plural(left, "differs", "differ")
                 named.append(f"{counted(left, 'more setting')} {differ}")
             raise UserError(

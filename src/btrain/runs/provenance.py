@@ -98,7 +98,7 @@ def extended(
         epoch: epochs completed when the run began or went on.
         processes: how many train together.
         started: how the session was: `jobs`, the runs that share the machine, and `overrides`, the
-            words of the command line; None for what nobody tells.
+            settings as they were typed; None for what nobody tells.
         own_parts: `own.facts` of the user's own parts, by their group.
 
     Raises:

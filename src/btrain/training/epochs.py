@@ -180,8 +180,7 @@ def why_nobody_is_left_out(examples: int, plan: Plan) -> str | None:
         most = int(plan.skip * (examples // 2))
         return (
             f"it would spare at most {counted(most, 'image')} of {examples:,} in an epoch, which "
-            f"is rounded up to whole batches of {plan.batch_size} and so has all of them; a larger "
-            "train.skip or a smaller train.batch_size spares some"
+            f"is rounded up to whole batches of {plan.batch_size} and so has all of them"
         )
     if plan.epochs == 1:
         return "the first epoch takes every image, for no scores precede it, and train.epochs=1"
@@ -191,8 +190,9 @@ def why_nobody_is_left_out(examples: int, plan: Plan) -> str | None:
             "some out, which the first never does"
         )
     return (
-        f"bt.guard={plan.guard:g} waits for an epoch that counts outliers, and none of "
-        f"bt.warmup_epochs={plan.plain_epochs} does, with train.epochs={plan.epochs}"
+        f"with bt.guard={plan.guard:g} an epoch does so only behind one that counts outliers, the "
+        f"first of which would be epoch {plan.plain_epochs + 1} of {plan.epochs} "
+        f"(bt.warmup_epochs={plan.plain_epochs})"
     )
 
 

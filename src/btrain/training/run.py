@@ -87,7 +87,7 @@ def train(
     Args:
         jobs: runs that share the machine, this one included, for `provenance.json`; None where
             nobody tells.
-        overrides: the words of the command line, for the same file; None where there is none.
+        overrides: the settings as they were typed, for the same file; None where none were.
 
     Raises:
         UserError: bad data, device or folder (then nothing was written), or training had to stop

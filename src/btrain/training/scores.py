@@ -70,6 +70,12 @@ class Evaluator:
         )
 
 
+def watched_images(config: Config) -> int:
+    """Return how many training images tell of a collapse after each epoch."""
+    size = config.train.batch_size
+    return max(size, _WATCHED) if config.recipe.early_stop_on_collapse else size
+
+
 def after_epoch(
     evaluator: Evaluator,
     state: TrainState,
@@ -89,9 +95,11 @@ def after_epoch(
     where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
-    size, stops = config.train.batch_size, config.recipe.early_stop_on_collapse
-    batch = part_of(data.train, config.seed, max(size, _WATCHED) if stops else size)
-    before, watched = state.watched_acc, evaluator(state.model, batch)
+    size, stops = watched_images(config), config.recipe.early_stop_on_collapse
+    filled_up = size if size > config.train.batch_size else None
+    batch = part_of(data.train, config.seed, size)
+    watched = evaluator(state.model, batch)
+    before = state.watched_acc if state.watched_images == filled_up else None
     metrics["pgd_acc_train_batch"] = watched.robust
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
     if stops and fell(before, watched.robust):
@@ -121,7 +129,7 @@ def after_epoch(
         _listen(evaluator, state, bird, data, held_out, metrics)
         if not due:
             bird.spend(len(data.val) * _units(config))
-    state.watched_acc = watched.robust
+    state.watched_acc, state.watched_images = watched.robust, filled_up
     state.end_epoch()
 
 

@@ -144,16 +144,18 @@ def _doubts_of_settings(config: Config, state: TrainState, data: Data) -> list[s
             f"train.epochs={train.epochs}: no epoch attacks at the whole ε, the last one has "
             f"{100 * attack.share(train.epochs - 1):.0f} % of it."
         )
-    if bt.score is Score.shared and attack.mode is AttackMode.eval and _normalises(state.model):
+    shares = bt.n_b > 0 and bt.score is Score.shared and attack.mode is AttackMode.eval
+    if shares and _normalises(state.model):
         method = make_method(config, state.device, known=known_of(data))
-        if isinstance(method, BulletTrain) and (
-            method.defense.inner_reads_clean or method.allocator.needs_scores
-        ):
+        uses = []
+        if isinstance(method, BulletTrain):
+            uses += ["examples are scored"] if method.allocator.needs_scores else []
+            uses += ["the attack's target is made"] if method.defense.inner_reads_clean else []
+        if uses:
             found.append(
-                "bt.score=shared scores examples, and makes what their attack aims at, by "
-                "BatchNorm's statistics of the batch, while the attack is made in eval mode: that "
-                "cost two points of robust accuracy where it was measured; bt.score=fresh takes a "
-                "forward pass more."
+                f"bt.score=shared: {' and '.join(uses)} by BatchNorm's statistics of the batch, "
+                "while the attack is made in eval mode, which cost two points of robust accuracy "
+                "where it was measured; bt.score=fresh takes a forward pass more."
             )
     return found
 

@@ -41,6 +41,7 @@ class TrainState:
         best_epoch, best_val_acc: of the held-out evaluation; None where there is none.
         epoch_work: seconds that the device worked in that epoch; None if another session began it.
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
+        watched_images: the size that this batch was filled up to; None for an ordinary one.
         collapsed: whether that fell so far that the run was stopped for it.
         average: of the model's weights, with `recipe.ema`.
         sparsity: what masks the model's weights, unless it is `none`.
@@ -67,6 +68,7 @@ class TrainState:
     best_epoch: int | None = None
     best_val_acc: float | None = None
     watched_acc: float | None = None
+    watched_images: int | None = None
     collapsed: bool = False
     average: WeightAverage | None = None
     sparsity: Sparsity | None = None
@@ -201,6 +203,7 @@ class TrainState:
             "graphs": self.graphs,
             **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
+            **({} if self.watched_images is None else {"watched_images": self.watched_images}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -230,15 +233,14 @@ class TrainState:
         Raises:
             UserError: as `load_state_dict`.
         """
-        self.total_sums += self.epoch_sums
-        counts = [self.total_sums]
-        if self.sparsity is not None:
-            counts += [self.sparsity.memory[name] for name in ("counted_units", "extra_units")]
-        spent, seconds = [count.clone() for count in counts], self.train_seconds
+        sums, seconds = self.total_sums + self.epoch_sums, self.train_seconds
+        memory = {} if self.sparsity is None else self.sparsity.memory
+        counts = {k: memory[k].clone() for k in ("counted_units", "extra_units") if k in memory}
         self.load_state_dict(saved)
-        for count, value in zip(counts, spent, strict=True):
-            count.copy_(value)
+        self.total_sums.copy_(sums)
         self.train_seconds = seconds
+        for name, count in counts.items():
+            memory[name].copy_(count)
 
     def fits(self, weights: object) -> bool:
         """Return whether weights from a file are finite and of the shapes of this network's."""
@@ -276,6 +278,7 @@ class TrainState:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
             setattr(self, name, saved[name])
+        self.watched_images = saved.get("watched_images")
         self._load_batch_sums(saved.get("batch_sums", {}))
         if self.sparsity is not None:
             self.sparsity.load_state_dict(saved["sparsity"])

@@ -145,7 +145,6 @@ def trace(network: nn.Module, shape: Shape) -> Graph:
                 reader.read(node)
             graph = reader.graph()
             _compare(forward(graph.operations(), images), logits)
-            _compare_batches(_logits(network, images[:-1], shape), logits[:-1])
     return graph
 
 
@@ -303,19 +302,6 @@ def _compare(ours: Tensor, theirs: Tensor) -> None:
         )
 
 
-def _compare_batches(fewer: Tensor, logits: Tensor) -> None:
-    """Compare the logits of the same images from two batches, both (m, K).
-
-    Raises:
-        UserError: they differ, as with a number that is computed from the size of the batch.
-    """
-    if fewer.shape != logits.shape or not _near(fewer, logits, _CLOSE.get(logits.dtype, 1e-2)):
-        raise UserError(
-            "The network gives an image other logits in another batch; bounds need a function of "
-            "one image."
-        )
-
-
 def _near(ours: Tensor, theirs: Tensor, share: float) -> bool:
     """Return whether each image's logits differ by a share of 1 + its largest at most."""
     ours, theirs = (t.reshape(t.shape[0] if t.dim() else 1, -1) for t in (ours, theirs))
@@ -424,7 +410,7 @@ class _Reader:
         name = _name(node)
         if node.op == "call_function" and getattr(node.target, "__module__", "") not in _TORCH:
             raise self._refused(node)
-        given = self._numbers(self._given(node, name))
+        given = self._given(node, name)
         writes = name in _IN_PLACE or bool(given.get("inplace"))
         on = given["input"]
         before = self.place.get(on) if isinstance(on, fx.Node) else None
@@ -441,10 +427,11 @@ class _Reader:
         elif name == "mean":
             self._mean(node, given)
         elif name in ("avg_pool2d", "adaptive_avg_pool2d"):
-            self._pool(node, given)
+            self._pool(node, self._numbers(node, given))
         elif name == "linear":
             self._linear(node, *self._weights(node, given))
         elif name == "conv2d":
+            given = self._numbers(node, given)
             options = (given.get(name, at) for name, at in _STEPS.items())
             self._convolution(node, *self._weights(node, given), *options)
         elif name in ("dropout", "dropout2d"):
@@ -539,14 +526,39 @@ class _Reader:
             raise self._refused(node, ", of weights that depend on the image")
         return weight, bias
 
-    def _numbers(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return arguments with the numbers that were computed from an image's size as numbers."""
+    def _numbers(self, of: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments with the numbers that were computed from an image's size as numbers.
+
+        Raises:
+            UserError: one is computed from something else.
+        """
 
         def number(node: fx.Node) -> Any:
             outcome = self.outcomes[node]
-            return node if isinstance(outcome, Tensor) else outcome
+            return node if isinstance(outcome, Tensor) else self._number(of, node)
 
         return {name: fx.node.map_arg(value, number) for name, value in given.items()}
+
+    def _number(self, of: fx.Node, node: fx.Node) -> Any:
+        """Return a number that depends on the sizes of an image alone, not on that of the batch.
+
+        Raises:
+            UserError: it depends on something else.
+        """
+
+        def of_sizes(node: fx.Node) -> bool:
+            name, args = _name(node), list[Any](node.args)
+            if name == "size" and len(args) == 2:
+                return bool(args[1] % self.outcomes[args[0]].dim())
+            if name == "getitem":
+                sizes, index = self.outcomes[args[0]], args[1]
+                known = isinstance(sizes, torch.Size) and isinstance(index, int)
+                return known and index % len(sizes) != 0
+            return name in _ARITHMETIC and all(map(of_sizes, node.all_input_nodes))
+
+        if not of_sizes(node):
+            raise self._refused(of, ", of a number that depends on more than an image's size")
+        return self.outcomes[node]
 
     def _linear(
         self, node: fx.Node, weight: Callable[[], Any], bias: Callable[[], Any]
@@ -685,8 +697,13 @@ class _Reader:
         if isinstance(value, fx.Node) and value in self.place:
             return self.place[value]
         constant = self._constant(node, value)
-        if value is None or constant is None:
+        if value is None:
             raise self._refused(node)
+        if constant is None:
+            if isinstance(self.outcomes[value], Tensor):
+                raise self._refused(node)
+            number = self._number(node, value)
+            return lambda: number
         return constant
 
     def _constant(self, of: fx.Node, value: Any) -> Callable[[], Any] | None:
@@ -858,6 +875,8 @@ _PRODUCTS = {
 
 _STEPS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 """A convolution's options and what they are unless given."""
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg")
+"""The operations on numbers that make others of them."""
 _IN_PLACE = ("relu_", "add_", "iadd", "sub_", "isub", "mul_", "imul", "div_", "itruediv")
 _RESHAPES = ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze")
 _ARGUMENTS = {
