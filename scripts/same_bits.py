@@ -37,7 +37,7 @@ COMMON = """dataset=digits dataset.train_examples=250 dataset.test_examples=100 
     train.epochs=2 train.batch_size=32 eval.steps=2 device=cpu seed=1"""
 WEAK = "attack.epsilon=0.03 recipe.optimizer=adam recipe.lr=0.01"
 """An attack that the network soon resists in part, so that all three classes of examples occur."""
-WATCHED = frozenset({"pgd_acc_train_batch", "watched_acc"})
+WATCHED = frozenset({"pgd_acc_train_batch", "watched_acc", "watched_images"})
 """Measured by the earlier commit on a batch, now on 128 images where a collapse ends the run."""
 RESNET = "model=preact_resnet18 model.width=4 dataset.train_examples=150"
 
