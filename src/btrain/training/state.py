@@ -278,7 +278,9 @@ class TrainState:
             _copy(saved[name], getattr(self, name))
         for name in _NUMBERS:
             setattr(self, name, saved[name])
-        self.watched_images = saved.get("watched_images")
+        self.watched_images = saved.get("watched_images")  # older ones have none
+        if self.watched_images is not None and type(self.watched_images) is not int:
+            raise ValueError("no number of images")
         self._load_batch_sums(saved.get("batch_sums", {}))
         if self.sparsity is not None:
             self.sparsity.load_state_dict(saved["sparsity"])
