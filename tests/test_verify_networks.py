@@ -207,6 +207,7 @@ REFUSED = {
     "a pixel": (Function(lambda x: x * x.tolist()[0][0][0][0]), "than an image's size"),
     "batch": (Function(lambda x: x * x.size(0)), "than an image's size"),
     "batch by index": (Function(lambda x: x * x.shape[-4]), "than an image's size"),
+    "batch, turned round": (Function(lambda x: x * x.shape[::-1][3]), "than an image's size"),
     "large batches": (Function(lambda x: x * (1 + x.size(0) // 100)), "than an image's size"),
     "count": (Function(lambda x: x + x.numel() // 3000), "than an image's size"),
     "mean over the batch": (Function(lambda x: x - x.mean(0)), "through the operation mean"),

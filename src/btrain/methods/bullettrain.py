@@ -218,7 +218,7 @@ class BulletTrain:
             regulariser, cost = self.regulariser
             loss = loss + regulariser(network, x, labels, generator)
             units += cost * m
-        predicted = clean_logits if self.scoring is Score.last else z  # then of nobody
+        predicted = clean_logits if self.scoring is Score.last else z  # of nobody with Score.last
         stats = step_stats(
             allocation, loss, predicted, score, clean_logits, adv_logits, labels, units=units,
             weights=weights,

@@ -658,7 +658,7 @@ class BulletTrainConfig(ChoosingConfig):
     guard_steps: int = 0
 
     in_order: ClassVar[bool] = True
-    """Whether N_O ≤ N_R ≤ N_B must hold."""
+    """True if N_O ≤ N_R ≤ N_B must hold, false if any budgets may be given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -552,7 +552,8 @@ class _Reader:
                 return bool(args[1] % self.outcomes[args[0]].dim())
             if name == "getitem":
                 sizes, index = self.outcomes[args[0]], args[1]
-                known = isinstance(sizes, torch.Size) and isinstance(index, int)
+                whole = _name(args[0]) in ("size", "getattr")  # not turned round, or a part of it
+                known = whole and isinstance(sizes, torch.Size) and isinstance(index, int)
                 return known and index % len(sizes) != 0
             return name in _ARITHMETIC and all(map(of_sizes, node.all_input_nodes))
 
