@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from btrain.durable import (
-    PARTIAL,
     append_line,
     check_places,
     check_within,
+    is_left_over,
     make_folder,
     open_in_place,
     write_file,
@@ -162,9 +162,20 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""
         left = {_LOCK, self.last.parent.name}
-        names = {path.name for path in self.path.iterdir() if path.suffix != PARTIAL}
         checkpoints = self.last.parent
-        return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        return self._names() <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.path.iterdir() if not is_left_over(path.name)}
+
+    def _remove(self) -> None:
+        """Remove a new folder again; somebody else's files stay, and the folder with them."""
+        begun = {self._config.name, self.provenance.name, *_OF_LOGGERS}
+        if self._names() <= {_LOCK, self.last.parent.name, *begun}:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            self.last.parent.rmdir()
 
     def _check_places(self) -> None:
         """Make sure, ahead of the work, that all that a run writes can be written, and here.
@@ -193,7 +204,7 @@ class RunFolder:
 
     @contextmanager
     def taken(self, config: Config) -> Iterator[RunLock]:
-        """Hold the folder for this process alone; a new one that nothing was written to goes again.
+        """Hold the folder for this process alone; remove a new one whose run never began.
 
         Raises:
             UserError: the folder cannot be written, is in use, or is another run's by now.
@@ -208,7 +219,7 @@ class RunFolder:
                 yield lock
             except UserError:
                 if fresh and not self._log.exists():
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    self._remove()
                 raise
 
     def begin(self, config: Config, provenance: dict[str, Any]) -> None:
