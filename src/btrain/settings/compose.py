@@ -398,26 +398,34 @@ def check_words(arguments: Sequence[str], task: str) -> None:
 
 
 def user_folder(arguments: Sequence[str]) -> str | None:
-    """Return the folder of options that `--config-dir` adds, if any.
+    """Return the folder of options that `--config-dir` adds, if any: of several the last.
+
+    Args:
+        arguments: arranged.
 
     Raises:
         UserError: it is none.
     """
+    folder = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option == "--config-dir":
             folder = value if equals else following
-            if not Path(folder).is_dir():
-                raise UserError(f"--config-dir {folder} is no folder.")
-            return folder
-    return None
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--config-dir {folder} is no folder.")
+    return folder
+
+
+def files_of(group: str, folder: str | None = None) -> dict[str, Path]:
+    """Return the YAML files of a group by their names; the user's replace btrain's."""
+    folders = [config_dir(), *([] if folder is None else [folder])]
+    files = (file for place in folders for file in sorted((Path(place) / group).glob("*.yaml")))
+    return {file.stem: file for file in files}
 
 
 def options_of(group: str, folder: str | None = None) -> list[str]:
     """Return the options of a group, with those of the user's folder."""
-    folders = [config_dir(), *([] if folder is None else [folder])]
-    files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
-    return sorted({file.stem for file in files})
+    return sorted(name for name in files_of(group, folder) if not name.startswith("_"))
 
 
 def is_sweep() -> bool:
@@ -599,9 +607,7 @@ def _settings_of(experiment: str, folder: str | None) -> list[str]:
     Args:
         folder: of the user's, whose experiments are taken ahead of btrain's own.
     """
-    places = [Path(place) / "experiment" for place in (folder, config_dir()) if place is not None]
-    files = (place / f"{experiment.removeprefix('/experiment/')}.yaml" for place in places)
-    file = next((file for file in files if file.is_file()), None)
+    file = files_of("experiment", folder).get(experiment.removeprefix("/experiment/"))
     if file is None:
         return []
     content = read_yaml(file)
@@ -754,7 +760,9 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
-        group, _, name = option.group(1).rpartition("/")
+        found = option.group(1)
+        split = found.rpartition if found.startswith("hydra/") else found.partition
+        group, _, name = split("/") if "/" in found else ("", "", found)
         return UserError(_unknown_option(group, name, folder))
     if key and _first_line(cause).endswith("is not Optional"):
         chosen = _chosen(key.group(1), kind.group(1)) if kind else None
@@ -793,10 +801,8 @@ def _of_null(overrides: Sequence[str], task: str) -> str | None:
         parts = override.lstrip("+~").partition("=")[0].split(".")
         if len(parts) > 2 and parts[0] in OPTIONS and task == "train":
             group, part, *_ = parts
-            files = {
-                name: Path(config_dir()) / group / f"{name}.yaml" for name in options_of(group)
-            }
-            having = [name for name, file in files.items() if read_yaml(file).get(part)]
+            files = files_of(group)
+            having = [name for name in options_of(group) if read_yaml(files[name]).get(part)]
             if having:
                 return f"{override}: {group}.{part} is null here; {group}={having[0]} has it."
     return None
@@ -842,7 +848,18 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    meant = hints.meant(key, keys_of(schema))
+    if key == "experiment" or "@experiment" in key:
+        return "An experiment's file begins with the line `# @package _global_`."
+    known = keys_of(schema)
+    if key in known:  # a file of the user's gives it to an option of no schema
+        group, _, leaf = key.partition(".")
+        names = [option.name for option, kind in OPTIONS[group][1].items() if leaf in _types(kind)]
+        first = next((name for name in names if name in options_of(group)), names[0])
+        return (
+            f"{key} is set by a file whose `defaults` do not say what it is an option of; "
+            f"`- {first}` as their first line, for example, does."
+        )
+    meant = hints.meant(key, known)
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {meant}?" if meant else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"
