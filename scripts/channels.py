@@ -82,8 +82,8 @@ def measure(name: str, share: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("networks", nargs="*", default=list(CASES), choices=[*CASES, []])
+    parser.add_argument("networks", nargs="*", choices=[*CASES, []])
     parser.add_argument("--share", type=float, default=0.25)
     given = parser.parse_args()
-    for network in given.networks:
+    for network in given.networks or CASES:
         measure(network, given.share)
