@@ -311,7 +311,7 @@ def _run_with_hydra(
             for note in notes if is_first() else ():
                 tell(note)
             if told is not None and place is not None:
-                told.folder = config.run.dir
+                told.folder, told.looked_at = config.run.dir, _looked_at(config)
                 told.tell(place)
             own.allow_parts(config)
             configs.check_search(config, hydra_config)
