@@ -32,25 +32,15 @@ from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.checks import typed
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import as_begun, translated
+from btrain.settings.run import is_learnt
 from btrain.terminal import complain, counted, plural
 from btrain.untrusted import open_plain, read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
 _LONGEST_LINE = 64 << 20  # bytes of metrics.jsonl
 
-# Settings that may differ when a run is taken up again: none changes what is learnt.
-_MAY_DIFFER = (
-    "run",
-    "logger",
-    "device",
-    "train.max_seconds",
-    "train.checkpoint_every",
-    "train.score_every",
-    "bt.probe_every",
-    "defense.memory",
-    "dataset.download",
-    "dataset.l2_epsilon",  # of which attack.epsilon is made
-)
+# They may differ, too, when a run is taken up again: attack.epsilon is made of the second one.
+_MAY_DIFFER = ("train.max_seconds", "dataset.l2_epsilon")
 
 _LOCK = "run.lock"
 _OF_LOGGERS = ("wandb", "tensorboard")
@@ -348,7 +338,7 @@ def _may_differ(key: str, config: Config) -> bool:
     """Return whether a setting may be another one when a run is taken up again."""
     if key == "dataset.root":  # the same data in another place
         return config.dataset.name is not DatasetName.imagefolder
-    return any(key == other or key.startswith(f"{other}.") for other in _MAY_DIFFER)
+    return key in _MAY_DIFFER or not is_learnt(key)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

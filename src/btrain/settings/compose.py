@@ -25,7 +25,7 @@ from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.names import DatasetName, OptimizerName, Start
-from btrain.settings.run import DATASETS, MODELS
+from btrain.settings.run import DATASETS, MODELS, is_learnt
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
 from btrain.untrusted import read_text
@@ -694,10 +694,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-# Settings that name the run already, or that do not change its result.
-_NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every|defense\.memory)\b"
-)
+# Settings that name the run already, or that are not to: a run goes on with others of them.
+_NOT_IN_NAME = ("dataset", "model", "defense", "bt", "seed", "dataset.root", "train.max_seconds")
 _LONGEST_NAME = 150  # bytes; file systems take 255
 
 
@@ -709,7 +707,9 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     data = config.dataset.title
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
-    changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
+    changed = [
+        override for key, override in last.items() if is_learnt(key) and key not in _NOT_IN_NAME
+    ]
     options = [config.model.name, config.defense.name.name, config.bt.name.name]
     for i, group in enumerate(("model", "defense", "bt")):
         if hasattr(getattr(config, group), "factory") and group in last:
