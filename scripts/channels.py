@@ -1,4 +1,4 @@
-"""How much faster a step is without channels, and with BulletTrain: CPU time, in turns.
+"""The speedup of a step without channels, and with BulletTrain: CPU time, in turns.
 
     OMP_NUM_THREADS=1 python scripts/channels.py [preact_resnet18 small_cnn] [--share 0.25]
 

@@ -58,7 +58,7 @@ to begin, with images that come with btrain:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and returns its exit status."""
+    """Run one command and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         show(USAGE, end="")
@@ -360,7 +360,7 @@ def _run_with_hydra(
         if of_a_job is None:
             with first_complains():
                 raise configs.explain(error, args, task) from None
-        # Where jobs write to files of their own, what the job has said was not heard here.
+        # Jobs of submitit write to files of their own: their complaints were not heard here.
         if isinstance(error, UserError) and not str(of_a_job).startswith("submitit"):
             sys.exit(1)
         raise

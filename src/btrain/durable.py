@@ -20,7 +20,7 @@ from typing import IO
 
 from btrain.errors import UserError
 
-# What a file system says that cannot sync a folder; its renames are as durable as it makes them.
+# The errors of a file system that cannot sync a folder; renames are as durable as it makes them.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 # A link is not followed, and nobody waits for the other end of a pipe.

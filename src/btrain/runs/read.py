@@ -67,8 +67,8 @@ class Run:
     def evaluation(self, attack: str) -> tuple[Path, dict[str, Any]] | None:
         """Return folder and content of `<attack>.json`; None without one that holds a percentage.
 
-        In `eval`, or where test images other than the run's were asked for, in a folder of it, of
-        several the one of the most images.
+        The one in `eval` counts; without it, of those in its subfolders, the one of the most
+        images.
         """
         inside = self.folder / "eval"
         sound = [

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
 from btrain import own
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.settings import MISSING, Config, hints
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
@@ -305,7 +305,7 @@ _PATHS = (
 def with_path_quoted(argument: str) -> str:
     """Quote a path as Hydra takes any text, `~` expanded; leave other arguments as they are.
 
-    So does a list of factories, which is a sweep.
+    A list of factories is a sweep, and stays as it is, too.
     """
     key, _, value = argument.partition("=")
     factory = key.endswith(".factory") and "," not in value
@@ -498,10 +498,10 @@ def resolved(overrides: Any) -> list[str]:
 
 
 def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return a configuration without what an experiment gave to options that the words replace.
+    """Return a configuration without settings that an experiment gave to a replaced option.
 
-    That is what the option typed instead does not have, another of the group has, and nobody has
-    typed.
+    A setting goes if the option that was typed lacks it, another option of the group has it, and
+    nobody typed it.
 
     Args:
         cfg: what Hydra composed, without its own settings; it is left as it is.
@@ -584,7 +584,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str], folder: str | None = None) ->
 
 
 def _with_giver(error: UserError, overrides: Sequence[str], folder: str | None) -> UserError:
-    """Return a mistake that also names the experiment, where it is one of settings of its file."""
+    """Return the mistake, with the name of the experiment if its file sets the wrong value."""
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     for name in names_in(given.get("experiment", "")):
         keys = [
@@ -688,7 +688,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = copy.deepcopy(_parsed(read_text(path, _LARGEST_YAML)))
     except Exception as error:
-        raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a readable configuration: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a readable configuration: it holds no mapping.")
     return {str(key): value for key, value in content.items()}
@@ -764,7 +764,7 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         split = found.rpartition if found.startswith("hydra/") else found.partition
         group, _, name = split("/") if "/" in found else ("", "", found)
         return UserError(_unknown_option(group, name, folder))
-    if key and _first_line(cause).endswith("is not Optional"):
+    if key and first_line(cause).endswith("is not Optional"):
         chosen = _chosen(key.group(1), kind.group(1)) if kind else None
         return UserError(
             f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
@@ -826,10 +826,6 @@ def _wrong_value(key: str, reason: str) -> str:
     if re.match(r"Invalid type assigned: \w+ is not a subclass of ", reason):
         return f"{key} is a group of settings; please set its keys one by one."
     return f"{key}: {reason}."
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _reason(error: BaseException) -> str:
