@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.verify.bounds import Box, Interval
+from btrain.settings.checks import at_least
+from btrain.verify.bounds import Box, Interval, box
 
 _ENOUGH = 0.5
 """Shi et al.'s τ: a layer tighter or better balanced than that is not pressed further."""
@@ -59,15 +60,14 @@ def small_box(x: Tensor, attacked: Tensor, *, epsilon: float, share: float) -> B
     (m, C, H, W), (m, C, H, W) -> a box of each
 
     Raises:
-        UserError: the share lies outside [0, 1].
+        UserError: the share lies outside [0, 1], or ε below 0.
     """
     if not 0 <= share <= 1:
         raise UserError(f"The small box's share of ε must lie in [0, 1], not {share}.")
+    at_least(0, "epsilon", epsilon)
     room = (1 - share) * epsilon
     centre = torch.minimum(torch.maximum(attacked, x - room), x + room)
-    lower = (centre - share * epsilon).clamp(0, 1)
-    upper = (centre + share * epsilon).clamp(0, 1)
-    return Box((lower + upper) / 2, (upper - lower) / 2)
+    return box(centre, share * epsilon)
 
 
 @torch.no_grad()
