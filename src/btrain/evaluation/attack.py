@@ -101,7 +101,7 @@ def pgd(subject: Subject, name: str, settings: PgdSettings, start: Start) -> Res
     }
     if (there := kept(subject, name, facts)) is not None:
         return there
-    partial = _partial(subject, name, facts)
+    partial = unfinished(subject, name, facts)
     stands = pgd_stands(
         subject.model,
         subject.examples,
@@ -125,7 +125,7 @@ def autoattack(subject: Subject, name: str, start: Start) -> Result:
     facts = attack_facts(subject, start, library())
     if (there := kept(subject, name, facts)) is not None:
         return there
-    partial = _partial(subject, name, facts)
+    partial = unfinished(subject, name, facts)
     stands, found = autoattack_stands(
         subject.model,
         subject.examples,
@@ -223,7 +223,8 @@ def kept(subject: Subject, name: str, facts: dict[str, Any]) -> Result | None:
     return result if same else None
 
 
-def _partial(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | None:
+def unfinished(subject: Subject, name: str, facts: dict[str, Any]) -> Partial | None:
+    """Return the file of what an attack finds while it is under way; None without a folder."""
     if subject.folder is None:
         return None
     return Partial(subject.folder / f"{name}.partial.npz", identity(facts))

@@ -133,7 +133,7 @@ def _files(settings: EvalSettings, target: Target) -> list[Path]:
     found = ("clean", *_names(settings), *verified)
     names = [f"{name}{ending}" for name in found for ending in (".json", ".npz")]
     names += [f"{name}.partial.npz" for name in _names(settings)]
-    names += [verification.unfinished(name, radius) for name in verified for radius in radii]
+    names += [verification.partial_file(name, radius) for name in verified for radius in radii]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
     names += [BROKEN]
