@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -92,9 +93,11 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     earlier.found(target.folder, told, own=own)  # ahead of the work
     check_places(_files(settings, target))
     graph = _graph(settings, target) if settings.bounded else None
+    started = time.perf_counter()
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
+    seconds = time.perf_counter() - started
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
-        facts["note"] = " ".join(filter(None, (facts["note"], hint)))
+        facts["note"] = attacks.notes(facts["note"], hint)
     subject = Subject(
         model=model,
         examples=examples,
@@ -106,6 +109,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         threat=target.threat,
         facts=facts,
         folder=target.folder,
+        clean_seconds=seconds,
         show_progress=True,
     )
     earlier.set_aside(target.folder, told, own=own)
@@ -247,7 +251,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
         "epsilon_trained": target.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": settings.precision,
-        "note": " ".join(notes) or None,
+        "note": attacks.notes(*notes),
     }
 
 

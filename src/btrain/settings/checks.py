@@ -65,6 +65,7 @@ def whole(least: float, key: str, value: Any) -> None:
 
 def seed_in_range(key: str, value: int | None) -> None:
     """Raise UserError for what torch or NumPy does not take for a seed."""
+    whole(-math.inf, key, value)
     if value is not None:
         require(0 <= value < 2**63, key, "in [0, 2^63)", value)
 
