@@ -128,6 +128,9 @@ def test_shis_weights_keep_intervals_as_wide_as_they_come() -> None:
         )
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / inputs, rel=0.02)
         assert not layer.bias.any()
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    with pytest.raises(UserError, match="The weight of 0 is computed from other parameters"):
+        losses.initialise(normed)
 
 
 def test_shis_regulariser_by_hand() -> None:

@@ -76,9 +76,17 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
 
     Convolutions and linear layers from N(0, 2π/n²) with n inputs a unit, biases 0. Shi et al.,
     *Fast Certified Robust Training with Short Warmup*, section 3.2.
+
+    Raises:
+        UserError: a layer's weight is computed from other parameters, as weight norm's.
     """
-    for layer in network.modules():
+    for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
+            if "weight" not in dict(layer.named_parameters(recurse=False)):
+                raise UserError(
+                    f"The weight of {name or 'this network'} is computed from other parameters, so "
+                    "that Shi's initialisation (defense.shi_init) cannot draw it."
+                )
             inputs = layer.weight[0].numel()
             layer.weight.normal_(0, math.sqrt(2 * math.pi) / inputs, generator=generator)
             if layer.bias is not None:
