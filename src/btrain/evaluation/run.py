@@ -83,6 +83,12 @@ def _names(settings: EvalSettings) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != "corruptions"))
 
 
+def _results(settings: EvalSettings) -> tuple[str, ...]:
+    """Return the names of the results, as their files have them, but for the clean accuracy."""
+    every = settings.attacks == ["all"]
+    return (*_names(settings), *settings.verified) if every else tuple(settings.results)
+
+
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
     model, facts = target.model, _facts(settings, target, examples)
     ball = target.threat(target.epsilon)
@@ -133,11 +139,11 @@ def _graph(settings: EvalSettings, target: Target) -> Graph:
 
 def _files(settings: EvalSettings, target: Target) -> list[Path]:
     """Return the files that an evaluation leaves, and those that it keeps meanwhile."""
-    verified, radii = settings.verified, {target.epsilon, *settings.radii}
-    found = ("clean", *_names(settings), *verified)
-    names = [f"{name}{ending}" for name in found for ending in (".json", ".npz")]
-    names += [f"{name}.partial.npz" for name in _names(settings)]
-    names += [verification.partial_file(name, radius) for name in verified for radius in radii]
+    found, radii = ("clean", *_results(settings)), {target.epsilon, *settings.radii}
+    names = [f"{name}{ending}" for name in found for ending in (".json", ".npz", ".partial.npz")]
+    names += [
+        verification.partial_file(name, radius) for name in settings.verified for radius in radii
+    ]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
     names += [BROKEN]
@@ -152,7 +158,7 @@ def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
         UserError: another process runs one of them, or the folder cannot be written.
     """
     with folder_made(folder), ExitStack() as locks:
-        for name in (*_names(settings), *settings.verified) or ("clean",):
+        for name in _results(settings) or ("clean",):
             locks.enter_context(locked(folder / f"{name}.lock"))
         yield
 
