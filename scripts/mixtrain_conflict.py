@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain import models
+from btrain.attacks.pgd import pgd
 from btrain.data import Data, load
 from btrain.data.augmentation import to_unit
+from btrain.defenses import ce_inner_loss
 from btrain.methods.verified import Weight, at_random
 from btrain.verify import bounds, interval_attack, losses
 from btrain.verify.graph import Graph, trace
@@ -77,6 +79,13 @@ def attacked(jumps: bool) -> Step:
             network, x, labels, epsilon=epsilon, loss="pgd", graph=graph if jumps else None,
             steps=STEPS, step_size=epsilon / 4, jumps=JUMPS,
         )  # fmt: skip
+        logits = network(x).detach()
+        wrong = logits.argmax(1) != labels  # which the attack leaves as they are
+        if wrong.any():
+            adv[wrong] = pgd(
+                network, x[wrong], labels[wrong], logits[wrong], steps=STEPS, step_size=epsilon / 4,
+                inner_loss=ce_inner_loss, noise=None, epsilon=epsilon,
+            )  # fmt: skip
         return F.cross_entropy(network(adv), labels)
 
     return step

@@ -111,7 +111,7 @@ def test_the_average_is_scored_and_kept_and_training_does_not_notice(tmp_path: P
     ]
     assert lines[0] == lines[1]  # the watched batch, too, is attacked with the weights in training
 
-    _, network = load_run(tmp_path / "ema")  # what `btrain eval` and `btrain export` read
+    _, network = load_run(str(tmp_path / "ema"))  # what `btrain eval` and `btrain export` read
     assert same(dict(network.state_dict()), ema["model"])
     data = load_data(with_average, CPU)
     again = evaluate(

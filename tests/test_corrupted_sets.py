@@ -181,6 +181,24 @@ def test_nothing_is_written_for_a_corruption_that_is_none(make: Make, tmp_path: 
     assert not (tmp_path / "C").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": np.zeros(2, np.int64)}, r"labels must be whole numbers, one for each of 3"),
+        ({"labels": np.array([0, 1, 10])}, "labels must be from 0 to 9, not from 0 to 10"),
+        ({"seed": -1}, "seed must be in"),
+        ({"processes": 0}, "processes must be at least 1"),
+    ],
+)
+def test_nothing_is_written_for_images_without_labels_or_a_seed_that_is_none(
+    images: npt.NDArray[np.uint8], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    settings = {"labels": np.zeros(3, np.int64), "source": "digits", "classes": 10} | changes
+    with pytest.raises(UserError, match=said):
+        generate(images[:3], out=tmp_path / "C", **settings)
+    assert not (tmp_path / "C").exists()
+
+
 # Reading
 
 
@@ -207,7 +225,7 @@ def official(folder: Path, n: int = 7) -> Path:
 
 
 def test_the_official_layout_is_read(tmp_path: Path) -> None:
-    found, labels = read(official(tmp_path), "fog", 3)
+    found, labels = read(str(official(tmp_path)), "fog", 3)
     assert (found.permute(0, 2, 3, 1).numpy() == np.load(tmp_path / "fog.npy")[14:21]).all()
     assert (labels.numpy() == np.load(tmp_path / "labels.npy")[:7]).all()
 

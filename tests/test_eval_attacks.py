@@ -7,6 +7,7 @@ import copy
 import io
 import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -281,7 +282,11 @@ def test_bf16_is_only_on_request(robust_net: nn.Module, digits: Data) -> None:
         ({"epsilon": lambda _: 8.1, "norm": lambda _: "l2"}, "at most 8 (√(C·H·W), how far"),
         ({"norm": lambda _: "l1"}, "norm=l1 is no option; there are: linf, l2."),
         ({"attack": lambda _: "pgd10"}, "attack=pgd10 is no option"),
-        ({"attack": lambda _: "corruptions"}, "corruptions"),
+        ({"attack": lambda _: "corruptions"}, "corruptions needs files; please use the command"),
+        ({"images": lambda x: x.numpy()}, "images must be a torch tensor, not ndarray"),
+        ({"steps": lambda _: 2.5}, "attack.steps must be a whole number, not 2.5"),
+        ({"batch_size": lambda _: 2.5}, "batch_size must be a whole number, not 2.5"),
+        ({"seed": lambda _: 0.5}, "seed must be a whole number, not 0.5"),
     ],
 )  # fmt: skip
 def test_python_callers_get_a_sentence(
@@ -293,11 +298,27 @@ def test_python_callers_get_a_sentence(
         "epsilon": 0.1,
         "attack": "pgd20",
         "norm": "linf",
+        "steps": None,
+        "batch_size": 20,
+        "seed": 0,
     }
     arguments = {key: change.get(key, lambda v: v)(value) for key, value in arguments.items()}
     with pytest.raises(UserError) as caught:
         robust_accuracy(plain_net, **arguments)
     assert words in str(caught.value)
+
+
+def test_lengths_may_be_fractions_and_clean_images_are_classified_once(
+    plain_net: nn.Module, digits: Data
+) -> None:
+    images, labels, seen = digits.test.images[:20], digits.test.labels[:20], list[int]()
+    typed: Any = {"epsilon": "8/255", "step_size": "2/255", "attack": "custom", "steps": 1}
+    settings = robust_accuracy(plain_net, images, labels, **typed).settings
+    assert (settings["epsilon"], settings["step_size"]) == (8 / 255, 2 / 255)
+    handle = plain_net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    result = robust_accuracy(plain_net, images, labels, epsilon=0.1, attack="clean")
+    handle.remove()
+    assert seen == [1, 20] and result.seconds > 0  # one tells how many classes there are
 
 
 def test_a_network_of_other_numbers_than_float32_is_told_what_to_do(

@@ -365,7 +365,7 @@ def test_our_own_names_come_back(tmp_path: Path, tiles: Tensor, format: str) -> 
     path = tmp_path / ("out.safetensors" if format == "safetensors" else "out.pt")
     model, back = wide_resnet(**HALF), wide_resnet(seed=1, **HALF)
     write(model, path, format=format, shape=(3, 32, 32))
-    load_weights(back, path)
+    load_weights(back, str(path))
     assert same_logits(model, back, tiles)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -409,6 +409,21 @@ def test_robustbench_takes_no_other_size(tmp_path: Path) -> None:
     model = wide_resnet(shape=(1, 8, 8))
     with pytest.raises(UserError, match="takes 3×32×32 images, not 1×8×8"):
         write(model, tmp_path / "o.pt", format="robustbench", shape=(1, 8, 8))
+
+
+def test_what_cannot_be_written_leaves_what_is_there(tmp_path: Path) -> None:
+    model, path = wide_resnet(), tmp_path / "A.pt"
+    path.write_bytes(b"before")
+    beside = tmp_path / "A.pt.md"
+    beside.mkdir()
+    for format, said in (
+        ("foo", "format must be one of robustbench, .*, not foo"),
+        ("compact", "format=compact needs a run's config"),
+        ("state_dict", r"A\.pt\.md is there already as a folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            write(model, path, format=format, shape=(3, 32, 32), overwrite=True)
+        assert path.read_bytes() == b"before" and beside.is_dir()
 
 
 def test_an_export_that_fails_leaves_nothing(

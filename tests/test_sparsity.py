@@ -503,9 +503,17 @@ def test_robust_bird_searches_prunes_and_trains(search: str, tmp_path: Path) -> 
     assert "ticket is drawn after 2 epochs" in text
 
 
-@pytest.mark.parametrize("rewind", ["none", "init", "epoch"])
-def test_robust_bird_keeps_the_largest_weights_and_rewinds(rewind: str, few: Data) -> None:
-    settings = [*FOUND, f"sparsity.rewind={rewind}", "sparsity.rewind_epoch=1"]
+@pytest.mark.parametrize("rewind", ["none", "init", "epoch", "later"])
+def test_robust_bird_keeps_the_largest_weights_and_rewinds(
+    rewind: str, few: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    later = rewind == "later"  # than the ticket is drawn
+    settings = [
+        *FOUND,
+        f"sparsity.rewind={'epoch' if later else rewind}",
+        f"sparsity.rewind_epoch={3 if later else 1}",
+        "sparsity.search_epochs=3",
+    ]
     state = make_state(tiny(*settings), few, CPU)
     bird = state.sparsity
     assert isinstance(bird, RobustBird)
@@ -520,7 +528,8 @@ def test_robust_bird_keeps_the_largest_weights_and_rewinds(rewind: str, few: Dat
     assert not bird.searching
     largest = torch.cat([seen[2][f"{name}.weight"].abs().flatten() for name in bird.masks])
     limit = largest.topk(round(0.2 * len(largest))).values.min()
-    began = seen[{"none": 2, "init": 0, "epoch": 1}[rewind]]
+    began = seen[{"none": 2, "init": 0, "epoch": 1, "later": 2}[rewind]]
+    assert ("there after 2 epochs, before epoch 3, whose weights" in caplog.text) == later
     for name, mask in bird.masks.items():
         assert torch.equal(mask > 0, seen[2][f"{name}.weight"].abs() >= limit)
         weight = state.model.get_submodule(name).get_parameter("weight")
@@ -591,6 +600,15 @@ def test_a_search_is_taken_up_again_and_ends_without_a_ticket(tmp_path: Path) ->
         (
             [*FOUND, "sparsity.search=pgd", *WAYS["augmix"]],
             r"sparsity\.search=pgd does not go with defense=augmix",
+        ),
+        (
+            [
+                *FOUND,
+                "sparsity.rewind=epoch",
+                "sparsity.rewind_epoch=9",
+                "sparsity.search_epochs=2",
+            ],
+            r"rewind_epoch=9 is behind the search, which takes at most sparsity\.search_epochs=2\.",
         ),
         (["sparsity=random", "sparsity.interval=5"], r"sparsity\.interval is no setting with"),
     ],

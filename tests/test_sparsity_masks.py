@@ -102,6 +102,12 @@ def test_a_density_below_one_weight_a_layer_is_refused() -> None:
         total_kept([5000, 5000], 1e-4)
 
 
+def test_a_weight_that_is_computed_from_others_is_refused() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3))
+    with pytest.raises(UserError, match=r"the weight of 1\.conv is computed from other parameters"):
+        layers(nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"conv": normed})))
+
+
 def test_random_masks_keep_their_quotas_and_depend_on_the_seed_alone(small_cnn: nn.Module) -> None:
     weights = layers(small_cnn)
     numbers = [7, 20, 300, 41]

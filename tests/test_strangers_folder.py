@@ -32,7 +32,7 @@ from btrain.paper.command import check_folders
 from btrain.paper.sheets.files import show_sheets
 from btrain.runs.folder import RunFolder
 from btrain.runs.lock import locked
-from btrain.settings.evaluation import EvalSettings
+from btrain.settings.evaluation import EvalSettings, PgdChanges
 from btrain.training import train
 from sheets import plan, row
 from test_training import tiny
@@ -297,6 +297,19 @@ def test_a_pipe_among_results_is_refused_ahead_of_the_attack(run: Path, name: st
     with pytest.raises(UserError, match=rf"{name} could not be written \(it is no ordinary file"):
         evaluate_checkpoint(evaluation(run, verify=["ibp"], verify_epsilon=["0.05"]))
     assert [path.name for path in (run / "eval").iterdir()] == [name]
+
+
+def test_an_attack_of_ones_own_is_known_by_the_name_of_its_files(run: Path) -> None:
+    settings = evaluation(run, "custom", pgd=PgdChanges(steps=3))
+    (run / "eval").mkdir(exist_ok=True)
+    taken, said = locked(run / "eval" / "pgd3x1-ce.lock"), rf"{run / 'eval'} is in use by process"
+    with taken, pytest.raises(UserError, match=said):
+        evaluate_checkpoint(settings)
+    (run / "eval" / "pgd3x1-ce.lock").unlink(missing_ok=True)
+    os.mkfifo(run / "eval" / "pgd3x1-ce.json")
+    with pytest.raises(UserError, match=r"ce\.json could not be written \(it is no ordinary file"):
+        evaluate_checkpoint(settings)
+    assert [path.name for path in (run / "eval").iterdir()] == ["pgd3x1-ce.json"]
 
 
 def test_a_linked_folder_of_results_is_refused(run: Path, secret: Path) -> None:

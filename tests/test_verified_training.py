@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from btrain.allocation import signed_prediction_variance
 from btrain.attacks.shadow import InBFloat16
 from btrain.data import Batch, Data, Split
 from btrain.errors import UserError
-from btrain.evaluation.attack import Subject, clean_correct
+from btrain.evaluation import verification
+from btrain.evaluation.attack import Start, Subject, clean_correct
 from btrain.evaluation.chain import check, contradictions
 from btrain.evaluation.examples import Examples
 from btrain.evaluation.result import Result, Sanity
-from btrain.evaluation.verification import Known, verified
+from btrain.evaluation.verification import Known, attacked, verified
 from btrain.methods.make import make_method, make_methods
 from btrain.methods.verified import MIX, Verified, Weight, at_random, nearest_right
 from btrain.paper import step as paper_step
@@ -30,6 +32,7 @@ from btrain.paper.step import write_step
 from btrain.settings.compose import compose
 from btrain.settings.evaluation import (
     EvalSettings,
+    IntervalSettings,
     JumpChanges,
     PgdChanges,
     parse,
@@ -39,7 +42,7 @@ from btrain.settings.method import VerifiedConfig
 from btrain.training.lines import headline
 from btrain.training.setup import make_state
 from btrain.verify import accuracy, bounds, losses
-from btrain.verify.graph import evaluating, trace
+from btrain.verify.graph import Graph, evaluating, trace
 
 CPU = torch.device("cpu")
 FAMILY = ("mixtrain", "verified", "ibp", "crown_ibp", "mtl_ibp", "sabr")
@@ -521,9 +524,8 @@ class Counted(Examples):
         return super().batch(indices)
 
 
-def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
-    tmp_path: Path, digits: Data
-) -> None:
+def small_subjects(digits: Data) -> tuple[Graph, Callable[..., Subject]]:
+    """Return a small network's graph, and what makes it and 60 digits a subject in a folder."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(),
                                   torch.nn.Linear(12, 10))  # fmt: skip
@@ -534,12 +536,48 @@ def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
             for weight in network.parameters():
                 weight -= 0.3 * weight.grad
         network.zero_grad()
-    graph, names = trace(network, (1, 8, 8)), tuple("0123456789")
+    names = tuple("0123456789")
 
-    def subject(folder: Path, most: int = 10**6) -> Subject:
+    def subject(folder: Path, most: int = 10**6, batch_size: int = 20) -> Subject:
         examples = Counted(x, labels, names, CPU, most=most)
         correct = clean_correct(network, Examples(x, labels, names, CPU), batch_size=60)
-        return Subject(network, examples, correct, 0.03, 0.01, 0, 20, folder=folder)
+        return Subject(network, examples, correct, 0.03, 0.01, 0, batch_size, folder=folder)
+
+    return trace(network, (1, 8, 8)), subject
+
+
+def test_the_interval_attack_is_the_same_for_all_batch_sizes_and_goes_on_where_it_was(
+    tmp_path: Path, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "BATCH", 16)  # drawn for at once
+    graph, subject = small_subjects(digits)
+    settings = IntervalSettings(steps=1, restarts=3, jumps=1, step_size=0.003)
+
+    def stands(of: Subject) -> list[bool]:
+        of = replace(of, epsilon=0.06)
+        correct: list[bool] = attacked(of, graph, "interval", settings, Start(of.correct)).correct
+        return list(correct)
+
+    whole = subject(tmp_path / "whole")
+    found = stands(whole)
+    assert 0 < sum(found) < whole.correct.sum()
+    assert stands(subject(tmp_path / "small", batch_size=5)) == found
+    cut, again = subject(tmp_path / "cut", most=2), subject(tmp_path / "cut")
+    with pytest.raises(CutError):
+        stands(cut)
+    assert stands(again) == found
+    asked = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
+    assert asked[1] == asked[0] - 2 > 0
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
+        "interval.json", "interval.npz",
+    ]  # fmt: skip
+
+
+def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
+    tmp_path: Path, digits: Data
+) -> None:
+    graph, subject = small_subjects(digits)
+    network, x, labels = (of := subject(tmp_path)).model, of.examples.images, of.examples.labels
 
     radii = [0.01, 0.02, 0.05]
     whole = subject(tmp_path / "whole")
@@ -559,6 +597,10 @@ def test_shares_at_several_radii_fall_and_a_cut_verification_goes_on(
     counted = [len(of.examples.asked) for of in (whole, again)]  # type: ignore[attr-defined]
     assert counted[1] == counted[0] - 5
     assert not list((tmp_path / "cut").glob("*.partial.npz"))
+    # What other radii take comes on top.
+    path = tmp_path / "cut" / "verified-ibp.json"
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1000'))
+    assert verified(again, graph, "ibp", [0.07]).seconds > 1000
     # A union is asked for what its members left open alone.
     known: Known = {}
     members, union, alone = (subject(tmp_path / name) for name in ("whole", "union", "alone"))

@@ -34,6 +34,7 @@ from btrain.corruptions.manifest import CHUNK, MANIFEST, check_owner, describe
 from btrain.durable import check_places, make_folder, replacing
 from btrain.errors import UserError
 from btrain.processes.parent import watch
+from btrain.settings.checks import seed_in_range, whole
 from btrain.settings.corrupt import CorruptConfig
 from btrain.terminal import counted, say
 
@@ -110,9 +111,21 @@ def generate(
 
     Raises:
         UserError: the folder holds something else or cannot be written, the images are none that
-            `corrupt` takes, or there is no such corruption.
+            `corrupt` takes, there is not a label for each, or a corruption, the seed or the number
+            of processes is none.
     """
     check_images(images)
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels must be whole numbers, one for each of {len(images)} images, not "
+            f"{labels.dtype} {labels.shape}."
+        )
+    if ((labels < 0) | (labels >= classes)).any():
+        raise UserError(
+            f"labels must be from 0 to {classes - 1}, not from {labels.min()} to {labels.max()}."
+        )
+    seed_in_range("seed", seed)
+    whole(1, "processes", processes)
     for name in corruptions:
         check_name(name)
     manifest = describe(images, labels, source=source, classes=classes, seed=seed, frost=frost)

@@ -15,7 +15,7 @@ from btrain.errors import UserError, first_line
 from btrain.untrusted.arrays import open_npy
 
 
-def read(root: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
+def read(root: str | Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
     """Return the images of one corruption and severity, and their labels.
 
     Only this severity's part of the file is read.
@@ -34,6 +34,7 @@ def read(root: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
     """
     check_name(name)
     check_severity(severity)
+    root = Path(root)
     file = root / f"{name}.npy"
     images = _array(file)
     _check_images(file, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from btrain.evaluation.examples import (
 from btrain.evaluation.pgd import farthest
 from btrain.evaluation.result import Result, Sanity
 from btrain.evaluation.sanity import check_sanity
-from btrain.settings.checks import no_farther
+from btrain.settings.checks import no_farther, number
 from btrain.settings.evaluation import (
     AUTOATTACKS,
     INTERVAL_ATTACKS,
@@ -68,6 +69,10 @@ def robust_accuracy(
     Warns:
         UserWarning: the clean accuracy is close to that of guessing.
     """
+    if attack in ("all", "corruptions"):
+        raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
+    epsilon = number("epsilon", epsilon)
+    step_size = None if step_size is None else number("step_size", step_size)
     settings = EvalSettings(
         attacks=[attack],
         pgd=PgdChanges(steps=steps, restarts=restarts, loss=loss, step_size=step_size),
@@ -77,20 +82,19 @@ def robust_accuracy(
         batch_size=batch_size,
         precision=precision,
     )
-    if attack in ("all", "corruptions"):
-        raise UserError(f"attack={attack} needs files; please use the command btrain eval.")
     if attack in INTERVAL_ATTACKS:
         raise UserError(
             f"attack={attack} needs bounds; please use btrain.verify.interval_attack.attack or "
             "the command btrain eval."
         )
-    device = next((tensor.device for tensor in model.parameters()), images.device)
-    examples = checked(images, labels, device)
+    examples = checked(images, labels, next((w.device for w in model.parameters()), None))
     settings.check_lengths(norm)
     no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
-    with as_evaluated(model, device, precision):
+    with as_evaluated(model, examples.device, precision):
         examples = replace(examples, classes=_classes(model, examples))
+        started = time.perf_counter()
         correct = attacks.clean_correct(model, examples, batch_size=batch_size)
+        seconds = time.perf_counter() - started
         if attack != "clean":
             check_gradient(model, examples)
         hint = near_chance(correct, len(examples.classes))
@@ -105,13 +109,14 @@ def robust_accuracy(
             seed=seed,
             batch_size=batch_size,
             threat=BALLS[norm],
-            facts={"device": str(device), "precision": precision, "note": hint},
+            facts={"device": str(examples.device), "precision": precision, "note": hint},
+            clean_seconds=seconds,
             show_progress=show_progress,
         )
         start = Start(subject.correct)
         if attack in AUTOATTACKS:
             return attacks.autoattack(subject, attack, start)
-        if attack in PRESETS or settings.pgd.given or attack == "custom":
+        if attack in PRESETS or attack == "custom":
             return attacks.pgd(subject, *settings.pgd_attack(attack), start)
         return attacks.clean(subject)
 
@@ -138,12 +143,12 @@ def sanity_checks(
         UserError: images, labels, logits or settings are not what an attack assumes, or the model
             has no gradient.
     """
+    epsilon = number("epsilon", epsilon)
     settings = EvalSettings(norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size)
-    device = next((tensor.device for tensor in model.parameters()), images.device)
-    examples = checked(images, labels, device)
+    examples = checked(images, labels, next((w.device for w in model.parameters()), None))
     settings.check_lengths(norm)
     no_farther("epsilon", epsilon, farthest(BALLS[norm], examples.shape))
-    with as_evaluated(model, device):
+    with as_evaluated(model, examples.device):
         examples = replace(examples, classes=_classes(model, examples))
         check_gradient(model, examples)
         return check_sanity(

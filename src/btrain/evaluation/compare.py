@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain.errors import UserError
-from btrain.evaluation.result import Result, Z, read_result
+from btrain.evaluation.result import Result, Z, read_result, with_norm
 from btrain.terminal import counted
 
 
@@ -76,10 +76,8 @@ def _facts(first: Result, second: Result) -> list[tuple[str, object, object]]:
         *("dataset", "norm", "epsilon", "steps", "restarts", "step_size", "loss", "counts"),
         *("precision", "started_from"),
     )
-    older = {"norm": "linf"}  # of files that do not tell
-    pairs = [
-        (key, (older | first.settings).get(key), (older | second.settings).get(key)) for key in keys
-    ]
+    one, other = with_norm(first.settings), with_norm(second.settings)
+    pairs = [(key, one.get(key), other.get(key)) for key in keys]
     return [("n", len(first.labels), len(second.labels)), *pairs]
 
 

@@ -12,12 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from btrain.corruptions import SEVERITIES
 from btrain.data.splits import class_balanced_order
 from btrain.errors import UserError
 from btrain.evaluation.examples import Examples, predictions
 from btrain.terminal import counted
-
-SEVERITIES = 5
 
 Reader = Callable[[Path, str, int], tuple[Tensor, Tensor]]
 """(folder, corruption, severity 1 to 5) -> images (n, C, H, W) uint8 and labels (n,) int64"""

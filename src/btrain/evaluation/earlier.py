@@ -10,7 +10,7 @@ from typing import Any
 
 from btrain.durable import make_folder
 from btrain.errors import UserError
-from btrain.evaluation.result import PAGE, SAMPLES
+from btrain.evaluation.result import PAGE, SAMPLES, with_norm
 from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.terminal import say
@@ -36,9 +36,7 @@ def found(folder: Path, facts: Mapping[str, Any], *, own: bool) -> str | None:
     """
     name = None
     for path in sorted(folder.glob("*.json")):
-        there = read_object(path)
-        if "epsilon" in there:
-            there = {"norm": "linf"} | there  # older files do not tell their norm
+        there = with_norm(read_object(path))
         for key, what in _IDENTITY:
             if there.get(key, facts[key]) == facts[key]:
                 continue

@@ -65,12 +65,16 @@ class Examples:
         return digest.hexdigest()
 
 
-def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
-    """Return examples of anybody's tensors.
+def checked(images: Tensor, labels: Tensor, device: torch.device | None) -> Examples:
+    """Return examples of anybody's tensors, to be attacked on a device; None for the images' own.
 
     Raises:
         UserError: shapes, types or the range of the values are not what attacks assume.
     """
+    given: dict[str, object] = {"images": images, "labels": labels}
+    for name, thing in given.items():
+        if not isinstance(thing, Tensor):
+            raise UserError(f"{name} must be a torch tensor, not {type(thing).__name__}.")
     if images.dim() != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise UserError(
             "images must be (n, C, H, W) and labels (n,), not "
@@ -83,7 +87,7 @@ def checked(images: Tensor, labels: Tensor, device: torch.device) -> Examples:
             raise UserError(f"images must be uint8 or floats in [0, 1], not {images.dtype}.")
         check_images(images)
     names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    return Examples(images.detach(), labels, names, device)
+    return Examples(images.detach(), labels, names, device or images.device)
 
 
 @contextmanager

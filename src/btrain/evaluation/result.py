@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain import __version__
+from btrain.corruptions import SEVERITIES
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
 from btrain.runs.json_fields import Fields, dumped, is_number
@@ -32,7 +33,6 @@ CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
 BROKEN = "verified_and_broken.json"
 """The file that tells which images are verified and broken, which none may be."""
 PAGE = "index.html"
-SEVERITIES = 5
 SHARES = "shares"
 """The setting of a verified accuracy that holds points (ε, percent)."""
 _LARGEST = 256 << 20  # bytes of the arrays
@@ -527,6 +527,11 @@ def read_result(folder: Path, attack: str) -> Result:
 def of_a_part(n: int) -> str:
     """Return the sentence of a note that only n of the test images were attacked."""
     return f"{counted(n, 'test image')}, class-balanced, not the whole test set."
+
+
+def with_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an attack's settings with its norm, which older files do not tell: L∞."""
+    return ({"norm": "linf"} if "epsilon" in settings else {}) | dict(settings)
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -82,6 +83,12 @@ def _names(settings: EvalSettings) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != "corruptions"))
 
 
+def _results(settings: EvalSettings) -> tuple[str, ...]:
+    """Return the names of the results, as their files have them, but for the clean accuracy."""
+    every = settings.attacks == ["all"]
+    return (*_names(settings), *settings.verified) if every else tuple(settings.results)
+
+
 def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Evaluation:
     model, facts = target.model, _facts(settings, target, examples)
     ball = target.threat(target.epsilon)
@@ -92,9 +99,11 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     earlier.found(target.folder, told, own=own)  # ahead of the work
     check_places(_files(settings, target))
     graph = _graph(settings, target) if settings.bounded else None
+    started = time.perf_counter()
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
+    seconds = time.perf_counter() - started
     if settings.config and (hint := near_chance(correct, len(examples.classes))):
-        facts["note"] = " ".join(filter(None, (facts["note"], hint)))
+        facts["note"] = attacks.notes(facts["note"], hint)
     subject = Subject(
         model=model,
         examples=examples,
@@ -106,6 +115,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
         threat=target.threat,
         facts=facts,
         folder=target.folder,
+        clean_seconds=seconds,
         show_progress=True,
     )
     earlier.set_aside(target.folder, told, own=own)
@@ -129,11 +139,11 @@ def _graph(settings: EvalSettings, target: Target) -> Graph:
 
 def _files(settings: EvalSettings, target: Target) -> list[Path]:
     """Return the files that an evaluation leaves, and those that it keeps meanwhile."""
-    verified, radii = settings.verified, {target.epsilon, *settings.radii}
-    found = ("clean", *_names(settings), *verified)
-    names = [f"{name}{ending}" for name in found for ending in (".json", ".npz")]
-    names += [f"{name}.partial.npz" for name in _names(settings)]
-    names += [verification.unfinished(name, radius) for name in verified for radius in radii]
+    found, radii = ("clean", *_results(settings)), {target.epsilon, *settings.radii}
+    names = [f"{name}{ending}" for name in found for ending in (".json", ".npz", ".partial.npz")]
+    names += [
+        verification.partial_file(name, radius) for name in settings.verified for radius in radii
+    ]
     names += [SANITY] if settings.sanity else []
     names += [SAMPLES, PAGE] if settings.report else []
     names += [BROKEN]
@@ -148,7 +158,7 @@ def _taken(settings: EvalSettings, folder: Path) -> Iterator[None]:
         UserError: another process runs one of them, or the folder cannot be written.
     """
     with folder_made(folder), ExitStack() as locks:
-        for name in (*_names(settings), *settings.verified) or ("clean",):
+        for name in _results(settings) or ("clean",):
             locks.enter_context(locked(folder / f"{name}.lock"))
         yield
 
@@ -247,7 +257,7 @@ def _facts(settings: EvalSettings, target: Target, examples: Examples) -> dict[s
         "epsilon_trained": target.trained,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": settings.precision,
-        "note": " ".join(notes) or None,
+        "note": attacks.notes(*notes),
     }
 
 

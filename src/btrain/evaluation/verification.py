@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from btrain.evaluation.attack import Start, Subject, attack_facts, finished, identity, kept
-from btrain.evaluation.examples import batches
+from btrain.evaluation.attack import (
+    Start,
+    Subject,
+    attack_facts,
+    finished,
+    identity,
+    kept,
+    unfinished,
+)
+from btrain.evaluation.autoattack import BATCH, InParts
 from btrain.evaluation.result import SHARES, Result
 from btrain.evaluation.worst_case import Partial, worst_case
 from btrain.settings.evaluation import VERIFIED, IntervalSettings
@@ -20,7 +27,7 @@ from btrain.verify import accuracy, bounds, interval_attack
 from btrain.verify.graph import Graph
 
 
-def unfinished(name: str, radius: float) -> str:
+def partial_file(name: str, radius: float) -> str:
     """Return the name of the file that keeps what an engine has verified at a radius so far."""
     return f"{name}-{radius!r}.partial.npz"
 
@@ -67,6 +74,7 @@ def verified(
     if radii:
         told[SHARES] = [[e, 100 * found[e].double().mean().item()] for e in sorted(found)]
     seconds = sum(partial.seconds_before for partial in asked.begun)
+    seconds += 0.0 if before is None else before.seconds
     result = finished(subject, name, told, found[at], started - seconds)
     for partial in asked.begun:
         partial.remove()
@@ -109,7 +117,7 @@ class _Asked:
 
         partial = None
         if self.subject.folder is not None:
-            path = self.subject.folder / unfinished(self.name, epsilon)
+            path = self.subject.folder / partial_file(self.name, epsilon)
             partial = Partial(path, identity(self.facts) | {"radius": epsilon})
             self.begun.append(partial)
         found = worst_case(
@@ -157,25 +165,38 @@ def attacked(
     *,
     memory: int = bounds.MEMORY,
 ) -> Result:
-    """Return what stands under the interval attack, by default with CW between its jumps."""
+    """Return what stands under the interval attack, by default with CW between its jumps.
+
+    Random starts are drawn for batches of `BATCH` images, from the same seed for each, whatever
+    goes through the network at once.
+    """
     started, usual = time.perf_counter(), IntervalSettings()
     others = [key for key, value in asdict(settings).items() if value != getattr(usual, key)]
     told = {key: getattr(settings, key) for key in ("restarts", "loss", "steps", *others)}
+    if settings.restarts > 1:  # else nothing is drawn, and results of other batches are the same
+        told["batch"] = BATCH
     facts = attack_facts(subject, start) | told
     if (there := kept(subject, name, facts)) is not None:
         return there
-    stands = start.stands.clone()
-    generator = torch.Generator().manual_seed(subject.seed)
-    for some in tqdm(
-        list(batches(start.stands.nonzero().squeeze(1), subject.batch_size)), name, leave=False,
-        disable=None if subject.show_progress else True,
-    ):  # fmt: skip
+    network, partial = InParts(subject.model, subject.batch_size), unfinished(subject, name, facts)
+
+    def fooled(_: int, some: Tensor) -> Tensor:
         x, labels = subject.examples.batch(some)
         found = interval_attack.attack(
-            subject.model, x, labels, epsilon=subject.epsilon,
+            network, x, labels, epsilon=subject.epsilon,
             loss="pgd" if settings.loss == "ce" else "cw", graph=graph, steps=settings.steps,
             step_size=settings.step_size, restarts=settings.restarts, jumps=settings.jumps,
-            jump=settings.jump, radius=settings.radius, memory=memory, generator=generator,
+            jump=settings.jump, radius=settings.radius, memory=memory,
+            generator=torch.Generator().manual_seed(subject.seed),
         )  # fmt: skip
-        stands[some] = accuracy.right(subject.model, found, labels).cpu()
-    return finished(subject, name, facts, stands, started)
+        return ~accuracy.right(network, found, labels)
+
+    stands = worst_case(
+        fooled,
+        start.stands,
+        rounds=[name],
+        batch_size=BATCH,
+        partial=partial,
+        show_progress=subject.show_progress,
+    )
+    return finished(subject, name, facts, stands, started, partial)

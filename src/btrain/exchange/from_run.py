@@ -128,7 +128,7 @@ class SavedRun:
 
 
 def load_run(
-    path: Path,
+    path: str | Path,
     which: Which = "last",
     *,
     trust_code: bool = False,
@@ -144,7 +144,7 @@ def load_run(
     Raises:
         UserError: as `read_run`, or the weights do not fit the configuration.
     """
-    run = read_run(path, which, trust_code=trust_code, factories=factories)
+    run = read_run(Path(path), which, trust_code=trust_code, factories=factories)
     return run.config, run.network()
 
 

@@ -39,7 +39,7 @@ _BTRAINS = (WideResNet, PreActResNet, ResNet, SmallCNN)
 """The networks that hold their normalisation as `normalise`, and whose first layer is `conv1`."""
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file into a network, whatever device that is on.
 
     A normalisation in the file (`mu` and `sigma`, or our own) becomes the model's where that has
@@ -50,6 +50,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         UserError: the file cannot be read, is of another architecture, shape or number of classes,
             or normalises otherwise than the model. The model is as it was.
     """
+    path = Path(path)
     _load(weights_for(model, path), model, path)
 
 

@@ -17,10 +17,12 @@ from btrain.controllers.sparsity.channels import same_outputs
 from btrain.durable import replacing
 from btrain.errors import UserError
 from btrain.exchange import names
+from btrain.exchange.command import FORMATS
 from btrain.models.channels import Cut
 from btrain.models.wide_resnet import ACTIVATIONS, WideResNet
 from btrain.runs.checkpoint import FORMAT
 from btrain.settings import Config
+from btrain.settings.checks import require
 from btrain.settings.compose import to_dict
 
 BESIDE = (".md", ".sha256")
@@ -56,12 +58,14 @@ def write(
         config, classes: the run's and K, of formats checkpoint and compact.
 
     Raises:
-        UserError: the network does not go into that format, a package is missing, the file is there
-            already or cannot be written.
+        UserError: there is no such format, the network does not go into it, a package is missing,
+            the file is there already or cannot be written.
     """
+    require(format in FORMATS, "format", f"one of {', '.join(FORMATS)}", format)
     written = model
     if format in ("checkpoint", "compact"):
-        assert config is not None
+        if config is None:
+            raise UserError(f"format={format} needs a run's config, which tells network and data.")
         written = compact(model, shape) if format == "compact" else model
         content = {
             "format": FORMAT,
@@ -81,8 +85,9 @@ def write(
         raise UserError(f"out={path}: there is no folder {path.parent}.")
     beside = [path.with_name(path.name + end) for end in BESIDE]
     for file_beside in beside:
-        if file_beside.exists() and not overwrite:
-            raise UserError(f"{file_beside} is there already; overwrite=true removes it.")
+        if file_beside.is_dir() or (file_beside.exists() and not overwrite):
+            hint = " as a folder" if file_beside.is_dir() else "; overwrite=true removes it"
+            raise UserError(f"{file_beside} is there already{hint}.")
     try:
         with replacing(path) as file:
             write_to(file)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from btrain.corruptions import SEVERITIES
 from btrain.durable import write_file
 from btrain.errors import printable
 from btrain.evaluation.result import (
     PAGE,
-    SEVERITIES,
     SHARES,
     STANDARD,
     Evaluation,

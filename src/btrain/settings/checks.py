@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 from btrain.errors import UserError
@@ -53,8 +54,18 @@ def at_least(least: float, key: str, value: float | None) -> None:
         require(value >= least and finite(value), key, f"at least {least}", value)
 
 
+def whole(least: float, key: str, value: Any) -> None:
+    """Raise UserError for what is no whole number, or is below the least; None passes."""
+    if value is not None:
+        try:
+            at_least(least, key, operator.index(value))
+        except TypeError:
+            raise UserError(f"{key} must be a whole number, not {value}.") from None
+
+
 def seed_in_range(key: str, value: int | None) -> None:
     """Raise UserError for what torch or NumPy does not take for a seed."""
+    whole(-math.inf, key, value)
     if value is not None:
         require(0 <= value < 2**63, key, "in [0, 2^63)", value)
 

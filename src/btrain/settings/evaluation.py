@@ -12,7 +12,7 @@ from typing import Any
 
 from btrain.errors import UserError
 from btrain.settings import Config, hints, words
-from btrain.settings.checks import at_least, gibibytes, pixels, positive, seed_in_range
+from btrain.settings.checks import gibibytes, pixels, positive, seed_in_range, whole
 from btrain.settings.names import ANY, ENGINES
 
 LOSSES = ("ce", "kl", "cw", "dlr")
@@ -187,9 +187,9 @@ class EvalSettings:
         self._check_bounds()
         if self.norm is not None:
             _one_of("norm", self.norm, NORMS)
-        at_least(1, "attack.steps", self.pgd.steps)
-        at_least(1, "attack.restarts", self.pgd.restarts)
-        at_least(1, "eval.batch_size", self.batch_size)
+        whole(1, "attack.steps", self.pgd.steps)
+        whole(1, "attack.restarts", self.pgd.restarts)
+        whole(1, "eval.batch_size", self.batch_size)
         _one_of("attack.loss", self.pgd.loss or "ce", LOSSES)
         _one_of("precision", self.precision, PRECISIONS)
         seed_in_range("seed", self.seed)
@@ -249,7 +249,7 @@ class EvalSettings:
                 f"attack.loss={self.pgd.loss} does not go with attack={intervals[0]}, which "
                 f"ascends {' or '.join(INTERVAL_LOSSES)}."
             )
-        at_least(0, "attack.jumps", self.jumping.jumps)
+        whole(0, "attack.jumps", self.jumping.jumps)
         for key in ("jump", "radius"):
             if (length := getattr(self.jumping, key)) is not None:
                 pixels(f"attack.{key}", length, "linf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from btrain.attacks.pgd import check_images
 from btrain.errors import UserError
+from btrain.settings.checks import number
 from btrain.verify import bounds
 from btrain.verify.graph import Graph, evaluating, trace
 
 _BATCH = 500
-"""Images between two reports of progress."""
+"""Images that are classified, and given to an engine, at once."""
 _BY_COST = ("ibp", "crown_ibp", "symbolic", "crown")
 """The engines, the cheapest first."""
 
@@ -47,13 +48,12 @@ def verify(
     memory: int = bounds.MEMORY,
     graph: Graph | None = None,
     correct: Tensor | None = None,
-    progress: Callable[[str, int], None] | None = None,
 ) -> list[Verification]:
     """Each engine's verdict on each image, in float32 or the network's own precision.
 
     An engine is given the images that the network classifies rightly, since a box holds its own
-    image. "any" and joined engines are given what no engine before them in `engines` verified, and
-    go through their members by cost, each for what is still open.
+    image. A joined engine, and `any`, is given what none of its own engines earlier in `engines`
+    verified, and goes through its members by cost, each for what is still open.
 
     Args:
         network: put in evaluation mode meanwhile.
@@ -64,20 +64,25 @@ def verify(
         memory: in bytes, about, see `bounds.margins`.
         graph: of the network, if there is one.
         correct: which images the network classifies rightly, (m,) bool, if that is known.
-        progress: told the engine and the number of images that are done.
 
     Raises:
-        UserError: no such engine, images, labels or ε that are not that, or a layer that cannot be
-            bounded.
+        UserError: no such engine, images, labels, ε or `correct` that are not that, or a layer that
+            cannot be bounded.
     """
+    epsilon = number("epsilon", epsilon)
     if not 0 < epsilon <= 1:
         raise UserError(f"ε must be above 0 and at most 1, in pixel units, not {epsilon}.")
     members = {name: bounds.engines(name) for name in engines}
     check_batch(network, images, labels)
+    if correct is not None and (correct.dtype != torch.bool or correct.shape != labels.shape):
+        raise UserError(
+            f"correct must be bool, one for each of {len(images)} images, not {correct.dtype} of "
+            f"shape {tuple(correct.shape)}."
+        )
     with evaluating(network), torch.no_grad():
         if graph is None:
             graph = trace(network, tuple(images.shape[1:]))
-        _check_classes(labels, graph.classes)
+        bounds.check_labels(labels, len(images), graph.classes)
         if correct is None:
             parts = [torch.split(tensor, _BATCH) for tensor in (images, labels)]
             correct = torch.cat([right(network, *pair) for pair in zip(*parts, strict=True)])
@@ -94,8 +99,6 @@ def verify(
                 sound[open_] = _best(
                     graph, images[open_], labels[open_], members[name], epsilon, memory
                 )
-                if progress is not None:
-                    progress(name, min(start + _BATCH, len(images)))
             verdicts[name] = sound
             results.append(Verification(name, epsilon, sound, time.process_time() - began))
     return results
@@ -134,24 +137,5 @@ def check_batch(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     if images.dim() != 4 or not len(images):
         raise UserError(f"images must be (m, C, H, W), one at least, not {tuple(images.shape)}.")
     check_images(images)
-    weight = next((w for w in network.parameters() if w.is_floating_point()), images)
-    if images.dtype != weight.dtype:
-        names = [str(dtype).removeprefix("torch.") for dtype in (images.dtype, weight.dtype)]
-        raise UserError(
-            f"images are {names[0]} and the network's weights {names[1]}; please give both in one "
-            "precision."
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"labels must be int64, one for each of {len(images)} images, not {labels.dtype} of "
-            f"shape {tuple(labels.shape)}."
-        )
-
-
-def _check_classes(labels: Tensor, classes: int) -> None:
-    first, last = (int(end) for end in torch.aminmax(labels))
-    if first < 0 or last >= classes:
-        raise UserError(
-            f"labels must be from 0 to {classes - 1}, for {classes} logits, not from {first} to "
-            f"{last}."
-        )
+    bounds.check_precision(images, network.parameters())
+    bounds.check_labels(labels, len(images))

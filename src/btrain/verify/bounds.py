@@ -25,7 +25,7 @@ no proof against it: what is computed with the coefficients of the lines is roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btrain import precision
 from btrain.errors import UserError
+from btrain.settings.checks import at_least
 from btrain.settings.names import ANY, ENGINES
 from btrain.terminal import sized
 from btrain.verify.coefficients import (
@@ -53,12 +54,15 @@ from btrain.verify.graph import Graph, Input, Operation, Relu, Sum, on_meta, sum
 from btrain.verify.operations import Affine, Convolution, Reshape, Scale
 
 REVISION = 2
-"""The revision of what bounds allow for; verdicts of an earlier one are not taken for today's."""
+"""The number of today's rules for rounding; a verdict in a file of another number is computed
+again."""
 MEMORY = 2 * 2**30
 """Bytes that bounds may take unless told otherwise."""
 
 _IN_CACHE = 32 * 2**20
 """Bytes that a processor works on at once without waiting for its memory."""
+
+_HELD = 3  # intermediate results of the largest size are in memory at once, without gradients
 
 _ROUNDING = 64  # units in the last place of a result
 _TERMS = 8  # of the terms that it is a sum of, with all their signs taken away
@@ -94,7 +98,12 @@ def box(x: Tensor, epsilon: float | Tensor) -> Box:
     Args:
         x: images in [0, 1], (m, C, H, W).
         epsilon: in pixel units, or a tensor that is broadcast to x; 0 gives x alone.
+
+    Raises:
+        UserError: an ε is below 0 or not finite.
     """
+    least = epsilon.min().item() if isinstance(epsilon, Tensor) else epsilon
+    at_least(0, "epsilon", least)
     lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     return Box((lower + upper) / 2, (upper - lower) / 2)
 
@@ -145,8 +154,10 @@ def margins(
         (m, K), with gradients to the network's weights.
 
     Raises:
-        UserError: no such engine, a layer in training mode, or one image needs more memory.
+        UserError: no such engine, images or labels that are not the network's, a layer in training
+            mode, or one image needs more memory.
     """
+    check_labels(labels, len(images.centre), graph.classes)
     bounds = [
         _in_chunks(graph, images, labels, engine=name, memory=memory, all_rounding=all_rounding)
         for name in engines(engine)
@@ -210,7 +221,12 @@ def slopes(
 
     Returns:
         (m, K) as from `margins` with `symbolic`, and (m, K, C, H, W) or (m, K, N).
+
+    Raises:
+        UserError: as `margins`.
     """
+    check_size(graph, images.centre)
+    check_labels(labels, len(images.centre), graph.classes)
     uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):
         plan = _plan(graph, "symbolic", memory, joint=True, like=images.centre, count=len(labels))
@@ -222,6 +238,41 @@ def slopes(
             assert state.reached is not None
             reached.append(state.reached)
     return torch.cat(uppers), torch.cat(reached)
+
+
+def check_size(graph: Graph, images: Tensor) -> None:
+    """Raise UserError unless images are of the size that a graph was made for."""
+    if images.shape[1:] != graph.shape:
+        shapes = ["×".join(map(str, shape)) for shape in (graph.shape, images.shape[1:])]
+        raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
+
+
+def check_precision(images: Tensor, weights: Iterable[Tensor]) -> None:
+    """Raise UserError unless images are in the precision of a network's weights."""
+    weight = next((w for w in weights if w.is_floating_point()), images)
+    if images.dtype != weight.dtype:
+        names = [str(dtype).removeprefix("torch.") for dtype in (images.dtype, weight.dtype)]
+        raise UserError(
+            f"images are {names[0]} and the network's weights {names[1]}; please give both in one "
+            "precision."
+        )
+
+
+def check_labels(labels: Tensor, images: int, classes: int | None = None) -> None:
+    """Raise UserError unless there is a label for each image, below K where K is known."""
+    if labels.dtype != torch.int64 or labels.shape != (images,):
+        raise UserError(
+            f"labels must be int64, one for each of {images} images, not {labels.dtype} of "
+            f"shape {tuple(labels.shape)}."
+        )
+    if classes is None or not images:
+        return
+    first, last = (int(end) for end in torch.aminmax(labels))
+    if first < 0 or last >= classes:
+        raise UserError(
+            f"labels must be from 0 to {classes - 1}, for {classes} logits, not from {first} to "
+            f"{last}."
+        )
 
 
 def _in_chunks(
@@ -236,17 +287,11 @@ def _in_chunks(
     """Return one engine's bounds, a chunk at a time: (m, K), or (m, 2·K) lower and upper of logits.
 
     Raises:
-        UserError: the images are of another size, or one of them needs more memory.
-        ValueError: there is not one label for each image.
+        UserError: the images are of another size or precision, or one needs more memory.
     """
-    count = len(images.centre)
-    if labels is not None and labels.shape != (count,):
-        raise ValueError(f"one label for each of {count} images, not {tuple(labels.shape)}")
-    if images.centre.shape[1:] != graph.shape:
-        shapes = ["×".join(map(str, s)) for s in (graph.shape, images.centre.shape[1:])]
-        raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
-
-    joint = labels is not None
+    check_size(graph, images.centre)
+    check_precision(images.centre, graph.weights())
+    count, joint = len(images.centre), labels is not None
     plan = _plan(graph, engine, memory, joint=joint, like=images.centre, count=count)
     known: list[Operation] | None = None
     if plan.twice:
@@ -305,8 +350,8 @@ class _State:
         """The margins' coefficients on the images."""
         self._root = _root(operations)
         uses = [i for i, o in enumerate(operations) if self._root in o.inputs]
-        self._at_last = uses if len(uses) == 1 else []
-        """The only operation on the root, if there is only one."""
+        self._on_root = uses if len(uses) == 1 else []
+        """The operation that alone reads the root; empty where several do."""
         self._spans: list[_Span | None] = []
         self._values: list[Tensor] = []
         """The values at the middle of all relaxations, around which rows are bounded."""
@@ -445,7 +490,7 @@ class _State:
                     reaches.append(by_gaps)
                 case Input() | Sum():
                     pass
-                case Convolution() if i in self._at_last and not keep and isinstance(rows, Dense):
+                case Convolution() if i in self._on_root and not keep and isinstance(rows, Dense):
                     span = self._spans[self._root]
                     assert span is not None
                     moved = operation.what.reach(rows, span.radius)
@@ -626,7 +671,7 @@ def _plan(
 
     def needed(engine: str, pieces: int) -> tuple[int, Size]:
         found = size(graph, engine, joint=joint, like=like, pieces=pieces)
-        return found.total // pieces if with_gradients else 3 * found.largest, found
+        return found.total // pieces if with_gradients else _HELD * found.largest, found
 
     pieces = 1
     at_once, found = needed(engine, pieces)
@@ -643,7 +688,7 @@ def _plan(
     fitting = max(1, memory // at_once)
     images = fitting
     if like.device.type == "cpu":
-        images = min(images, max(1, _IN_CACHE // (3 * found.largest)))
+        images = min(images, max(1, _IN_CACHE // (_HELD * found.largest)))
     return _Plan(images, pieces, with_gradients and count > fitting)
 
 

@@ -32,12 +32,13 @@ _LEAVES = (
     nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
 _TRIED = 3
-"""The images that a network is tried on: one like those of data, and others far outside [0, 1]."""
+"""How many images a network is tried on: one like those of data, others far outside [0, 1]."""
 _FAR = 8.0
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""The distance allowed to a graph's logits, as a share of 1 + the network's largest; else 1e-2."""
+"""The distance allowed between a graph's logits and the network's, over 1 + the largest logit; 1e-2
+for other types."""
 _SAME = 1e-6
-"""The distance allowed to a network's logits of the same images, as such a share."""
+"""The distance allowed between a network's logits of the same images, over 1 + the largest."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from btrain.defenses import ce_inner_loss, cw_loss
 from btrain.errors import UserError
-from btrain.settings.checks import at_least, pixels, positive
+from btrain.settings.checks import at_least, number, pixels, positive, whole
 from btrain.verify import bounds
 from btrain.verify.accuracy import check_batch, right
 from btrain.verify.graph import Graph
@@ -73,8 +73,8 @@ def attack(
         graph: of the network; None for no jumps.
         steps: between two jumps, and after the last.
         step_size: in pixel units; ε/30 unless given, 0.01 at the ε of 0.3 that it was made for.
-        restarts: the first begins at x, the others at random in the box. What is misclassified is
-            left as it is.
+        restarts: the first begins at x, the others at random in the box. What is misclassified, at
+            x or since, is left as it is.
         jumps: in each of the first two restarts; later ones take one.
         jump: length in pixel units. At 1, the default, an image lands on a corner of the box.
         radius: of the first region around a point; it grows threefold while it is verified, up
@@ -88,16 +88,22 @@ def attack(
         UserError: images, labels or a setting are not that.
     """
     _check(network, x, labels, graph, loss)
-    pixels("epsilon", epsilon, "linf", least=True)
+    epsilon = pixels("epsilon", epsilon, "linf", least=True)
     for key, least, count in (("steps", 0, steps), ("restarts", 1, restarts), ("jumps", 0, jumps)):
-        at_least(least, key, count)
-    at_least(0, "step_size", step_size)
+        whole(least, key, count)
+    size = epsilon / 30 if step_size is None else number("step_size", step_size)
+    jump, radius = number("jump", jump), number("radius", radius)
+    at_least(0, "step_size", size)
     at_least(0, "jump", jump)
     positive("radius", radius)
-    size = epsilon / 30 if step_size is None else step_size
     lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     found = x.clone()
-    left = torch.arange(len(x), device=x.device)
+    with torch.no_grad():
+        logits = network(x)
+    bounds.check_labels(labels, len(x), logits.shape[1])
+    left = (logits.argmax(dim=1) == labels).nonzero().squeeze(1)
+    if len(left) == 0:
+        return found
 
     def confined(images: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(images, lower[left]), upper[left])
@@ -129,9 +135,8 @@ def _check(network: nn.Module, x: Tensor, labels: Tensor, graph: Graph | None, l
     if loss not in LOSSES:
         raise UserError(f"There is no loss {loss}; there are {', '.join(LOSSES)}.")
     check_batch(network, x, labels)
-    if graph is not None and graph.shape != tuple(x.shape[1:]):
-        shapes = ["×".join(map(str, shape)) for shape in (graph.shape, x.shape[1:])]
-        raise UserError(f"The bounds were made for images of {shapes[0]}, not of {shapes[1]}.")
+    if graph is not None:
+        bounds.check_size(graph, x)
 
 
 def _directions(

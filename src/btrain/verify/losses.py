@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.verify.bounds import Box, Interval
+from btrain.settings.checks import at_least
+from btrain.verify.bounds import Box, Interval, box
 
 _ENOUGH = 0.5
 """Shi et al.'s τ: a layer tighter or better balanced than that is not pressed further."""
@@ -59,15 +60,14 @@ def small_box(x: Tensor, attacked: Tensor, *, epsilon: float, share: float) -> B
     (m, C, H, W), (m, C, H, W) -> a box of each
 
     Raises:
-        UserError: the share lies outside [0, 1].
+        UserError: the share lies outside [0, 1], or ε below 0.
     """
     if not 0 <= share <= 1:
         raise UserError(f"The small box's share of ε must lie in [0, 1], not {share}.")
+    at_least(0, "epsilon", epsilon)
     room = (1 - share) * epsilon
     centre = torch.minimum(torch.maximum(attacked, x - room), x + room)
-    lower = (centre - share * epsilon).clamp(0, 1)
-    upper = (centre + share * epsilon).clamp(0, 1)
-    return Box((lower + upper) / 2, (upper - lower) / 2)
+    return box(centre, share * epsilon)
 
 
 @torch.no_grad()
@@ -76,9 +76,17 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
 
     Convolutions and linear layers from N(0, 2π/n²) with n inputs a unit, biases 0. Shi et al.,
     *Fast Certified Robust Training with Short Warmup*, section 3.2.
+
+    Raises:
+        UserError: a layer's weight is computed from other parameters, as weight norm's.
     """
-    for layer in network.modules():
+    for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
+            if "weight" not in dict(layer.named_parameters(recurse=False)):
+                raise UserError(
+                    f"The weight of {name or 'this network'} is computed from other parameters, so "
+                    "that Shi's initialisation (defense.shi_init) cannot draw it."
+                )
             inputs = layer.weight[0].numel()
             layer.weight.normal_(0, math.sqrt(2 * math.pi) / inputs, generator=generator)
             if layer.bias is not None:

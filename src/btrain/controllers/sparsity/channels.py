@@ -145,7 +145,7 @@ class Channels(Sparsity):
 
     @contextmanager
     def at_work(self, whole: Trained) -> Iterator[Trained]:
-        """Return the smaller network to be trained; behind it the whole one is where that ended."""
+        """Lend the smaller network for training; afterwards the whole one has its weights."""
         if self._pair is None or self._pair.whole != whole:
             self._pair = Pair.of(self.cut, whole, self.channels)
         self._pair.take(self.channels)
@@ -248,7 +248,8 @@ class FlyingChannels(Channels):
         after = torch.zeros_like(there)
         after[kept[sizes.topk(len(kept) - moved).indices]] = True
         others = (~after).nonzero()[:, 0]
-        order = torch.randperm(len(others), generator=self._chance(number)).to(others.device)
+        chance = self.flight.chance(self.steps, number)
+        order = torch.randperm(len(others), generator=chance).to(others.device)
         after[others[order[:moved]]] = True
         return after
 
@@ -268,7 +269,7 @@ class FlyingChannels(Channels):
         if not bool(grown.any()):
             return
         weight = tensors[f"{maker}.weight"]
-        chance = self._chance(number + len(self.cut.inner))
+        chance = self.flight.chance(self.steps, number + len(self.cut.inner))
         drawn = torch.randn(weight.shape, generator=chance).to(weight)
         active = weight[old]
         scale = active.square().sum().div(max(int(active.count_nonzero()), 1)).sqrt()
@@ -281,11 +282,6 @@ class FlyingChannels(Channels):
         gamma = tensors.get(f"{norm}.weight")
         if gamma is not None:
             gamma[grown] = gamma[old].abs().mean()
-
-    def _chance(self, number: int) -> torch.Generator:
-        """Return the source of an exchange's random numbers, the same in all processes."""
-        seed = (self.flight.seed * 1_000_003 + self.steps) * 4099 + number
-        return torch.Generator().manual_seed(seed % 2**63)
 
     def columns(self) -> dict[str, Any]:
         """Return densities and shares, κ and the number of exchanges."""

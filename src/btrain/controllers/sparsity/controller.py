@@ -66,7 +66,7 @@ class Sparsity:
         self.memory: Memory = {f"mask.{name}": mask for name, mask in self.masks.items()}
         self.memory |= {"macs_share": zero + 1, "counted_units": zero.clone()}
         self.memory |= {"epoch_units": zero.clone(), "extra_units": zero.clone()}
-        self._ahead = zero + 1  # φ at the beginning of the batch
+        self._at_start = zero + 1  # φ at the beginning of the batch
         self.refresh()
 
     # ---------------------------------------------------------------- what a run calls
@@ -92,10 +92,10 @@ class Sparsity:
 
     def count(self, stats: StepStats) -> None:
         """Count a batch's work, with the masks that it began with."""
-        counted = stats.units.double() * self._ahead
+        counted = stats.units.double() * self._at_start
         self.memory["counted_units"] += counted
         self.memory["epoch_units"] += counted
-        self._ahead.copy_(self.memory["macs_share"])
+        self._at_start.copy_(self.memory["macs_share"])
 
     def columns(self) -> dict[str, Any]:
         """Return densities and shares for the log."""
@@ -110,7 +110,7 @@ class Sparsity:
     def refresh(self) -> None:
         """Take φ anew, and set to 0 what new masks take away."""
         self._recount()
-        self._ahead.copy_(self.memory["macs_share"])
+        self._at_start.copy_(self.memory["macs_share"])
         self.apply()
         self.apply_beside()
 
@@ -191,7 +191,7 @@ class Sparsity:
                 raise ValueError("a mask that is not binary")
             tensor.copy_(memory[name])
         self.steps = saved["steps"]
-        self._ahead.copy_(self.memory["macs_share"])
+        self._at_start.copy_(self.memory["macs_share"])
 
 
 def binary(mask: Tensor) -> bool:
@@ -229,6 +229,16 @@ class Flight:
         """Return κ behind so many updates of the weights."""
         return drop_rate(min(step, self.steps), self.steps, first=self.first, last=self.last)
 
+    def chance(self, step: int, number: int) -> torch.Generator:
+        """Return the source of a change's random numbers, the same in all processes.
+
+        Args:
+            step: updates of the weights so far.
+            number: of the draw in this change, below 4099.
+        """
+        seed = (self.seed * 1_000_003 + step) * 4099 + number
+        return torch.Generator().manual_seed(seed % 2**63)
+
 
 class FlyingBird(Sparsity):
     """Masks that drop their smallest weights and grow as many others in the same layer.
@@ -254,11 +264,12 @@ class FlyingBird(Sparsity):
         if self.steps not in self.flight.changes:
             return False
         kept = self.kept()
+        counts = self.counts(kept)
         for number, (name, mask) in enumerate(self.masks.items()):
             weight = self.thinned.weights[name]
             if kept[name] == weight.numel():
                 continue
-            drop, grow = self.counts(kept[name], weight.numel())
+            drop, grow = counts[name]
             mask.copy_(regrown(weight, mask, self.growth(number, weight), drop=drop, grow=grow))
             self.fired[name] |= mask > 0
         self.memory["mask_updates"] += 1
@@ -267,14 +278,16 @@ class FlyingBird(Sparsity):
     def growth(self, number: int, weight: nn.Parameter) -> Tensor:
         """Return what a layer's inactive weights are chosen by."""
         if self.flight.growth == "random":
-            seed = (self.flight.seed * 1_000_003 + self.steps) * 4099 + number
-            return noise_like(weight, torch.Generator().manual_seed(seed % 2**63))
+            return noise_like(weight, self.flight.chance(self.steps, number))
         return torch.zeros_like(weight) if weight.grad is None else weight.grad.abs()
 
-    def counts(self, kept: int, size: int) -> Counts:
-        """Return how many of a layer's active weights go, and how many come."""
-        moved = min(math.ceil(self.drop_rate * kept), kept)
-        return Counts(moved, moved)
+    def moved(self, kept: int) -> int:
+        """Return how many of a layer's active weights make room for others."""
+        return min(math.ceil(self.drop_rate * kept), kept)
+
+    def counts(self, kept: Mapping[str, int]) -> dict[str, Counts]:
+        """Return how many of each layer's active weights go, and how many come."""
+        return {name: Counts(self.moved(of), self.moved(of)) for name, of in kept.items()}
 
     def columns(self) -> dict[str, Any]:
         """Return densities and shares, κ, the masks' updates and the share that ever was active."""
@@ -338,10 +351,16 @@ class FlyingBirdPlus(FlyingBird):
         shares = {"prune_share": self.rule.prune_share, "grow_share": self.rule.grow_share}
         return switches(gaps, losses, **shares)
 
-    def counts(self, kept: int, size: int) -> Counts:
-        """Return how many of a layer's active weights go, and how many come; one at least stays."""
+    def counts(self, kept: Mapping[str, int]) -> dict[str, Counts]:
+        """Return how many of each layer's weights go, and how many come; one at least stays."""
         prune, grow = self.switched()
-        moved = super().counts(kept, size).drop
+        return {
+            name: self._counts(of, self.thinned.weights[name].numel(), prune=prune, grow=grow)
+            for name, of in kept.items()
+        }
+
+    def _counts(self, kept: int, size: int, *, prune: bool, grow: bool) -> Counts:
+        moved = self.moved(kept)
         more = math.ceil(self.rule.prune_ratio * self.drop_rate * kept) if prune else 0
         dropped = min(moved + more, kept)
         grown = round((1 + self.rule.growth_ratio) * moved) if grow else moved

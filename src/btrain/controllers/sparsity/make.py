@@ -326,7 +326,16 @@ def make_switches(sparsity: FlyingBirdPlusConfig, length: Length) -> Switches:
 
 
 def make_ticket(sparsity: RobustBirdConfig, kept: int) -> Ticket:
-    """Return when Robust Bird's search is over."""
+    """Return when Robust Bird's search is over.
+
+    Raises:
+        UserError: it cannot come to the epoch whose weights the run is to begin with.
+    """
+    if sparsity.rewind is Rewind.epoch and sparsity.rewind_epoch > sparsity.search_epochs:
+        raise UserError(
+            f"sparsity.rewind_epoch={sparsity.rewind_epoch} is behind the search, which takes at "
+            f"most sparsity.search_epochs={sparsity.search_epochs}."
+        )
     rewind = {Rewind.none: None, Rewind.init: 0, Rewind.epoch: sparsity.rewind_epoch}
     return Ticket(
         kept=kept,

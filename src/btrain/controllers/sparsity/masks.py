@@ -31,12 +31,18 @@ def layers(
         frozen: whether weights that are not trained count, too.
 
     Raises:
-        UserError: there are none, or an excluded name is that of no layer.
+        UserError: there are none, one is computed from other parameters, or an excluded name is
+            that of no layer.
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, _MASKED):
-            weight = module.get_parameter("weight")
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is None:
+                raise UserError(
+                    f"sparsity: the weight of {name or 'this network'} is computed from other "
+                    "parameters (by weight norm, for example), so no mask can hold it at 0."
+                )
             new = not any(weight is other for other in found.values())
             if new and (frozen or weight.requires_grad):
                 found[name] = weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from btrain.controllers.sparsity.controller import Sparsity, Thinned, binary
 from btrain.controllers.sparsity.masks import Masks, distance, top, top_of_all
 from btrain.controllers.sparsity.scores import magnitude
+from btrain.terminal import counted
+
+log = logging.getLogger("btrain")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Ticket:
         window: how many are compared, of as many epochs.
         epochs: of the search at most.
         rewind: the epoch of the search with whose weights the run begins, 0 for the fresh ones;
-            None for those that the ticket was drawn from.
+            None for those that the ticket was drawn from, as where it comes earlier.
     """
 
     kept: int
@@ -80,6 +84,12 @@ class RobustBird(Sparsity):
             self.masks[name].copy_(mask)
         if self.start is not None:
             self._model.load_state_dict(self.start)
+        elif self.ticket.rewind is not None:
+            log.warning(
+                "The ticket is there after %s, before epoch %d, whose weights "
+                "sparsity.rewind=epoch asks for; the run begins with those it was drawn from.",
+                counted(self.searched, "epoch"), self.ticket.rewind,
+            )  # fmt: skip
         self.searching, self.recent, self.start = False, [], None
         self.refresh()
 
