@@ -24,7 +24,7 @@ from btrain.attacks.shadow import InBFloat16, Shadowed
 from btrain.bench import command
 from btrain.bench.measure import measure
 from btrain.bench.plan import Case, make_lanes
-from btrain.build import load_data, meant
+from btrain.build import as_current_gpu, load_data
 from btrain.data import Batch, Data, load
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
@@ -115,7 +115,7 @@ def test_a_fused_update_on_the_gpu_is_the_cpu_s_and_can_be_undone(
 def test_a_run_leaves_the_current_device_as_it_was() -> None:
     before = torch.cuda.current_device()
     last = torch.device("cuda", torch.cuda.device_count() - 1)
-    with meant(last):
+    with as_current_gpu(last):
         assert torch.empty(1, device="cuda").device == last
     assert torch.cuda.current_device() == before
 

@@ -56,8 +56,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def meant(device: torch.device) -> AbstractContextManager[object]:
-    """Make this the GPU where none is named inside; each of several processes has its own."""
+def as_current_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the one that torch uses inside where none is named; do nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -1,9 +1,9 @@
 """Training by bounds: MixTrain, and its family of settings.
 
-Which images are bounded, within which box, by which engine, and what their worst-case loss is
-mixed with: MixTrain (Wang et al.) bounds a few images of each batch, Wong & Kolter, IBP and
-CROWN-IBP bound all, SABR bounds small boxes around attacked images, MTL-IBP mixes with the loss of
-attacked images. BulletTrain's rule can choose the few.
+The settings say which images are bounded, within which box, by which engine, and what their
+worst-case loss is mixed with: MixTrain (Wang et al.) bounds a few images of each batch, Wong &
+Kolter, IBP and CROWN-IBP bound all, SABR bounds small boxes around attacked images, MTL-IBP mixes
+with the loss of attacked images. BulletTrain's rule can choose the few.
 """
 
 from __future__ import annotations

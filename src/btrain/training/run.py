@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from btrain import own
 from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
-from btrain.build import find_device, load_data, meant
+from btrain.build import as_current_gpu, find_device, load_data
 from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
@@ -110,7 +110,7 @@ def _run(config: Config, world: World, started: Mapping[str, Any]) -> dict[str, 
         return summary
     device = find_device(device_of(world, config.device))
     check_fast_paths(config.train, device)
-    with deterministic(config.train.deterministic), meant(device):
+    with deterministic(config.train.deterministic), as_current_gpu(device):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
             with world.first_ahead():
                 data = load_data(config, device)

@@ -228,8 +228,8 @@ def sparse_summary(
 
     Returns:
         `flops_executed` is all work, `flops_counted` the same without multiply-adds by weights that
-        are 0; both with what was spent beside the batches, a search or a probe. Where channels are
-        missing, all that is executed is counted.
+        are 0; both with what was spent beside the batches, a search or a probe. All that is
+        executed is counted where channels are missing.
     """
     if state.sparsity is None:
         return {}
