@@ -1,4 +1,4 @@
-"""What a loss by bounds costs on this machine, against a plain training step of 50 images.
+"""The cost of a loss by bounds on this machine, against a plain training step of 50 images.
 
     OMP_NUM_THREADS=1 python scripts/bounds.py [symbolic crown_ibp …]
 

@@ -1,4 +1,4 @@
-"""How much faster a step is without channels, and with BulletTrain: CPU time, in turns.
+"""The speedup of a step without channels, and with BulletTrain: CPU time, in turns.
 
     OMP_NUM_THREADS=1 python scripts/channels.py [preact_resnet18 small_cnn] [--share 0.25]
 
@@ -82,8 +82,8 @@ def measure(name: str, share: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("networks", nargs="*", default=list(CASES), choices=[*CASES, []])
+    parser.add_argument("networks", nargs="*", choices=[*CASES, []])
     parser.add_argument("--share", type=float, default=0.25)
     given = parser.parse_args()
-    for network in given.networks:
+    for network in given.networks or CASES:
         measure(network, given.share)

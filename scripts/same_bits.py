@@ -32,7 +32,7 @@ import torch
 HERE = Path(__file__).resolve().parents[1]
 TIMES = {"train_seconds", "epoch_seconds", "speedup_measured"}
 NEW = {"torch_generators"}
-"""What a checkpoint has gained since."""
+"""The keys that a checkpoint has gained since."""
 COMMON = """dataset=digits dataset.train_examples=250 dataset.test_examples=100 model=small_cnn
     train.epochs=2 train.batch_size=32 eval.steps=2 device=cpu seed=1"""
 WEAK = "attack.epsilon=0.03 recipe.optimizer=adam recipe.lr=0.01"
@@ -48,14 +48,12 @@ class Case:
 
     Attributes:
         settings: what differs from COMMON.
-        now: the settings for this checkout, where it calls or refuses some of them otherwise.
         cut: whether the earlier commit cuts the run, for both to continue.
         other: what has another meaning now, by its key.
     """
 
     name: str
     settings: str
-    now: str | None = None
     cut: bool = False
     other: frozenset[str] = frozenset()
 
@@ -126,13 +124,13 @@ CASES = [
 
 
 def arguments(settings: str) -> list[str]:
-    """The command of a case, whose settings replace the common ones."""
+    """Return the command of a case, whose settings replace the common ones."""
     pairs = (setting.split("=", 1) for setting in f"{COMMON} {settings}".split())
     return ["train", *(f"{key}={value}" for key, value in dict(pairs).items())]
 
 
 def run_jobs(tree: Path) -> None:
-    """Trains what stdin asks for with the btrain of one checkout; notes how each run ended."""
+    """Train what stdin asks for with the btrain of one checkout; note how each run ended."""
     import btrain.cli
 
     if not Path(btrain.cli.__file__).is_relative_to(tree):
@@ -155,7 +153,7 @@ def run_jobs(tree: Path) -> None:
 
 
 def cut(folder: Path, command: list[str]) -> None:
-    """Trains batch by batch, by tiny time limits, as far as the middle of the second epoch."""
+    """Train batch by batch, by tiny time limits, as far as the middle of the second epoch."""
     import btrain.cli
 
     spent = allowed = 0.0
@@ -177,34 +175,34 @@ def cut(folder: Path, command: list[str]) -> None:
 
 
 def last(folder: Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
+    """Return the path of a run's newest checkpoint."""
     return folder / "checkpoints" / "last.pt"
 
 
 def note(folder: Path) -> Path:
-    """Where it is noted how a run ended, beside its folder."""
+    """Return the file, beside a run's folder, that says how the run ended."""
     return folder.with_name(f"{folder.name}.json")
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """How a run ended; nothing where that was not noted."""
+    """Return what that file says; nothing where there is none."""
     return dict(json.loads(note(folder).read_text())) if note(folder).exists() else {}
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The state in a run's newest checkpoint."""
+    """Return the state in a run's newest checkpoint."""
     state: dict[str, Any] = torch.load(last(folder), weights_only=True)["state"]
     return state
 
 
 def lines(folder: Path) -> dict[str, Any]:
-    """The lines of a run's metrics.jsonl, by epoch."""
+    """Return the lines of a run's metrics.jsonl, by epoch."""
     read = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {f"epoch {line['epoch']}": line for line in read}
 
 
 def first_difference(before: Any, now: Any, place: str, other: Collection[str] = ()) -> str | None:
-    """The first place where two trees of values differ, or None; NaN equals NaN, times anything."""
+    """Return the first place where two trees of values differ; NaN equals NaN, times anything."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(now.keys() - before.keys())]:
             if key in TIMES or key in other or (key in NEW and key not in before):
@@ -234,7 +232,7 @@ def first_difference(before: Any, now: Any, place: str, other: Collection[str] =
 
 
 def compare(before: Path, now: Path, other: Collection[str]) -> str | None:
-    """How two runs differ, or None; `other` are keys that may."""
+    """Return the first difference of two runs, or None; `other` are keys that may differ."""
     for folder, words in ((before, "the earlier commit"), (now, "this checkout")):
         ended = read_note(folder)
         if ended.get("status") != 0:
@@ -245,7 +243,7 @@ def compare(before: Path, now: Path, other: Collection[str]) -> str | None:
 
 
 def train_all(name: str, tree: Path, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Trains jobs with a checkout's btrain, in one process, and says what that cost."""
+    """Train jobs with a checkout's btrain, in one process, and say what that cost."""
     print(f"{name}: training {len(jobs)} cases …", flush=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
@@ -257,7 +255,7 @@ def train_all(name: str, tree: Path, jobs: list[dict[str, Any]], folder: Path) -
 
 
 def git(*args: str) -> str:
-    """What git answers about this checkout; its own message ends the script."""
+    """Return git's answer about this checkout; its own message ends the script."""
     done = subprocess.run(["git", "-C", str(HERE), *args], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(1)
@@ -266,7 +264,7 @@ def git(*args: str) -> str:
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder with the files of a commit, for a while."""
+    """Lend a folder with the files of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "tree"
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
@@ -277,7 +275,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Trains, compares, and returns the exit status: 1 if anything differs."""
+    """Train, compare, and return the exit status: 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commit", nargs="?", default="47634f9")
     parser.add_argument("--only", default="", metavar="WORD", help="cases with WORD in their name")
@@ -295,20 +293,20 @@ def main() -> int:
         old.mkdir(parents=True, exist_ok=True)
         new.mkdir()
 
-        def job(case: Case, folder: Path, settings: str) -> dict[str, Any]:
+        def job(case: Case, folder: Path) -> dict[str, Any]:
             begun = str(old / f"{case.name}.cut") if case.cut else None
-            return {"folder": str(folder / case.name), "arguments": arguments(settings),
+            return {"folder": str(folder / case.name), "arguments": arguments(case.settings),
                     "begun": begun, "cut": folder == old}  # fmt: skip
 
         def is_kept(job: dict[str, Any]) -> bool:
             ended = read_note(Path(job["folder"]))
             return ended.get("status") == 0 and bool(ended["arguments"] == job["arguments"])
 
-        left = [wanted for case in cases if not is_kept(wanted := job(case, old, case.settings))]
+        left = [wanted for case in cases if not is_kept(wanted := job(case, old))]
         if left:
             with checkout(commit) as tree:
                 train_all(commit[:7], tree, left, old)
-        jobs = [job(case, new, case.now or case.settings) for case in cases]
+        jobs = [job(case, new) for case in cases]
         train_all("this checkout", HERE, jobs, new)
         found = {case.name: compare(old / case.name, new / case.name, case.other) for case in cases}
         for name, difference in found.items():

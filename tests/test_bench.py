@@ -695,6 +695,8 @@ def test_the_first_reason_is_the_one_to_tell_unless_it_has_been_explained() -> N
 def test_without_a_gpu_its_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "gpu", "bench.seconds=240", "bench.out=gpu.json"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
+    assert main(["bench", "gpu", "bench.out=gpu.md"]) == 1  # its table would take the place
+    assert "bench.out=gpu.md must end in .json" in capsys.readouterr().err
     assert main(["bench", "gpu", "model.width=2"]) == 1
     assert "bench gpu takes bench.seconds and bench.out alone" in capsys.readouterr().err
 

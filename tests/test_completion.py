@@ -50,6 +50,8 @@ from btrain.report.command import _FLAGS, _OPTIONS
         (["train", "--config-dir", "A/m"], ["A/my plots/"]),
         (["train", "--config-dir", "A/my plots", "model=mi"],
          ["model=mine", *candidates(["train", "model=mi"])]),
+        (["train", "-cd", "A/my plots", "model=mine"], ["model=mine"]),
+        (["train", "--config-dir", "A", "--config-dir=A/my plots", "model=mine"], ["model=mine"]),
     ],
     ids=lambda value: " ".join(value)[:50],
 )  # fmt: skip

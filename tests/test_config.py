@@ -619,6 +619,9 @@ def test_only_what_an_experiment_wrote_is_left_out(
         "bt: {n_b: 3, n_r: 2}\n",
         "experiment/torn": "# @package _global_\nbt: {n_r: 2, n_b: 1}\n",
         "experiment/typo": "# @package _global_\nbt: {nb: 3}\n",
+        "experiment/bare": "bt: {n_r: 2}\n",
+        "experiment/bare_too": "defaults: [override /bt: uniform]\n",
+        "defense/bare": "beta: 3\n",
     }.items():
         Path("mine", name).parent.mkdir(parents=True, exist_ok=True)
         Path("mine", f"{name}.yaml").write_text(text)
@@ -627,6 +630,10 @@ def test_only_what_an_experiment_wrote_is_left_out(
         ("experiment=typo bt=uniform", "There is no setting bt.nb. Did you mean bt.n_b?"),
         ("experiment=ours bt.n_o=4", "bt.n_o must be at most bt.n_r = 2, not 4. experiment=ours "
          "sets bt.n_r; bt.n_r=… would change that."),
+        *((f"experiment={name}", "An experiment's file begins with the line "
+           "`# @package _global_`.") for name in ("bare", "bare_too")),
+        ("defense=bare", "defense.beta is set by a file whose `defaults` do not say what it is an "
+         "option of; `- trades` as their first line, for example, does."),
     ):  # fmt: skip
         command = ["train", "--config-dir", "mine", "dataset=digits", *words.split()]
         assert main(command) == 1

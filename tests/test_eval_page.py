@@ -15,7 +15,8 @@ from PIL import Image
 
 from btrain.errors import UserError
 from btrain.evaluation.result import Evaluation, Result
-from btrain.report.evaluation import describe, duration, write_page
+from btrain.report.evaluation import describe, write_page
+from btrain.terminal import lasting
 from disks import full_disk
 from evaluation_page import Page, change, samples, write_samples
 
@@ -273,13 +274,18 @@ def test_without_matplotlib_it_says_what_to_install(
     [
         (0.034, "0.034 s"),
         (9.94, "9.9 s"),
+        (42, "42 s"),
         (59.4, "59 s"),
         (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (600, "10 min"),
+        (3599, "1 h 00 min"),
+        (7500, "2 h 05 min"),
         (7800, "2 h 10 min"),
     ],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert lasting(seconds) == words
 
 
 def test_verified_shares_are_a_curve_and_no_attack(tmp_path: Path) -> None:

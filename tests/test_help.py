@@ -78,5 +78,10 @@ def test_the_words_of_the_users_own_options(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     text = "# A network of mine.\ndefaults:\n  - own\n\nfactory: nets.py:Net   # a class of mine\n"
     (tmp_path / "model" / "my_net.yaml").write_text(text)
+    (tmp_path / "model" / "small_cnn.yaml").write_text(
+        "# Mine, smaller:  btrain train model=small_cnn\n# Trained in a minute.\n"
+        "defaults:\n  - small_cnn_schema\n"
+    )
     page = help_text(["--config-dir", str(tmp_path), "model"])
     assert re.search(r"^  model=my_net +A network of mine$", page, re.MULTILINE)
+    assert re.search(r"^  model=small_cnn +Mine, smaller$", page, re.MULTILINE)

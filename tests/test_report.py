@@ -46,7 +46,7 @@ def test_a_sweep_has_a_row_for_what_varies_and_says_what_did_not_finish(tmp_path
     for n_r, seed in ((0, 0), (0, 1), (2, 0), (2, 1), (2, 2)):
         number, name = len(jobs), f"n_r_{n_r}-seed{seed}"
         jobs.append(Job(number, [*common, f"bt.n_r={n_r}", f"seed={seed}", f"run.dir={name}"]))
-        jobs[-1].folder = str(tmp_path / "runs" / name)
+        jobs[-1].folder, jobs[-1].looked_at = str(tmp_path / "runs" / name), f"verify={name}"
         if seed < 2:
             finished(Path(jobs[-1].folder), 9.0, clean_acc=clean[n_r][seed], robust_acc=50.0)
     summary = Path(str(jobs[3].folder)) / "summary.json"
@@ -68,7 +68,9 @@ def test_a_sweep_has_a_row_for_what_varies_and_says_what_did_not_finish(tmp_path
         "bt.n_r=2 seed=2: it ended without a result",
         f"{wide} seed=0: There is no such file.",
     ]
-    assert next_commands(told)[0] == f"btrain report --merge-seeds {tmp_path}/runs"
+    report, evaluate = next_commands(told)
+    assert report == f"btrain report --merge-seeds {tmp_path}/runs"
+    assert evaluate == f"btrain eval checkpoint={jobs[0].folder} {jobs[0].looked_at}"
     jobs[3].overrides[2] = wide
     for line in sweep_table(jobs).split("\n\n")[0].splitlines():
         assert len(line) <= 80

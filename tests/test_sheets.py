@@ -81,6 +81,11 @@ def test_speedups_are_of_an_epoch_over_the_same_images(tmp_path: Path) -> None:
     finished(tmp_path / "a-seed0", flops=4e12, epochs=10)
     finished(tmp_path / "b-seed0", flops=1e12, epochs=5)
     finished(tmp_path / "c-seed0", config={"dataset.train_examples": 3000})
+    for name, root in (("d", "cats"), ("e", "whales")):
+        folder = {"dataset.name": "imagefolder", "dataset.root": root}
+        finished(tmp_path / f"{name}-seed0", config=folder)
+    sheet = make_sheet(plan([row("d"), row("e")]), tmp_path)
+    assert cells(sheet, "e")["speedup, measured"] == "other images"
     sheet = make_sheet(plan([row("a"), row("b"), row("c")]), tmp_path)
     assert cells(sheet, "b")["speedup, FLOPs"] == "2.00×"
     assert cells(sheet, "b")["speedup, measured"] == "0.50×"  # 10 s an epoch over 20 s

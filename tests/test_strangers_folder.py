@@ -224,6 +224,19 @@ def test_a_linked_folder_in_a_run_folder_is_refused(run: Path, secret: Path, nam
         pytest.fail("the work began")
 
 
+@pytest.mark.parametrize("name", ["thesis.tmp", "thesis.txt"])
+def test_what_a_user_has_in_a_new_folder_stays(tmp_path: Path, name: str) -> None:
+    """Named ahead of the work, or put there while it is prepared."""
+    config, folder = tiny(tmp_path, "train.epochs=1"), RunFolder(tmp_path)
+    folder.check_owner(config)
+    (tmp_path / name).write_text("years")
+    with pytest.raises(UserError, match="holds other files"), folder.taken(config):
+        pytest.fail("the work began")
+    with pytest.raises(UserError, match="holds other files"):
+        folder.check_owner(config)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_links_at_every_name_of_a_run_folder_lead_nowhere(run: Path, secret: Path) -> None:
     """A run goes on beside them, and its log costs its lines only."""
     (run / "summary.json").unlink()

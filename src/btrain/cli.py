@@ -58,7 +58,7 @@ to begin, with images that come with btrain:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and returns its exit status."""
+    """Run one command and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         show(USAGE, end="")
@@ -311,7 +311,7 @@ def _run_with_hydra(
             for note in notes if is_first() else ():
                 tell(note)
             if told is not None and place is not None:
-                told.folder = config.run.dir
+                told.folder, told.looked_at = config.run.dir, _looked_at(config)
                 told.tell(place)
             own.allow_parts(config)
             configs.check_search(config, hydra_config)
@@ -360,7 +360,7 @@ def _run_with_hydra(
         if of_a_job is None:
             with first_complains():
                 raise configs.explain(error, args, task) from None
-        # Where jobs write to files of their own, what the job has said was not heard here.
+        # Jobs of submitit write to files of their own: their complaints were not heard here.
         if isinstance(error, UserError) and not str(of_a_job).startswith("submitit"):
             sys.exit(1)
         raise

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -144,8 +143,10 @@ def _of_export(before: Sequence[str]) -> list[str]:
 
 
 def _of_paper(before: Sequence[str]) -> list[str]:
+    from btrain.settings.compose import options_of
+
     own = ("profile=", "out=", "only=", "plan=", "corruptions_root=", "dataset.root=", "device=")
-    return ["--help", "all", *_files("paper/target"), *own]
+    return ["--help", "all", *options_of("paper/target"), *own]
 
 
 def _of_report(before: Sequence[str]) -> list[str]:
@@ -186,6 +187,8 @@ def _values(before: Sequence[str], key: str, value: str) -> list[str]:
 
 def _named(before: Sequence[str], key: str) -> Iterable[str] | None:
     """Return the names that a key can have, or None where it takes something else."""
+    from btrain.settings.compose import arranged, options_of, user_folder
+
     if key == "device":
         return ("auto", "cpu", "cuda")
     if key == "hydra/launcher":
@@ -207,11 +210,14 @@ def _named(before: Sequence[str], key: str) -> Iterable[str] | None:
 
         return FORMATS if key == "format" else ("best", "last")
     if before[0] in ("paper", "report") and key in ("profile", "target"):
-        return _files(f"paper/{key}")
+        return options_of(f"paper/{key}")
     if key in _FLAGS:
         return ("true", "false")
-    folders = [following for word, following in pairwise(before) if word == "--config-dir"]
-    if "." not in key and (options := _files(key, *folders)):
+    try:
+        folder = user_folder(arranged(before))
+    except UserError:
+        folder = None
+    if "." not in key and (options := options_of(key, folder)):
         return options
     return _of_type(key)
 
@@ -234,15 +240,6 @@ def _of_type(key: str) -> Iterable[str] | None:
             if isinstance(kind, type) and issubclass(kind, Enum):
                 return [member.name for member in kind]
     return None
-
-
-def _files(group: str, *folders: str) -> list[str]:
-    """Return the names of the YAML files of a group: btrain's, and those of the user's folders."""
-    from btrain.settings.compose import config_dir
-
-    places = (config_dir(), *folders)
-    files = (file for place in places for file in (Path(place) / group).glob("[!_]*.yaml"))
-    return sorted({file.stem for file in files})
 
 
 _FLAGS = (

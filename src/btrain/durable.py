@@ -20,20 +20,22 @@ from typing import IO
 
 from btrain.errors import UserError
 
-PARTIAL = ".tmp"
-"""The end of the name of a file that is being written."""
-
-# What a file system says that cannot sync a folder; its renames are as durable as it makes them.
+# The errors of a file system that cannot sync a folder; renames are as durable as it makes them.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 # A link is not followed, and nobody waits for the other end of a pipe.
 _CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 _ROOTS: dict[Path, Path] = {}
-"""The folders that must not be reached through a link, each with the one from which on."""
+"""The folders that must not be reached through a link, by the one below which links count."""
 
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL))
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _YOUNG_SECONDS = 60.0
+
+
+def is_left_over(name: str) -> bool:
+    """Return whether a file of this name is a writer's, which has not ended or was killed."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def real(path: str | Path) -> Path:
@@ -149,8 +151,8 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
     name is replaced, not followed.
 
     Args:
-        previous: where the file that is replaced goes; a crash at the wrong moment leaves this
-            one alone.
+        previous: where the file that is replaced goes. A crash between the two renames leaves a
+            file of this name only.
 
     Raises:
         OSError: as the system says it, or there is something of that name that is no file.
@@ -158,7 +160,7 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[IO[bytes]
     if path.exists() and not path.is_file():  # a rename would put a file in a device's place
         raise OSError(errno.EEXIST, "it is no ordinary file")
     _remove_left_over(path.parent)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     made = False
     try:
         with io.BufferedWriter(io.FileIO(temporary, "xb", opener=_new)) as file:
@@ -212,7 +214,7 @@ def _new(path: str, flags: int) -> int:
 def _remove_left_over(folder: Path) -> None:
     """Remove what writers left that were killed: no living one holds the file's lock."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+        names = [entry.name for entry in entries if is_left_over(entry.name)]
         for path in (folder / name for name in names):
             file = os.open(path, os.O_RDONLY | _CAREFUL)
             try:

@@ -62,9 +62,10 @@ def first_line(error: BaseException) -> str:
 
 
 def first_reason(error: BaseException) -> str:
-    """Return the first line of what went wrong first: what fails in a recording makes its end fail.
+    """Return the first line of the earliest of the errors that led to this one.
 
-    An error that was raised to explain another one speaks for itself.
+    An error in the recording of a CUDA graph, for one, makes the end of the recording fail as well.
+    One that was raised to explain another one speaks for itself.
     """
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__

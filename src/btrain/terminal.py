@@ -58,6 +58,17 @@ def sized(count: float) -> str:
     return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count:.0f} bytes"
 
 
+def lasting(seconds: float) -> str:
+    """Return a duration: `0.42 s`, `12 s`, `3 min 05 s`, `12 min`, `2 h 10 min`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
 def say(message: str, *, flush: bool = False) -> None:
     """Print a message on one line, whatever names are part of it."""
     show(printable(message), flush=flush)

@@ -48,8 +48,8 @@ _SECONDS = 400.0
 
 _EVALUATION = ["model", "images", "layout", "seconds", "a batch, plain", "a batch, channels_last"]
 
-Keep = Callable[[Mapping[str, Any]], None]
-"""(what has been measured so far) -> None"""
+Keep = Callable[[Mapping[str, Any]], object]
+"""(what has been measured so far) -> ignored"""
 
 
 def run_gpu(
@@ -60,14 +60,17 @@ def run_gpu(
     The files are written anew after every part, so that an end by force leaves what came before.
 
     Raises:
-        UserError: there is no CUDA device.
+        UserError: there is no CUDA device, or the files cannot be written.
     """
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"bench.out={out} must end in .json; the table comes beside it as .md.")
     if not torch.cuda.is_available():
         raise UserError("bench gpu needs a CUDA device; btrain bench measures the CPU.")
+    output.check_places(None if out is None else str(out), None)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
-    def keep(result: Mapping[str, Any]) -> None:
-        write_results(result, FOLDER, date, out)
+    def keep(result: Mapping[str, Any]) -> Path:
+        return write_results(result, FOLDER, date, out)
 
     result = measure_set(
         tell,
@@ -77,7 +80,7 @@ def run_gpu(
         limit=_SECONDS if limit is None else limit,
         keep=keep,
     )
-    return write_results(result, FOLDER, date, out)
+    return keep(result)
 
 
 def measure_set(

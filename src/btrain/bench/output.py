@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 import os
 import platform
@@ -16,10 +14,12 @@ import torch
 from btrain import __version__
 from btrain.durable import make_folder, real, write_file
 from btrain.errors import UserError
+from btrain.pages import pictures
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.provenance import processor
 
 Row = dict[str, Any]
+_INK, _GREY = "#222222", "#888888"
 _HEAD = (
     "defense", "model", "batch", "precision", "layout", "method", "ms/batch", "± quartiles",
     "units", "vs lean", "bound", "vs official", "MB", "selection", "copies", "kernels", "of peak",
@@ -111,7 +111,7 @@ def check_places(out: str | None, plot: str | None) -> None:
             raise UserError(f"bench.out and bench.plot are the same file, {plot}.")
         if Path(plot).suffix.lower() not in (".png", ".svg"):
             raise UserError(f"bench.plot={plot} must end in .png or .svg.")
-        if importlib.util.find_spec("matplotlib") is None:
+        if not pictures.is_available():
             raise UserError('bench.plot needs the extra: pip install "btrain[report]".')
 
 
@@ -136,28 +136,28 @@ def plot(path: Path, rows: Sequence[Row], details: Sequence[Row]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for row, detail in zip(rows, details, strict=True):
         if row["method"] == "bullettrain":
             name = f"{row['defense']} {row['model']} {row['precision']}, {_layout(row)}"
             point = row["batch_size"], detail["fractions"][0], row["speedup_vs_lean"]
             lines.setdefault(name, []).append((*point, row["flop_bound"]))
-    for name, points in lines.items():
-        for axis, column in zip(axes, (0, 1), strict=True):
-            ordered = sorted(points, key=lambda point: point[column])
-            xs = [point[column] for point in ordered]
-            (line,) = axis.plot(xs, [point[2] for point in ordered], "o-", label=name)
-            axis.plot(xs, [point[3] for point in ordered], ":", color=line.get_color())
-    axes[0].set(xlabel="batch size", ylabel="times as fast as the plain defense", xscale="log")
-    axes[1].set(xlabel="F_B (dotted: bound by FLOPs)")
-    axes[0].legend(fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower())
-    pyplot.close(figure)
-    write_file(real(path), picture.getbuffer())
+    with pictures.look(_INK, _GREY, _GREY, {}):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for name, points in lines.items():
+            for axis, column in zip(axes, (0, 1), strict=True):
+                ordered = sorted(points, key=lambda point: point[column])
+                xs = [point[column] for point in ordered]
+                (line,) = axis.plot(xs, [point[2] for point in ordered], "o-", label=name)
+                axis.plot(xs, [point[3] for point in ordered], ":", color=line.get_color())
+        axes[0].set(xlabel="batch size", ylabel="times as fast as the plain defense", xscale="log")
+        sizes = sorted({row["batch_size"] for row in rows})
+        axes[0].set_xticks(sizes, [str(size) for size in sizes])
+        axes[0].minorticks_off()
+        axes[1].set(xlabel="F_B (dotted: bound by FLOPs)")
+        axes[0].legend(fontsize="small")
+        picture = pictures.drawn(figure, path.suffix[1:].lower())
+    write_file(real(path), picture)

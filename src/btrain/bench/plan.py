@@ -137,7 +137,10 @@ def _reject_remembered(config: Config) -> None:
 def _fractions(bench: BenchConfig, defense: DefenseName, batch_size: int) -> list[Fractions]:
     """Return the defense's own, or those of each F_B asked for."""
     if defense.value not in bench.fractions:
-        raise UserError(f"bench.fractions.{defense.value} must be given.")
+        raise UserError(
+            f"bench.defenses={defense.value} cannot be timed; those with bench.fractions can: "
+            f"{', '.join(bench.fractions)}."
+        )
     boundary, robust, outlier = bench.fractions[defense.value]
     share = robust / (robust + outlier) if robust + outlier else 1.0
     key, all_fractions = f"bench.fractions.{defense.value}", [(boundary, robust, outlier)]

@@ -15,7 +15,7 @@ import scipy
 
 from btrain import __version__
 from btrain.corruptions.arrays import Images
-from btrain.durable import PARTIAL
+from btrain.durable import is_left_over
 from btrain.errors import UserError
 from btrain.untrusted import read_text
 
@@ -71,7 +71,7 @@ def check_owner(out: Path, manifest: dict[str, Any]) -> None:
         raise UserError(f"corrupt.out={out} is a file; please name a folder.")
     file = out / MANIFEST
     if not file.is_file():
-        if any(not entry.name.endswith(PARTIAL) for entry in out.iterdir()):
+        if any(not is_left_over(entry.name) for entry in out.iterdir()):
             raise UserError(f"corrupt.out={out} holds other files; please name a new folder.")
         return
     try:

@@ -1,1 +1,1 @@
-"""Pages, tables and pictures for people: what the report and the paper's sheets share."""
+"""Pages, tables and pictures for people, of the report, the paper's sheets and the bench."""

@@ -29,7 +29,7 @@ def text(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=len(cells) > 1)
-        return "  ".join([_left(*first), *(" " * (width - len(c)) + c for c, width in others)])
+        return "  ".join([str.ljust(*first), *(" " * (width - len(c)) + c for c, width in others)])
 
     return "\n".join(cells[0] if len(cells) == 1 else line(cells) for cells in lines)
 
@@ -57,7 +57,7 @@ def aligned(document: str) -> str:
         )
         widths = _widths([head, *rows])
         for cells in (head, *rows):
-            shown.append(f"| {' | '.join(map(_left, cells, widths))} |")
+            shown.append(f"| {' | '.join(map(str.ljust, cells, widths))} |")
             if cells is head:
                 shown.append(f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     return "\n".join(shown)
@@ -115,10 +115,6 @@ def html(
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
     columns = zip(*(cells for cells in lines if len(cells) == len(lines[0])), strict=True)
     return [max(map(len, column)) for column in columns]
-
-
-def _left(cell: str, width: int) -> str:
-    return cell.ljust(width)
 
 
 def _harmless(cell: Any) -> Any:

@@ -51,8 +51,8 @@ class Cost:
 def cost(job: Job, row: Row, look: Callable[[DatasetConfig], Size] = size_of) -> Cost:
     """Return the cost of each run of a row.
 
-    Its fractions are those that the paper tells of it, or of N_R = 2; epochs leave out as many
-    images as they may.
+    F_B, F_R and F_O are those that the paper prints for the row, else those of N_R = 2. With
+    train.skip each epoch leaves out as many images as it may.
 
     Args:
         look: finds the size of the data.

@@ -15,6 +15,7 @@ from btrain.runs.folder import RunFolder
 from btrain.settings import Config
 from btrain.settings import compose as configs
 from btrain.settings.evaluation import EvalSettings, parse
+from btrain.settings.run import is_learnt
 
 _SYMBOLS = {
     "attack.epsilon": "ε",
@@ -23,8 +24,6 @@ _SYMBOLS = {
     "bt.n_r": "N_R",
     "bt.n_o": "N_O",
 }
-_PLACES = ("dataset.root", "dataset.download", "device", "logger", "hydra", "run.")
-"""The beginnings of the keys that change nothing of what is learnt."""
 _OURS = ("experiment", "seed", "run.dir", "logger.group", "logger.tags")
 
 
@@ -151,7 +150,8 @@ def make_plan(job: Job) -> Plan:
 def _chosen(job: Job, told: Iterable[str]) -> list[str]:
     """Return the user's settings that change the result and are not told by a row's scale."""
     keys = {setting: setting.partition("=")[0].lstrip("+~") for setting in job.extra}
-    return [s for s, key in keys.items() if key not in told and not key.startswith(_PLACES)]
+    told = {"dataset.root", *told}  # where the data are, not what
+    return [setting for setting, key in keys.items() if is_learnt(key) and key not in told]
 
 
 def _row(job: Job, experiment: str, swept: dict[str, str], original: Config) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from btrain.exchange.from_run import SavedRun
 from btrain.exchange.write import BESIDE
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
-from btrain.settings import Config
+from btrain.settings import Config, RivalName
 from btrain.settings.compose import to_yaml
 from btrain.terminal import counted, plural
 from btrain.untrusted import sha256
@@ -77,8 +76,7 @@ def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int)
             f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
             f"`{config.dataset.title}`, {width}×{height} images with "
             f"{counted(saved.shape[0], 'channel')} in [0, 1], made robust with "
-            f"`defense={config.defense.name.name}` and `bt={config.bt.name.name}` against changes "
-            f"in {_ball(config)}."
+            f"{_method(config)} against {_threat(config)}."
         ),
         table=markdown(["under", "right %", "95 % interval", "n"], rows),
         images=plural(summary.get("test_examples"), "image"),
@@ -103,9 +101,16 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
-def _ball(config: Config) -> str:
+def _method(config: Config) -> str:
+    rival = "" if config.rival.name is RivalName.none else f"`rival={config.rival.name.name}`, "
+    return f"{rival}`defense={config.defense.name.name}` and `bt={config.bt.name.name}`"
+
+
+def _threat(config: Config) -> str:
+    if config.attack.augmix is not None:
+        return "common corruptions"
     norm = {"linf": "an L∞ ball", "l2": "an L2 ball"}.get(config.attack.norm, "a ball of its own")
-    return f"{norm} of radius {config.attack.epsilon:.4g}"
+    return f"changes in {norm} of radius {config.attack.epsilon:.4g}"
 
 
 def _accuracies(
@@ -139,9 +144,9 @@ def _accuracies(
 
 def _settings(config: Config) -> str:
     """Return what decides the result, as YAML; no folder of the machine is among it."""
-    decisive = replace(config, run=replace(config.run, dir=None))
-    lines = to_yaml(decisive).strip().splitlines()
-    return "\n".join(line for line in lines if not re.match(r" +(root|dir|weights): ", line))
+    lines = to_yaml(config).strip().splitlines()
+    kept = (line for line in lines if not re.match(r" +(root|dir|weights): ", line))
+    return "\n".join(re.sub(r"^( +factory: ).*[/\\]", r"\1", line) for line in kept)
 
 
 def _facts(summary: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from btrain.evaluation.result import Result, hardly_above_chance, student, wilso
 from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_count
+from btrain.runs.read import images_of, network_of
 from btrain.settings.evaluation import VERIFIED
 from btrain.settings.names import ANY, ENGINES
 from btrain.settings.run import CLASSES
@@ -241,7 +242,7 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
         settings = flat(folder.settings())
         if (classes := _CLASSES.get(str(settings.get("dataset.name")))) is not None:
             found["classes"] = classes
-        found |= {f"of {word}": [settings.get(key) for key in keys] for word, keys in _SAME.items()}
+        found |= {f"of {word}": part(settings) for word, part in _SAME.items()}
         found[_THREAT] = _threat(settings)
     return found
 
@@ -291,10 +292,7 @@ _NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
 
 _AUTOATTACK = "autoattack"
-_SAME = {
-    "data": ("dataset.name", "dataset.factory", "dataset.train_examples"),
-    "network": ("model.name", "model.factory", "model.width", "model.depth"),
-}
+_SAME = {"data": images_of, "network": network_of}
 """Settings that must be the same for times to be compared, by a word for the table."""
 
 

@@ -29,7 +29,7 @@ from btrain.pages.tables import NONE, Cell
 from btrain.report import pictures
 from btrain.runs.json_fields import phrase
 from btrain.settings.evaluation import VERIFIED
-from btrain.terminal import counted
+from btrain.terminal import counted, lasting
 
 _SAMPLE_CHARACTERS = 1_200_000
 """Room for sample images, so that a page stays under 2 MB."""
@@ -270,19 +270,8 @@ def _attack_row(attack: Summary, note: str) -> list[Cell | str]:
             for key in ("steps", "restarts", "step_size")
         ),
         _fact("loss")(attack) or NONE,
-        NONE if attack.seconds is None else duration(attack.seconds),
+        NONE if attack.seconds is None else lasting(attack.seconds),
     ]
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 0.42 s, 12 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 _Points = list[tuple[float, float]]

@@ -94,18 +94,22 @@ def _varying(job: Job, jobs: Sequence[Job]) -> list[str]:
 
 def next_commands(jobs: Sequence[Job]) -> list[str]:
     """Return what a user types next: the whole comparison, and an attack on the first run."""
-    runs = [run for job in jobs if (run := _run(job)) is not None and run.state == FINISHED]
-    if not runs:
+    looked_at = {
+        run.folder: job.looked_at
+        for job in jobs
+        if (run := _run(job)) is not None and run.state == FINISHED
+    }
+    if not looked_at:
         return []
-    finished = list(dict.fromkeys(str(run.folder) for run in runs))
-    folders = {str(run.folder.parent) for run in runs}
+    finished = [str(folder) for folder in looked_at]
+    folders = {str(folder.parent) for folder in looked_at}
     seeds = any(word.startswith("seed=") for job in jobs for word in _varying(job, jobs))
     merge = "--merge-seeds " if seeds else ""
     alone = len(folders) == 1 and _runs_in(Path(min(folders))) <= len(finished)
     told = folders if alone or len(finished) > _MANY else finished
     return [
         f"btrain report {merge}{shlex.join(told)}",
-        f"btrain eval checkpoint={shlex.quote(finished[0])} attack=all report=true",
+        f"btrain eval checkpoint={shlex.quote(finished[0])} {next(iter(looked_at.values()))}",
     ]
 
 

@@ -57,7 +57,7 @@ def is_resumable(state: dict[str, Any]) -> bool:
     return "optimizer" in state
 
 
-# How far a run came, in its state; the last two kinds are None where nothing was measured.
+# The keys of a run's progress in its state; the last two kinds are None where nothing was measured.
 _COUNTS, _SECONDS = ("epoch", "batch"), ("epoch_seconds", "train_seconds")
 _EPOCHS, _PERCENTAGES = ("best_epoch",), ("best_val_acc", "watched_acc")
 

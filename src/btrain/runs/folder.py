@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from btrain.durable import (
-    PARTIAL,
     append_line,
     check_places,
     check_within,
+    is_left_over,
     make_folder,
     open_in_place,
     write_file,
@@ -32,25 +32,15 @@ from btrain.settings import Config, DatasetName, Resume
 from btrain.settings.checks import typed
 from btrain.settings.compose import defaults, read_yaml, to_dict, to_yaml
 from btrain.settings.older import as_begun, translated
+from btrain.settings.run import is_learnt
 from btrain.terminal import complain, counted, plural
 from btrain.untrusted import open_plain, read_text
 
 _LARGEST_SUMMARY = 1 << 20  # bytes
 _LONGEST_LINE = 64 << 20  # bytes of metrics.jsonl
 
-# Settings that may differ when a run is taken up again: none changes what is learnt.
-_MAY_DIFFER = (
-    "run",
-    "logger",
-    "device",
-    "train.max_seconds",
-    "train.checkpoint_every",
-    "train.score_every",
-    "bt.probe_every",
-    "defense.memory",
-    "dataset.download",
-    "dataset.l2_epsilon",  # of which attack.epsilon is made
-)
+# They may differ, too, when a run is taken up again: attack.epsilon is made of the second one.
+_MAY_DIFFER = ("train.max_seconds", "dataset.l2_epsilon")
 
 _LOCK = "run.lock"
 _OF_LOGGERS = ("wandb", "tensorboard")
@@ -162,9 +152,20 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """Return whether there is only what a run leaves that was killed before it began."""
         left = {_LOCK, self.last.parent.name}
-        names = {path.name for path in self.path.iterdir() if path.suffix != PARTIAL}
         checkpoints = self.last.parent
-        return names <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        return self._names() <= left and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.path.iterdir() if not is_left_over(path.name)}
+
+    def _remove(self) -> None:
+        """Remove a new folder again; somebody else's files stay, and the folder with them."""
+        begun = {self._config.name, self.provenance.name, *_OF_LOGGERS}
+        if self._names() <= {_LOCK, self.last.parent.name, *begun}:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            self.last.parent.rmdir()
 
     def _check_places(self) -> None:
         """Make sure, ahead of the work, that all that a run writes can be written, and here.
@@ -193,7 +194,7 @@ class RunFolder:
 
     @contextmanager
     def taken(self, config: Config) -> Iterator[RunLock]:
-        """Hold the folder for this process alone; a new one that nothing was written to goes again.
+        """Hold the folder for this process alone; remove a new one whose run never began.
 
         Raises:
             UserError: the folder cannot be written, is in use, or is another run's by now.
@@ -208,7 +209,7 @@ class RunFolder:
                 yield lock
             except UserError:
                 if fresh and not self._log.exists():
-                    shutil.rmtree(self.path, ignore_errors=True)
+                    self._remove()
                 raise
 
     def begin(self, config: Config, provenance: dict[str, Any]) -> None:
@@ -337,7 +338,7 @@ def _may_differ(key: str, config: Config) -> bool:
     """Return whether a setting may be another one when a run is taken up again."""
     if key == "dataset.root":  # the same data in another place
         return config.dataset.name is not DatasetName.imagefolder
-    return any(key == other or key.startswith(f"{other}.") for other in _MAY_DIFFER)
+    return key in _MAY_DIFFER or not is_learnt(key)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from btrain.errors import UserError
 from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_number, read_object
+from btrain.settings.names import DatasetName
 from btrain.settings.run import CLASSES
 from btrain.terminal import counted
 from btrain.untrusted import read_text
@@ -65,8 +67,8 @@ class Run:
     def evaluation(self, attack: str) -> tuple[Path, dict[str, Any]] | None:
         """Return folder and content of `<attack>.json`; None without one that holds a percentage.
 
-        In `eval`, or where test images other than the run's were asked for, in a folder of it, of
-        several the one of the most images.
+        The one in `eval` counts; without it, of those in its subfolders, the one of the most
+        images.
         """
         inside = self.folder / "eval"
         sound = [
@@ -164,6 +166,29 @@ class Run:
                 return None
             found += [] if tuple(found[-len(facts) :]) == facts else facts
         return tuple(found) or None
+
+
+def images_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's settings, by dotted keys, that tell its training images."""
+    keys = {"name", "factory", "train_examples", "image_size"}
+    if settings.get("dataset.name") == DatasetName.imagefolder.name:
+        keys.add("root")
+    return _of_group("dataset", keys, settings)
+
+
+def network_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's settings, by dotted keys, that tell how large its network is."""
+    keys = {"name", "factory", "network", "width", "depth", "shortcut", "activation"}
+    return _of_group("model", keys, settings)
+
+
+def _of_group(group: str, keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = {f"{group}.{key}" for key in keys}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in wanted or key.startswith(f"{group}.settings.")
+    }
 
 
 def read_run(folder: Path) -> Run:

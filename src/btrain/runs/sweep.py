@@ -23,12 +23,14 @@ class Job:
         overrides: all that the command line sets for it, `key=value`.
         folder: of its run; None where its settings were wrong.
         failed: the sentence that ended it; None where nothing did so far.
+        looked_at: the words of a `btrain eval` that fit its run.
     """
 
     number: int
     overrides: list[str]
     folder: str | None = None
     failed: str | None = None
+    looked_at: str = ""
 
     def tell(self, place: Path) -> None:
         """Leave word of how the job stands."""

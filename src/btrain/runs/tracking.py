@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.settings import LoggerConfig, LoggerName
 
 log = logging.getLogger("btrain")
@@ -120,7 +120,7 @@ class _Guarded:
             log.warning(
                 "logger=%s failed (%s) and gets nothing more; metrics.jsonl goes on.",
                 self._name,
-                str(error).strip().split("\n")[0] or type(error).__name__,
+                first_line(error) or type(error).__name__,
             )
         self._failed = True
 
@@ -141,9 +141,9 @@ def _wandb(logger: LoggerConfig, run_dir: Path, settings: dict[str, Any]) -> Ite
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True),
         )
     except Exception as error:  # no account, no network, a broken installation
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"logger=wandb could not start ({reason}); logger.mode=offline needs no network."
+            f"logger=wandb could not start ({first_line(error)}); "
+            "logger.mode=offline needs no network."
         ) from error
     status = 1
     try:

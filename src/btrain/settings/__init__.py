@@ -5,13 +5,12 @@ A new setting has a default here, what was done before it: older run folders do 
 
 from btrain.settings.checks import MISSING
 from btrain.settings.combined import Config
-from btrain.settings.method import AttackConfig, AugMixConfig, BTConfig, DefenseConfig, RivalConfig
+from btrain.settings.method import AttackConfig, BTConfig, DefenseConfig, RivalConfig
 from btrain.settings.names import (
     Activation,
     AllocatorName,
     Architecture,
     AttackMode,
-    AttackName,
     CudaGraphs,
     DatasetName,
     DefenseName,
@@ -27,11 +26,9 @@ from btrain.settings.names import (
     Shortcut,
     Start,
     Store,
-    WandbMode,
 )
 from btrain.settings.run import (
     DatasetConfig,
-    EvalConfig,
     FilesConfig,
     ImageFolderConfig,
     LoggerConfig,
@@ -39,7 +36,6 @@ from btrain.settings.run import (
     OwnDatasetConfig,
     OwnModelConfig,
     RecipeConfig,
-    RunConfig,
     TrainConfig,
     WideResNetConfig,
     WidthConfig,
@@ -52,8 +48,6 @@ __all__ = [
     "Architecture",
     "AttackConfig",
     "AttackMode",
-    "AttackName",
-    "AugMixConfig",
     "BTConfig",
     "Config",
     "CudaGraphs",
@@ -61,7 +55,6 @@ __all__ = [
     "DatasetName",
     "DefenseConfig",
     "DefenseName",
-    "EvalConfig",
     "FilesConfig",
     "ImageFolderConfig",
     "LoggerConfig",
@@ -77,14 +70,12 @@ __all__ = [
     "Resume",
     "RivalConfig",
     "RivalName",
-    "RunConfig",
     "ScheduleName",
     "Score",
     "Shortcut",
     "Start",
     "Store",
     "TrainConfig",
-    "WandbMode",
     "WideResNetConfig",
     "WidthConfig",
 ]

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast, get_origin, get_type_hints
 
 from btrain import own
-from btrain.errors import UserError
+from btrain.errors import UserError, first_line
 from btrain.settings import MISSING, Config, hints
 from btrain.settings.bench import BenchRun
 from btrain.settings.checks import number, within_64_bits
 from btrain.settings.corrupt import CorruptConfig
 from btrain.settings.method import ALLOCATORS, ATTACKS, DEFENSES, RIVALS, VerifiedConfig
 from btrain.settings.names import DatasetName, OptimizerName, Start
-from btrain.settings.run import DATASETS, MODELS
+from btrain.settings.run import DATASETS, MODELS, is_learnt
 from btrain.settings.sparsity import SPARSITIES
 from btrain.settings.words import names as names_in
 from btrain.untrusted import read_text
@@ -305,7 +305,7 @@ _PATHS = (
 def with_path_quoted(argument: str) -> str:
     """Quote a path as Hydra takes any text, `~` expanded; leave other arguments as they are.
 
-    So does a list of factories, which is a sweep.
+    A list of factories is a sweep, and stays as it is, too.
     """
     key, _, value = argument.partition("=")
     factory = key.endswith(".factory") and "," not in value
@@ -398,26 +398,34 @@ def check_words(arguments: Sequence[str], task: str) -> None:
 
 
 def user_folder(arguments: Sequence[str]) -> str | None:
-    """Return the folder of options that `--config-dir` adds, if any.
+    """Return the folder of options that `--config-dir` adds, if any: of several the last.
+
+    Args:
+        arguments: arranged.
 
     Raises:
         UserError: it is none.
     """
+    folder = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option == "--config-dir":
             folder = value if equals else following
-            if not Path(folder).is_dir():
-                raise UserError(f"--config-dir {folder} is no folder.")
-            return folder
-    return None
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--config-dir {folder} is no folder.")
+    return folder
+
+
+def files_of(group: str, folder: str | None = None) -> dict[str, Path]:
+    """Return the YAML files of a group by their names; the user's replace btrain's."""
+    folders = [config_dir(), *([] if folder is None else [folder])]
+    files = (file for place in folders for file in sorted((Path(place) / group).glob("*.yaml")))
+    return {file.stem: file for file in files}
 
 
 def options_of(group: str, folder: str | None = None) -> list[str]:
     """Return the options of a group, with those of the user's folder."""
-    folders = [config_dir(), *([] if folder is None else [folder])]
-    files = (file for place in folders for file in (Path(place) / group).glob("[!_]*.yaml"))
-    return sorted({file.stem for file in files})
+    return sorted(name for name in files_of(group, folder) if not name.startswith("_"))
 
 
 def is_sweep() -> bool:
@@ -490,10 +498,10 @@ def resolved(overrides: Any) -> list[str]:
 
 
 def without_replaced(cfg: Any, overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return a configuration without what an experiment gave to options that the words replace.
+    """Return a configuration without settings that an experiment gave to a replaced option.
 
-    That is what the option typed instead does not have, another of the group has, and nobody has
-    typed.
+    A setting goes if the option that was typed lacks it, another option of the group has it, and
+    nobody typed it.
 
     Args:
         cfg: what Hydra composed, without its own settings; it is left as it is.
@@ -576,7 +584,7 @@ def from_hydra(cfg: Any, overrides: Sequence[str], folder: str | None = None) ->
 
 
 def _with_giver(error: UserError, overrides: Sequence[str], folder: str | None) -> UserError:
-    """Return a mistake that also names the experiment, where it is one of settings of its file."""
+    """Return the mistake, with the name of the experiment if its file sets the wrong value."""
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     for name in names_in(given.get("experiment", "")):
         keys = [
@@ -599,9 +607,7 @@ def _settings_of(experiment: str, folder: str | None) -> list[str]:
     Args:
         folder: of the user's, whose experiments are taken ahead of btrain's own.
     """
-    places = [Path(place) / "experiment" for place in (folder, config_dir()) if place is not None]
-    files = (place / f"{experiment.removeprefix('/experiment/')}.yaml" for place in places)
-    file = next((file for file in files if file.is_file()), None)
+    file = files_of("experiment", folder).get(experiment.removeprefix("/experiment/"))
     if file is None:
         return []
     content = read_yaml(file)
@@ -682,16 +688,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = copy.deepcopy(_parsed(read_text(path, _LARGEST_YAML)))
     except Exception as error:
-        raise UserError(f"{path} is not a readable configuration: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a readable configuration: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a readable configuration: it holds no mapping.")
     return {str(key): value for key, value in content.items()}
 
 
-# Settings that name the run already, or that do not change its result.
-_NOT_IN_NAME = re.compile(
-    r"(dataset|model|defense|bt|logger|seed|device)$|(run|logger|hydra|dataset\.root|dataset\.download|train\.max_seconds|train\.checkpoint_every|train\.score_every|bt\.probe_every|defense\.memory)\b"
-)
+# Settings that name the run already, or that are not to: a run goes on with others of them.
+_NOT_IN_NAME = ("dataset", "model", "defense", "bt", "seed", "dataset.root", "train.max_seconds")
 _LONGEST_NAME = 150  # bytes; file systems take 255
 
 
@@ -703,7 +707,9 @@ def run_name(config: Config, overrides: Sequence[str]) -> str:
     data = config.dataset.title
     plain = [override.lstrip("+~") for override in overrides]
     last = {override.partition("=")[0]: override for override in plain}
-    changed = [override for key, override in last.items() if not _NOT_IN_NAME.match(key)]
+    changed = [
+        override for key, override in last.items() if is_learnt(key) and key not in _NOT_IN_NAME
+    ]
     options = [config.model.name, config.defense.name.name, config.bt.name.name]
     for i, group in enumerate(("model", "defense", "bt")):
         if hasattr(getattr(config, group), "factory") and group in last:
@@ -754,9 +760,11 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
     if option:
-        group, _, name = option.group(1).rpartition("/")
+        found = option.group(1)
+        split = found.rpartition if found.startswith("hydra/") else found.partition
+        group, _, name = split("/") if "/" in found else ("", "", found)
         return UserError(_unknown_option(group, name, folder))
-    if key and _first_line(cause).endswith("is not Optional"):
+    if key and first_line(cause).endswith("is not Optional"):
         chosen = _chosen(key.group(1), kind.group(1)) if kind else None
         return UserError(
             f"{key.group(1)} must have a value{f' with {chosen}' if chosen else ''}, not null."
@@ -793,10 +801,8 @@ def _of_null(overrides: Sequence[str], task: str) -> str | None:
         parts = override.lstrip("+~").partition("=")[0].split(".")
         if len(parts) > 2 and parts[0] in OPTIONS and task == "train":
             group, part, *_ = parts
-            files = {
-                name: Path(config_dir()) / group / f"{name}.yaml" for name in options_of(group)
-            }
-            having = [name for name, file in files.items() if read_yaml(file).get(part)]
+            files = files_of(group)
+            having = [name for name in options_of(group) if read_yaml(files[name]).get(part)]
             if having:
                 return f"{override}: {group}.{part} is null here; {group}={having[0]} has it."
     return None
@@ -822,10 +828,6 @@ def _wrong_value(key: str, reason: str) -> str:
     return f"{key}: {reason}."
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def _reason(error: BaseException) -> str:
     """Return the line of a library's message that says what is wrong, without a full stop.
 
@@ -842,7 +844,18 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    meant = hints.meant(key, keys_of(schema))
+    if key == "experiment" or "@experiment" in key:
+        return "An experiment's file begins with the line `# @package _global_`."
+    known = keys_of(schema)
+    if key in known:  # a file of the user's gives it to an option of no schema
+        group, _, leaf = key.partition(".")
+        names = [option.name for option, kind in OPTIONS[group][1].items() if leaf in _types(kind)]
+        first = next((name for name in names if name in options_of(group)), names[0])
+        return (
+            f"{key} is set by a file whose `defaults` do not say what it is an option of; "
+            f"`- {first}` as their first line, for example, does."
+        )
+    meant = hints.meant(key, known)
     (command,) = (task.command for task in TASKS.values() if task.schema is schema)
     hint = f"Did you mean {meant}?" if meant else f"`btrain {command} --help` lists them."
     return f"There is no setting {key}. {hint}"

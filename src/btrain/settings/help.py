@@ -165,11 +165,6 @@ def _columns() -> int:
     return max(70, min(shutil.get_terminal_size((100, 24)).columns, 120))
 
 
-def _files(group: str, folder: str | None) -> list[Path]:
-    places = [configs.config_dir(), *([] if folder is None else [folder])]
-    return [file for place in places for file in sorted((Path(place) / group).glob("*.yaml"))]
-
-
 def _text(file: Path) -> str:
     """Return the text of an option's file, which may be a stranger's.
 
@@ -183,18 +178,18 @@ def _text(file: Path) -> str:
 
 
 def _headline(group: str, option: str, folder: str | None) -> str:
-    """Return the first sentence of an option's file."""
-    for file in _files(group, folder):
-        if file.stem == option:
-            words: list[str] = []
-            for line in _text(file).splitlines():
-                if not line.startswith("#") or line.startswith("# @") or line == "#":
-                    if words:
-                        break
-                    continue
-                words.append(line.lstrip("# "))
-            return re.split(r"[.:]\s(?=[A-Z]|$)", " ".join(words) + " ")[0].strip(" :.")
-    return ""
+    """Return the first sentence of an option's file, which ends ahead of a command line."""
+    words: list[str] = []
+    for line in _text(configs.files_of(group, folder)[option]).splitlines():
+        if not line.startswith("#") or line.startswith("# @") or line == "#":
+            if words:
+                break
+            continue
+        said, _, command = line[1:].partition("  btrain ")
+        words.append(said.strip())
+        if command:
+            break
+    return re.split(r"[.:]\s(?=[A-Z]|$)", " ".join(words) + " ")[0].strip(" :.")
 
 
 def comments(key: str, option: str | None, folder: str | None, task: str) -> dict[str, str]:
@@ -206,7 +201,7 @@ def comments(key: str, option: str | None, folder: str | None, task: str) -> dic
     if option is None:
         files = [Path(configs.config_dir()) / f"{task}.yaml"]
     else:
-        files = list(_made_of(option, {file.stem: file for file in _files(key, folder)}))
+        files = list(_made_of(option, configs.files_of(key, folder)))
     found: dict[str, str] = {}
     for file in files:
         for name, said in _commented(_text(file)):

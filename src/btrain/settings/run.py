@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -418,3 +419,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         no_null("run.dir", self.dir)
+
+
+_NOT_LEARNT = (
+    *("run", "logger", "hydra", "device", "dataset.download", "defense.memory"),
+    *("train.checkpoint_every", "train.score_every", "bt.probe_every"),
+)
+
+
+def is_learnt(key: str) -> bool:
+    """Return whether the setting of a dotted key, or of a group, can change what a run learns."""
+    return not any(re.match(rf"{re.escape(of)}(?![\w])", key) for of in _NOT_LEARNT)

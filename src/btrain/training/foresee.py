@@ -24,7 +24,7 @@ from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
 from btrain.methods.make import make_methods
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
-from btrain.terminal import counted, plural, sized, tell
+from btrain.terminal import counted, lasting, plural, sized, tell
 from btrain.training.epochs import fewest_images, train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
@@ -87,7 +87,7 @@ class Foreseen:
         lines = [
             f"steps    {counted(self.epochs, 'epoch')} of "
             f"{self.batches:,} {plural(self.batches, 'batch', 'batches')}, {in_all}",
-            f"time     {_duration(self.seconds)} of training on {self.device}, by "
+            f"time     {lasting(self.seconds)} of training on {self.device}, by "
             f"{counted(self.timed, 'batch', 'batches')} tried{assumed}; evaluations come on top",
             f"work     {self.flops:.3g} FLOPs",
             f"memory   {sized(self.memory)} at the most, {self._whose_memory()}",
@@ -114,7 +114,7 @@ def in_all(jobs: Sequence[Foreseen]) -> str:
     """Return the cost of all jobs of a sweep for people, on one line."""
     disk = sum(_CHECKPOINTS * job.checkpoint for job in jobs)
     return (
-        f"in all   {counted(len(jobs), 'job')}: {_duration(sum(job.seconds for job in jobs))} of "
+        f"in all   {counted(len(jobs), 'job')}: {lasting(sum(job.seconds for job in jobs))} of "
         f"training one after another, {sum(job.flops for job in jobs):.3g} FLOPs, {sized(disk)} of "
         "checkpoints at the most"
     )
@@ -275,11 +275,3 @@ def _memory(device: torch.device) -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    whole = f"{seconds:.0f}"
-    return f"{whole} {plural(int(whole), 'second')}" if seconds >= 1 else "less than a second"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from btrain.evaluation.compare import compare
 from btrain.evaluation.result import student
-from btrain.runs.read import FINISHED, Run
+from btrain.runs.read import FINISHED, Run, images_of
 
 FEWEST_DIFFERING = 25  # examples, for z to be nearly normal
 
@@ -162,5 +162,5 @@ def pairs(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> list[tuple[int,
 
 def same_images(a: Run, b: Run) -> bool:
     """Return whether two runs were trained on the same images, as far as the settings tell."""
-    keys = ("dataset.name", "dataset.train_examples", "dataset.val_examples")
-    return all(a.config.get(key) == b.config.get(key) for key in keys)
+    one, other = ((images_of(run.config), run.config.get("dataset.val_examples")) for run in (a, b))
+    return one == other

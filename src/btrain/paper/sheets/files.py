@@ -237,15 +237,11 @@ def as_json(sheet: Sheet) -> str:
     }
     few = ("clean_acc", sheet.robust, "train_seconds") if plan.kind == "heatmaps" else None
     blocks = {"rows": [_row(line, few) for line in sheet.lines], "claims": _claims(sheet)}
-    parts = [f" {_dump(key)}: {_dump(value)}" for key, value in head.items()]
+    parts = [f" {dumped(key)}: {dumped(value)}" for key, value in head.items()]
     for key, items in blocks.items():
-        inside = "".join(f"\n  {_dump(item)}," for item in items).rstrip(",")
-        parts.append(f" {_dump(key)}: [{inside}\n ]")
+        inside = "".join(f"\n  {dumped(item)}," for item in items).rstrip(",")
+        parts.append(f" {dumped(key)}: [{inside}\n ]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _dump(value: Any) -> str:
-    return dumped(value)
 
 
 def _row(line: Line, few: tuple[str, ...] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from btrain.pages import tables
 from btrain.paper.plan import Plan, find_plans
 from btrain.paper.sheets.notes import expected
 from btrain.runs.read import FAILED, FINISHED, RUNNING, Run, Runs
-from btrain.terminal import clear, show
+from btrain.terminal import clear, lasting, show
 
 REFRESH_SECONDS = 3.0
 
@@ -99,18 +99,9 @@ def table(found: Sequence[Progress]) -> str:
         missing = p.left - p.running - p.trained
         done = [f"{p.rows_done} of {p.rows}", f"{p.done} of {p.runs}"]
         counts = map(str, (p.trained, p.running, p.failed, missing))
-        rows.append([p.target, *done, *counts, duration(p.seconds_left)])
+        left = tables.NONE if p.seconds_left is None else lasting(p.seconds_left)
+        rows.append([p.target, *done, *counts, left])
     return tables.text([*head, "left"], rows)
-
-
-def duration(seconds: float | None) -> str:
-    """Return a duration roughly, for people."""
-    if seconds is None:
-        return "–"
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def watch(folder: Path, targets: Sequence[str] | None = None) -> None:
