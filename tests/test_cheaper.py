@@ -77,7 +77,7 @@ def test_a_run_takes_the_setting(tmp_path: Path) -> None:
 
 
 def setup_data(tmp_path: Path) -> Data:
-    return run.load_data(tiny(tmp_path), CPU)
+    return run.load_configured(tiny(tmp_path).dataset, CPU)
 
 
 # Kept starts

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from btrain import own
 from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
-from btrain.build import as_current_gpu, find_device, load_data
+from btrain.build import as_current_gpu, find_device
 from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
+from btrain.data.splits import load_configured
 from btrain.errors import Interrupted
 from btrain.methods.cost import Costs, forward_flops, speedups
 from btrain.methods.make import make_methods
@@ -113,7 +114,7 @@ def _run(config: Config, world: World, started: Mapping[str, Any]) -> dict[str, 
     with deterministic(config.train.deterministic), as_current_gpu(device):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
             with world.first_ahead():
-                data = load_data(config, device)
+                data = load_configured(config.dataset, device)
             data_sha256 = data_hash(data)
             check_same_data(world, data_sha256)
             check_shares(config, len(data.train), world)
