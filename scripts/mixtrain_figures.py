@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btrain.build import load_data
 from btrain.data.augmentation import to_unit
+from btrain.data.splits import load_configured
 from btrain.exchange.from_run import load_run
 from btrain.verify import bounds, interval_attack, losses
 from btrain.verify.graph import trace
@@ -69,7 +69,7 @@ def told(difference: Tensor) -> str:
 
 def main(run: Path, out: Path, images: int) -> None:
     config, network = load_run(run)
-    data, epsilon = load_data(config, torch.device("cpu")), config.attack.epsilon
+    data, epsilon = load_configured(config.dataset, torch.device("cpu")), config.attack.epsilon
     x, labels = to_unit(data.test.images[:images]), data.test.labels[:images]
     found = attacked_losses(network, x, labels, epsilon)
     standing = torch.stack([values < 0 for values in found.values()]).all(dim=0)

@@ -280,3 +280,21 @@ def test_what_is_no_batch_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         call(torch.randn(3, 4), torch.arange(3))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_wants_a_label_for_each_row(metric: str) -> None:
+    z = torch.randn(3, 4)
+    for labels in (torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)):
+        with pytest.raises(UserError, match=r"logits must be floats \(m, K\) and labels \(m,\)"):
+            METRICS[metric](z, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_scores_are_classified_as_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    score = torch.linspace(-0.2, 0.3, 21).to(dtype)
+    f_r, whole = torch.tensor(0.4), score.float()
+    assert torch.equal(classify(score, f_r), classify(whole, f_r))
+    ours, theirs = (gaussian(part, f_r, n_b=5, mean_steps=2.0) for part in (score, whole))
+    assert torch.equal(ours.steps, theirs.steps) and torch.equal(ours.classes, theirs.classes)
+    assert torch.equal(ours.classes, classify(whole, f_r))

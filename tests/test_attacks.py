@@ -192,6 +192,15 @@ def test_one_number_of_steps_and_one_size_are_those_of_all(
     assert torch.equal(pgd(small_cnn, x, labels, z, steps=2, step_size=0.07, **given), each)
 
 
+def test_every_image_keeps_its_own_radius(small_cnn: nn.Module, batch: Batch) -> None:
+    x, labels, z = batch[0], batch[1], torch.zeros(24, 10)
+    radii = torch.linspace(0.01, 0.2, 24, dtype=x.dtype)
+    x_adv = pgd(small_cnn, x, labels, z, steps=torch.arange(24) % 5, step_size=0.05,
+                inner_loss=ce_inner_loss, noise=None, ball=LinfBall(radii))  # fmt: skip
+    far = (x_adv - x).abs().flatten(1).amax(dim=1)
+    assert (far <= radii + 1e-6).all() and far[-1] > radii[3]
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -214,6 +223,12 @@ def test_one_number_of_steps_and_one_size_are_those_of_all(
         ({"steps": None}, "steps must be integers, .* or one for all, not None"),
         ({"labels": lambda y: y + 10}, "labels must be from 0 to 9, for 10 logits, not from 1"),
         ({"labels": lambda y: y > 3}, "labels must be integers, .*not torch.bool"),
+        ({"labels": lambda y: y.tolist()}, "labels must be a tensor, not a list"),
+        ({"x": lambda x: x.numpy()}, "images must be a tensor, not a ndarray"),
+        ({"z": lambda z: None}, "clean_logits must be a tensor, not a NoneType"),
+        ({"noise": [0.1]}, "noise must be a tensor, not a list"),
+        ({"epsilon": torch.ones(24)}, r"epsilon must be a number, .* not a tensor \(24,\)"),
+        ({"epsilon": None, "ball": LinfBall(torch.ones(3))}, r"one number, or \(24,\), not \(3,"),
     ],
 )  # fmt: skip
 def test_what_pgd_cannot_take_is_one_sentence(

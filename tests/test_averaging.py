@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from btrain.build import load_data
 from btrain.controllers.averaging import WeightAverage
 from btrain.data import Data
+from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.evaluation import evaluate
 from btrain.exchange.from_run import load_run
@@ -31,7 +31,7 @@ PREACT = ["model=preact_resnet18", "model.width=2"]
 @pytest.fixture(scope="module")
 def few() -> Data:
     """The 300 digits of `tiny`, five batches."""
-    return load_data(tiny(Path("unused")), CPU)
+    return load_configured(tiny(Path("unused")).dataset, CPU)
 
 
 def expected(initial: Tensor, sequence: list[Tensor], decay: float) -> Tensor:
@@ -113,7 +113,7 @@ def test_the_average_is_scored_and_kept_and_training_does_not_notice(tmp_path: P
 
     _, network = load_run(str(tmp_path / "ema"))  # what `btrain eval` and `btrain export` read
     assert same(dict(network.state_dict()), ema["model"])
-    data = load_data(with_average, CPU)
+    data = load_configured(with_average.dataset, CPU)
     again = evaluate(
         network, data.test, epsilon=with_average.eval.epsilon,
         step_size=with_average.eval.step_size, steps=2, batch_size=500, seed=0,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import load_data
 from btrain.cli import main
 from btrain.controllers.sparsity.channels import Channels, FlyingChannels, Trained, same_outputs
 from btrain.controllers.sparsity.controller import Sparsity
 from btrain.controllers.sparsity.make import Length, make_sparsity
 from btrain.data import Data
+from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.evaluation.pgd import evaluate
 from btrain.exchange.from_run import load_run
@@ -54,7 +54,7 @@ def tiny(*overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def few() -> Data:
     """The 200 digits of `tiny`, four batches."""
-    return load_data(tiny(), CPU)
+    return load_configured(tiny().dataset, CPU)
 
 
 def epoch(state: TrainState, data: Data, config: Config, *, stop_at: int = 1000) -> None:
@@ -271,7 +271,7 @@ def test_a_run_its_files_and_its_compact_form(
     told = capsys.readouterr().out
     assert f"small_cnn with {written:,} parameters" in told and "Nothing could be left out" in told
     assert compact.get_parameter("fc1.weight").numel() < 0.4 * whole.numel()
-    data = load_data(config, CPU)
+    data = load_configured(config.dataset, CPU)
     attack = {"epsilon": 0.03, "step_size": 0.01, "steps": 3, "batch_size": 100, "seed": 0}
     ours, theirs = (evaluate(model, data.test, **attack) for model in (network, compact))
     assert (ours.clean, ours.robust) == (theirs.clean, theirs.robust)

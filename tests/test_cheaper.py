@@ -77,7 +77,7 @@ def test_a_run_takes_the_setting(tmp_path: Path) -> None:
 
 
 def setup_data(tmp_path: Path) -> Data:
-    return run.load_data(tiny(tmp_path), CPU)
+    return run.load_configured(tiny(tmp_path).dataset, CPU)
 
 
 # Kept starts
@@ -272,8 +272,8 @@ def test_an_example_of_weight_n_counts_as_n_examples(name: str) -> None:
     defense = DEFENSES[name](**({} if name == "pgd" else {"beta": 6.0}))
     clean, adv = torch.randn(2, 7, 4, generator=generator()).double()
     labels, often = torch.arange(7) % 4, torch.tensor([1, 0, 2, 3, 1, 0, 1])
-    assert defense.weighted_loss is not None
-    loss = defense.weighted_loss(clean, adv, labels, weights=Weights(often, often))
+    assert defense.takes_weights
+    loss = defense.outer_loss(clean, adv, labels, weights=Weights(often, often))
     again = (rows.repeat_interleave(often, 0) for rows in (clean, adv, labels))
     expected = defense.outer_loss(*again) * int(often.sum()) / 7
     torch.testing.assert_close(loss, expected)

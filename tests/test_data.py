@@ -951,6 +951,7 @@ def wrong(**parts: Any) -> tuple[Any, ...]:
         (3, "must return .x, y, x_test, y_test. .*, not a thing of type int"),
         ((1, 2, 3), r"not 3 things \(int, int, int\)"),
         (wrong(x=np.zeros((6, 4, 4), np.uint8)), "x must be images by .n, C, H, W.,"),
+        (wrong(x=np.zeros((6, 1, 0, 4))), r"x of shape \(6, 1, 0, 4\) has no pixels"),
         (wrong(x=np.zeros((6, 4, 4, 3), np.uint8)), "channels last; right is"),
         (wrong(x=np.zeros((6, 1, 4, 4), np.int64)), "uint8, or floats in .0, 1., not int64"),
         (wrong(x=np.full((6, 1, 4, 4), 255.0)), "must lie in .0, 1., not between 255 and 255"),
@@ -1048,6 +1049,23 @@ def test_subsets_do_not_depend_on_global_seeds() -> None:
 def test_more_examples_than_there_are_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=rf"dataset\.{key}.*1800|dataset\.{key}=1800"):
         read("digits", Path("unused"), **{key: 1800})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"train_examples": -3}, "dataset.train_examples must be a whole number from 2, not -3"),
+        ({"train_examples": 1.5}, "dataset.train_examples must be a whole number from 2, not 1.5"),
+        ({"test_examples": 0}, "dataset.test_examples must be a whole number from 1, not 0"),
+        ({"val_examples": -5}, "dataset.val_examples must be a whole number from 0, not -5"),
+        ({"val_examples": None}, "dataset.val_examples must be a whole number from 0, not None"),
+        ({"name": "cifar-10"}, "dataset=cifar-10 is no data set; there are: cifar10, cifar100, mn"),
+        ({"name": "imagefolder", "image_size": 0}, "dataset.image_size must be a whole number fro"),
+    ],
+)
+def test_what_load_cannot_take_is_one_sentence(asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        read(**{"name": "digits", "root": Path("unused")} | asked)
 
 
 def test_held_out_images_are_no_training_images(digits: Data) -> None:

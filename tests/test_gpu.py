@@ -24,8 +24,9 @@ from btrain.attacks.shadow import InBFloat16, Shadowed
 from btrain.bench import command
 from btrain.bench.measure import measure
 from btrain.bench.plan import Case, make_lanes
-from btrain.build import load_data, meant
+from btrain.build import as_current_gpu
 from btrain.data import Batch, Data, load
+from btrain.data.splits import load_configured
 from btrain.defenses import kl_inner_loss
 from btrain.errors import UserError
 from btrain.evaluation import robust_accuracy
@@ -115,7 +116,7 @@ def test_a_fused_update_on_the_gpu_is_the_cpu_s_and_can_be_undone(
 def test_a_run_leaves_the_current_device_as_it_was() -> None:
     before = torch.cuda.current_device()
     last = torch.device("cuda", torch.cuda.device_count() - 1)
-    with meant(last):
+    with as_current_gpu(last):
         assert torch.empty(1, device="cuda").device == last
     assert torch.cuda.current_device() == before
 
@@ -218,7 +219,7 @@ def test_a_compiled_run_ends(tmp_path: Path) -> None:
 
 def test_a_checkpoint_brings_everything_back_to_the_gpu(tmp_path: Path) -> None:
     config, device = compose(ONE_EPOCH), torch.device("cuda")
-    data = load_data(config, device)
+    data = load_configured(config.dataset, device)
     before, after = (make_state(config, data, device) for _ in range(2))
     epoch_of(config, before, data.train)
     checkpoint.save(tmp_path / "last.pt", {"state": before.state_dict()})

@@ -100,6 +100,8 @@ def test_what_nobody_named_is_not_imported(here: Path) -> None:
         ("mine.py:number", {}, "of type int and cannot be called; name what makes the network"),
         ("mine.py:network", {}, "mine.py:network is a network already; name what makes it"),
         ("no_such_module:Net", {}, "there is no module no_such_module; a file needs its .py"),
+        ("absentx_nets:Net", {}, "importing absentx_nets fails: ModuleNotFoundError: .* 'absentx'"),
+        ("absentx.nets:Net", {}, "there is no module absentx; a file needs its .py"),
         ("mine.py:Thing", {"widht": 3}, r"model.settings.widht is no setting of mine.py:Thing; it "
          "takes width"),
         ("mine.py:picky", {"width": 1}, r"needs depth; please give model.settings.depth=…"),
@@ -115,6 +117,7 @@ def test_a_mistake_is_one_sentence(
     (here / "syntax.py").write_text("x = 1\ndef Net(:\n")
     (here / "raises.py").write_text("x = 1\n\n{}['x']\n")
     (here / "needs.py").write_text("import not_there\n")
+    (here / "absentx_nets.py").write_text("import absentx\n")
     with pytest.raises(UserError, match=said):
         called(factory, settings, classes=3)
 
@@ -122,6 +125,8 @@ def test_a_mistake_is_one_sentence(
 def test_an_object_from_python_is_handed_out_and_a_factory_called() -> None:
     things = (1, 2)
     assert own.call("dataset", own.give(things), {}) is things
+    with pytest.raises(UserError, match=r"dataset.settings.n cannot be set: object:tuple is an ob"):
+        own.call("dataset", own.give(things), {"n": 3})
     assert own.call("model", own.give(lambda classes: classes), {}, classes=3, shape=1) == 3
     with pytest.raises(UserError, match=r"object:<lambda> needs width.*model.settings.width"):
         own.call("model", own.give(lambda width: width), {})

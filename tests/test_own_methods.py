@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import own
-from btrain.allocation import Expected, Scored
+from btrain.allocation import Allocation, Expected, Scored
 from btrain.cli import main
 from btrain.data import Data, Split
 from btrain.defenses import DEFENSES as DEFENSES_OF_BTRAIN
@@ -90,6 +90,23 @@ def halves(n_b):
 
 def half_a_ball(epsilon):
     return None
+
+class Masked(Brighter):  # all images share a mask
+    def region(self, x):
+        return x, torch.ones(x.shape[1:])
+    def project(self, x_adv, x, mask=1):
+        return super().project(x + mask * (x_adv - x), x)
+
+class Scaled(Masked):
+    def region(self, x):
+        return x, torch.tensor(1.0)
+
+class Rows(Brighter):
+    def region(self, x):
+        return x
+
+class Reaches(Brighter):
+    reach = torch.tensor(0.1)
 
 class Helps(Hat):
     def inner_loss(self, adv_logits, clean_logits, labels):
@@ -243,6 +260,10 @@ def test_an_allocator_s_steps_are_those_that_the_log_counts(here: Path, digits: 
         ("defense=own defense.factory=parts.py:Summed", r"inner_loss must return \(4,\), not \(\)"),
         ("attack=own attack.factory=parts.py:Leaves", r"project leaves the pixel box \[0, 1\]"),
         ("attack=own attack.factory=parts.py:half_a_ball", "a ball is a subclass of"),
+        ("attack=own attack.factory=parts.py:Masked", r"row for each image, \(4, …\), not \(1, 8"),
+        ("attack=own attack.factory=parts.py:Scaled", r"a row for each image, \(4, …\), not \(\)"),
+        ("attack=own attack.factory=parts.py:Rows", "region must return a tuple of tensors"),
+        ("attack=own attack.factory=parts.py:Reaches", "reach must be a number or None, not a Ten"),
         ("bt=own bt.factory=parts.py:five", "returned a int, neither steps nor an Allocation"),
         ("bt=own bt.factory=parts.py:halves", r"steps must be \(40,\) integers, not \(40,\)"),
         ("bt=own bt.factory=parts.py:alloc", r"make the allocator; if it is that itself, name a "
@@ -329,6 +350,28 @@ def test_an_allocator_that_writes_into_its_batch_changes_nothing() -> None:
     before = [part.clone() for part in batch[:4]]
     assert with_own_steps(writes, "writes")(batch).steps.tolist() == [2, 2, 2]
     torch.testing.assert_close(list(batch[:4]), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": np.arange(3)}, r"steps must be \(3,\) integers of torch, not a ndarray"),
+        ({"classes": [0, 1, 2]}, r"classes must be \(3,\) integers of torch, not a list"),
+        ({"steps": torch.tensor([0, -2, 1])}, "steps must be 0 or more, not -2"),
+        ({"classes": torch.tensor([0, 7, 1])}, "classes must be 0 to 2, not 7"),
+        ({"overhead": -3}, "overhead must be a whole number from 0, not -3"),
+        ({"overhead": None}, "overhead must be a whole number from 0, not None"),
+        ({"patience": 1.5}, "patience must be a whole number from 0, not 1.5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_allocation_is_checked_whole(changes: dict[str, Any], sentence: str) -> None:
+    numbers, generator = torch.arange(3), torch.Generator()
+    batch = Scored(numbers / 4, torch.eye(3), numbers, torch.tensor(0.5), generator, no_attack)
+    right = Allocation(numbers, numbers, patience=2)
+    assert with_own_steps(lambda batch: right, "mine")(batch).steps.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=f"^bt.factory=mine: {sentence}"):
+        with_own_steps(lambda batch: right._replace(**changes), "mine")(batch)
 
 
 @pytest.mark.parametrize(

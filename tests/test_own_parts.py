@@ -426,6 +426,9 @@ def test_training_from_python(here: Path, capsys: pytest.CaptureFixture[str]) ->
     made = btrain.train([*words, "run.dir=made", "model.settings.width=2"], model=factory,
                         data=load)  # fmt: skip
     assert made["parameters"] < summary["parameters"]
+    narrow = factory(10, (1, 8, 8), width=2)  # made as the run's settings have it
+    _, again = load_run(Path("made"), factories={"model": narrow})
+    assert same(again.state_dict(), weights("made"))
 
 
 def _from_files() -> tuple[Callable[..., nn.Module], Callable[..., Any]]:

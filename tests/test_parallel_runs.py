@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import parallel_runs
-from btrain.build import load_data, make_model
+from btrain.build import make_model
 from btrain.cli import main
+from btrain.data.splits import load_configured
 from btrain.evaluation import Accuracy, evaluate
 from btrain.processes import launched as by_torchrun
 from composing import compose
@@ -42,7 +43,7 @@ def test_a_second_training_follows_and_accuracies_are_those_of_one_process(
     done: Path, run: str
 ) -> None:
     config = compose([*COMMON, *RUNS[run]])
-    data = load_data(config, CPU)
+    data = load_configured(config.dataset, CPU)
     network = make_model(config.model, len(data.classes), data.shape)
 
     def accuracy(file: str, *, test: bool) -> Accuracy:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from btrain import own
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import load_data
 from btrain.controllers.base import Controller, Gradients
 from btrain.controllers.sparsity.controller import FlyingBird, FlyingBirdPlus
 from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
 from btrain.data.augmentation import to_unit
+from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.methods.base import Memory
@@ -71,7 +71,7 @@ def tiny_in(folder: Path, *overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def few() -> Data:
     """The 200 digits of `tiny`, four batches, and 60 more."""
-    return load_data(tiny("dataset.val_examples=60"), CPU)
+    return load_configured(tiny("dataset.val_examples=60").dataset, CPU)
 
 
 class Watch:

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import find_device, load_data, make_model
+from btrain.build import find_device, make_model
 from btrain.data import Batch, Data, Split
+from btrain.data.splits import load_configured
 from btrain.defenses import DEFENSES
 from btrain.errors import UserError
 from btrain.evaluation import evaluate
@@ -295,7 +296,7 @@ def test_a_collapse_is_looked_for_on_enough_images(
         tmp_path, *wanted, f"recipe.early_stop_on_collapse={stops}", "attack.epsilon=0.03"
     )
     train(config)
-    data = load_data(config, CPU)
+    data = load_configured(config.dataset, CPU)
     network = make_model(config.model, len(data.classes), data.shape)
     network.load_state_dict(weights(tmp_path))
     found = evaluate(

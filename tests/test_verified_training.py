@@ -98,6 +98,7 @@ def test_the_mix_of_losses_by_hand(digits: Data) -> None:
         ("defense.alpha=0.3",): 0.7 * plain + 0.3 * worst,
         ("defense.form=bernoulli", "defense.alpha=1", *weight): plain + 2 * worst,
         ("defense.form=bernoulli", "defense.alpha=0", *weight): plain,
+        ("defense.alpha=0.3", "bt=random", "defense.k=1"): 0.7 * plain,  # none is bounded yet
     }
     for overrides, expected in cases.items():
         method = made("defense=verified", "defense.ramp=0", *overrides)
@@ -180,6 +181,15 @@ def test_k_an_epoch_is_spread_over_its_batches(digits: Data) -> None:
     (examples,) = method.examples(network, batch_of(digits), memory, generator)
     stats = method.loss(network, examples, memory, generator).stats
     assert stats is not None and stats.boundary.item() == 10
+    logits, labels = torch.zeros(50, 10), digits.train.labels[:50]
+    for k in (10, 20, 288, 700, 1441):
+        memory, bounded = method.memory(digits, CPU), []
+        for m in [*[50] * 28, 42] * 2:  # two epochs
+            few = replace(method, k=k)._rows(logits[:m], labels[:m], memory, generator)
+            bounded.append(len(few))
+            memory["trained"] += m
+        assert sum(bounded[:29]) == sum(bounded[29:]) == k
+        assert max(bounded) - min(bounded[:28]) <= 1 and min(bounded) >= k * 42 // 1442
     with pytest.raises(UserError, match=r"defense.k=5000 is more than the 1442 images"):
         replace(method, k=5000).memory(digits, CPU)
 

@@ -39,8 +39,9 @@ def signed_prediction_variance(logits: Tensor, labels: Tensor) -> Tensor:
 def signed_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Rank examples by their cross-entropy: p_y where the prediction is right, else p_y − 1.
 
-    (m, K), (m,) -> (m,)
+    (m, K), (m,) -> (m,); raises UserError as `signed_prediction_variance`.
     """
+    _check_logits("logits", logits, labels)
     loss = F.cross_entropy(precision.full(logits), labels, reduction="none")
     return _signed((-loss).exp(), 1 - (-loss).exp(), logits, labels)
 
@@ -49,8 +50,10 @@ def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
     """Rank examples by the norm of the loss' gradient at the logits, which is at most √2.
 
     √2 − norm where the prediction is right, else −norm; the last layer's gradient norm of
-    Katharopoulos and Fleuret. (m, K), (m,) -> (m,)
+    Katharopoulos and Fleuret. (m, K), (m,) -> (m,); raises UserError as
+    `signed_prediction_variance`.
     """
+    _check_logits("logits", logits, labels)
     probabilities = F.softmax(precision.full(logits), dim=1)
     gradient = probabilities - F.one_hot(labels, logits.shape[1])
     norm = gradient.norm(dim=1)
@@ -58,7 +61,11 @@ def signed_gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def signed_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the label's probability minus the likeliest other class'. (m, K), (m,) -> (m,)"""
+    """Return the label's probability minus the likeliest other class'.
+
+    (m, K), (m,) -> (m,); raises UserError as `signed_prediction_variance`.
+    """
+    _check_logits("logits", logits, labels)
     probabilities = F.softmax(precision.full(logits), dim=1)
     index = labels[:, None]
     runner_up = probabilities.scatter(1, index, -1).max(dim=1).values
@@ -91,11 +98,17 @@ def classify(svar: Tensor, robust_fraction: Tensor | float) -> Tensor:
         UserError: these are no scores (m,), or no fraction in [0, 1], which on a GPU only a number
             of Python's is seen to be.
     """
+    return _split(svar, _threshold(svar, robust_fraction))
+
+
+def _threshold(svar: Tensor, robust_fraction: Tensor | float) -> Tensor:
+    """Return the percentile of eq. 6, (), at least float32; raises UserError as `classify`."""
     if svar.dim() != 1 or not svar.is_floating_point() or not len(svar):
         raise UserError(
             "svar must be scores (m,), as signed_prediction_variance gives them, of one example or "
             f"more, not {svar.dtype} of shape {tuple(svar.shape)}."
         )
+    svar = precision.full(svar)
     if not isinstance(robust_fraction, Tensor):
         _check_share("robust_fraction", robust_fraction)
         robust_fraction = svar.new_tensor(robust_fraction)
@@ -103,10 +116,14 @@ def classify(svar: Tensor, robust_fraction: Tensor | float) -> Tensor:
         shape = tuple(robust_fraction.shape)
         raise UserError(f"robust_fraction must be one number for all examples, not {shape}.")
     try:
-        threshold = torch.quantile(svar, (1 - robust_fraction).to(svar.dtype))
+        return torch.quantile(svar, (1 - robust_fraction).to(svar.dtype))
     except RuntimeError:
         _check_share("robust_fraction", float(robust_fraction))
         raise
+
+
+def _split(svar: Tensor, threshold: Tensor) -> Tensor:
+    """Return the classes on either side of the percentile, and the outliers. (m,), () -> (m,)"""
     classes = torch.where(svar < threshold, BOUNDARY, ROBUST)
     return torch.where(torch.signbit(svar), OUTLIER, classes)
 
@@ -248,7 +265,7 @@ def randomised(allocation: Allocation, generator: torch.Generator) -> Allocation
 def thinned(
     allocation: Allocation, share: float | Tensor, generator: torch.Generator
 ) -> tuple[Allocation, Tensor]:
-    """Take the steps of robust examples, each with probability 1 − share.
+    """Take their steps away from robust examples, from each with probability 1 − share.
 
     Returns:
         The allocation, and inverse-probability weights, (m,), with which no sum over the examples
@@ -309,7 +326,7 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
     of a grid (of shares of the largest distance) with which the batch takes at most `mean_steps`
     steps an example. The classes are eq. 6's, for the log. (m,), () -> (m,)
     """
-    threshold = torch.quantile(score, (1 - robust_fraction).to(score.dtype))
+    threshold, score = _threshold(score, robust_fraction), precision.full(score)
     distance = (score - threshold.clamp(min=0) / 2).abs()
     distance = distance / distance.max().clamp(min=torch.finfo(score.dtype).tiny)
     widths = torch.logspace(-4, 2, 128, device=score.device, dtype=score.dtype)
@@ -317,7 +334,7 @@ def gaussian(score: Tensor, robust_fraction: Tensor, *, n_b: int, mean_steps: fl
     candidates = torch.cat([torch.zeros_like(candidates[:1]), candidates])
     affordable = candidates.mean(dim=1) <= mean_steps  # the means rise with the width
     steps = candidates.index_select(0, affordable.sum().view(1) - 1).squeeze(0)
-    return Allocation(classify(score, robust_fraction), steps.long())
+    return Allocation(_split(score, threshold), steps.long())
 
 
 FAR = 1.7

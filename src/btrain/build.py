@@ -1,4 +1,4 @@
-"""The device, data and network of a configuration."""
+"""The device and network of a configuration."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from btrain import models, own
 from btrain.data import Data
 from btrain.data.augmentation import to_unit
-from btrain.data.splits import load_configured
 from btrain.errors import UserError, first_line
 from btrain.settings import (
     Activation,
-    Config,
     ModelConfig,
     OwnModelConfig,
     Shortcut,
@@ -56,8 +54,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def meant(device: torch.device) -> AbstractContextManager[object]:
-    """Make this the GPU where none is named inside; each of several processes has its own."""
+def as_current_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the one that torch uses inside where none is named; do nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -105,11 +103,6 @@ def _memory() -> float:
     if not hasattr(os, "sysconf"):  # on Windows
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def load_data(config: Config, device: torch.device) -> Data:
-    """Read the data set of a configuration and move it to the device."""
-    return load_configured(config.dataset, device)
 
 
 def make_model(model: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:

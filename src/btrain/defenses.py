@@ -24,8 +24,8 @@ from torch import Tensor
 from btrain import precision
 from btrain.attacks.pgd import InnerLoss
 
-OuterLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(clean logits (m, K), adversarial logits (m, K), labels (m,)) -> ()"""
+OuterLoss = Callable[..., Tensor]
+"""(clean logits (m, K), adversarial logits (m, K), labels (m,)) -> (), some with `weights=`"""
 
 # MART's published margins: both keep a logarithm or a weight away from zero.
 _MARGIN = 1.0001
@@ -53,7 +53,7 @@ class Defense:
     A forward pass whose logits nobody reads is not made.
 
     Attributes:
-        weighted_loss: the outer loss with `weights=`; None where it is not known by example.
+        takes_weights: whether the outer loss takes `weights=`.
         weighs_by_adv: whether the weights of adversarial images alone count in it.
     """
 
@@ -61,7 +61,7 @@ class Defense:
     outer_loss: OuterLoss
     inner_reads_clean: bool
     outer_reads_clean: bool
-    weighted_loss: Callable[..., Tensor] | None = None
+    takes_weights: bool = False
     weighs_by_adv: bool = False
 
 
@@ -95,8 +95,7 @@ def cw_loss(adv_logits: Tensor, clean_logits: Tensor, labels: Tensor) -> Tensor:
     del clean_logits
     logits = precision.full(adv_logits)
     right = logits.gather(1, labels[:, None]).squeeze(1)
-    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    return logits.masked_fill(~others, float("-inf")).amax(dim=1) - right
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1) - right
 
 
 def pgd_loss(
@@ -187,20 +186,22 @@ def augmix_loss(
 
 
 def _trades(beta: float) -> Defense:
-    loss = partial(trades_loss, beta=beta)
     return Defense(
-        kl_inner_loss, loss, inner_reads_clean=True, outer_reads_clean=True, weighted_loss=loss
+        kl_inner_loss,
+        partial(trades_loss, beta=beta),
+        inner_reads_clean=True,
+        outer_reads_clean=True,
+        takes_weights=True,
     )
 
 
 def _mart(beta: float) -> Defense:
-    loss = partial(mart_loss, beta=beta)
     return Defense(
         ce_inner_loss,
-        loss,
+        partial(mart_loss, beta=beta),
         inner_reads_clean=False,
         outer_reads_clean=True,
-        weighted_loss=loss,
+        takes_weights=True,
         weighs_by_adv=True,
     )
 
@@ -211,7 +212,7 @@ def _pgd() -> Defense:
         pgd_loss,
         inner_reads_clean=False,
         outer_reads_clean=False,
-        weighted_loss=pgd_loss,
+        takes_weights=True,
         weighs_by_adv=True,
     )
 

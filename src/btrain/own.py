@@ -117,14 +117,18 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
             what is known.
     """
     make = load(group, factory)
-    if factory.startswith(GIVEN) and not _makes(make):
+    if factory.startswith(GIVEN) and not makes(make):
+        for name in settings:
+            raise UserError(
+                f"{group}.settings.{name} cannot be set: {factory} is an object already."
+            )
         return make
     if not callable(make):
         raise UserError(
             f"{group}.factory={factory} is of type {type(make).__name__} and cannot be called; "
             f"name what makes the {_MADE[group]}, a class or a function."
         )
-    if group == "model" and not _makes(make) and hasattr(make, "state_dict"):
+    if group == "model" and not makes(make) and hasattr(make, "state_dict"):
         raise UserError(
             f"{group}.factory={factory} is a network already; name what makes it, a class or a "
             "function."
@@ -206,7 +210,7 @@ def _where(error: Exception) -> str:
     return ""
 
 
-def _makes(thing: Any) -> bool:
+def makes(thing: Any) -> bool:
     """Return whether it makes something, as a class or a function does; else it is the thing."""
     return inspect.isclass(thing) or inspect.isroutine(thing) or isinstance(thing, partial)
 
@@ -247,7 +251,7 @@ def _check_arguments(
             if name not in arguments and takes[name].default is inspect.Parameter.empty:
                 raise UserError(
                     f"{factory} needs {name}; please give {group}.settings.{name}=…. "
-                    f"{_called_once(group, factory, make)}"
+                    f"{_called_for(group, factory, make)}"
                 ) from error
         raise UserError(f"{group}.factory={factory} cannot be called: {first_line(error)}.") from (
             error
@@ -265,13 +269,13 @@ _MADE = {
 """The thing that a factory of each group makes."""
 
 
-def _called_once(group: str, factory: str, make: Any) -> str:
+def _called_for(group: str, factory: str, make: Any) -> str:
     """Return a sentence on what a factory is for, for who has named the thing itself."""
-    once = f"It is called once, to make the {_MADE[group]}"
+    told = f"It is called, once or more often, to make the {_MADE[group]}"
     if group not in ("bt", "sparsity") or inspect.isclass(make):
-        return f"{once}."
+        return f"{told}."
     name = factory.rpartition(":")[2]
-    return f"{once}; if it is that itself, name a function around it: def make(): return {name}."
+    return f"{told}; if it is that itself, name a function around it: def make(): return {name}."
 
 
 def _resolved(place: str) -> Path:
@@ -317,7 +321,7 @@ def _module(group: str, place: str) -> ModuleType:
             return importlib.import_module(place)
     except UserError as error:
         cause = error.__cause__
-        if isinstance(cause, ModuleNotFoundError) and place.startswith(cause.name or " "):
+        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
             raise UserError(
                 f"{group}.factory: there is no module {cause.name}; a file needs its .py, as in "
                 f"{group}.factory=my_file.py:Name."

@@ -59,7 +59,7 @@ def exactly_float32(device: torch.device) -> Iterator[None]:
     """Allow no autocast inside, and no TF32 or bf16 in convolutions and products of float32.
 
     cuDNN's convolutions use TF32 unless they are told not to; products of matrices where the
-    caller allowed it. What was allowed before is allowed again afterwards.
+    caller allowed it. The permissions of before come back afterwards.
     """
     units = _units()
     precisions = [unit.fp32_precision for unit in units]

@@ -36,7 +36,10 @@ class FastPaths:
 
 
 def make_fast_paths(train: TrainConfig, device: torch.device) -> FastPaths:
-    """Make those that the configuration asks for; `auto` has been settled and counts as `never`."""
+    """Make those that the configuration asks for.
+
+    `auto` counts as `never`: a run settles it first (`with_graphs_settled`).
+    """
     view = _view(train)
     if train.cuda_graphs is not CudaGraphs.always:
         return FastPaths(view)

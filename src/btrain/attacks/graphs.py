@@ -172,9 +172,9 @@ def repeated(step: Callable[[], None]) -> Callable[[], None]:
 class GraphRecorder:
     """A recorder of CUDA graphs that share one pool of memory.
 
-    They may: nothing of one is read after another ran, and two never run at once. What torch asks
-    for is kept: a few runs on a side stream first, always the same stream for one pool, and no
-    copy to the host inside.
+    They may: nothing of one is read after another ran, and two never run at once. torch's
+    conditions are kept: a few runs on a side stream first, always the same stream for one pool, and
+    no copy to the host inside.
     """
 
     def __init__(self, device: torch.device) -> None:

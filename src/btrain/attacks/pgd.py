@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ def pgd(
         step_size: of each example, in pixel units, (m,), or one number for all.
         inner_loss: per example; its sum is ascended.
         noise: added to x as the start, like x, not projected before the first step; or None.
-        epsilon: radius of an L∞ ball, in pixel units.
-        ball: another threat model, in place of `epsilon`.
+        epsilon: radius of an L∞ ball, in pixel units, one for all images.
+        ball: another threat model, in place of `epsilon`; its radii may be of each image, (m,).
 
     Returns:
         Like x, in x's order.
@@ -70,11 +71,15 @@ def pgd(
         raise UserError("pgd needs either epsilon, of an L∞ ball, or a ball.")
     check_images(x)
     steps, step_size = _for_each(steps, step_size, x, ball.norm)
-    _check_batch(x, labels, clean_logits, noise)
+    _check_batch(x, labels, clean_logits, noise, ball)
     _check_values(labels, clean_logits.shape[1], steps, step_size)
     order, counts = by_steps(steps)
     x, labels, clean_logits = x[order], labels[order].long(), clean_logits[order]
     step_size, noise = step_size[order], None if noise is None else noise[order]
+    radii = getattr(ball, "epsilon", None)
+    if isinstance(radii, Tensor) and radii.dim():
+        ball = copy(ball)
+        ball.epsilon = radii[order]
     x_adv = prefix_pgd(
         model,
         x,
@@ -91,6 +96,8 @@ def pgd(
 
 def check_images(images: Tensor) -> None:
     """Raise UserError unless images are floats in [0, 1], up to rounding; one copy to the host."""
+    if not isinstance(images, Tensor):
+        raise UserError(f"images must be a tensor, not a {type(images).__name__}.")
     if not images.is_floating_point():
         raise UserError(f"images must be floats in [0, 1], not {images.dtype}.")
     least, most = torch.stack(torch.aminmax(images)).tolist() if images.numel() else (0.0, 0.0)
@@ -101,8 +108,21 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def _check_batch(x: Tensor, labels: Tensor, clean_logits: Tensor, noise: Tensor | None) -> None:
-    """Raise UserError unless labels and logits have a row for each image, and noise is like x."""
+def _check_batch(
+    x: Tensor, labels: Tensor, clean_logits: Tensor, noise: Tensor | None, ball: Ball
+) -> None:
+    """Raise UserError unless labels and logits have a row for each image, and noise is like x.
+
+    So must a ball's radii, where it has several.
+    """
+    parts = {"labels": labels, "clean_logits": clean_logits, "noise": noise}
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) and not (part is None and name == "noise"):
+            raise UserError(f"{name} must be a tensor, not a {type(part).__name__}.")
+    radii = getattr(ball, "epsilon", None)
+    if isinstance(radii, Tensor) and radii.shape not in ((), x.shape[:1]):
+        shape = tuple(radii.shape)
+        raise UserError(f"the ball's epsilon must be one number, or ({len(x)},), not {shape}.")
     if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype is torch.bool:
         shape = tuple(labels.shape)
         raise UserError(
@@ -165,7 +185,9 @@ def _check_values(labels: Tensor, classes: int, steps: Tensor, step_size: Tensor
 
 def _plain(number: object) -> object:
     """Return a number of torch's or NumPy's as one of Python's, all else as it is."""
-    return number.item() if isinstance(number, Tensor | np.generic) else number
+    if isinstance(number, Tensor):
+        return number.item() if number.numel() == 1 else f"a tensor {tuple(number.shape)}"
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def by_steps(

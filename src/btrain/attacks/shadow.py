@@ -67,7 +67,7 @@ class Shadowed(nn.Module):
 class InBFloat16(Shadowed):
     """A network whose passes run in bf16 and whose logits are float32 again.
 
-    Its weights stay float32; the shadow is a copy. What is done with the logits (losses, SVar) is
+    Its weights stay float32; the shadow is a copy. Losses and scores are computed from the logits
     outside of autocast.
     """
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from btrain.attacks.fast_paths import check_fast_paths
-from btrain.build import check_size, load_data, make_model
+from btrain.build import check_size, make_model
 from btrain.data.augmentation import to_unit
+from btrain.data.splits import load_configured
 from btrain.errors import UserError
 from btrain.exchange.from_run import SavedRun, image_shape, read_run
 from btrain.methods.make import plain_defense
@@ -174,7 +175,7 @@ def _trained_cases(path: Path, bench: BenchConfig, settings: Sequence[str]) -> l
             f"btrain bench visits every batch once, and times {path} without "
             f"{' and '.join(left_out)}."
         )
-    images = len(load_data(config, torch.device("cpu")).train)
+    images = len(load_configured(config.dataset, torch.device("cpu")).train)
     if max(batch_sizes) > images:
         raise UserError(
             f"bench.batch_sizes: {path} was trained on {counted(images, 'image')}, fewer "
@@ -258,7 +259,7 @@ def _trained(run: SavedRun, batch_size: int, device: torch.device) -> Workload:
     class.
     """
     robust_fraction = float(load(run.path)["state"]["memory"]["robust_fraction"])
-    split = load_data(run.config, device).train
+    split = load_configured(run.config.dataset, device).train
     batches = len(split) // batch_size
 
     def part(repetition: int) -> Tensor:

@@ -96,6 +96,8 @@ def _images(x: npt.NDArray[Any], what: str) -> Images:
     """Return images as bytes, or raise UserError. (n, C, H, W) uint8"""
     if x.ndim != 4:
         raise UserError(f"{what} must be images by (n, C, H, W), not of shape {x.shape}.")
+    if len(x) and not x.size:
+        raise UserError(f"{what} of shape {x.shape} has no pixels.")
     if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         raise UserError(f"{what} of shape {x.shape} has its channels last; right is (n, C, H, W).")
     if x.dtype == np.uint8:

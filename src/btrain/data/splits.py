@@ -83,7 +83,8 @@ def load(
         train_examples, test_examples, val_examples: as `arranged` takes them.
 
     Raises:
-        UserError: files are missing or damaged, or more examples are asked for than there are.
+        UserError: there is no such data set, files are missing or damaged, or more examples are
+            asked for than there are, or none.
     """
     return arranged(
         *_read(name, root, download, image_size),
@@ -262,23 +263,33 @@ def _counts(
     """Return how many images of a data set's training and test part a run takes.
 
     Raises:
-        UserError: more are asked for than there are.
+        UserError: more are asked for than there are, or none, or no whole number.
     """
+    _check_count("val_examples", val_examples, least=0)
     rest = train - val_examples
     if rest < 2:
         raise UserError(
             f"dataset.val_examples={val_examples} leaves no training images of {train}."
         )
 
-    def checked(key: str, wanted: int | None, available: int) -> int:
-        if wanted is not None and wanted > available:
+    def checked(key: str, wanted: int | None, available: int, least: int) -> int:
+        if wanted is None:
+            return available
+        _check_count(key, wanted, least=least)
+        if wanted > available:
             raise UserError(f"dataset.{key} must be at most {available}, not {wanted}.")
-        return available if wanted is None else wanted
+        return wanted
 
     return (
-        checked("train_examples", train_examples, rest),
-        checked("test_examples", test_examples, test),
+        checked("train_examples", train_examples, rest, 2),
+        checked("test_examples", test_examples, test, 1),
     )
+
+
+def _check_count(key: str, value: object, *, least: int) -> None:
+    """Raise UserError unless it is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise UserError(f"dataset.{key} must be a whole number from {least}, not {value}.")
 
 
 _Reader = tuple[Callable[[Path], Path | None], Callable[[Path], tuple[Source, Source]]]
@@ -303,7 +314,11 @@ def _read(name: str, root: Path, download: bool, image_size: int | None) -> tupl
     if name == "imagefolder":
         if image_size is None:
             raise UserError("dataset.image_size must be given for dataset=imagefolder.")
+        _check_count("image_size", image_size, least=1)
         return imagefolder.read(root, image_size)
+    if name not in _FILES:
+        there = ", ".join([*_FILES, *_INSTALLED, "imagefolder"])
+        raise UserError(f"dataset={name} is no data set; there are: {there}.")
     missing_file, read = _FILES[name]
     if (file := missing_file(root)) is not None:
         how = f"set dataset.root to the folder that holds {file.relative_to(root)}"

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from btrain.attacks.balls import BALLS
-from btrain.build import check_network, find_device, load_data, make_model
+from btrain.build import check_network, find_device, make_model
 from btrain.data import Data
+from btrain.data.splits import load_configured
 from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
@@ -85,7 +86,7 @@ def find(settings: EvalSettings) -> Target:
     norm = settings.norm or original.attack.norm
     settings.check_lengths(norm)
     epsilon = _epsilon(settings, original, config, trained)
-    data = load_data(config, device)
+    data = load_configured(config.dataset, device)
     known = {"classes": len(data.classes), "shape": data.shape}
     threat = BALLS.get(norm) or threat_of(original.attack, known)
     no_farther("epsilon", epsilon, farthest(threat, data.shape))

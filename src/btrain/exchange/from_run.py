@@ -228,9 +228,14 @@ def trusted(
     for group, named in factories.items():
         if group not in parts:
             raise UserError(f"{group}.factory is given, but {origin} has no {group}=own.")
-        factory = named if isinstance(named, str) else own.give(named, group)
-        own.allow(factory)
-        config = replace(config, **{group: replace(getattr(config, group), factory=factory)})
+        part = getattr(config, group)
+        if isinstance(named, str):
+            own.allow(named)
+            part = replace(part, factory=named)
+        else:
+            settings = part.settings if own.makes(named) else {}
+            part = replace(part, factory=own.give(named, group), settings=settings)
+        config = replace(config, **{group: part})
     if trust_code:
         own.allow_parts(config)
         return config

@@ -93,8 +93,8 @@ class Method(Protocol):
     def expected_units(self, fractions: tuple[float, float, float]) -> float | None:
         """Return units an example of a batch with these F_B, F_R, F_O; None if they do not tell.
 
-        Where all batches have fractions of their own, whatever the scores, it is by those. It is
-        what `units_per_example` of a log with these fractions will be, but for batches whose single
-        perturbed example takes another one along, and epochs that leave examples out.
+        If all batches have fractions of their own, whatever the scores, it is by those. A log with
+        these fractions will have it as `units_per_example`, but for batches whose single perturbed
+        example takes another one along, and epochs that leave examples out.
         """
         ...

@@ -196,7 +196,7 @@ class BulletTrain:
         allocation, perturbed, learnt, units, share = examples[6:11]
         weights = examples.weights
         m = len(x)
-        learnt = min(max(learnt, 2), m)  # as BatchNorm needs, and a loss a graph
+        learnt = min(max(learnt, 2), m)  # BatchNorm needs two, and a loss of none has no graph
         if self.defense.outer_reads_clean:  # line 14
             if clean_logits is None:
                 clean_logits = forward_prefix(network, x, learnt, z)
@@ -209,8 +209,8 @@ class BulletTrain:
         if weights is None:
             loss = self.defense.outer_loss(clean_logits, adv_logits, labels)  # line 16
         else:
-            assert self.defense.weighted_loss is not None
-            loss = self.defense.weighted_loss(clean_logits, adv_logits, labels, weights=weights)
+            assert self.defense.takes_weights
+            loss = self.defense.outer_loss(clean_logits, adv_logits, labels, weights=weights)
         if self.scores_kept:
             self.remember(memory, examples, clean_logits, adv_logits)
         units += 3 * trained
@@ -218,7 +218,8 @@ class BulletTrain:
             regulariser, cost = self.regulariser
             loss = loss + regulariser(network, x, labels, generator)
             units += cost * m
-        predicted = clean_logits if self.scoring is Score.last else z  # of nobody with Score.last
+        # z has no columns with Score.last.
+        predicted = clean_logits if self.scoring is Score.last else z
         stats = step_stats(
             allocation, loss, predicted, score, clean_logits, adv_logits, labels, units=units,
             weights=weights,
@@ -305,8 +306,7 @@ class BulletTrain:
         """Return the clean logits for the loss, if they are shared, and z.
 
         z is in the mode of the attack, for a KL between two modes would be large without any; or
-        with the shared forward in train mode. Where nobody reads it, it is (m, 0). It keeps no
-        graph.
+        with the shared forward in train mode. It is (m, 0) if nobody reads it, and keeps no graph.
         """
         if self.shares_clean_forward:
             clean_logits = network(x)

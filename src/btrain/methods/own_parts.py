@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from btrain import own
-from btrain.allocation import Allocation, Allocator, Expected, Scored, classify
+from btrain.allocation import BOUNDARY, Allocation, Allocator, Expected, Scored, classify
 from btrain.attacks.balls import Ball
 from btrain.defenses import Defense
 from btrain.errors import UserError
@@ -163,8 +164,9 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     """Return the ball, tried on a few images.
 
     Raises:
-        UserError: it is no `btrain.attacks.Ball`, or its start, direction or projection are not
-            like the images, or the projection leaves [0, 1].
+        UserError: it is no `btrain.attacks.Ball`, its reach is no number, its region has not a row
+            for each image, its start, direction or projection are not like the images, or the
+            projection leaves [0, 1].
     """
     where = f"attack.factory={factory}"
     if not isinstance(made, Ball):
@@ -173,16 +175,32 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     if not isinstance(getattr(made, "epsilon", None), float | int):
         raise UserError(f"{where}: its epsilon is no number; call super().__init__(epsilon).")
     made.epsilon = float(made.epsilon)
+    with own.explained(f"{where}: reach"):
+        reach = made.reach
+    if not isinstance(reach, float | int | None):
+        raise UserError(f"{where}: reach must be a number or None, not a {type(reach).__name__}.")
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(_M, *known.get("shape", _SHAPE), generator=generator)
+    shape = known.get("shape", _SHAPE)
+    m = next(m for m in count(_M) if m not in shape)  # so that rows are told from channels
+    x = torch.rand(m, *shape, generator=generator)
     gradient = torch.randn(x.shape, generator=generator)
     with own.explained(f"{where}: start"):
         _check_tensor(where, "start", made.start(x, generator), x.shape)
     with own.explained(f"{where}: direction"):
         direction = made.direction(gradient.clone())
         _check_tensor(where, "direction", direction, x.shape)
+    with own.explained(f"{where}: region"):
+        region = made.region(x)
+    if not isinstance(region, tuple) or not all(isinstance(part, Tensor) for part in region):
+        raise UserError(f"{where}: region must return a tuple of tensors.")
+    for part in region:
+        if part.dim() == 0 or len(part) != m:
+            raise UserError(
+                f"{where}: region must return tensors with a row for each image, ({m}, …), not "
+                f"{tuple(part.shape)}; what is the same for all belongs to the ball itself."
+            )
     with own.explained(f"{where}: project"):
-        projected = made.project(x + direction, *made.region(x))
+        projected = made.project(x + direction, *region)
         _check_tensor(where, "project", projected, x.shape)
         if projected.min() < 0 or projected.max() > 1:
             raise UserError(f"{where}: project leaves the pixel box [0, 1].")
@@ -215,7 +233,8 @@ def with_own_steps(made: Any, factory: str) -> Allocator:
 class OwnSteps:
     """An allocator of the user's, each of whose answers is checked.
 
-    On a GPU, where that would make the host wait, steps below 0 become 0.
+    On a GPU, where that would make the host wait, the values of steps and classes are not, and
+    steps below 0 become 0.
     """
 
     decide: Callable[[Scored], Any]
@@ -230,7 +249,8 @@ class OwnSteps:
         It is handed copies, for it may write into them, through NumPy, too.
 
         Raises:
-            UserError: it fails, or the steps are not (m,) integers from 0.
+            UserError: it fails, the steps or classes are not (m,) integers from 0, there are
+                other classes, or overhead or patience are no counts.
         """
         where = f"bt.factory={self.factory}"
         copies = batch._replace(
@@ -246,16 +266,13 @@ class OwnSteps:
         if not isinstance(decided, Allocation):
             kind = type(decided).__name__
             raise UserError(f"{where} returned a {kind}, neither steps nor an Allocation.")
-        for name, part in (("steps", decided.steps), ("classes", decided.classes)):
-            wrong_type = part.is_floating_point() or part.dtype is torch.bool
-            if part.shape != batch.labels.shape or wrong_type:
-                shape, m = tuple(part.shape), len(batch.labels)
-                raise UserError(
-                    f"{where}: {name} must be ({m},) integers, not {shape} of {part.dtype}."
-                )
-        if decided.steps.device.type == "cpu" and bool((decided.steps < 0).any()):
-            least = int(decided.steps.min())
-            raise UserError(f"{where}: steps must be 0 or more, not {least}.")
+        m = len(batch.labels)
+        _check_integers(f"{where}: steps", decided.steps, m, most=None)
+        _check_integers(f"{where}: classes", decided.classes, m, most=BOUNDARY)
+        for name, number in (("overhead", decided.overhead), ("patience", decided.patience)):
+            told = type(number) is int and number >= 0
+            if not told and not (number is None and name == "patience"):
+                raise UserError(f"{where}: {name} must be a whole number from 0, not {number!r}.")
         return decided._replace(steps=decided.steps.long().clamp(min=0))
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:
@@ -281,6 +298,27 @@ class OwnSteps:
                 f"{where} must return numbers from 0, and an attacked share up to 1, not {told}."
             )
         return told
+
+
+def _check_integers(what: str, given: object, m: int, *, most: int | None) -> None:
+    """Raise UserError unless these are (m,) integers from 0; their values are read on a CPU alone.
+
+    Args:
+        what: the name of the part, for the sentence.
+        most: the largest integer; None for any.
+    """
+    rule = f"{what} must be ({m},) integers"
+    if not isinstance(given, Tensor):
+        raise UserError(f"{rule} of torch, not a {type(given).__name__}.")
+    no_integers = given.is_floating_point() or given.is_complex() or given.dtype is torch.bool
+    if given.shape != (m,) or no_integers:
+        raise UserError(f"{rule}, not {tuple(given.shape)} of {given.dtype}.")
+    if given.device.type != "cpu" or not m:
+        return
+    first, last = int(given.min()), int(given.max())
+    if first < 0 or (most is not None and last > most):
+        wrong, end = (first if first < 0 else last), "or more" if most is None else f"to {most}"
+        raise UserError(f"{what} must be 0 {end}, not {wrong}.")
 
 
 def _check_tensor(where: str, what: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ class StepStats(NamedTuple):
     """The sums over the examples of a batch, 0-d tensors on the device.
 
     An outcome is known where the example was attacked and its clean prediction was right: it fell
-    or it stood. Where no clean logits were computed, the predicted outliers stand for the wrong.
+    or it stood. The predicted outliers stand for the wrong if no clean logits were computed.
     The scores (SVar, or another metric) are summed by what really happened. A unit of cost is one
     forward pass of one example: an attack step takes two, a training pass three. `bad_logits`
     counts the examples whose logits are not finite.

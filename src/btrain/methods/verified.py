@@ -1,9 +1,9 @@
 """Training by bounds: MixTrain, and its family of settings.
 
-Which images are bounded, within which box, by which engine, and what their worst-case loss is
-mixed with: MixTrain (Wang et al.) bounds a few images of each batch, Wong & Kolter, IBP and
-CROWN-IBP bound all, SABR bounds small boxes around attacked images, MTL-IBP mixes with the loss of
-attacked images. BulletTrain's rule can choose the few.
+The settings say which images are bounded, within which box, by which engine, and what their
+worst-case loss is mixed with: MixTrain (Wang et al.) bounds a few images of each batch, Wong &
+Kolter, IBP and CROWN-IBP bound all, SABR bounds small boxes around attacked images, MTL-IBP mixes
+with the loss of attacked images. BulletTrain's rule can choose the few.
 """
 
 from __future__ import annotations
@@ -85,10 +85,12 @@ class Verified:
         ramp: the share of the training in which ε grows from 0.
         epochs: of the training.
         choose: who is bounded where not everybody is.
-        k: images bounded in an epoch, spread over its batches; None for `per_batch`.
+        k: images bounded in an epoch, spread over its batches, some of which have none where they
+            are few; None for `per_batch`.
         per_batch: images bounded in a batch; None for all.
         alpha: with `convex` the loss is (1 - α)·CE + α·worst case, else CE + weight·worst case in
-            a share α of the batches, drawn by chance.
+            a share α of the batches, drawn by chance. A batch without bounded images has the same
+            without its second term.
         box: a share of ε: the radius of a box around an attacked image; 1 for the whole box.
         attack: at a share of ε, for small boxes and for the plain loss on attacked images; or None.
         plain_on_attacked: whether the cross-entropy is that of attacked images.
@@ -196,17 +198,13 @@ class Verified:
         plain = in_float32(network)
         graph = _graph(plain, tuple(x.shape[1:]))
         with evaluating(plain):
-            if len(rows):
-                worst = loss.new_zeros(())
-                if len(bounded):
-                    some = labels[bounded]
-                    upper = self._margins(graph, x[bounded], x_adv[bounded], some, epsilon)
-                    worst = self._part(losses.worst_case(upper, some), len(rows))
-                share, weight = self._mix(memory, progress)
-                if self.convex:
-                    loss = losses.mixed(loss, worst, share=share)
-                else:
-                    loss = loss + weight * worst
+            worst = loss.new_zeros(())
+            if len(bounded):
+                some = labels[bounded]
+                upper = self._margins(graph, x[bounded], x_adv[bounded], some, epsilon)
+                worst = self._part(losses.worst_case(upper, some), len(rows))
+            share, weight = self._mix(memory, progress)
+            loss = losses.mixed(loss, worst, share=share) if self.convex else loss + weight * worst
             if self.regulariser and 0 < progress < self.ramp:
                 box = bounds.box(x, epsilon)
                 penalty = losses.regulariser(box, bounds.before_relus(graph, box))
@@ -269,18 +267,24 @@ class Verified:
     ) -> Tensor:
         """Return the rows to bound in this batch, (k',)."""
         m, device = len(labels), labels.device
+        nobody = torch.empty(0, dtype=torch.int64, device=device)
         if not self.convex and self.alpha < 1:
             drawn = torch.rand((), generator=generator, device=device)
             if drawn.item() >= self.alpha:
-                return torch.empty(0, dtype=torch.int64, device=device)
+                return nobody
         many = m
         if self.k is not None:
-            an_epoch = memory["to_train"].item() / self.epochs
-            many = max(1, round(self.k * m / an_epoch))
+            trained, images = int(memory["trained"]), int(memory["to_train"]) // self.epochs
+            before, after = (  # rounded, so that an epoch's differences add up to k
+                (self.k * n + images // 2) // images for n in (trained, trained + m)
+            )
+            many = after - before
         elif self.per_batch is not None:
             many = self.per_batch
         if many >= m:
             return torch.arange(m, device=device)
+        if many == 0:
+            return nobody
         return self.choose(logits, labels, many, generator)
 
     def _margins(

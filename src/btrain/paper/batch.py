@@ -16,8 +16,8 @@ from btrain.allocation import (
     signed_prediction_variance,
     true_classes,
 )
-from btrain.build import load_data
 from btrain.data.augmentation import to_unit
+from btrain.data.splits import load_configured
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
@@ -59,7 +59,7 @@ def write_allocation(folder: Path) -> Path:
     """
     config, model = load_run(folder)
     cpu = torch.device("cpu")
-    data = load_data(config, cpu)
+    data = load_configured(config.dataset, cpu)
     first = epoch_order(len(data.train), config.seed, 0)[: config.train.batch_size]
     x, labels = to_unit(data.train.images[first]), data.train.labels[first]
     robust_fraction = torch.tensor(_last_robust_fraction(folder / "metrics.jsonl"))

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from btrain.attacks.fast_paths import make_fast_paths
-from btrain.build import find_device, load_data
+from btrain.build import find_device
 from btrain.data.augmentation import batch_slices
+from btrain.data.splits import load_configured
 from btrain.durable import write_file
 from btrain.errors import UserError
 from btrain.exchange.from_run import read_config
@@ -39,7 +40,7 @@ class _Steps:
         if saved is None:
             raise UserError(f"{folder} holds no checkpoint to take a step from.")
         device = find_device(config.device)
-        data = load_data(config, device)
+        data = load_configured(config.dataset, device)
         self._state = make_state(config, data, device)
         self._state.load_state_dict(saved["state"])
         self._state.epoch = self.epoch = config.train.epochs // 2

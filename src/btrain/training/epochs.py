@@ -108,8 +108,8 @@ def stand_ins(score: Tensor, share: float, batch_size: int, seed: int, epoch: in
     (n,) -> (n,)
     """
     far = (score > score.median().clamp(min=0)).nonzero().flatten()
-    batches = math.ceil((len(score) - int(share * len(far))) / batch_size)
-    left_out = max(len(score) - batches * batch_size, 0)
+    many = math.ceil((len(score) - int(share * len(far))) / batch_size)
+    left_out = max(len(score) - many * batch_size, 0)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + _APART) % 2**63)
     drawn = torch.randperm(len(far), generator=generator)[:left_out].to(score.device)
     weight = torch.ones_like(score)

@@ -162,9 +162,9 @@ def reckon(
 def foresee(config: Config) -> Foreseen:
     """Try a few batches of a run and return what all of it will take; nothing is written.
 
-    What depends on how many examples are near the boundary is taken at the paper's shares, for
-    those of the first batches are no run's; where these shares do not tell the work, as of early
-    exit, it is that of the batches tried.
+    The shares of boundary, robust and outlier examples are the paper's, for those of the first
+    batches are no run's; where these shares do not tell the work, as of early exit, it is that of
+    the batches tried.
 
     Raises:
         UserError: bad data or device, or a batch does not fit the memory.

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from btrain import own
 from btrain.attacks.fast_paths import check_fast_paths, make_fast_paths
-from btrain.build import find_device, load_data, meant
+from btrain.build import as_current_gpu, find_device
 from btrain.controllers.sparsity.ticket import RobustBird
 from btrain.data import Data
 from btrain.data.augmentation import batch_slices
+from btrain.data.splits import load_configured
 from btrain.errors import Interrupted
 from btrain.methods.cost import Costs, forward_flops, speedups
 from btrain.methods.make import make_methods
@@ -110,10 +111,10 @@ def _run(config: Config, world: World, started: Mapping[str, Any]) -> dict[str, 
         return summary
     device = find_device(device_of(world, config.device))
     check_fast_paths(config.train, device)
-    with deterministic(config.train.deterministic), meant(device):
+    with deterministic(config.train.deterministic), as_current_gpu(device):
         with explained_memory(device, "the data and the network", "train fewer or smaller ones"):
             with world.first_ahead():
-                data = load_data(config, device)
+                data = load_configured(config.dataset, device)
             data_sha256 = data_hash(data)
             check_same_data(world, data_sha256)
             check_shares(config, len(data.train), world)
@@ -185,8 +186,10 @@ def _train(
     with recording as record, stop_on_signals(world) as stop:
         evaluator = Evaluator(config, world, stop.together, known_of(data))
         size = f"train.batch_size={config.train.batch_size}, bt.pool={config.bt.pool}"
+        costs = Costs.of(config, evaluator.known)
         with explained_memory(state.device, size, smaller_batch(config.train.accumulate)):
-            _train_epochs(config, state, data, folder, stop, evaluator, record)
+            unit = forward_flops(state.model, data.shape, state.device)
+            _train_epochs(config, state, data, folder, stop, evaluator, record, costs, unit)
         if record is not None:
             log.info("evaluation on %s", counted(len(data.test), "test image"))
         with _evaluation(config, state, stop):
@@ -194,7 +197,7 @@ def _train(
             last, best = final_accuracies(evaluator, state, data, folder)
         summary = {}
         if record is not None:
-            summary = summarise(config, state, data, folder, last, best) | trained
+            summary = summarise(config, state, data, folder, last, best, costs, unit) | trained
             summary["data_sha256"] = data_sha256
             record.end(summary)
             log.info("%s: %s", folder.path, headline(config, summary))
@@ -248,8 +251,15 @@ def _train_epochs(
     stop: StopRequest,
     evaluator: Evaluator,
     record: Record | None,
+    costs: Costs,
+    unit: int,
 ) -> None:
-    """Train all epochs that are left; write log lines and checkpoints where there is a record."""
+    """Train all epochs that are left; write log lines and checkpoints where there is a record.
+
+    Args:
+        costs: with which the run's are compared.
+        unit: floating-point operations of a forward pass.
+    """
     device, plan, world = state.device, make_plan(config), evaluator.world
     short = record is not None and config.train.precision is Precision.bf16
     if short and (hint := bf16_hint("train.precision", device)):
@@ -275,8 +285,6 @@ def _train_epochs(
                 record.save()
             return
     batches = len(batch_slices(len(data.train), plan.batch_size))
-    unit = forward_flops(state.model, data.shape, device)
-    costs = Costs.of(config, known_of(data))
     probe = Probe(config, data.train, costs, known_of(data), world)
     done = state.epoch * batches + state.batch
     hidden = None if world.first else True  # None: where nobody would see it

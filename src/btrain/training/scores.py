@@ -15,7 +15,7 @@ from btrain.controllers.sparsity.controller import FlyingBirdPlus
 from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
 from btrain.evaluation.pgd import threat_of
-from btrain.methods.cost import Costs, forward_flops, speedups
+from btrain.methods.cost import Costs, speedups
 from btrain.methods.make import Known
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
@@ -29,7 +29,6 @@ from btrain.terminal import counted
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above
-from btrain.training.setup import known_of
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -228,8 +227,8 @@ def sparse_summary(
 
     Returns:
         `flops_executed` is all work, `flops_counted` the same without multiply-adds by weights that
-        are 0; both with what was spent beside the batches, a search or a probe. Where channels are
-        missing, all that is executed is counted.
+        are 0; both with what was spent beside the batches, a search or a probe. All that is
+        executed is counted where channels are missing.
     """
     if state.sparsity is None:
         return {}
@@ -280,21 +279,27 @@ def summarise(
     folder: RunFolder,
     last: Accuracy,
     best: Accuracy | None,
+    costs: Costs,
+    unit: int,
 ) -> dict[str, Any]:
-    """Return what `summary.json` says of a run with these accuracies."""
+    """Return what `summary.json` says of a run with these accuracies.
+
+    Args:
+        costs: with which the run's are compared.
+        unit: floating-point operations of a forward pass.
+    """
     if is_above(last, len(data.test)):
         log.warning("PGD accuracy on the test set is above the clean accuracy.")
     sums, device = state.total_sums + state.epoch_sums, state.device
-    unit, units = forward_flops(state.model, data.shape, device), float(sums[UNITS])
-    means, measured = averages(sums), folder.logged("speedup_measured")
-    costs = speedups(Costs.of(config, known_of(data)), means)
+    units, means, measured = float(sums[UNITS]), averages(sums), folder.logged("speedup_measured")
+    compared = speedups(costs, means)
     summary = {
         "clean_acc": last.clean,
         "robust_acc": last.robust,
         "f_b": means["f_b"],
         "f_r": means["f_r"],
         "f_o": means["f_o"],
-        **costs,
+        **compared,
         "speedup_measured": statistics.fmean(measured) if measured else None,
         "attack_steps_mean": means["attack_steps_mean"],
         "units_per_example": means["units_per_example"],
@@ -313,7 +318,7 @@ def summarise(
         "git_dirty": git_dirty(),
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
     }
-    summary |= sparse_summary(state, costs["speedup_flops"], units, unit)
+    summary |= sparse_summary(state, compared["speedup_flops"], units, unit)
     if best is not None:
         summary |= {
             "best_epoch": state.best_epoch,

@@ -94,8 +94,8 @@ def clip(gradients: list[Tensor], active: list[Tensor], max_norm: float) -> None
     """Clip gradients by norm, in place, without a copy to the host.
 
     All are multiplied by max_norm over the Euclidean norm of all entries of `active` together,
-    but by 1 at most. Where that norm is not finite they stay as they are, so that the log can name
-    the gradient that was so first. torch's `clip_grad_norm_` makes all of them NaN there, adds 1e-6
+    but by 1 at most. They stay as they are if that norm is not finite, so that the log can name the
+    gradient that was so first. torch's `clip_grad_norm_` makes all of them NaN there, adds 1e-6
     to the norm, and cannot leave masked entries out of it.
 
     Args:

@@ -24,8 +24,8 @@ _WARM_UP, _TIMED = 3, 7  # steps
 def with_graphs_settled(config: Config, state: TrainState, split: Split) -> Config:
     """Return the configuration with `always` or `never` for `auto`, which a line in the log says.
 
-    On a CPU it is `never`. What was timed is part of the state, for with graphs groups are rounded
-    up: a run that goes on keeps to it. Nothing else of the run moves: the steps are the bench's.
+    On a CPU it is `never`. The answer is part of the state, for with graphs groups are rounded up:
+    a run that goes on keeps to it. Nothing else of the run moves: the steps are the bench's.
     """
     if config.train.cuda_graphs is not CudaGraphs.auto:
         return config

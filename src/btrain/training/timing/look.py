@@ -71,7 +71,7 @@ class _HostReads(TorchFunctionMode):
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A counter of reads of single numbers and of masks' sizes, and a sum of the storages alive.
 
-    What an operation allocates for its own time only is not seen.
+    Memory that an operation allocates and frees by itself is not seen.
     """
 
     def __init__(self) -> None:

@@ -33,8 +33,9 @@ class Probe:
     After an epoch the plain defense takes up to five steps from the epoch's beginning, as the epoch
     itself did: the same loop, clock and batches. Their weights do not move, and nothing of the run
     does. All this takes at most 1 % of the training time so far; until there is room for one step
-    to warm up and one to time, nothing is measured.
-    Both are the device's own time, on a CPU that of this process.
+    to warm up and one to time, nothing is measured. Only the first warm-up, with `train.compile` a
+    compilation, may take longer than was reckoned with; those behind it wait until as much fits.
+    Both speeds are by the device's own time, on a CPU that of this process.
     With several processes each does so for itself, on batches as large as its share and without the
     others: one that fails or has no time keeps nobody waiting.
     """
@@ -59,6 +60,7 @@ class Probe:
         self._trained = self._spent = 0.0
         self._work = self._probed = 0.0
         self._step: float | None = None
+        self._warm_up = 0.0  # the longest
 
     def speedup(self, state: TrainState) -> float | None:
         """Return the plain defense's seconds over those of the last epoch, for the same images.
@@ -92,7 +94,8 @@ class Probe:
         share = self._plan.batch_size / self._images
         expected = self._step or state.epoch_seconds * share * self._lean / units
         ends = time.perf_counter() + _SHARE * self._trained - self._spent
-        if time.perf_counter() + 2 * expected > ends:
+        began = time.perf_counter()
+        if began + max(expected, self._warm_up) + expected > ends:
             return None
         tried = state.throw_away_copy(without=(STORE, KNOWN))
         paths = make_fast_paths(self._plain.train, state.device)
@@ -111,6 +114,7 @@ class Probe:
             return tried.batch > 1 and (late or tried.batch > _STEPS)
 
         warm = take(lambda: tried.batch == 1)
+        self._warm_up = max(self._warm_up, time.perf_counter() - began)
         seconds, work, images = (b - a for a, b in zip(warm, take(timed_enough), strict=True))
         if images == 0:  # the epoch is one batch
             return None
