@@ -1048,7 +1048,7 @@ def test_subsets_do_not_depend_on_global_seeds() -> None:
 @pytest.mark.parametrize("key", ["train_examples", "test_examples", "val_examples"])
 def test_more_examples_than_there_are_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=rf"dataset\.{key}.*1800|dataset\.{key}=1800"):
-        read("digits", Path("unused"), **{key: 1800})
+        read("digits", "unused", **{key: 1800})
 
 
 @pytest.mark.parametrize(

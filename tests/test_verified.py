@@ -250,16 +250,18 @@ def test_epsilon_out_of_range(net: tuple[nn.Module, Graph], epsilon: float) -> N
         (torch.rand(2, *SHAPE).double(), torch.zeros(2, dtype=torch.int64), "are float64 and the"),
         (torch.rand(2, *SHAPE), torch.zeros(3, dtype=torch.int64), "one for each of 2 images"),
         (torch.rand(2, *SHAPE), torch.zeros(2), "labels must be int64"),
+        (torch.rand(2, *SHAPE), [0, 1], "labels must be a tensor, not a list"),
+        ([0.5], torch.zeros(1, dtype=torch.int64), "images must be a tensor, not a list"),
         (torch.rand(2, *SHAPE), torch.tensor([0, 3]), "from 0 to 2, for 3 logits, not from 0 to 3"),
         (torch.rand(0, *SHAPE), torch.zeros(0, dtype=torch.int64), "one at least"),
     ],
 )
 def test_images_and_labels_that_are_none(
-    net: tuple[nn.Module, Graph], images_: Tensor, labels_: Tensor, said: str
+    net: tuple[nn.Module, Graph], images_: Any, labels_: Any, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         accuracy.verify(net[0], images_, labels_, epsilon=0.1, engines=["ibp"])
-    if len(images_) and images_.max() <= 1:
+    if len(images_) and isinstance(images_, Tensor) and images_.max() <= 1:
         with pytest.raises(UserError, match=said):
             bounds.margins(net[1], bounds.box(images_, 0.1), labels_, engine="ibp")
 

@@ -63,7 +63,7 @@ class Data:
 
 def load(
     name: str,
-    root: Path,
+    root: str | Path,
     *,
     device: torch.device,
     download: bool = True,
@@ -87,7 +87,7 @@ def load(
             asked for than there are, or none.
     """
     return arranged(
-        *_read(name, root, download, image_size),
+        *_read(name, Path(root), download, image_size),
         device=device,
         train_examples=train_examples,
         test_examples=test_examples,

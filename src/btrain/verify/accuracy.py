@@ -134,8 +134,8 @@ def right(network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 def check_batch(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Raise UserError unless these are images in [0, 1] of the network's precision, and labels."""
+    check_images(images)
     if images.dim() != 4 or not len(images):
         raise UserError(f"images must be (m, C, H, W), one at least, not {tuple(images.shape)}.")
-    check_images(images)
     bounds.check_precision(images, network.parameters())
     bounds.check_labels(labels, len(images))

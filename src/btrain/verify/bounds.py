@@ -265,6 +265,8 @@ def _read_on_cpu(labels: Tensor, classes: int) -> int | None:
 
 def check_labels(labels: Tensor, images: int, classes: int | None = None) -> None:
     """Raise UserError unless there is a label for each image, below K where K is known."""
+    if not isinstance(labels, Tensor):
+        raise UserError(f"labels must be a tensor, not a {type(labels).__name__}.")
     if labels.dtype != torch.int64 or labels.shape != (images,):
         raise UserError(
             f"labels must be int64, one for each of {images} images, not {labels.dtype} of "
