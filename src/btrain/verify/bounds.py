@@ -157,7 +157,7 @@ def margins(
         UserError: no such engine, images or labels that are not the network's, a layer in training
             mode, or one image needs more memory.
     """
-    check_labels(labels, len(images.centre), _read_on_cpu(labels, graph.classes))
+    check_labels(labels, len(images.centre), _if_on_cpu(images, graph.classes))
     bounds = [
         _in_chunks(graph, images, labels, engine=name, memory=memory, all_rounding=all_rounding)
         for name in engines(engine)
@@ -226,7 +226,7 @@ def slopes(
         UserError: as `margins`.
     """
     check_size(graph, images.centre)
-    check_labels(labels, len(images.centre), _read_on_cpu(labels, graph.classes))
+    check_labels(labels, len(images.centre), _if_on_cpu(images, graph.classes))
     uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):
         plan = _plan(graph, "symbolic", memory, joint=True, like=images.centre, count=len(labels))
@@ -258,9 +258,9 @@ def check_precision(images: Tensor, weights: Iterable[Tensor]) -> None:
         )
 
 
-def _read_on_cpu(labels: Tensor, classes: int) -> int | None:
+def _if_on_cpu(images: Box, classes: int) -> int | None:
     """Return K on a CPU alone: to read labels on a GPU, a training step would wait for it."""
-    return classes if labels.device.type == "cpu" else None
+    return classes if images.centre.device.type == "cpu" else None
 
 
 def check_labels(labels: Tensor, images: int, classes: int | None = None) -> None:
