@@ -569,6 +569,9 @@ def test_what_leaving_out_does_not_go_with_is_named(overrides: list[str], words:
         ([*NORMED, "bt.score=shared", "bt=uniform"], "bt.score=shared: the attack's target is"),
         ([*NORMED, "bt.score=shared"], "are scored and the attack's target is made by"),
         ([*NORMED, "bt.score=shared", "defense=mart"], "cost two points of robust accuracy"),
+        (["defense=verified", "bt=random", "defense.k=3"], None),
+        (["defense=verified", "bt=random", "defense.k=2"], "defense.k=2 leaves 1 of 3 batches"),
+        (["defense=verified", "bt=random", "defense.k=2", "defense.alpha=0.5"], None),
     ],
 )  # fmt: skip
 def test_settings_that_do_nothing_or_harm_are_told(

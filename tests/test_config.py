@@ -619,6 +619,7 @@ def test_only_what_an_experiment_wrote_is_left_out(
         "bt: {n_b: 3, n_r: 2}\n",
         "experiment/torn": "# @package _global_\nbt: {n_r: 2, n_b: 1}\n",
         "experiment/typo": "# @package _global_\nbt: {nb: 3}\n",
+        "experiment/sub/ours": "# @package _global_\nbt: {n_b: 3, n_r: 2}\n",
         "experiment/bare": "bt: {n_r: 2}\n",
         "experiment/bare_too": "defaults: [override /bt: uniform]\n",
         "defense/bare": "beta: 3\n",
@@ -630,6 +631,8 @@ def test_only_what_an_experiment_wrote_is_left_out(
         ("experiment=typo bt=uniform", "There is no setting bt.nb. Did you mean bt.n_b?"),
         ("experiment=ours bt.n_o=4", "bt.n_o must be at most bt.n_r = 2, not 4. experiment=ours "
          "sets bt.n_r; bt.n_r=… would change that."),
+        ("experiment=sub/ours bt.n_o=4", "bt.n_o must be at most bt.n_r = 2, not 4. "
+         "experiment=sub/ours sets bt.n_r; bt.n_r=… would change that."),
         *((f"experiment={name}", "An experiment's file begins with the line "
            "`# @package _global_`.") for name in ("bare", "bare_too")),
         ("defense=bare", "defense.beta is set by a file whose `defaults` do not say what it is an "

@@ -282,6 +282,7 @@ def test_without_matplotlib_it_says_what_to_install(
         (3599, "1 h 00 min"),
         (7500, "2 h 05 min"),
         (7800, "2 h 10 min"),
+        (302400, "3.5 days"),
     ],
 )
 def test_durations(seconds: float, words: str) -> None:

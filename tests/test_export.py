@@ -21,9 +21,10 @@ from btrain.cli import main
 from btrain.data import Data
 from btrain.errors import UserError
 from btrain.exchange.command import parse
-from btrain.exchange.from_run import image_shape, load_run, read_config
+from btrain.exchange.from_run import SavedRun, image_shape, load_run, read_config
 from btrain.exchange.read import read_weights
 from btrain.exchange.write import write
+from btrain.report.card import _text
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.settings import DatasetName, ImageFolderConfig
@@ -375,6 +376,28 @@ def test_documented_exports_parse() -> None:
     assert len(commands) >= 3
     for command in commands:
         parse(command.split("#")[0].split()[2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("rival=fast", "made robust with `rival=fast` against changes in an L∞ ball of radius "
+         "0.1."),
+        ("attack=augmix defense=augmix", "`defense=augmix` and `bt=bullettrain` against common "
+         "corruptions."),
+        ("model=own model.factory={0}/nets.py:Net", "factory: nets.py:Net"),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_method_and_no_folder(tmp_path: Path, words: str, told: str) -> None:
+    folder = tmp_path / f"a {'long ' * 30}name" / "secret"
+    given = [word.format(folder) for word in words.split(" ")]
+    config = compose(["dataset=digits", "model=small_cnn", "attack.epsilon=0.1", *given,
+                      f"run.dir={folder}"])  # fmt: skip
+    saved = SavedRun(tmp_path / "last.pt", config, {}, 10, (1, 8, 8))
+    saved.path.touch()
+    card = _text(saved, "net.pt", "", "checkpoint", 1)
+    assert told in card
+    assert "secret" not in card and "long" not in card
 
 
 def test_a_checkpoint_with_its_card_and_hash(

@@ -78,6 +78,25 @@ def test_a_sweep_has_a_row_for_what_varies_and_says_what_did_not_finish(tmp_path
     assert next_commands(told)[0].endswith(" ".join(str(job.folder) for job in jobs[:4]))
 
 
+def test_times_are_compared_over_one_network_and_one_folder_of_images(tmp_path: Path) -> None:
+    """Runs of before `model.shortcut` and those that tell its default are of one network."""
+    older = {"name": "preact_resnet18", "width": 8, "depth": None}
+    newer = {"name": "preact_resnet18", "width": 8, "shortcut": "activated"}
+    cats = {"name": "imagefolder", "root": "cats", "image_size": 32}
+    shown = []
+    for number, (model, dataset) in enumerate((
+        (older, cats), (newer, cats), (newer | {"shortcut": "input"}, cats),
+        (newer, cats | {"root": "whales"}), (newer, cats | {"image_size": 64}),
+    )):  # fmt: skip
+        folder = finished(tmp_path / str(number), 90.0 / (number + 1))
+        (folder / "config.yaml").write_text(json.dumps({"model": model, "dataset": dataset}))
+        shown.append(folder)
+    *_, table = compare(shown).split("\n\n")[0].partition("\n")
+    assert [row[-1] for row in cells(table)[1:]] == [
+        "1.00×", "2.00×", "other network", "other data", "other data",
+    ]  # fmt: skip
+
+
 def test_the_first_run_is_the_baseline(tmp_path: Path) -> None:
     table = compare([finished(tmp_path / "plain", 90.0), finished(tmp_path / "ours", 40.0)])
     table, shared = table.split("\n\n")

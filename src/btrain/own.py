@@ -118,7 +118,8 @@ def call(group: str, factory: str, settings: Mapping[str, Any], **known: Any) ->
     """
     make = load(group, factory)
     if factory.startswith(GIVEN) and not makes(make):
-        for name in settings:
+        if settings:
+            name = next(iter(settings))
             raise UserError(
                 f"{group}.settings.{name} cannot be set: {factory} is an object already."
             )

@@ -59,12 +59,14 @@ def sized(count: float) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """Return a duration: `0.42 s`, `12 s`, `3 min 05 s`, `12 min`, `2 h 10 min`."""
+    """Return a duration: `0.42 s`, `12 s`, `3 min 05 s`, `12 min`, `2 h 10 min`, `3.5 days`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 10:
         return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 

@@ -69,6 +69,8 @@ def pgd(
         ball = LinfBall(pixels("epsilon", _plain(epsilon), "linf", least=True))
     elif epsilon is not None or ball is None:
         raise UserError("pgd needs either epsilon, of an L∞ ball, or a ball.")
+    if not isinstance(ball, Ball):
+        raise UserError(f"ball must be a btrain.attacks.Ball, not a {type(ball).__name__}.")
     check_images(x)
     steps, step_size = _for_each(steps, step_size, x, ball.norm)
     _check_batch(x, labels, clean_logits, noise, ball)
@@ -120,9 +122,10 @@ def _check_batch(
         if not isinstance(part, Tensor) and not (part is None and name == "noise"):
             raise UserError(f"{name} must be a tensor, not a {type(part).__name__}.")
     radii = getattr(ball, "epsilon", None)
-    if isinstance(radii, Tensor) and radii.shape not in ((), x.shape[:1]):
-        shape = tuple(radii.shape)
-        raise UserError(f"the ball's epsilon must be one number, or ({len(x)},), not {shape}.")
+    shape = tuple(radii.shape) if isinstance(radii, Tensor) else ()
+    if isinstance(radii, Sequence) or shape not in ((), tuple(x.shape[:1])):
+        told = shape or f"a {type(radii).__name__}"
+        raise UserError(f"the ball's epsilon must be one number, or ({len(x)},), not {told}.")
     if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype is torch.bool:
         shape = tuple(labels.shape)
         raise UserError(

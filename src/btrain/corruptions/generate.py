@@ -115,6 +115,7 @@ def generate(
             of processes is none.
     """
     check_images(images)
+    out, labels = Path(out), np.asarray(labels)
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
             f"labels must be whole numbers, one for each of {len(images)} images, not "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from btrain.allocation import BOUNDARY, Allocation, Allocator, Expected, Scored,
 from btrain.attacks.balls import Ball
 from btrain.defenses import Defense
 from btrain.errors import UserError
+from btrain.settings.checks import number, whole
 
 _M, _K, _SHAPE = 4, 3, (1, 4, 4)
 _MANY = 64  # examples of a doubt
@@ -172,9 +173,9 @@ def checked_ball(made: Any, factory: str, known: Mapping[str, Any]) -> Ball:
     if not isinstance(made, Ball):
         kind = type(made).__name__
         raise UserError(f"{where} returns a {kind}; a ball is a subclass of btrain.attacks.Ball.")
-    if not isinstance(getattr(made, "epsilon", None), float | int):
+    if not isinstance(getattr(made, "epsilon", None), SupportsFloat):
         raise UserError(f"{where}: its epsilon is no number; call super().__init__(epsilon).")
-    made.epsilon = float(made.epsilon)
+    made.epsilon = number(f"{where}: epsilon", made.epsilon)
     with own.explained(f"{where}: reach"):
         reach = made.reach
     if not isinstance(reach, float | int | None):
@@ -269,10 +270,10 @@ class OwnSteps:
         m = len(batch.labels)
         _check_integers(f"{where}: steps", decided.steps, m, most=None)
         _check_integers(f"{where}: classes", decided.classes, m, most=BOUNDARY)
-        for name, number in (("overhead", decided.overhead), ("patience", decided.patience)):
-            told = type(number) is int and number >= 0
-            if not told and not (number is None and name == "patience"):
-                raise UserError(f"{where}: {name} must be a whole number from 0, not {number!r}.")
+        for name, count_of in (("overhead", decided.overhead), ("patience", decided.patience)):
+            if count_of is None and name == "overhead":
+                raise UserError(f"{where}: overhead must be a whole number, not None.")
+            whole(0, f"{where}: {name}", count_of)
         return decided._replace(steps=decided.steps.long().clamp(min=0))
 
     def expected(self, fractions: tuple[float, float, float]) -> Expected | None:

@@ -14,7 +14,7 @@ from btrain.exchange.write import BESIDE
 from btrain.pages.tables import NONE, markdown
 from btrain.runs.folder import RunFolder
 from btrain.settings import Config, RivalName
-from btrain.settings.compose import to_yaml
+from btrain.settings.compose import as_yaml, to_dict
 from btrain.terminal import counted, plural
 from btrain.untrusted import sha256
 
@@ -71,7 +71,7 @@ def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int)
     rows, notes = _accuracies(folder, summary, config, saved.path)
     width, height = saved.shape[2], saved.shape[1]
     return _CARD.format(
-        title=f"{config.model.name}, {config.defense.name.name}, {config.dataset.title}",
+        title=f"{config.model.name}, {_name(config)}, {config.dataset.title}",
         sentence=(
             f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
             f"`{config.dataset.title}`, {width}×{height} images with "
@@ -101,9 +101,15 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
+def _name(config: Config) -> str:
+    rival, defense = config.rival.name, config.defense.name
+    return defense.name if rival is RivalName.none else rival.name
+
+
 def _method(config: Config) -> str:
-    rival = "" if config.rival.name is RivalName.none else f"`rival={config.rival.name.name}`, "
-    return f"{rival}`defense={config.defense.name.name}` and `bt={config.bt.name.name}`"
+    if config.rival.name is not RivalName.none:  # which has a loss and steps of its own
+        return f"`rival={config.rival.name.name}`"
+    return f"`defense={config.defense.name.name}` and `bt={config.bt.name.name}`"
 
 
 def _threat(config: Config) -> str:
@@ -142,11 +148,19 @@ def _accuracies(
     return rows, ["AutoAttack was not run, so the true robust accuracy may be lower."]
 
 
+_PLACES = {"root", "dir", "weights"}
+"""The settings that are places of a machine."""
+
+
 def _settings(config: Config) -> str:
     """Return what decides the result, as YAML; no folder of the machine is among it."""
-    lines = to_yaml(config).strip().splitlines()
-    kept = (line for line in lines if not re.match(r" +(root|dir|weights): ", line))
-    return "\n".join(re.sub(r"^( +factory: ).*[/\\]", r"\1", line) for line in kept)
+    told = to_dict(config)
+    for part in told.values():
+        for key in _PLACES & part.keys() if isinstance(part, dict) else ():
+            del part[key]
+        if isinstance(part, dict) and isinstance(factory := part.get("factory"), str):
+            part["factory"] = re.split(r"[/\\]", factory)[-1]
+    return as_yaml(told).strip()
 
 
 def _facts(summary: dict[str, Any]) -> str:

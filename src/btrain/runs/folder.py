@@ -161,11 +161,11 @@ class RunFolder:
     def _remove(self) -> None:
         """Remove a new folder again; somebody else's files stay, and the folder with them."""
         begun = {self._config.name, self.provenance.name, *_OF_LOGGERS}
-        if self._names() <= {_LOCK, self.last.parent.name, *begun}:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        with contextlib.suppress(OSError):
-            self.last.parent.rmdir()
+        with contextlib.suppress(OSError):  # somebody else has deleted it
+            if self._names() <= {_LOCK, self.last.parent.name, *begun}:
+                shutil.rmtree(self.path)
+            else:
+                self.last.parent.rmdir()
 
     def _check_places(self) -> None:
         """Make sure, ahead of the work, that all that a run writes can be written, and here.

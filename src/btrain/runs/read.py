@@ -18,7 +18,7 @@ from btrain.errors import UserError
 from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_number, read_object
-from btrain.settings.names import DatasetName
+from btrain.settings.names import Activation, DatasetName, Shortcut
 from btrain.settings.run import CLASSES
 from btrain.terminal import counted
 from btrain.untrusted import read_text
@@ -179,7 +179,8 @@ def images_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 def network_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a run's settings, by dotted keys, that tell how large its network is."""
     keys = {"name", "factory", "network", "width", "depth", "shortcut", "activation"}
-    return _of_group("model", keys, settings)
+    older = {"model.shortcut": Shortcut.activated.name, "model.activation": Activation.relu.name}
+    return older | _of_group("model", keys, settings)
 
 
 def _of_group(group: str, keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _of_group(group: str, keys: set[str], settings: Mapping[str, Any]) -> dict[s
     return {
         key: value
         for key, value in settings.items()
-        if key in wanted or key.startswith(f"{group}.settings.")
+        if value is not None and (key in wanted or key.startswith(f"{group}.settings."))
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, SupportsFloat
 
 from btrain.errors import UserError
 
@@ -54,20 +54,23 @@ def at_least(least: float, key: str, value: float | None) -> None:
         require(value >= least and finite(value), key, f"at least {least}", value)
 
 
-def whole(least: float, key: str, value: Any) -> None:
+def whole(least: int, key: str, value: Any) -> None:
     """Raise UserError for what is no whole number, or is below the least; None passes."""
     if value is not None:
-        try:
-            at_least(least, key, operator.index(value))
-        except TypeError:
-            raise UserError(f"{key} must be a whole number, not {value}.") from None
+        at_least(least, key, _index(key, value))
+
+
+def _index(key: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{key} must be a whole number, not {value!r}.") from None
 
 
 def seed_in_range(key: str, value: int | None) -> None:
     """Raise UserError for what torch or NumPy does not take for a seed."""
-    whole(-math.inf, key, value)
     if value is not None:
-        require(0 <= value < 2**63, key, "in [0, 2^63)", value)
+        require(0 <= _index(key, value) < 2**63, key, "in [0, 2^63)", value)
 
 
 def within_64_bits(value: Any, key: str = "") -> None:
@@ -92,9 +95,9 @@ def number(key: str, value: object) -> float:
         if isinstance(value, str):
             above, over, below = value.partition("/")
             return float(above) / float(below) if over else float(above)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    except (ValueError, ZeroDivisionError, OverflowError):
+        if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+            return float(value)  # of NumPy's and torch's numbers, too
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError):
         pass
     raise UserError(f"{key} must be a number, like 0.031 or 8/255, not {value}.")
 

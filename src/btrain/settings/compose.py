@@ -607,7 +607,9 @@ def _settings_of(experiment: str, folder: str | None) -> list[str]:
     Args:
         folder: of the user's, whose experiments are taken ahead of btrain's own.
     """
-    file = files_of("experiment", folder).get(experiment.removeprefix("/experiment/"))
+    places = [Path(place) / "experiment" for place in (folder, config_dir()) if place is not None]
+    files = (place / f"{experiment.removeprefix('/experiment/')}.yaml" for place in places)
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         return []
     content = read_yaml(file)
@@ -666,9 +668,14 @@ def defaults(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the text of a run folder's `config.yaml`."""
+    return as_yaml(to_dict(config))
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Return plain settings as YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
 
 
 @lru_cache(maxsize=256)
@@ -694,7 +701,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-# Settings that name the run already, or that are not to: a run goes on with others of them.
+# Settings that a run's name leaves out: those that it begins with, and those that may change when
+# the run goes on.
 _NOT_IN_NAME = ("dataset", "model", "defense", "bt", "seed", "dataset.root", "train.max_seconds")
 _LONGEST_NAME = 150  # bytes; file systems take 255
 
@@ -844,12 +852,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    if key == "experiment" or "@experiment" in key:
+    if schema is Config and (key == "experiment" or "@experiment" in key):
         return "An experiment's file begins with the line `# @package _global_`."
     known = keys_of(schema)
     if key in known:  # a file of the user's gives it to an option of no schema
         group, _, leaf = key.partition(".")
         names = [option.name for option, kind in OPTIONS[group][1].items() if leaf in _types(kind)]
+        names.sort(key=lambda name: name != OWN)
         first = next((name for name in names if name in options_of(group)), names[0])
         return (
             f"{key} is set by a file whose `defaults` do not say what it is an option of; "

@@ -429,4 +429,4 @@ _NOT_LEARNT = (
 
 def is_learnt(key: str) -> bool:
     """Return whether the setting of a dotted key, or of a group, can change what a run learns."""
-    return not any(re.match(rf"{re.escape(of)}(?![\w])", key) for of in _NOT_LEARNT)
+    return not any(re.match(rf"{re.escape(of)}\b", key) for of in _NOT_LEARNT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from btrain.settings.method import (
     OwnDefenseConfig,
     VerifiedConfig,
 )
+from btrain.settings.names import MixForm
 from btrain.terminal import counted, plural, sized
 from btrain.training.epochs import why_nobody_is_left_out
 from btrain.training.schedule import make_plan, updates_per_epoch
@@ -144,6 +146,14 @@ def _doubts_of_settings(config: Config, state: TrainState, data: Data) -> list[s
             f"train.epochs={train.epochs}: no epoch attacks at the whole ε, the last one has "
             f"{100 * attack.share(train.epochs - 1):.0f} % of it."
         )
+    defense = config.defense
+    if isinstance(defense, VerifiedConfig) and defense.k is not None:
+        batches = math.ceil(len(data.train) / train.batch_size)
+        if defense.k < batches and defense.form is MixForm.convex and defense.alpha == 1:
+            found.append(
+                f"defense.k={defense.k} leaves {batches - defense.k} of {batches} batches without "
+                "bounded images, from which nothing is learnt with defense.alpha=1."
+            )
     shares = bt.n_b > 0 and bt.score is Score.shared and attack.mode is AttackMode.eval
     if shares and _normalises(state.model):
         method = make_method(config, state.device, known=known_of(data))

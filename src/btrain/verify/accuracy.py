@@ -74,11 +74,12 @@ def verify(
         raise UserError(f"ε must be above 0 and at most 1, in pixel units, not {epsilon}.")
     members = {name: bounds.engines(name) for name in engines}
     check_batch(network, images, labels)
-    if correct is not None and (correct.dtype != torch.bool or correct.shape != labels.shape):
-        raise UserError(
-            f"correct must be bool, one for each of {len(images)} images, not {correct.dtype} of "
-            f"shape {tuple(correct.shape)}."
-        )
+    if correct is not None and not (
+        isinstance(correct, Tensor)
+        and correct.dtype == torch.bool
+        and correct.shape == labels.shape
+    ):
+        raise UserError(f"correct must be bool, one for each of {len(images)} images.")
     with evaluating(network), torch.no_grad():
         if graph is None:
             graph = trace(network, tuple(images.shape[1:]))

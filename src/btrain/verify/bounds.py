@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btrain import precision
 from btrain.errors import UserError
-from btrain.settings.checks import at_least
+from btrain.settings.checks import at_least, number
 from btrain.settings.names import ANY, ENGINES
 from btrain.terminal import sized
 from btrain.verify.coefficients import (
@@ -100,10 +100,14 @@ def box(x: Tensor, epsilon: float | Tensor) -> Box:
         epsilon: in pixel units, or a tensor that is broadcast to x; 0 gives x alone.
 
     Raises:
-        UserError: an ε is below 0 or not finite.
+        UserError: an ε is below 0, not finite, or no number.
     """
-    least = epsilon.min().item() if isinstance(epsilon, Tensor) else epsilon
-    at_least(0, "epsilon", least)
+    if isinstance(epsilon, Tensor):
+        if not ((epsilon >= 0) & epsilon.isfinite()).all():
+            raise UserError("epsilon must be at least 0 and finite for every pixel.")
+    else:
+        epsilon = number("epsilon", epsilon)
+        at_least(0, "epsilon", epsilon)
     lower, upper = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     return Box((lower + upper) / 2, (upper - lower) / 2)
 
@@ -226,6 +230,7 @@ def slopes(
         UserError: as `margins`.
     """
     check_size(graph, images.centre)
+    check_precision(images.centre, graph.weights())
     check_labels(labels, len(images.centre), _if_on_cpu(images, graph.classes))
     uppers, reached = [], []
     with torch.no_grad(), precision.exactly_float32(images.centre.device):

@@ -32,7 +32,7 @@ _LEAVES = (
     nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
 _TRIED = 3
-"""How many images a network is tried on: one like those of data, others far outside [0, 1]."""
+"""The number of images that a network is tried on: one like data, others far outside [0, 1]."""
 _FAR = 8.0
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """The distance allowed between a graph's logits and the network's, over 1 + the largest logit; 1e-2

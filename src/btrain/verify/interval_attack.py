@@ -148,15 +148,20 @@ def _directions(
     """
     directions = torch.zeros_like(x)
     left = torch.arange(len(x), device=x.device)
+    an_image = graph.classes * x[0].numel() * x.element_size()
+    at_once = max(1, memory // (4 * an_image))  # of slopes beside the bounds
     while len(left):
-        region = bounds.box(x[left], min(radius, epsilon / 2))
-        upper, slopes = bounds.slopes(graph, region, labels[left], memory=memory)
-        open_ = upper.argmax(dim=1) != labels[left]
-        winner = upper[open_].argmax(dim=1)
-        directions[left[open_]] = slopes[open_][torch.arange(len(winner)), winner].sign()
+        verified = []
+        for some in torch.split(left, at_once):
+            region = bounds.box(x[some], min(radius, epsilon / 2))
+            upper, slopes = bounds.slopes(graph, region, labels[some], memory=memory)
+            winner = upper.argmax(dim=1)
+            open_ = winner != labels[some]
+            directions[some[open_]] = slopes[open_, winner[open_]].sign()
+            verified.append(some[~open_])
         if radius >= epsilon / 2:
             break
-        left, radius = left[~open_], radius * _GROWTH
+        left, radius = torch.cat(verified), radius * _GROWTH
     return directions
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from btrain.errors import UserError
-from btrain.settings.checks import at_least
+from btrain.settings.checks import at_least, number
 from btrain.verify.bounds import Box, Interval, box
 
 _ENOUGH = 0.5
@@ -64,6 +64,7 @@ def small_box(x: Tensor, attacked: Tensor, *, epsilon: float, share: float) -> B
     """
     if not 0 <= share <= 1:
         raise UserError(f"The small box's share of ε must lie in [0, 1], not {share}.")
+    epsilon = number("epsilon", epsilon)
     at_least(0, "epsilon", epsilon)
     room = (1 - share) * epsilon
     centre = torch.minimum(torch.maximum(attacked, x - room), x + room)
