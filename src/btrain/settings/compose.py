@@ -764,6 +764,9 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
     kind = re.search(r"object_type=(\w+)", str(cause))
     if unknown:
         name = key.group(1) if key else unknown.group(1)
+        if name == "experiment":  # typed with a dot, or a file's whole content
+            dotted = (word.lstrip("+").partition("=")[0] for word in overrides)
+            name = next((word for word in dotted if word.startswith("experiment.")), name)
         unread = _no_norm(name, overrides) or (_unread(name, kind.group(1)) if kind else None)
         return UserError(unread or _unknown_key(name, TASKS[task].schema))
     option = re.search(r"Could not find '(.*?)'", str(error))
@@ -855,8 +858,8 @@ def _unknown_key(key: str, schema: type) -> str:
     if schema is Config and (key == "experiment" or "@experiment" in key):
         return "An experiment's file begins with the line `# @package _global_`."
     known = keys_of(schema)
-    if key in known:  # a file of the user's gives it to an option of no schema
-        group, _, leaf = key.partition(".")
+    group, _, leaf = key.partition(".")
+    if key in known and group in OPTIONS:  # a file of the user's gives it to an option of no schema
         names = [option.name for option, kind in OPTIONS[group][1].items() if leaf in _types(kind)]
         names.sort(key=lambda name: name != OWN)
         first = next((name for name in names if name in options_of(group)), names[0])
