@@ -41,6 +41,7 @@ def look(ink: str, edge: str, rule: str, own: dict[Any, Any]) -> Any:
 
 _LOOK: dict[Any, Any] = {
     "text.parse_math": False,
+    "svg.hashsalt": "btrain",  # of which the names inside a file are made
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",

@@ -43,7 +43,6 @@ _OWN = {
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
     "hatch.color": GREY,
-    "svg.hashsalt": "btrain",
 }
 _DPI = 144
 
