@@ -701,8 +701,15 @@ MEANS = {"f_b": 0.5, "f_r": 0.3, "f_o": 0.2, "robust_acc_train": 60.0}
         ({"f_b": 0.6}, (80.0, 60.0), 60.0, "F_B + F_R + F_O is 1.1"),
         ({}, (50.0, 75.0), 60.0, "above the clean"),
         ({}, (80.0, 10.0), 40.0, "catastrophic overfitting"),
+        (
+            {"one_step": True},
+            (80.0, 10.0),
+            12.0,
+            "on a training batch is 10.0 % while",
+        ),
         ({"robust_acc_train": 12.0}, (80.0, 10.0), 40.0, None),  # ruined, not overfitted
         ({"robust_acc_train": None}, (80.0, 10.0), 40.0, None),  # training by bounds
+        ({}, (80.0, 10.0), 12.0, None),  # some robust examples are counted unattacked
     ],
 )
 def test_what_is_odd_about_an_epoch(
@@ -711,7 +718,9 @@ def test_what_is_odd_about_an_epoch(
     before: float | None,
     words: str | None,
 ) -> None:
-    found = epoch_warnings(MEANS | means, Accuracy(*watched), 128, before)
+    found = epoch_warnings(
+        MEANS | means, Accuracy(*watched), 128, before, one_step="one_step" in means
+    )
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
 

@@ -22,7 +22,7 @@ from btrain.processes.world import World
 from btrain.runs import checkpoint
 from btrain.runs.folder import RunFolder
 from btrain.runs.provenance import device_name, git_commit, git_dirty
-from btrain.settings import Config
+from btrain.settings import Config, RivalName
 from btrain.settings.compose import to_dict
 from btrain.settings.sparsity import FlyingBirdPlusConfig
 from btrain.terminal import counted
@@ -100,7 +100,8 @@ def after_epoch(
     watched = evaluator(state.model, batch)
     before = state.watched_acc if state.watched_images == filled_up else None
     metrics["pgd_acc_train_batch"] = watched.robust
-    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before)
+    one_step = config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
+    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before, one_step=one_step)
     if stops and fell(before, watched.robust):
         if world.first:
             log.warning(

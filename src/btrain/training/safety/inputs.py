@@ -75,7 +75,12 @@ class InputGuard:
 
 
 def epoch_warnings(
-    means: Mapping[str, Any], watched: Accuracy, watched_examples: int, before: float | None
+    means: Mapping[str, Any],
+    watched: Accuracy,
+    watched_examples: int,
+    before: float | None,
+    *,
+    one_step: bool = False,
 ) -> list[str]:
     """Return what is odd about an epoch.
 
@@ -83,6 +88,8 @@ def epoch_warnings(
         means: the epoch's averages.
         watched: accuracies on the watched training batch.
         before: its PGD accuracy one epoch earlier, or None.
+        one_step: whether everybody is attacked by one large step, which a network can learn to
+            resist alone, from its first epochs on.
     """
     found = []
     total = means["f_b"] + means["f_r"] + means["f_o"]
@@ -99,6 +106,12 @@ def epoch_warnings(
         found.append(
             f"catastrophic overfitting: PGD accuracy on a training batch fell from {before:.1f} to "
             f"{watched.robust:.1f} % while training sees {under_attack:.1f} %"
+        )
+    elif seen and one_step:
+        found.append(
+            f"catastrophic overfitting: PGD accuracy on a training batch is {watched.robust:.1f} % "
+            f"while training sees {under_attack:.1f} %; more steps, rival=nfgsm or another seed "
+            "may be better"
         )
     return found
 
