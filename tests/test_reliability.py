@@ -427,7 +427,7 @@ def test_a_lock_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
     assert path.exists()  # another's
 
 
-@pytest.mark.parametrize("left", ["run.lock", "config.yaml.tmp"])
+@pytest.mark.parametrize("left", ["run.lock", ".0123456789abcdef.tmp"])
 def test_a_run_killed_before_it_began_does_not_block_its_folder(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("")
     (tmp_path / "checkpoints").mkdir()
