@@ -155,11 +155,11 @@ _PLACES = {"root", "dir", "weights"}
 def _settings(config: Config) -> str:
     """Return what decides the result, as YAML; no folder of the machine is among it."""
     told = to_dict(config)
-    for part in told.values():
-        for key in _PLACES & part.keys() if isinstance(part, dict) else ():
-            del part[key]
-        if isinstance(part, dict) and isinstance(factory := part.get("factory"), str):
-            part["factory"] = re.split(r"[/\\]", factory)[-1]
+    for part in filter(lambda group: isinstance(group, dict), told.values()):
+        for place in _PLACES:
+            part.pop(place, None)
+        if "factory" in part:
+            part["factory"] = re.split(r"[/\\]", str(part["factory"]))[-1]
     return as_yaml(told).strip()
 
 
