@@ -37,7 +37,7 @@ from btrain.training import run as run_module
 from btrain.training import train
 from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.finite import Snapshot
-from btrain.training.safety.inputs import InputGuard, epoch_warnings, is_above
+from btrain.training.safety.inputs import InputGuard, epoch_warnings, is_above, overfitting
 from btrain.training.safety.out_of_memory import explained_memory
 from btrain.training.setup import make_optimizer, make_state
 from btrain.training.state import TrainState
@@ -258,6 +258,66 @@ def test_a_collapse_goes_back_to_the_epoch_before_wherever_the_run_was_cut(
     train(tiny(tmp_path / "cut", *collapsing))
     assert_like(tmp_path / "cut", tmp_path / "whole")
     assert len(metrics(tmp_path / "cut")) == 13
+
+
+REPAIRED = [
+    *("defense=pgd", "rival=fast", "bt.n_b=1", "bt.step_size_b=1e-4", "attack.start=clean"),
+    *("attack.epsilon=0.3", "eval.steps=5", "eval.step_size=0.08"),
+    *("recipe.repair_steps=3", "recipe.lr=0.1", "train.epochs=4"),
+]
+"""An attack that finds next to nothing, which training resists and PGD does not."""
+
+
+def test_an_epoch_that_repairs_takes_more_steps_wherever_the_run_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(tmp_path / "whole", *REPAIRED))
+    lines = metrics(tmp_path / "whole")
+    overfitted = [n["robust_acc_train"] > n["pgd_acc_train_batch"] + 20 for n in lines]
+    steps = [line["attack_steps_mean"] for line in lines]
+    assert steps == [1, *(3 if then else 1 for then in overfitted[:-1])]
+    assert steps[1] == 1 and steps[-1] == 3
+    told = ["the next epoch takes 3 steps" in " ".join(line["warnings"]) for line in lines]
+    assert told == [*overfitted[:-1], False]
+    for batches in (3 * BATCHES + 1, 2):  # within the epoch that repairs, twice
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            signal_after(patch, batches, signal.SIGTERM)
+            train(tiny(tmp_path / "cut", *REPAIRED))
+    train(tiny(tmp_path / "cut", *REPAIRED))
+    assert_like(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_repaired_attack_goes_as_far_as_before(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "defense=pgd", "rival=fast", "bt.n_b=1", "recipe.repair_steps=5")
+    once, often = (make_methods(config, CPU)(0, repairs).attack for repairs in (False, True))
+    assert (once.n_b, often.n_b) == (1, 5)
+    assert often.n_b * often.step_size_b == pytest.approx(once.step_size_b)
+
+
+def test_overfitting_is_not_looked_for_while_epsilon_grows(tmp_path: Path) -> None:
+    train(tiny(tmp_path, *REPAIRED, "attack.epsilon_warmup_epochs=4"))
+    lines = metrics(tmp_path)
+    assert lines[2]["robust_acc_train"] > lines[2]["pgd_acc_train_batch"] + 20
+    assert {line["attack_steps_mean"] for line in lines} == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["recipe.repair_steps=0"], r"recipe\.repair_steps must be at least 1, not 0\."),
+        (["recipe.repair_steps=2", "bt.n_b=3"], r"must be above bt\.n_b = 3, not 2\."),
+        (["recipe.repair_steps=2", "bt.n_b=0"], r"no attack to repair with bt\.n_b=0\."),
+        (["recipe.repair_steps=20", "bt=bullettrain"], r"does not go with bt=bullettrain: .+\."),
+        (["recipe.repair_steps=20", "rival=free"], r"does not go with rival=free: .+\."),
+        (["recipe.repair_steps=20", "defense=ibp"], r"does not go with defense=ibp: .+\."),
+        (["recipe.repair_steps=20", "defense=augmix"], r"does not go with defense=augmix: .+\."),
+    ],
+)
+def test_a_repair_that_makes_no_sense_is_refused(
+    tmp_path: Path, settings: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        tiny(tmp_path, "defense=pgd", "bt=uniform", *settings)
 
 
 def test_a_checkpoint_that_watched_fewer_images_tells_of_no_collapse(
@@ -690,39 +750,43 @@ def test_what_is_not_trained_on_may_leave_the_box(tmp_path: Path, settings: list
     assert line["warnings"] == []
 
 
-MEANS = {"f_b": 0.5, "f_r": 0.3, "f_o": 0.2, "robust_acc_train": 60.0}
+MEANS = {"f_b": 0.5, "f_r": 0.3, "f_o": 0.2}
 
 
 @pytest.mark.parametrize(
-    ("means", "watched", "before", "words"),
+    ("means", "watched", "words"),
     [
-        ({}, (80.0, 60.0), 60.0, None),
-        ({}, (80.0, 60.0), None, None),
-        ({"f_b": 0.6}, (80.0, 60.0), 60.0, "F_B + F_R + F_O is 1.1"),
-        ({}, (50.0, 75.0), 60.0, "above the clean"),
-        ({}, (80.0, 10.0), 40.0, "catastrophic overfitting"),
-        (
-            {"one_step": True},
-            (80.0, 10.0),
-            12.0,
-            "on a training batch is 10.0 % while",
-        ),
-        ({"robust_acc_train": 12.0}, (80.0, 10.0), 40.0, None),  # ruined, not overfitted
-        ({"robust_acc_train": None}, (80.0, 10.0), 40.0, None),  # training by bounds
-        ({}, (80.0, 10.0), 12.0, None),  # some robust examples are counted unattacked
+        ({}, (80.0, 60.0), None),
+        ({"f_b": 0.6}, (80.0, 60.0), "F_B + F_R + F_O is 1.1"),
+        ({}, (50.0, 75.0), "above the clean"),
     ],
 )
 def test_what_is_odd_about_an_epoch(
-    means: dict[str, float | None],
-    watched: tuple[float, float],
-    before: float | None,
-    words: str | None,
+    means: dict[str, float], watched: tuple[float, float], words: str | None
 ) -> None:
-    found = epoch_warnings(
-        MEANS | means, Accuracy(*watched), 128, before, one_step="one_step" in means
-    )
+    found = epoch_warnings(MEANS | means, Accuracy(*watched), 128)
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+
+
+@pytest.mark.parametrize(
+    ("under_attack", "before", "from_start", "words"),
+    [
+        (60.0, 40.0, False, "fell from 40.0 to 10.0 % while training sees 60.0 %"),
+        (60.0, 12.0, True, "is 10.0 % while training sees 60.0 %"),
+        (60.0, None, True, "is 10.0 % while training sees 60.0 %"),
+        (29.0, 12.0, True, None),
+        (12.0, 40.0, False, None),  # ruined, not overfitted
+        (None, 40.0, False, None),  # training by bounds
+        (60.0, 12.0, False, None),  # some robust examples are counted unattacked
+    ],
+)
+def test_overfitting_to_the_training_attack_is_told(
+    under_attack: float | None, before: float | None, from_start: bool, words: str | None
+) -> None:
+    found = overfitting(under_attack, 10.0, before, from_start=from_start)
+    assert (found is None) == (words is None)
+    assert words is None or f"PGD accuracy on a training batch {words}" in str(found)
 
 
 def test_a_robust_accuracy_within_noise_is_not_odd() -> None:

@@ -89,28 +89,37 @@ def make_methods(
     known: Known = NOTHING,
     world: World = ALONE,
     held_out: Split | None = None,
-) -> Callable[[int], Method]:
-    """Return the method of each epoch, from 0: the first epochs may differ.
+) -> Callable[..., Method]:
+    """Return the method of each epoch, from 0, and of one that repairs: some epochs differ.
 
     In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
-    length of the attack is a share of what it will be.
+    length of the attack is a share of what it will be; one that repairs has
+    `recipe.repair_steps`.
 
     Args:
         held_out: images that no batch is drawn from, for a weight by feedback.
     """
 
     @lru_cache(maxsize=1)
-    def made(plain: bool, cold: bool, share: float) -> Method:
+    def made(plain: bool, cold: bool, share: float, repairs: bool) -> Method:
         return make_method(
-            config, device, plain=plain, cold=cold, share=share, paths=paths, known=known,
-            world=world, held_out=held_out,
+            with_more_steps(config) if repairs else config, device, plain=plain, cold=cold,
+            share=share, paths=paths, known=known, world=world, held_out=held_out,
         )  # fmt: skip
 
-    def of_epoch(epoch: int) -> Method:
+    def of_epoch(epoch: int, repairs: bool = False) -> Method:
         cold = epoch == 0 and config.bt.score is Score.last
-        return made(epoch < config.bt.plain_epochs, cold, config.attack.share(epoch))
+        return made(epoch < config.bt.plain_epochs, cold, config.attack.share(epoch), repairs)
 
     return of_epoch
+
+
+def with_more_steps(config: Config) -> Config:
+    """Return the settings of an epoch that repairs: N_B is more, and the way as long as before."""
+    bt, n_b = config.bt, config.recipe.repair_steps
+    assert n_b is not None
+    more = replace(bt, n_b=n_b, step_size_b=bt.step_size_b * bt.n_b / n_b)
+    return replace(config, bt=more, recipe=config.recipe.unrepaired())
 
 
 def make_method(
@@ -451,5 +460,6 @@ def plain_defense(config: Config) -> Config:
         rival=RivalConfig(),
         defense=defense,
         attack=attack.unkept(),
+        recipe=config.recipe.unrepaired(),
         train=replace(config.train, skip=0.0),
     )

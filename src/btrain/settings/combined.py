@@ -64,7 +64,10 @@ class Config:
 
     def choices(self) -> list[Choice]:
         """Return what was chosen, each with what it is and what it does not go with."""
-        groups = (self.rival, self.defense, self.attack, self.bt, self.sparsity, self.train)
+        groups = (
+            *(self.rival, self.defense, self.attack, self.bt, self.sparsity),
+            *(self.recipe, self.train),
+        )
         return [choice for group in groups for choice in group.choices()]
 
     def chosen(self, kind: str) -> str | None:
@@ -97,6 +100,11 @@ class Config:
                 f"defense.per_batch must be at most train.batch_size = {self.train.batch_size}, "
                 f"not {bounded}."
             )
+        more = self.recipe.repair_steps
+        if more is not None and bt.n_b == 0:
+            raise UserError(f"recipe.repair_steps={more} has no attack to repair with bt.n_b=0.")
+        if more is not None and more <= bt.n_b:
+            raise UserError(f"recipe.repair_steps must be above bt.n_b = {bt.n_b}, not {more}.")
         defense = self.defense
         listens = isinstance(defense, VerifiedConfig) and defense.dynamic is MixDynamic.feedback
         if listens and not self.dataset.val_examples:

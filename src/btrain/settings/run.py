@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,7 @@ class RecipeConfig:
     early_stop_on_collapse: bool = False
     ema: float = 0.0
     clip_norm: float | None = None
+    repair_steps: int | None = None
 
     def __post_init__(self) -> None:
         at_least(1, "recipe.epochs", self.epochs)
@@ -300,6 +301,23 @@ class RecipeConfig:
         require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
         if self.clip_norm is not None:
             positive("recipe.clip_norm", self.clip_norm)
+        at_least(1, "recipe.repair_steps", self.repair_steps)
+
+    def choices(self) -> list[Choice]:
+        if self.repair_steps is None:
+            return []
+        return [Choice(f"recipe.repair_steps={self.repair_steps}", frozenset(), _NO_REPAIR)]
+
+    def unrepaired(self) -> RecipeConfig:
+        """Return the same for work whose steps are as many in all epochs."""
+        return replace(self, repair_steps=None)
+
+
+_NO_REPAIR = {
+    "own_step": "its step has another attack",
+    "augmix": "there is no attack",
+    "chooses": "what training sees resist its attack would count examples that nobody attacks",
+}
 
 
 @dataclass

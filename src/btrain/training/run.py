@@ -298,7 +298,7 @@ def _train_epochs(
             )
 
         while not _is_over(config, vars(state)):
-            method = method_of(state.epoch)
+            method = method_of(state.epoch, state.repairs)
             watch = InputGuard(method.reach)
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
             if record is not None:

@@ -28,7 +28,7 @@ from btrain.settings.sparsity import FlyingBirdPlusConfig
 from btrain.terminal import counted
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
-from btrain.training.safety.inputs import epoch_warnings, fell, is_above
+from btrain.training.safety.inputs import epoch_warnings, fell, is_above, overfitting
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -71,8 +71,9 @@ class Evaluator:
 
 def watched_images(config: Config) -> int:
     """Return how many training images tell of a collapse after each epoch."""
-    size = config.train.batch_size
-    return max(size, _WATCHED) if config.recipe.early_stop_on_collapse else size
+    size, recipe = config.train.batch_size, config.recipe
+    acts = recipe.early_stop_on_collapse or recipe.repair_steps is not None
+    return max(size, _WATCHED) if acts else size
 
 
 def after_epoch(
@@ -100,9 +101,14 @@ def after_epoch(
     watched = evaluator(state.model, batch)
     before = state.watched_acc if state.watched_images == filled_up else None
     metrics["pgd_acc_train_batch"] = watched.robust
-    one_step = config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
-    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), before, one_step=one_step)
-    if stops and fell(before, watched.robust):
+    repair = config.recipe.repair_steps if state.epoch + 1 < config.train.epochs else None
+    overfitted = _overfitting(config, state.epoch, metrics["robust_acc_train"], watched, before)
+    if overfitted is not None and repair is not None:
+        overfitted += f"; the next epoch takes {repair} steps (recipe.repair_steps)"
+    elif overfitted is not None and config.recipe.repair_steps is None:
+        overfitted += "; recipe.repair_steps or more steps for all may be better"
+    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), overfitted)
+    if stops and repair is None and fell(before, watched.robust):
         if world.first:
             log.warning(
                 "epoch %d: PGD accuracy on %s fell from %.1f to %.1f %%; the run ends with the "
@@ -130,7 +136,21 @@ def after_epoch(
         if not due:
             bird.spend(len(data.val) * _units(config))
     state.watched_acc, state.watched_images = watched.robust, filled_up
+    state.repairs = overfitted is not None and repair is not None
     state.end_epoch()
+
+
+def _overfitting(
+    config: Config, epoch: int, under_attack: float | None, watched: Accuracy, before: float | None
+) -> str | None:
+    """Return how an epoch, from 0, has overfitted to the training's attack, or None.
+
+    While ε grows the training's attack is the weaker one for that alone.
+    """
+    one_step = config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
+    whole = config.attack.share(epoch) == 1
+    from_start = whole and (one_step or config.recipe.repair_steps is not None)
+    return overfitting(under_attack, watched.robust, before, from_start=from_start)
 
 
 def _due(config: Config, epoch: int) -> bool:

@@ -94,7 +94,12 @@ def search_method(config: Config, name: SearchName) -> Config:
     common |= {"name": AllocatorName.uniform, "n_b": steps, "step_size_b": attack.step_size}
     common |= {"pool": 1, "forward_unperturbed": False, "score": Score.fresh}
     return replace(
-        config, defense=defense, attack=attack, bt=UniformConfig(**common), rival=RivalConfig()
+        config,
+        defense=defense,
+        attack=attack,
+        bt=UniformConfig(**common),
+        rival=RivalConfig(),
+        recipe=config.recipe.unrepaired(),
     )
 
 

@@ -43,6 +43,7 @@ class TrainState:
         watched_acc: PGD accuracy on the watched training batch after the last epoch, percent.
         watched_images: the size that this batch was filled up to; None for an ordinary one.
         collapsed: whether that fell so far that the run was stopped for it.
+        repairs: whether the epoch under way takes more steps, for the one before overfitted.
         average: of the model's weights, with `recipe.ema`.
         sparsity: what masks the model's weights, unless it is `none`.
         batch_sums: of the epoch under way, the `StepStats` of the batches whose scores the log will
@@ -70,6 +71,7 @@ class TrainState:
     watched_acc: float | None = None
     watched_images: int | None = None
     collapsed: bool = False
+    repairs: bool = False
     average: WeightAverage | None = None
     sparsity: Sparsity | None = None
     epoch_work: float | None = 0.0
@@ -204,6 +206,7 @@ class TrainState:
             **({} if self.sparsity is None else {"sparsity": self.sparsity.state_dict()}),
             **{name: getattr(self, name) for name in _TENSORS + _NUMBERS},
             **({} if self.watched_images is None else {"watched_images": self.watched_images}),
+            **({"repairs": True} if self.repairs else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -282,6 +285,9 @@ class TrainState:
         if self.watched_images is not None and type(self.watched_images) is not int:
             raise ValueError("no number of images")
         self._load_batch_sums(saved.get("batch_sums", {}))
+        self.repairs = saved.get("repairs", False)
+        if type(self.repairs) is not bool:
+            raise ValueError("neither repairs nor does not")
         if self.sparsity is not None:
             self.sparsity.load_state_dict(saved["sparsity"])
         self.epoch_work = None if self.batch else 0.0

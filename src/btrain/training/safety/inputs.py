@@ -78,18 +78,14 @@ def epoch_warnings(
     means: Mapping[str, Any],
     watched: Accuracy,
     watched_examples: int,
-    before: float | None,
-    *,
-    one_step: bool = False,
+    overfitted: str | None = None,
 ) -> list[str]:
     """Return what is odd about an epoch.
 
     Args:
         means: the epoch's averages.
         watched: accuracies on the watched training batch.
-        before: its PGD accuracy one epoch earlier, or None.
-        one_step: whether everybody is attacked by one large step, which a network can learn to
-            resist alone, from its first epochs on.
+        overfitted: what `overfitting` says.
     """
     found = []
     total = means["f_b"] + means["f_r"] + means["f_o"]
@@ -100,20 +96,35 @@ def epoch_warnings(
             f"PGD accuracy on a training batch, {watched.robust:.1f} %, is above the clean "
             f"accuracy, {watched.clean:.1f} %"
         )
-    under_attack = means["robust_acc_train"]  # None where training attacks nobody
-    seen = under_attack is not None and under_attack > watched.robust + COLLAPSE
-    if seen and fell(before, watched.robust):
-        found.append(
-            f"catastrophic overfitting: PGD accuracy on a training batch fell from {before:.1f} to "
-            f"{watched.robust:.1f} % while training sees {under_attack:.1f} %"
-        )
-    elif seen and one_step:
-        found.append(
-            f"catastrophic overfitting: PGD accuracy on a training batch is {watched.robust:.1f} % "
-            f"while training sees {under_attack:.1f} %; more steps, rival=nfgsm or another seed "
-            "may be better"
-        )
-    return found
+    return found if overfitted is None else [*found, overfitted]
+
+
+def overfitting(
+    under_attack: float | None, pgd: float, before: float | None, *, from_start: bool
+) -> str | None:
+    """Return how a network has learnt to resist the training's attack alone, or None.
+
+    It has where training sees over 20 points more images resist than PGD does.
+
+    Args:
+        under_attack: images that resist the training's attack, percent; None where there is none.
+        pgd: those of a training batch that resist PGD.
+        before: the same one epoch earlier, or None.
+        from_start: whether that tells even if PGD accuracy has not just fallen, as with one large
+            step for everybody, which a network can learn to resist alone in its first epochs.
+    """
+    if under_attack is None or under_attack <= pgd + COLLAPSE:
+        return None
+    if fell(before, pgd):
+        was = f"fell from {before:.1f} to"
+    elif from_start:
+        was = "is"
+    else:
+        return None
+    return (
+        f"catastrophic overfitting: PGD accuracy on a training batch {was} {pgd:.1f} % while "
+        f"training sees {under_attack:.1f} %"
+    )
 
 
 def is_above(accuracy: Accuracy, examples: int) -> bool:
