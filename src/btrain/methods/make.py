@@ -94,7 +94,7 @@ def make_methods(
 
     In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
     length of the attack is a share of what it will be; one that repairs has
-    `recipe.repair_steps`.
+    `recipe.repair_steps` more.
 
     Args:
         held_out: images that no batch is drawn from, for a weight by feedback.
@@ -116,10 +116,10 @@ def make_methods(
 
 def with_more_steps(config: Config) -> Config:
     """Return the settings of an epoch that repairs: N_B is more, and the way as long as before."""
-    bt, n_b = config.bt, config.recipe.repair_steps
-    assert n_b is not None
+    bt, recipe = config.bt, config.recipe
+    n_b = bt.n_b + recipe.repair_steps
     more = replace(bt, n_b=n_b, step_size_b=bt.step_size_b * bt.n_b / n_b)
-    return replace(config, bt=more, recipe=config.recipe.unrepaired())
+    return replace(config, bt=more, recipe=recipe.unrepaired())
 
 
 def make_method(

@@ -101,10 +101,8 @@ class Config:
                 f"not {bounded}."
             )
         more = self.recipe.repair_steps
-        if more is not None and bt.n_b == 0:
+        if more and bt.n_b == 0:
             raise UserError(f"recipe.repair_steps={more} has no attack to repair with bt.n_b=0.")
-        if more is not None and more <= bt.n_b:
-            raise UserError(f"recipe.repair_steps must be above bt.n_b = {bt.n_b}, not {more}.")
         defense = self.defense
         listens = isinstance(defense, VerifiedConfig) and defense.dynamic is MixDynamic.feedback
         if listens and not self.dataset.val_examples:

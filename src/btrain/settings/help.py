@@ -276,8 +276,8 @@ _OF_THE_SCHEMA = {
     "recipe.peak": "share of the run at which a cyclic rate is highest",
     "recipe.early_stop_on_collapse": "end ahead of an epoch in which PGD accuracy on a training "
     "batch, of 128 images at least, fell by more than 20 points",
-    "recipe.repair_steps": "N_B of an epoch behind one that overfitted, in which training saw over "
-    "20 points more images resist its attack than PGD does; null: no more than ever",
+    "recipe.repair_steps": "more steps for everybody in an epoch behind one that overfitted, in "
+    "which training saw over 20 points more images resist its attack than PGD does",
     "recipe.ema": "decay of the weights' moving average, which is then what is evaluated; 0: none",
     "recipe.clip_norm": "largest norm of the gradient of all weights together; null: any",
     "logger.wandb": "whether it is one of the loggers: logger=[wandb,tensorboard]",

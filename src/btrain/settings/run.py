@@ -275,7 +275,7 @@ class RecipeConfig:
     early_stop_on_collapse: bool = False
     ema: float = 0.0
     clip_norm: float | None = None
-    repair_steps: int | None = None
+    repair_steps: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, "recipe.epochs", self.epochs)
@@ -301,16 +301,16 @@ class RecipeConfig:
         require(0 <= self.ema < 1, "recipe.ema", "in [0, 1)", self.ema)
         if self.clip_norm is not None:
             positive("recipe.clip_norm", self.clip_norm)
-        at_least(1, "recipe.repair_steps", self.repair_steps)
+        at_least(0, "recipe.repair_steps", self.repair_steps)
 
     def choices(self) -> list[Choice]:
-        if self.repair_steps is None:
+        if not self.repair_steps:
             return []
         return [Choice(f"recipe.repair_steps={self.repair_steps}", frozenset(), _NO_REPAIR)]
 
     def unrepaired(self) -> RecipeConfig:
         """Return the same for work whose steps are as many in all epochs."""
-        return replace(self, repair_steps=None)
+        return replace(self, repair_steps=0)
 
 
 _NO_REPAIR = {

@@ -16,7 +16,7 @@ from btrain.data import Data, Split
 from btrain.evaluation import Accuracy, evaluate
 from btrain.evaluation.pgd import threat_of
 from btrain.methods.cost import Costs, speedups
-from btrain.methods.make import Known
+from btrain.methods.make import Known, with_more_steps
 from btrain.methods.statistics import UNITS, averages
 from btrain.processes.world import World
 from btrain.runs import checkpoint
@@ -72,7 +72,7 @@ class Evaluator:
 def watched_images(config: Config) -> int:
     """Return how many training images tell of a collapse after each epoch."""
     size, recipe = config.train.batch_size, config.recipe
-    acts = recipe.early_stop_on_collapse or recipe.repair_steps is not None
+    acts = recipe.early_stop_on_collapse or recipe.repair_steps > 0
     return max(size, _WATCHED) if acts else size
 
 
@@ -101,14 +101,15 @@ def after_epoch(
     watched = evaluator(state.model, batch)
     before = state.watched_acc if state.watched_images == filled_up else None
     metrics["pgd_acc_train_batch"] = watched.robust
-    repair = config.recipe.repair_steps if state.epoch + 1 < config.train.epochs else None
+    repairs = config.recipe.repair_steps > 0 and state.epoch + 1 < config.train.epochs
     overfitted = _overfitting(config, state.epoch, metrics["robust_acc_train"], watched, before)
-    if overfitted is not None and repair is not None:
-        overfitted += f"; the next epoch takes {repair} steps (recipe.repair_steps)"
-    elif overfitted is not None and config.recipe.repair_steps is None:
+    if overfitted is not None and repairs:
+        steps = with_more_steps(config).bt.n_b
+        overfitted += f"; the next epoch takes {counted(steps, 'step')} (recipe.repair_steps)"
+    elif overfitted is not None and not config.recipe.repair_steps:
         overfitted += "; recipe.repair_steps or more steps for all may be better"
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), overfitted)
-    if stops and repair is None and fell(before, watched.robust):
+    if stops and not repairs and fell(before, watched.robust):
         if world.first:
             log.warning(
                 "epoch %d: PGD accuracy on %s fell from %.1f to %.1f %%; the run ends with the "
@@ -136,7 +137,7 @@ def after_epoch(
         if not due:
             bird.spend(len(data.val) * _units(config))
     state.watched_acc, state.watched_images = watched.robust, filled_up
-    state.repairs = overfitted is not None and repair is not None
+    state.repairs = repairs and overfitted is not None
     state.end_epoch()
 
 
@@ -149,7 +150,7 @@ def _overfitting(
     """
     one_step = config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
     whole = config.attack.share(epoch) == 1
-    from_start = whole and (one_step or config.recipe.repair_steps is not None)
+    from_start = whole and (one_step or config.recipe.repair_steps > 0)
     return overfitting(under_attack, watched.robust, before, from_start=from_start)
 
 
