@@ -39,6 +39,7 @@ RUNS = {
     "averaged": ["defense=trades", "recipe.ema=0.9"],
     "augmix": ["defense=augmix"],
     "collapsed": ["defense=pgd", "recipe.early_stop_on_collapse=true", "recipe.ema=0.9"],
+    "repaired": ["defense=pgd", "bt=uniform", "recipe.repair_steps=2"],
 }
 MASKED = [
     "sparsity=flying_bird_plus", "sparsity.switch_from=0", "sparsity.switch_epochs=1",
@@ -61,7 +62,7 @@ def _main(folder: Path) -> None:
     probe._SHARE = 100.0  # epochs of two batches leave no room within 1 %
     for name, own in RUNS.items():
         if name == "collapsed":
-            guards.COLLAPSE = -200.0  # whatever the second epoch does is one
+            guards.COLLAPSE = -200.0  # whatever an epoch does from here on is one
         done["summaries"][name] = train(compose([*COMMON, *own, f"run.dir={folder / name}"]))
         if "mistake" not in done:
             done["mistake"] = mistake(folder / "never")

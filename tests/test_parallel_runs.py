@@ -70,6 +70,8 @@ def test_a_second_training_follows_and_accuracies_are_those_of_one_process(
     held_out = accuracy("last.pt", test=False)
     assert (kept["val_clean_acc"], kept["val_robust_acc"]) == (held_out.clean, held_out.robust)
     assert (first["epochs"], len(lines)) == (1 if run == "collapsed" else 2, 2)
+    if run == "repaired":
+        assert [line["attack_steps_mean"] for line in lines] == [7, 9]
 
 
 def test_no_thread_of_the_group_outlives_it(done: Path) -> None:
