@@ -17,6 +17,7 @@ from btrain.data.splits import load_configured
 from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
+from btrain.evaluation.result import WEIGHTS
 from btrain.runs.folder import RunFolder, settings_sha256
 from btrain.settings import Config, FilesConfig, OwnModelConfig
 from btrain.settings.checks import no_farther
@@ -63,7 +64,7 @@ class Target:
         path = self.checkpoint
         if self.run is not None:
             path = real(path).relative_to(real(self.run))
-        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
+        return {"checkpoint": path.as_posix(), WEIGHTS: sha256(self.checkpoint)}
 
 
 def find(settings: EvalSettings) -> Target:
