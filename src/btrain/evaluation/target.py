@@ -39,6 +39,7 @@ class Target:
         epsilon: of the attacks.
         trained, trained_norm: the ball of the training; None: not known.
         step_size: the data set's, for that ε.
+        foreign: whether network or images are others than a run's own.
         progress: what tells how far the run came, and which run it is; empty of another project's.
         unfinished: a sentence on a run that is not at its end, or None.
     """
@@ -56,6 +57,7 @@ class Target:
     step_size: float
     seed: int
     folder: Path
+    foreign: bool
     progress: dict[str, Any]
     unfinished: str | None
 
@@ -94,9 +96,9 @@ def find(settings: EvalSettings) -> Target:
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
-    folder = _folder(settings, checkpoint, run)
+    folder, changes = _folder(settings, checkpoint, run), _changes(original, config)
+    foreign = trained is None or not changes.keys() <= {"dataset.test_examples"}
     if settings.out is None:
-        changes = _changes(original, config)
         changes |= {} if norm == original.attack.norm else {"norm": norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
@@ -117,6 +119,7 @@ def find(settings: EvalSettings) -> Target:
         step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
         seed=seed,
         folder=folder,
+        foreign=foreign,
         progress=progress,
         unfinished=unfinished,
     )
