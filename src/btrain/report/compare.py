@@ -256,7 +256,7 @@ def _beside(folder: RunFolder) -> dict[str, Any]:
         if (classes := _CLASSES.get(str(settings.get("dataset.name")))) is not None:
             found["classes"] = classes
         found |= {f"of {word}": part(settings) for word, part in _SAME.items()}
-        found[_THREAT] = _threat(settings)
+        found[_THREAT] = threat(settings)
     return found
 
 
@@ -274,8 +274,8 @@ def _results(folder: Path) -> dict[str, Result]:
     return {name: result for name, result in results.items() if result is not None}
 
 
-def _threat(settings: Mapping[str, Any]) -> str:
-    """Return what PGD attacks with, `L∞ 0.031, 20 steps`."""
+def threat(settings: Mapping[str, Any]) -> str:
+    """Return what a run's PGD attacks with, `L∞ 0.031, 20 steps`."""
     norm = _NORMS.get(str(settings.get("attack.name")), "L∞")
     epsilon, steps = settings.get("eval.epsilon"), settings.get("eval.steps")
     if epsilon is None or steps is None:
