@@ -123,6 +123,16 @@ def test_a_missing_evaluation_is_named_with_what_there_is(tmp_path: Path) -> Non
     assert "holds no finished evaluation autoattack (there are: pgd20)" in str(caught.value)
 
 
+def test_a_run_is_not_compared_by_results_of_its_earlier_weights(tmp_path: Path) -> None:
+    result(np.ones(9, dtype=bool), checkpoint_sha256="earlier").write(tmp_path / "eval")
+    assert len(read_result(tmp_path, "pgd20").labels) == 9  # handed on without its checkpoints
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"later")
+    with pytest.raises(UserError, match=r"pgd20\.json is of other weights than .*last\.pt holds"):
+        read_result(tmp_path, "pgd20")
+    assert len(read_result(tmp_path / "eval", "pgd20").labels) == 9  # a folder that is named
+
+
 @pytest.mark.parametrize("damage", ["json", "npz"])
 def test_a_damaged_evaluation_counts_as_none(tmp_path: Path, damage: str) -> None:
     result(np.ones(9, dtype=bool)).write(tmp_path)

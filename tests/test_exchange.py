@@ -370,6 +370,21 @@ def test_our_own_names_come_back(tmp_path: Path, tiles: Tensor, format: str) -> 
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_tied_weights_go_into_safetensors_and_come_back(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+    ours, theirs, path = Tied(), Tied(), tmp_path / "tied.safetensors"
+    write(ours, path, format="safetensors", shape=(1, 1, 3))
+    load_weights(theirs, path)
+    assert theirs.b.weight is theirs.a.weight
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], weight)
+
+
 def test_onnx_takes_batches_of_any_size(tmp_path: Path, tiles: Tensor, capfd: Any) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -418,7 +418,8 @@ def test_a_checkpoint_with_its_card_and_hash(
     assert Path(f"{out}.sha256").read_text() == f"{digest}  net.pt\n"
     card = Path(f"{out}.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
-    for told in (digest, f"{summary['clean_acc']:.2f}", f"{config.attack.epsilon:.4g}"):
+    attack = f"PGD, L∞ {config.eval.epsilon:.3g}, 1 step "
+    for told in (digest, f"{summary['clean_acc']:.2f}", f"{config.attack.epsilon:.4g}", attack):
         assert told in card
     assert str(run) not in card
     capsys.readouterr()
@@ -431,7 +432,9 @@ def test_a_checkpoint_with_its_card_and_hash(
     assert Path(f"{other}.sha256").read_text() == "mine" and not other.exists()
     best = [*words[:3], f"out={tmp_path / 'best.pt'}", "which=best", "model_card=true"]
     assert main(best) == 0
-    assert f"{summary['best_clean_acc']:.2f}" in (tmp_path / "best.pt.md").read_text()
+    card = (tmp_path / "best.pt.md").read_text()
+    assert f"{summary['best_clean_acc']:.2f}" in card
+    assert "- weights: of epoch 1 of 1, the best on held-out images" in card
     assert main([*words[:-1], "overwrite=true"]) == 0  # without a card: no old hash is left
     assert not Path(f"{out}.sha256").exists()
     assert main([*words, "overwrite=true"]) == 0
@@ -444,3 +447,39 @@ def test_a_checkpoint_with_its_card_and_hash(
     Path(f"{out}.sha256").write_text("no hash")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_run(out)
+
+
+def test_an_earlier_checkpoint_has_no_accuracies_of_the_runs_end(
+    copied: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder, out = RunFolder(copied), tmp_path / "net.pt"
+    words = ["export", "format=checkpoint", f"out={out}", "model_card=true", "overwrite=true"]
+    saved = torch.load(folder.last, weights_only=False)
+    saved["state"]["epoch"] = 0
+    torch.save(saved, folder.previous)
+    assert main([*words, f"checkpoint={folder.previous}"]) == 0
+    sentence = "These are weights before epoch 1 of 1, not the run's last."
+    card = Path(f"{out}.md").read_text()
+    assert sentence in capsys.readouterr().out and f"- weights: {sentence}\n" in card
+    assert "right %" not in card and "Accuracies" not in card and "AutoAttack" not in card
+    digest = hashlib.sha256(folder.previous.read_bytes()).hexdigest()
+    facts = {"n": 50, "epsilon": 0.1}
+    for place, weights, accuracy in (("previous", digest, 12.5), (".", "other", 87.5)):
+        content = {"attack": "pgd20", "accuracy": accuracy, "checkpoint_sha256": weights}
+        (copied / "eval" / place).mkdir(parents=True, exist_ok=True)
+        (copied / "eval" / place / "pgd20.json").write_text(json.dumps(content | facts))
+    assert main([*words, f"checkpoint={folder.previous}"]) == 0
+    card = Path(f"{out}.md").read_text()
+    assert "| pgd20, ε 0.1 (btrain eval) | 12.50 " in card and "87.50" not in card
+    # The last one of a run that was cut, and of one that is not finished.
+    folder.previous.replace(folder.last)
+    summary = json.loads((copied / "summary.json").read_text())
+    cut = "train.max_seconds=1 in epoch 1 of 1, batch 0"
+    folder.write_summary(summary | {"cut": cut})
+    assert main([*words, f"checkpoint={copied}"]) == 0
+    card = Path(f"{out}.md").read_text()
+    assert "- weights: The run was cut: these are its weights before epoch 1 of 1.\n" in card
+    assert f"- the run was cut by: {cut}\n" in card
+    (copied / "summary.json").unlink()
+    assert main([*words, f"checkpoint={copied}"]) == 0
+    assert "- weights: The run is not finished: these are" in Path(f"{out}.md").read_text()

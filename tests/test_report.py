@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_robust_accuracies_have_intervals_and_verified_shares_a_column(tmp_path:
     head, _, merged = cells(compare([tmp_path], merge_seeds=True).split("\n\n")[0])
     # The mean is 53, its deviation √(13/3), and Student's t with 2 degrees of freedom 4.3027.
     assert dict(zip(head, merged, strict=True))["PGD 95 %"] == "44.0 to 62.0"
+
+
+def test_results_of_weights_that_a_run_had_before_it_went_on_are_left_out(tmp_path: Path) -> None:
+    run, labels = finished(tmp_path / "a", 9.0), np.zeros(10, dtype=np.int64)
+    for name, right in (("autoattack", 4), ("verified-ibp", 1)):
+        facts = {"classes": ["0"], "checkpoint_sha256": hashlib.sha256(b"epoch 3").hexdigest()}
+        Result(name, np.arange(10) < right, labels, ("0",), 1.0, facts).write(run / "eval")
+    handed_on = compare([run])  # without its checkpoints
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.pt").write_bytes(b"epoch 3")
+    assert compare([run]) == handed_on
+    assert "| 40.00" in handed_on and "| 10.00" in handed_on
+    (run / "checkpoints" / "last.pt").write_bytes(b"epoch 6")
+    table, notes = compare([run]).split("\n\n")
+    assert "AutoAttack" not in table and "verified" not in table
+    assert "other weights than the run's last: autoattack of a, verified-ibp of a; btrain" in notes
 
 
 def test_a_run_that_a_collapse_ended_is_marked(tmp_path: Path) -> None:

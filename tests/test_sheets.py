@@ -219,6 +219,16 @@ def test_of_several_evaluations_that_of_the_most_images_counts(tmp_path: Path) -
     assert found is not None and found[1]["n"] == 8
 
 
+def test_an_evaluation_of_earlier_weights_does_not_count(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "a-seed0")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.pt").write_bytes(b"epoch 6")
+    evaluated(folder, "autoattack", [1, 0], checkpoint_sha256="of epoch 3")
+    evaluated(folder, "pgd20", [1, 0])  # which does not tell
+    run = read_run(folder)
+    assert (run.evaluated("autoattack"), run.evaluated("pgd20")) == (None, 50)
+
+
 def test_a_lock_whose_process_ended_runs_no_more(tmp_path: Path) -> None:
     begun(tmp_path / "a", epochs=1)
     child = subprocess.Popen([sys.executable, "-c", ""])

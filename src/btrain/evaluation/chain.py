@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from btrain.errors import UserError
-from btrain.evaluation.result import BROKEN, SANITY, Result, with_norm, write_json
+from btrain.evaluation.result import BROKEN, SANITY, WEIGHTS, Result, agree, write_json
 from btrain.runs.json_fields import read_object
 from btrain.settings.evaluation import VERIFIED
 from btrain.terminal import counted
 
-_SAME = ("checkpoint_sha256", "data_sha256", "epsilon", "norm", "precision")
+_SAME = (WEIGHTS, "data_sha256", "epsilon", "norm", "precision")
 """The facts in which a verdict and an attack must agree to be compared, where both tell them."""
 
 
@@ -69,7 +69,7 @@ def contradictions(folder: Path | None, results: Sequence[Result] = ()) -> dict[
     there = {result.attack: result for result in [*_kept(folder), *results]}
     verdicts = [result for name, result in there.items() if name.startswith(VERIFIED)]
     attacks = [
-        _Attack(name, (~result.correct).nonzero()[0], result.labels, with_norm(result.settings))
+        _Attack(name, (~result.correct).nonzero()[0], result.labels, result.settings)
         for name, result in there.items()
         if not name.startswith(VERIFIED) and result.correct.ndim == 1
     ]
@@ -95,11 +95,10 @@ def _sanity(folder: Path | None) -> list[_Attack]:
     broken = there.get("broken")
     if not isinstance(broken, list) or not all(type(i) is int and i >= 0 for i in broken):
         return []
-    return [_Attack("the sanity checks", np.array(broken, dtype=np.int64), None, with_norm(there))]
+    return [_Attack("the sanity checks", np.array(broken, dtype=np.int64), None, there)]
 
 
 def _alike(verdict: Result, attack: _Attack) -> bool:
     """Return whether a verdict and an attack are of the same network and facts."""
-    ours = with_norm(verdict.settings)
-    same = all(attack.facts.get(key, ours.get(key)) == ours.get(key) for key in _SAME)
+    same = agree(verdict.settings, attack.facts, _SAME)
     return same and (attack.labels is None or np.array_equal(verdict.labels, attack.labels))

@@ -10,14 +10,14 @@ from typing import Any
 
 from btrain.durable import make_folder
 from btrain.errors import UserError
-from btrain.evaluation.result import PAGE, SAMPLES, with_norm
+from btrain.evaluation.result import PAGE, SAMPLES, WEIGHTS, agree
 from btrain.runs.json_fields import read_object
 from btrain.runs.lock import locked
 from btrain.terminal import say
 
-_WEIGHTS, _SETTINGS = "checkpoint_sha256", "settings_sha256"
+_SETTINGS = "settings_sha256"
 _IDENTITY = (
-    (_WEIGHTS, "other weights"),
+    (WEIGHTS, "other weights"),
     ("data_sha256", "other test images"),
     ("epsilon", "another ε"),
     ("norm", "another norm"),
@@ -36,14 +36,14 @@ def found(folder: Path, facts: Mapping[str, Any], *, own: bool) -> str | None:
     """
     name = None
     for path in sorted(folder.glob("*.json")):
-        there = with_norm(read_object(path))
+        there = read_object(path)
         for key, what in _IDENTITY:
-            if there.get(key, facts[key]) == facts[key]:
+            if agree(there, facts, [key]):
                 continue
             epoch, run = there.get("epoch"), facts.get(_SETTINGS)
             went_on = own and run is not None and there.get(_SETTINGS) == run
             went_on = went_on and type(epoch) is int and 0 <= epoch <= (facts["epoch"] or 0)
-            if key != _WEIGHTS or not went_on:
+            if key != WEIGHTS or not went_on:
                 raise UserError(
                     f"{folder} holds results of {what} ({path.name}); "
                     "please give out=… or delete it."
@@ -82,7 +82,7 @@ def set_aside(folder: Path, facts: Mapping[str, Any], *, own: bool) -> None:
 
 def _results(folder: Path) -> list[Path]:
     """Return the files of evaluations in a folder, those that they keep meanwhile among them."""
-    told = [path for path in folder.glob("*.json") if _WEIGHTS in read_object(path)]
+    told = [path for path in folder.glob("*.json") if WEIGHTS in read_object(path)]
     beside = {f"{path.stem}.npz" for path in told} | {PAGE, SAMPLES}
     others = [p for p in folder.iterdir() if p.name in beside or p.name.endswith(".partial.npz")]
     return told + [path for path in others if path.is_file()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -22,9 +22,11 @@ from btrain import __version__
 from btrain.corruptions import SEVERITIES
 from btrain.durable import make_folder, write_file
 from btrain.errors import UserError
+from btrain.runs.folder import RunFolder
 from btrain.runs.json_fields import Fields, dumped, is_number
 from btrain.settings.evaluation import CHAIN, words_for
 from btrain.terminal import counted
+from btrain.untrusted import RefusedError, sha256
 from btrain.untrusted.arrays import read_npz
 
 STANDARD = ("clean", *CHAIN)
@@ -33,6 +35,8 @@ CORRUPTIONS, SANITY, SAMPLES = "corruptions.json", "sanity.json", "samples.npz"
 BROKEN = "verified_and_broken.json"
 """The file that tells which images are verified and broken, which none may be."""
 PAGE = "index.html"
+WEIGHTS = "checkpoint_sha256"
+"""The fact of a result that tells whose it is: the hash of the checkpoint's file."""
 SHARES = "shares"
 """The setting of a verified accuracy that holds points (ε, percent)."""
 _LARGEST = 256 << 20  # bytes of the arrays
@@ -506,11 +510,17 @@ def read_result(folder: Path, attack: str) -> Result:
     """Return an attack's result in a run folder or in the folder of an evaluation.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or that of a run is of other weights than its last.
     """
+    last = RunFolder(folder).last
+    anew = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} {words_for(attack)}"
     for place in (folder / "eval", folder):
-        if (result := Result.read(place, attack)) is not None:
-            return result
+        if (result := Result.read(place, attack)) is None:
+            continue
+        if not agree(result.settings, weights_in(last), [WEIGHTS]):
+            file = place / f"{attack}.json"
+            raise UserError(f"{file} is of other weights than {last} holds now; {anew}.")
+        return result
     files = [path for place in (folder / "eval", folder) for path in place.glob("*.json")]
     there = sorted({path.stem for path in files if path.with_suffix(".npz").is_file()})
     have = f" (there are: {', '.join(there)})" if there else ""
@@ -518,7 +528,7 @@ def read_result(folder: Path, attack: str) -> Result:
     if others := sorted(map(str, elsewhere)):
         how = f"please name one of other conditions: {', '.join(others)}"
     elif (folder / "config.yaml").is_file():
-        how = f"run btrain eval {shlex.quote(f'checkpoint={folder}')} {words_for(attack)}"
+        how = anew
     else:
         how = "btrain eval makes one in a run folder"
     raise UserError(f"{folder} holds no finished evaluation {attack}{have}; {how}.")
@@ -532,6 +542,20 @@ def of_a_part(n: int) -> str:
 def with_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return an attack's settings with its norm, which older files do not tell: L∞."""
     return ({"norm": "linf"} if "epsilon" in settings else {}) | dict(settings)
+
+
+def agree(one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Return whether the facts of two results are the same by some keys, as far as both tell."""
+    ours, theirs = with_norm(one), with_norm(other)
+    return all(ours[key] == theirs[key] for key in keys if key in ours and key in theirs)
+
+
+def weights_in(checkpoint: Path) -> dict[str, str]:
+    """Return what a result of a checkpoint tells of its weights; nothing where none can be read."""
+    try:
+        return {WEIGHTS: sha256(checkpoint)}
+    except (OSError, RefusedError):
+        return {}
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

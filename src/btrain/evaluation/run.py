@@ -102,7 +102,7 @@ def _evaluate(settings: EvalSettings, target: Target, examples: Examples) -> Eva
     started = time.perf_counter()
     correct = attacks.clean_correct(model, examples, batch_size=settings.batch_size)
     seconds = time.perf_counter() - started
-    if settings.config and (hint := near_chance(correct, len(examples.classes))):
+    if target.foreign and (hint := near_chance(correct, len(examples.classes))):
         facts["note"] = attacks.notes(facts["note"], hint)
     subject = Subject(
         model=model,

@@ -17,6 +17,7 @@ from btrain.data.splits import load_configured
 from btrain.durable import check_within, real
 from btrain.errors import UserError
 from btrain.evaluation.pgd import Threat, farthest, threat_of
+from btrain.evaluation.result import WEIGHTS
 from btrain.runs.folder import RunFolder, settings_sha256
 from btrain.settings import Config, FilesConfig, OwnModelConfig
 from btrain.settings.checks import no_farther
@@ -38,6 +39,7 @@ class Target:
         epsilon: of the attacks.
         trained, trained_norm: the ball of the training; None: not known.
         step_size: the data set's, for that ε.
+        foreign: whether network or images are others than a run's own.
         progress: what tells how far the run came, and which run it is; empty of another project's.
         unfinished: a sentence on a run that is not at its end, or None.
     """
@@ -55,6 +57,7 @@ class Target:
     step_size: float
     seed: int
     folder: Path
+    foreign: bool
     progress: dict[str, Any]
     unfinished: str | None
 
@@ -63,7 +66,7 @@ class Target:
         path = self.checkpoint
         if self.run is not None:
             path = real(path).relative_to(real(self.run))
-        return {"checkpoint": path.as_posix(), "checkpoint_sha256": sha256(self.checkpoint)}
+        return {"checkpoint": path.as_posix(), WEIGHTS: sha256(self.checkpoint)}
 
 
 def find(settings: EvalSettings) -> Target:
@@ -93,9 +96,9 @@ def find(settings: EvalSettings) -> Target:
     if model is None or any(key.startswith("model") for key in settings.config):
         model = _built(config, data, checkpoint)
     seed = config.seed if settings.seed is None else settings.seed
-    folder = _folder(settings, checkpoint, run)
+    folder, changes = _folder(settings, checkpoint, run), _changes(original, config)
+    foreign = trained is None or not changes.keys() <= {"dataset.test_examples"}
     if settings.out is None:
-        changes = _changes(original, config)
         changes |= {} if norm == original.attack.norm else {"norm": norm}
         changes |= {} if epsilon in (trained, config.attack.epsilon) else {"epsilon": epsilon}
         changes |= {} if seed == config.seed else {"seed": seed}
@@ -116,6 +119,7 @@ def find(settings: EvalSettings) -> Target:
         step_size=config.eval.step_size * (epsilon / config.eval.epsilon),
         seed=seed,
         folder=folder,
+        foreign=foreign,
         progress=progress,
         unfinished=unfinished,
     )

@@ -22,7 +22,7 @@ from btrain.exchange.read import check_fit, fit, is_state_dict, read_plain
 from btrain.models.channels import Cut
 from btrain.runs.checkpoint import is_resumable
 from btrain.runs.folder import RunFolder
-from btrain.runs.json_fields import is_count
+from btrain.runs.json_fields import is_count, read_object
 from btrain.settings import (
     Config,
     DatasetConfig,
@@ -77,19 +77,26 @@ class SavedRun:
     goes_on: bool | None = None
 
     def unfinished(self) -> str | None:
-        """Return a sentence on weights of a run that is not at its end; None of others."""
+        """Return a sentence on weights that are not those of a run's planned end; None of these."""
         goes_on, inside = self.goes_on, self.path.parent.name == "checkpoints"
-        ended = inside and (self.path.parent.parent / "summary.json").is_file()
+        summary = self.path.parent.parent / "summary.json"
+        ended = inside and summary.is_file()
         if goes_on is None:
             goes_on = inside and not ended
         if not goes_on:
             return None
+        where = "" if self.reached is None else f" {self.reached}"
+        if ended and not (read_object(summary).get("cut") and self.path.name == "last.pt"):
+            return f"These are weights{where}, not the run's last."
+        return f"The run {'was cut' if ended else 'is not finished'}: these are its weights{where}."
+
+    @property
+    def reached(self) -> str | None:
+        """Return how far the run had come, `of epoch 5 of 6`; None where that is not known."""
         of = self.config.train.epochs
-        where = {None: "", 0: f" before epoch 1 of {of}"}.get(
-            self.epochs, f" of epoch {self.epochs} of {of}"
-        )
-        what = "was cut" if ended else "is not finished"
-        return f"The run {what}: these are its weights{where}."
+        if self.epochs is None:
+            return None
+        return f"of epoch {self.epochs} of {of}" if self.epochs else f"before epoch 1 of {of}"
 
     def network(self) -> nn.Module:
         """Return the network with the weights, on the CPU, in eval mode.

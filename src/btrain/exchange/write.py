@@ -155,7 +155,10 @@ def _require(format: str, *packages: str) -> None:
 def _write_safetensors(model: nn.Module, file: IO[bytes]) -> None:
     from safetensors.torch import save
 
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    weights = {  # copies, for tied weights share memory
+        key: value.clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
     file.write(save(weights, metadata={"format": "pt"}))
 
 

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from btrain.durable import write_files
 from btrain.errors import UserError
-from btrain.evaluation.result import Evaluation, wilson
+from btrain.evaluation.result import WEIGHTS, Evaluation, Summary, wilson
 from btrain.exchange.from_run import SavedRun
 from btrain.exchange.write import BESIDE
 from btrain.pages.tables import NONE, markdown
-from btrain.runs.folder import RunFolder
+from btrain.report.compare import threat
+from btrain.runs.folder import RunFolder, flat
 from btrain.settings import Config, RivalName
 from btrain.settings.compose import as_yaml, to_dict
-from btrain.terminal import counted, plural
+from btrain.terminal import counted
 from btrain.untrusted import sha256
-
-_CARD = """\
-# {title}
-
-{sentence}
-
-{table}
-
-Accuracies are percent of {examples} test {images}, with 95 % intervals over other draws of images.
-{attacks}
-
-## How it was trained
-
-{facts}
-
-```yaml
-{settings}
-```
-
-## The file
-
-`{file}`, SHA-256 `{sha256}`, {parameters:,} parameters. {reading}
-"""
 
 
 def write_card(out: Path, saved: SavedRun, format: str, parameters: int) -> list[Path]:
@@ -68,31 +47,26 @@ def _text(saved: SavedRun, file: str, digest: str, format: str, parameters: int)
     """Return the card in Markdown."""
     config, folder = saved.config, _run_of(saved.path)
     summary = (folder.summary() if folder is not None else None) or {}
-    rows, notes = _accuracies(folder, summary, config, saved.path)
     width, height = saved.shape[2], saved.shape[1]
-    return _CARD.format(
-        title=f"{config.model.name}, {_name(config)}, {config.dataset.title}",
-        sentence=(
-            f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
-            f"`{config.dataset.title}`, {width}×{height} images with "
-            f"{counted(saved.shape[0], 'channel')} in [0, 1], made robust with "
-            f"{_method(config)} against {_threat(config)}."
-        ),
-        table=markdown(["under", "right %", "95 % interval", "n"], rows),
-        images=plural(summary.get("test_examples"), "image"),
-        examples=summary.get("test_examples", "the"),
-        attacks=" ".join(notes),
-        settings=_settings(config),
-        facts=_facts(summary),
-        file=file,
-        sha256=digest,
-        parameters=parameters,
-        reading=(
-            f"`btrain eval checkpoint={file}` evaluates it."
-            if format in ("checkpoint", "compact")
-            else f"Format `{format}` of `btrain export`."
-        ),
+    reading = (
+        f"`btrain eval checkpoint={file}` evaluates it."
+        if format in ("checkpoint", "compact")
+        else f"Format `{format}` of `btrain export`."
     )
+    parts = [
+        f"# {config.model.name}, {_name(config)}, {config.dataset.title}",
+        f"A `{config.model.name}` for {counted(saved.classes, 'class')} of "
+        f"`{config.dataset.title}`, {width}×{height} images with "
+        f"{counted(saved.shape[0], 'channel')} in [0, 1], made robust with "
+        f"{_method(config)} against {_threat(config)}.",
+        *_accuracies(folder, summary, config, saved.path),
+        "## How it was trained",
+        _facts(saved, folder, summary),
+        f"```yaml\n{_settings(config)}\n```",
+        "## The file",
+        f"`{file}`, SHA-256 `{digest}`, {parameters:,} parameters. {reading}",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _run_of(checkpoint: Path) -> RunFolder | None:
@@ -121,31 +95,40 @@ def _threat(config: Config) -> str:
 
 def _accuracies(
     folder: RunFolder | None, summary: dict[str, Any], config: Config, checkpoint: Path
-) -> tuple[list[list[str]], list[str]]:
-    """Return a row an attack, of the run's own evaluation and of `btrain eval`, and remarks.
+) -> list[str]:
+    """Return a table with a row an attack, and what it says; empty where nothing was evaluated.
 
-    Those of the checkpoint alone are shown: a run may have a last and a best one.
+    Those of the checkpoint alone are shown: of the run's own evaluation, which is of its last and
+    its best, and of `btrain eval`.
     """
+    if folder is None:
+        return []
     rows, n = [], summary.get("test_examples")
-    prefix = "best_" if folder is not None and checkpoint.name == folder.best.name else ""
-    pairs = (("clean", "clean_acc"), (f"PGD-{config.eval.steps}", "robust_acc"))
-    for name, key in ((name, prefix + key) for name, key in pairs):
-        accuracy = summary.get(key)
+    prefix = {folder.last.name: "", folder.best.name: "best_"}.get(checkpoint.name)
+    attacked = f"PGD, {threat(flat(to_dict(config)))}"
+    for name, key in (("clean", "clean_acc"), (attacked, "robust_acc")):
+        accuracy = None if prefix is None else summary.get(prefix + key)
         if accuracy is not None and n:
             low, high = wilson(round(accuracy * n / 100), n)
             rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
-    try:
-        told = [] if folder is None else [*Evaluation.read(folder.path / "eval").summaries()]
-    except UserError:
-        told = []
     digest = sha256(checkpoint)
-    found = [of for of in told if of.settings.get("checkpoint_sha256") == digest]
+    found: list[Summary] = []
+    # Those of other checkpoints than the last have a folder of their own.
+    for place in (folder.path / "eval", folder.path / "eval" / checkpoint.stem):
+        with suppress(UserError):
+            found += [*Evaluation.read(place).summaries()]
+    found = [of for of in found if of.settings.get(WEIGHTS) == digest]
     for of in found:
         interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
-        rows.append([f"{of.attack} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])
-    if any("autoattack" in of.attack for of in found):
-        return rows, []
-    return rows, ["AutoAttack was not run, so the true robust accuracy may be lower."]
+        epsilon = of.settings.get("epsilon")
+        ball = "" if epsilon is None else f", ε {epsilon:.3g}"
+        rows.append([f"{of.attack}{ball} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])
+    if not rows:
+        return []
+    told = "Accuracies are percent of n test images, with 95 % intervals over other draws of them."
+    if not any("autoattack" in of.attack for of in found):
+        told += "\nAutoAttack was not run, so the true robust accuracy may be lower."
+    return [markdown(["under", "right %", "95 % interval", "n"], rows), told]
 
 
 _PLACES = {"root", "dir", "weights"}
@@ -163,8 +146,14 @@ def _settings(config: Config) -> str:
     return as_yaml(told).strip()
 
 
-def _facts(summary: dict[str, Any]) -> str:
+def _facts(saved: SavedRun, folder: RunFolder | None, summary: dict[str, Any]) -> str:
+    weights = saved.unfinished() or saved.reached
+    if weights and folder is not None and saved.path.name == folder.best.name:
+        weights += ", the best on held-out images"
     told = {
+        "weights": weights,
+        "the run was cut by": summary.get("cut"),
+        "the run was ended by a collapse in": summary.get("collapse"),
         "training": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
         if "train_seconds" in summary
         else None,

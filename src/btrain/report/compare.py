@@ -12,7 +12,15 @@ from typing import Any
 from btrain.durable import real
 from btrain.errors import UserError
 from btrain.evaluation import chain
-from btrain.evaluation.result import Result, hardly_above_chance, student, wilson
+from btrain.evaluation.result import (
+    WEIGHTS,
+    Result,
+    agree,
+    hardly_above_chance,
+    student,
+    weights_in,
+    wilson,
+)
 from btrain.pages.tables import NONE, markdown, plain
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_count
@@ -81,6 +89,8 @@ def compare(runs: Sequence[str | Path], *, merge_seeds: bool = False) -> str:
     notes = [f"The same in all rows: {plain('; '.join(alike))}."] if alike and len(rows) > 1 else []
     notes += [_intervals(rows.values())] if any(_is_interval(head) for head, _ in shown) else []
     notes += [_TOO_FEW] if any(len(summaries) == 2 for summaries in rows.values()) else []
+    older = [name for runs in rows.values() for run in runs for name in run[_OLDER]]
+    notes += [_LEFT_OUT.format(", ".join(older))] if older else []
     notes += [_AT_CHANCE] if any(map(_at_chance, rows.values())) else []
     notes += [_MASKED_KERNELS] if sparse else []
     return "\n\n".join([table, *(["\n".join(notes)] if notes else [])])
@@ -234,35 +244,38 @@ def _with_interval(summary: dict[str, Any]) -> dict[str, Any]:
 def _beside(folder: RunFolder) -> dict[str, Any]:
     """Return what else a run folder tells: evaluations, and the settings of `_SAME`."""
     found: dict[str, Any] = {}
-    evaluated = Result.read(folder.path / "eval", _AUTOATTACK)
-    if evaluated is not None:
-        found |= {_AUTOATTACK: evaluated.accuracy, f"{_AUTOATTACK} 95": evaluated.ci95}
-    found |= _verified(folder.path / "eval")
+    results = _results(folder.path / "eval")
+    weights = weights_in(folder.last) if results else {}
+    ours = {n: of for n, of in results.items() if agree(of.settings, weights, [WEIGHTS])}
+    found |= {name: result.accuracy for name, result in ours.items()}
+    found[_OLDER] = [f"{n} of {real(folder.path).name}" for n in results if n not in ours]
+    if _AUTOATTACK in ours:
+        found[f"{_AUTOATTACK} 95"] = ours[_AUTOATTACK].ci95
     with suppress(UserError):  # the table needs no settings
         settings = flat(folder.settings())
         if (classes := _CLASSES.get(str(settings.get("dataset.name")))) is not None:
             found["classes"] = classes
         found |= {f"of {word}": part(settings) for word, part in _SAME.items()}
-        found[_THREAT] = _threat(settings)
+        found[_THREAT] = threat(settings)
     return found
 
 
-def _verified(folder: Path) -> dict[str, float]:
-    """Return each engine's verified accuracy by its result's name.
+def _results(folder: Path) -> dict[str, Result]:
+    """Return AutoAttack's and each engine's result by its name.
 
     Raises:
         UserError: an image is verified and yet broken by an attack.
     """
     names = {file.stem for file in folder.glob(f"{VERIFIED}*.json")}
     engines = {n for n in names if {*n.removeprefix(VERIFIED).split("-")} <= {*ENGINES, ANY}}
-    results = {name: Result.read(folder, name) for name in sorted(engines)}
-    if results:
+    if engines:
         chain.check(folder)
-    return {name: result.accuracy for name, result in results.items() if result is not None}
+    results = {name: Result.read(folder, name) for name in (_AUTOATTACK, *sorted(engines))}
+    return {name: result for name, result in results.items() if result is not None}
 
 
-def _threat(settings: Mapping[str, Any]) -> str:
-    """Return what PGD attacks with, `L∞ 0.031, 20 steps`."""
+def threat(settings: Mapping[str, Any]) -> str:
+    """Return what a run's PGD attacks with, `L∞ 0.031, 20 steps`."""
     norm = _NORMS.get(str(settings.get("attack.name")), "L∞")
     epsilon, steps = settings.get("eval.epsilon"), settings.get("eval.steps")
     if epsilon is None or steps is None:
@@ -292,6 +305,7 @@ _NORMS = {"l2_pgd": "L2", "own": "own ball"}
 
 
 _AUTOATTACK = "autoattack"
+_OLDER = "results of older weights"
 _SAME = {"data": images_of, "network": network_of}
 """Settings that must be the same for times to be compared, by a word for the table."""
 
@@ -342,6 +356,7 @@ _SPARSE: list[tuple[str, Cell]] = [
     ("TFLOP counted", _or_dense("flops_counted", ".3g", "flops", divisor=1e12)),
     ("speedup (counted)", _or_dense("speedup_counted", ".2f", "speedup_flops", unit="×")),
 ]
+_LEFT_OUT = "Left out, of other weights than the run's last: {}; btrain eval makes them anew."
 _TOO_FEW = "Two seeds are too few for an interval over seeds."
 _AT_CHANCE = (
     "At chance: the clean accuracy is hardly above that of guessing, so that nothing can be read "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from btrain.errors import UserError
+from btrain.evaluation.result import WEIGHTS, agree, weights_in
 from btrain.runs.folder import FAILED as FAILED_BECAUSE
 from btrain.runs.folder import RunFolder, flat
 from btrain.runs.json_fields import is_number, read_object
@@ -68,7 +69,7 @@ class Run:
         """Return folder and content of `<attack>.json`; None without one that holds a percentage.
 
         The one in `eval` counts; without it, of those in its subfolders, the one of the most
-        images.
+        images. One of other weights than the run's last does not count.
         """
         inside = self.folder / "eval"
         sound = [
@@ -78,6 +79,7 @@ class Run:
             and path.parent.name not in _OTHER_CHECKPOINTS
             and (accuracy := _number(content.get("accuracy"))) is not None
             and 0 <= accuracy <= 100
+            and agree(content, self._weights, [WEIGHTS])
         ]
         own = [found for found in sound if found[0] == inside]
         most = max(sound, key=lambda found: _number(found[1].get("n")) or 0.0, default=None)
@@ -109,6 +111,11 @@ class Run:
         inside = self.folder / "eval"
         paths = [*sorted(inside.glob("*.json")), *sorted(inside.glob("*/*.json"))]
         return {path: read_object(path) for path in paths}
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        """Return what a result of the run's last weights tells of them."""
+        return weights_in(RunFolder(self.folder).last)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
