@@ -48,6 +48,7 @@ CASES = {
     "an empty group of mart's": (["defense=mart", "bt.n_r=0"], ONE_PERTURBED, 8),
     "BatchNorm": (["model=preact_resnet18"], MIXED, 40),
     "BatchNorm, an empty group": (["model=preact_resnet18"], ONE_PERTURBED, 40),
+    "BatchNorm1d": ([], MIXED, 40),
     "oracle": (["bt=oracle"], MIXED, 51),
     "attacked in train mode": (["bt=uniform", "attack.steps=2", "attack.mode=train"], MIXED, 51),
     "fast": (["rival=fast", "defense=pgd"], MIXED, 51),
@@ -146,17 +147,20 @@ def take_steps(folder: Path, digits: Data, configs: dict[str, Config]) -> None:
     with without_code, warnings.catch_warnings(), joined() as world:
         warnings.simplefilter("ignore")  # the compiler's own
         done = {
-            name: run(digits, world, configs[name], kind, m) for name, (_, kind, m) in CASES.items()
+            name: run(digits, world, configs[name], kind, m, norm="1d" in name)
+            for name, (_, kind, m) in CASES.items()
         }
         torch.save(done, folder / f"{world.rank}.pt")
 
 
 def run(
-    digits: Data, world: World, config: Config, kind: str, m: int
+    digits: Data, world: World, config: Config, kind: str, m: int, *, norm: bool = False
 ) -> dict[str, Tensor | list[Tensor]]:
     torch.manual_seed(0)
     architecture = config.model.architecture.value
     model = models.build(architecture, width=4, depth=None, classes=10, shape=(1, 8, 8))
+    if norm:
+        model = nn.Sequential(model, nn.BatchNorm1d(10))
     if config.train.precision.name == "float32":
         model.double()
         if not isinstance(config.defense, VerifiedConfig):  # whose bounds pass through no hook

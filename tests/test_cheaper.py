@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from btrain.allocation import BOUNDARY, OUTLIER, ROBUST, Allocation, Guard, thinned
+from btrain.attacks.balls import NoisyBall
 from btrain.attacks.kept import KNOWN, Kept
 from btrain.data import Batch, Data, Split, batches
 from btrain.data.augmentation import Moved, random_mirrors, random_shifts, to_unit
@@ -187,6 +188,23 @@ def test_one_step_goes_on_where_the_last_one_ended(digits: Data) -> None:
     expected = stepped.clamp(first.x - epsilon, first.x + epsilon).clamp(0, 1)
     assert torch.equal(second.x, first.x)
     torch.testing.assert_close(second.x_adv, expected)
+
+
+def test_a_ball_of_any_reach_goes_on_where_the_last_attack_ended(digits: Data) -> None:
+    config = compose(["dataset=digits", "model=small_cnn", "bt=uniform", "bt.n_b=1",
+                      "attack.start=kept", "attack.store=bf16"])  # fmt: skip
+    method = make_method(config, CPU)
+    assert isinstance(method, BulletTrain)
+    method = replace(method, attack=replace(method.attack, ball=NoisyBall(0.1, 1.0)))
+    memory = memory_of(config, digits, CPU)
+    (batch,) = batches(Split(digits.train.images[:8], digits.train.labels[:8]), torch.arange(8), 8,
+                       crop_padding=0, flip=False, generator=generator())  # fmt: skip
+    delta = torch.linspace(-0.9, 0.9, 8).view(8, 1, 1, 1).expand_as(batch.x)
+    everybody = torch.ones(8, dtype=torch.bool)
+    assert method.kept is not None
+    method.keep(method.kept, memory, batch, torch.arange(8), delta, everybody)
+    start = method.start(batch, memory, generator())
+    torch.testing.assert_close(start, delta, rtol=0.01, atol=0.01)
 
 
 def test_the_size_of_the_store_is_told_and_one_too_large_refused(

@@ -202,6 +202,7 @@ def test_compare_takes_two_folders_and_a_name(arguments: list[str], told: str) -
         ),
         (["train", "bt.n_b=0"], "bt.n_r must be at most bt.n_b = 0, not 2; set both"),
         (["train", "attack.augmix.width=3"], "attack.augmix is null here; attack=augmix has it."),
+        (["train", "attack.augmix={width: 3}"], "attack.augmix is null here; attack=augmix has"),
         (
             ["train", "attack=l2_pgd", "attack.epsilon=1e308"],
             "attack.epsilon must be at most 1,000,000 (farther apart than any two images), not 1e",

@@ -140,3 +140,20 @@ def test_trials_are_announced_and_as_many_as_that(capsys: pytest.CaptureFixture[
     told = foresee(compose(words))
     assert "Trying 2 to 21 batches of 50 images on cpu" in capsys.readouterr().err
     assert told.batches == 4 and told.timed == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["sparsity=robust_bird", "sparsity.threshold=0"], "flops_executed"),
+        (["sparsity=channel_static"], "flops"),
+    ],
+)
+def test_a_search_and_missing_channels_are_reckoned_with(
+    tmp_path: Path, words: list[str], key: str
+) -> None:
+    config = compose([*WORDS, *words, "bt=uniform", "eval.steps=0", f"run.dir={tmp_path}"])
+    told = foresee(config)
+    assert told.flops == pytest.approx(train(config)[key], rel=1e-6)
+    searches = key == "flops_executed"
+    assert ("search   at most 20 batches ahead of these" in told.sentences()) == searches

@@ -24,8 +24,10 @@ from btrain.cli import main
 from btrain.errors import UserError
 from btrain.exchange.from_run import load_run
 from btrain.runs import checkpoint
+from btrain.runs.folder import flat
 from btrain.runs.lengthening import lengthened
 from btrain.settings import compose as configs
+from composing import compose
 from torchrun import ENVIRONMENT, forked
 
 NETS = """\
@@ -515,6 +517,59 @@ def test_a_run_that_left_images_out_is_not_lengthened() -> None:
         lengthened(begun, longer)
     whole = {"train.skip": 0.0}
     assert "train.epochs" in lengthened(begun | whole, longer | whole)
+
+
+FIXED = ["dataset=digits", "model=small_cnn", "model.width=2", "dataset.train_examples=100",
+         "train.batch_size=50", "eval.steps=0", "device=cpu", "recipe.schedule=step",
+         "recipe.milestones=[]", "recipe.lr_factors=[]"]  # fmt: skip
+EVEN = ["defense.ramp=0", "defense.weight_last=2", "defense.weight_first=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["defense=ibp"], "defense.ramp=0.375 is reckoned by the length of the run"),
+        (["defense=mixtrain", "defense.ramp=0"], "defense.weight_until=0.6 is reckoned"),
+        (
+            ["defense=mixtrain", *EVEN, "defense.k=20", "defense.per_batch=null"],
+            "defense.k=20 is reckoned",
+        ),
+        (
+            ["defense=mixtrain", EVEN[0], "defense.dynamic=feedback", "dataset.val_examples=10"],
+            "defense.dynamic=feedback is reckoned",
+        ),
+        (["bt=uniform", "sparsity=flying_bird"], "sparsity=flying_bird is reckoned"),
+        (["sparsity=channel_flying_bird"], "sparsity=channel_flying_bird is reckoned"),
+        (
+            ["recipe.repair_steps=20", "bt=uniform"],
+            "recipe.repair_steps would have looked at its last epoch",
+        ),
+        (["sparsity=channel_static"], None),
+        (["defense=mixtrain", *EVEN], None),
+        (["defense=ibp", "defense.ramp=0"], None),
+    ],
+)
+def test_what_is_reckoned_by_the_length_of_a_run_is_not_lengthened(
+    words: list[str], sentence: str | None
+) -> None:
+    begun = flat(configs.to_dict(compose([*FIXED, *words, "train.epochs=2"])))
+    longer = begun | {"train.epochs": 4}
+    if sentence is None:
+        assert "train.epochs" in lengthened(begun, longer)
+    else:
+        with pytest.raises(UserError, match=re.escape(f"cannot go on to 4: {sentence}")):
+            lengthened(begun, longer)
+
+
+def test_a_longer_training_by_bounds_is_the_one_that_was_long_from_the_start(
+    tmp_path: Path,
+) -> None:
+    words = ["defense=mixtrain", "defense.engine=ibp", *EVEN]
+    for name, *epochs in (("longer", 1, 2), ("whole", 2)):
+        for number in epochs:
+            given = [f"train.epochs={number}", f"run.dir={tmp_path / name}"]
+            assert main(["train", *FIXED, *words, *given]) == 0
+    assert same(weights(str(tmp_path / "longer")), weights(str(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize(

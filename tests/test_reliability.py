@@ -680,7 +680,10 @@ def test_a_batch_norm_that_is_not_finite_is_named(
         return state
 
     monkeypatch.setattr(run_module, "make_state", make)
-    with pytest.raises(UserError, match="ruined after epoch 1, step 5, running_var is not finite"):
+    with pytest.raises(
+        UserError,
+        match="ruined after epoch 1, step 5: there is a number that is not finite in running_var;",
+    ):
         train(tiny(tmp_path))
     assert not RunFolder(tmp_path).last.exists()
 

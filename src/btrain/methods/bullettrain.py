@@ -355,7 +355,7 @@ class BulletTrain:
         noise = self.attack.noise(batch.x, generator)
         if self.kept is None:
             return noise
-        return self.kept.starts(memory, batch, noise, self.reach.radius or 0.0)
+        return self.kept.starts(memory, batch, noise, self.scale)
 
     def keep(
         self,
@@ -367,8 +367,16 @@ class BulletTrain:
         attacked: Tensor,
     ) -> None:
         """Remember where the attacks of these rows ended, (k,)."""
-        new = kept.encoded(delta, self.reach.radius or 1.0)
+        new = kept.encoded(delta, self.scale)
         kept.keep(memory, batch, rows, new, attacked)
+
+    @property
+    def scale(self) -> float:
+        """Return the length that kept perturbations are shares of, in pixel units.
+
+        It is 1, which no pixel's change exceeds, where a ball lets an attack go any distance.
+        """
+        return self.reach.radius or 1.0
 
     def in_order(
         self,

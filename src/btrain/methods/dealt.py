@@ -81,7 +81,7 @@ class DealtBulletTrain(BulletTrain):
     ) -> None:
         """Remember the whole batch: in the next epoch another process may have these examples."""
         m, shape = len(batch.x), delta.shape[1:]
-        new = kept.encoded(delta, self.reach.radius or 1.0).flatten(1)
+        new = kept.encoded(delta, self.scale).flatten(1)
         told = torch.stack([rows, attacked.long()], dim=1)
         rows, attacked = self.world.gathered(told, m).unbind(dim=1)
         new = self.world.gathered(new.view(torch.int8), m).view(kept.dtype).view(m, *shape)

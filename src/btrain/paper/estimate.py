@@ -21,6 +21,7 @@ from btrain.paper.job import Job, asked, config_of
 from btrain.paper.plan import Plan, Row
 from btrain.settings import Config, DatasetConfig, ModelConfig, OwnModelConfig
 from btrain.settings.evaluation import AUTOATTACKS, PRESETS, EvalSettings
+from btrain.settings.sparsity import ChannelStaticConfig
 from btrain.terminal import counted, plural
 from btrain.training.foresee import reckon
 from btrain.training.scores import watched_images
@@ -63,7 +64,7 @@ def cost(job: Job, row: Row, look: Callable[[DatasetConfig], Size] = size_of) ->
         data = look(config.dataset)
         known = {"classes": data.classes, "shape": data.shape}
         methods = make_methods(config, torch.device("cpu"), known=known)
-        work = reckon(config, methods, data.train, _fractions(row))
+        work = reckon(config, methods, data.train, _fractions(row), known)
         unit = _forward_flops(config.model, data)
     except UserError as error:
         return Cost(_settings(config, None), None, None, str(error).removesuffix("."))
@@ -77,7 +78,9 @@ def cost(job: Job, row: Row, look: Callable[[DatasetConfig], Size] = size_of) ->
     if None in work.units:
         why = f"only trying tells what {row.name} takes, by btrain plan with its settings"
     else:
-        training = work.total(0) * unit
+        sparsity = config.sparsity
+        share = sparsity.macs_share if isinstance(sparsity, ChannelStaticConfig) else 1.0
+        training = work.total(0) * share * unit
     return Cost(_settings(config, work.images), training, passes * unit, why)
 
 

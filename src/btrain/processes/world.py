@@ -131,8 +131,8 @@ class World:
         return self._wrapped
 
     def average_statistics(self, network: nn.Module) -> None:
-        """Replace BatchNorm's running statistics by their means over the processes."""
-        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        """Replace the running statistics of all norms by their means over the processes."""
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         running = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
         if self.size == 1 or not running:
             return

@@ -20,8 +20,8 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
         ours: today's.
 
     Raises:
-        UserError: it is longer, but its past epochs would have had another learning rate, or fewer
-            images.
+        UserError: it is longer, but its past epochs would have had another learning rate, fewer
+            images, or something else that goes by the length of the run.
     """
     before, after = theirs.get("train.epochs"), ours.get("train.epochs")
     if type(before) is not int or type(after) is not int or after <= before:
@@ -31,6 +31,12 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
         raise UserError(f"{sentence}: recipe.schedule={schedule} falls until the end of the run.")
     if theirs.get("train.skip"):
         raise UserError(f"{sentence}: train.skip would have left images out of its last epochs.")
+    if theirs.get("recipe.repair_steps"):
+        raise UserError(
+            f"{sentence}: recipe.repair_steps would have looked at its last epoch, too."
+        )
+    if (by_length := _by_length(theirs)) is not None:
+        raise UserError(f"{sentence}: {by_length} is reckoned by the length of the run.")
     try:
         old, new = _falls(theirs, before), _falls(ours, before)
     except (TypeError, KeyError, ValueError, ZeroDivisionError):  # of a damaged file
@@ -50,6 +56,20 @@ def lengthened(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
             f"otherwise{hint}."
         )
     return LENGTH
+
+
+def _by_length(settings: Mapping[str, Any]) -> str | None:
+    """Return a setting, as it is typed, that training reckons by the run's length; or None."""
+    if "sparsity.first_drop_rate" in settings:
+        return f"sparsity={settings['sparsity.name']}"
+    grows = settings.get("defense.weight_first") != settings.get("defense.weight_last")
+    found = {
+        "defense.ramp": settings.get("defense.ramp"),
+        "defense.k": settings.get("defense.k") is not None,  # counted in images of the whole run
+        "defense.dynamic": settings.get("defense.dynamic") == "feedback",
+        "defense.weight_until": grows and settings.get("defense.form") == "bernoulli",
+    }
+    return next((f"{key}={settings[key]}" for key, does in found.items() if does), None)
 
 
 def _falls(settings: Mapping[str, Any], end: int) -> list[tuple[float, float]]:

@@ -754,7 +754,8 @@ def explain(error: Exception, overrides: Sequence[str], task: str = "train") -> 
         return UserError(f"{vars(error)['override']} is not of the form key=value.")
     if removed := _removed(overrides, TASKS[task].schema):
         return UserError(f"{removed} takes away what every run needs.")
-    if part := _of_null(overrides, task) if isinstance(cause, AssertionError) else None:
+    of_null = isinstance(cause, AssertionError | AttributeError)
+    if part := _of_null(overrides, task) if of_null else None:
         return UserError(part)
     unknown = re.search(r"Key '(.*?)' (is )?not in", str(cause)) or re.search(
         r"Could not override '(.*?)'\.( No match in the defaults list\.)?\s*$",
@@ -809,7 +810,8 @@ def _removed(overrides: Sequence[str], schema: type | None) -> str | None:
 def _of_null(overrides: Sequence[str], task: str) -> str | None:
     """Return a sentence on an override of what is in a part that is null, None without one."""
     for override in overrides:
-        parts = override.lstrip("+~").partition("=")[0].split(".")
+        key, _, value = override.lstrip("+~").partition("=")
+        parts = [*key.split("."), *(["{"] if value.startswith("{") else [])]
         if len(parts) > 2 and parts[0] in OPTIONS and task == "train":
             group, part, *_ = parts
             files = files_of(group)

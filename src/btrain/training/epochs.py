@@ -383,8 +383,8 @@ def check_weights(state: TrainState, split: Split) -> None:
     if not finite.all():
         name = list(tensors)[finite.tolist().index(False)]
         raise UserError(
-            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}, {name} is "
-            "not finite; a smaller recipe.lr may help."
+            f"The weights are ruined after epoch {state.epoch + 1}, step {state.batch}: there is "
+            f"a number that is not finite in {name}; a smaller recipe.lr may help."
         )
 
 

@@ -21,13 +21,15 @@ from btrain.data.augmentation import batch_slices
 from btrain.data.splits import load_or_stand_in
 from btrain.methods.base import Method
 from btrain.methods.cost import PAPER_FRACTIONS, forward_flops
-from btrain.methods.make import make_methods
+from btrain.methods.make import Known, make_method, make_methods
 from btrain.methods.statistics import EXAMPLES, UNITS
 from btrain.settings import Config
+from btrain.settings.sparsity import RobustBirdConfig
 from btrain.terminal import counted, lasting, plural, sized, tell
 from btrain.training.epochs import fewest_images, train_epoch
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.schedule import make_plan
+from btrain.training.search import search_method
 from btrain.training.setup import check_radius, known_of, make_state, store_bytes
 
 _SECONDS, _BATCHES = 10.0, 20
@@ -55,6 +57,7 @@ class Foreseen:
             images at the share of outliers that is assumed.
         store: bytes of the kept starts; None where none are kept.
         saved: whether checkpoints hold them.
+        search: batches ahead of the epochs, of a search, at the most.
         noise_for: the data set that is still to be downloaded, for which noise stood in; or None.
     """
 
@@ -72,6 +75,7 @@ class Foreseen:
     reckoned: int
     store: int | None
     saved: bool
+    search: int = 0
     noise_for: str | None = None
 
     def sentences(self) -> str:
@@ -93,6 +97,11 @@ class Foreseen:
             f"memory   {sized(self.memory)} at the most, {self._whose_memory()}",
             f"disk     {sized(self.checkpoint)} a checkpoint, {_CHECKPOINTS} at the most",
         ]
+        if self.search:
+            searched = counted(self.search, "batch", "batches")
+            lines.insert(
+                1, f"search   at most {searched} ahead of these; time and work are with all of them"
+            )
         if self.store is not None:
             where = f"{self.device}, in {'every' if self.saved else 'no'} checkpoint"
             lines.append(f"starts   {sized(self.store)} of kept starts on {where}")
@@ -126,15 +135,18 @@ class Reckoned(NamedTuple):
     Attributes:
         images: of each epoch.
         units: an example of each epoch; None where only trying can tell.
+        search: units of a search ahead of them, at the most.
     """
 
     images: list[int]
     units: list[float | None]
+    search: float = 0.0
 
     def total(self, tried: float) -> float:
-        """Return the units of all epochs, with those that were tried where nothing else tells."""
+        """Return the units of search and epochs, as tried where nothing else tells them."""
         each = (tried if units is None else units for units in self.units)
-        return sum(count * units for count, units in zip(self.images, each, strict=True))
+        epochs = sum(count * units for count, units in zip(self.images, each, strict=True))
+        return self.search + epochs
 
 
 def reckon(
@@ -142,6 +154,7 @@ def reckon(
     methods: Callable[[int], Method],
     examples: int,
     fractions: tuple[float, float, float],
+    known: Known,
 ) -> Reckoned:
     """Return the work of a training where examples of an epoch have these F_B, F_R, F_O.
 
@@ -150,13 +163,26 @@ def reckon(
     Args:
         methods: of each epoch.
         examples: of the training set.
+        known: of the data, for the user's own parts.
     """
     own: tuple[float, float, float] | None = getattr(config.bt, "fractions", None)
     *_, outliers = own or fractions
     return Reckoned(
         fewest_images(examples, make_plan(config), outliers),
         [methods(epoch).expected_units(fractions) for epoch in range(config.train.epochs)],
+        _search_units(config, known) * examples,
     )
+
+
+def _search_units(config: Config, known: Known) -> float:
+    """Return the units an example of the longest search of Robust Bird, 0 without one."""
+    wanted = config.sparsity
+    if not isinstance(wanted, RobustBirdConfig):
+        return 0.0
+    method = make_method(search_method(config, wanted.search), torch.device("cpu"), known=known)
+    units = method.expected_units(_ALL)
+    assert units is not None
+    return wanted.search_epochs * units
 
 
 def foresee(config: Config) -> Foreseen:
@@ -178,7 +204,8 @@ def foresee(config: Config) -> Foreseen:
     paths = make_fast_paths(config.train, device)
     methods = make_methods(config, device, paths=paths, known=known)
     reckoned, if_all_near = (
-        reckon(config, methods, len(data.train), fractions) for fractions in (PAPER_FRACTIONS, _ALL)
+        reckon(config, methods, len(data.train), fractions, known)
+        for fractions in (PAPER_FRACTIONS, _ALL)
     )
     batches = len(batch_slices(len(data.train), plan.batch_size))
     earlier = 0  # batches, in the epochs before the one under way
@@ -227,6 +254,12 @@ def foresee(config: Config) -> Foreseen:
         sum(len(batch_slices(count, plan.batch_size)) for count in counts)
         for counts in (fewest_images(len(data.train), plan), reckoned.images)
     )
+    search, share, sparsity = 0, 1.0, state.sparsity
+    if isinstance(config.sparsity, RobustBirdConfig):
+        an_epoch = len(batch_slices(len(data.train), config.train.batch_size))
+        search = config.sparsity.search_epochs * an_epoch
+    if sparsity is not None and sparsity.shrinks:
+        share = float(sparsity.memory["macs_share"])
     content = io.BytesIO()
     torch.save(state.state_dict(), content)
     return Foreseen(
@@ -234,7 +267,7 @@ def foresee(config: Config) -> Foreseen:
         batches=batches,
         timed=tried() - untimed,
         seconds=total * seconds / units,
-        flops=total * forward_flops(state.model, data.shape, device),
+        flops=total * share * forward_flops(state.model, data.shape, device),
         memory=_memory(device),
         alone=alone,
         checkpoint=content.tell(),
@@ -244,6 +277,7 @@ def foresee(config: Config) -> Foreseen:
         reckoned=taken,
         store=store_bytes(config, data),
         saved=config.attack.checkpoint_store,
+        search=search,
         noise_for=config.dataset.title if noise else None,
     )
 

@@ -172,7 +172,7 @@ def _doubts_of_settings(config: Config, state: TrainState, data: Data) -> list[s
 
 def _normalises(network: nn.Module) -> bool:
     """Return whether a network has BatchNorm."""
-    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in network.modules())
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
 @contextmanager
