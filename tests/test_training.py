@@ -262,13 +262,19 @@ def test_weights_ruined_by_the_last_update_are_not_saved(tmp_path: Path) -> None
     assert "ruined" in (tmp_path / "train.log").read_text()
 
 
-@pytest.mark.parametrize("stops", [True, False])
-def test_a_collapse_is_logged_and_ends_the_run_if_asked(tmp_path: Path, stops: bool) -> None:
+@pytest.mark.parametrize(
+    ("stops", "more"),
+    [(True, []), (False, []), (True, ["bt=uniform", "recipe.repair_steps=1"])],
+    ids=["stops", "goes_on", "nothing_to_repair"],
+)
+def test_a_collapse_is_logged_and_ends_the_run_if_asked(
+    tmp_path: Path, stops: bool, more: list[str]
+) -> None:
     # A learning rate 100 times larger in the last epoch but one ruins what was learnt.
     config = tiny(
         tmp_path, "train.epochs=14", "recipe.epochs=14", "recipe.milestones=[12]",
         "recipe.lr_factors=[100]", "attack.epsilon=0.05", "recipe.lr=0.1",
-        f"recipe.early_stop_on_collapse={stops}",
+        f"recipe.early_stop_on_collapse={stops}", *more,
     )  # fmt: skip
     summary = train(config)
     watched = [line["pgd_acc_train_batch"] for line in metrics(tmp_path)]

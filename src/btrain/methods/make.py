@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ Known = Mapping[str, Any]
 NOTHING: Known = {}
 
 
+class MethodOf(Protocol):
+    """The method of an epoch, from 0, which may be one that repairs."""
+
+    def __call__(self, epoch: int, repairs: bool = False) -> Method: ...
+
+
 def make_methods(
     config: Config,
     device: torch.device,
@@ -89,12 +95,12 @@ def make_methods(
     known: Known = NOTHING,
     world: World = ALONE,
     held_out: Split | None = None,
-) -> Callable[..., Method]:
-    """Return the method of each epoch, from 0, and of one that repairs: some epochs differ.
+) -> MethodOf:
+    """Return what gives the method of each epoch.
 
     In `bt.warmup_epochs` every example gets N_B steps; in `attack.epsilon_warmup_epochs` every
-    length of the attack is a share of what it will be; one that repairs has
-    `recipe.repair_steps` more.
+    length of the attack is a share of what it will be; an epoch that repairs has
+    `recipe.repair_steps` more steps.
 
     Args:
         held_out: images that no batch is drawn from, for a weight by feedback.
@@ -116,10 +122,10 @@ def make_methods(
 
 def with_more_steps(config: Config) -> Config:
     """Return the settings of an epoch that repairs: N_B is more, and the way as long as before."""
-    bt, recipe = config.bt, config.recipe
-    n_b = bt.n_b + recipe.repair_steps
+    bt = config.bt
+    n_b = bt.n_b + config.recipe.repair_steps
     more = replace(bt, n_b=n_b, step_size_b=bt.step_size_b * bt.n_b / n_b)
-    return replace(config, bt=more, recipe=recipe.unrepaired())
+    return replace(config, bt=more)
 
 
 def make_method(
@@ -460,6 +466,5 @@ def plain_defense(config: Config) -> Config:
         rival=RivalConfig(),
         defense=defense,
         attack=attack.unkept(),
-        recipe=config.recipe.unrepaired(),
         train=replace(config.train, skip=0.0),
     )

@@ -146,12 +146,17 @@ def _settings(config: Config) -> str:
     return as_yaml(told).strip()
 
 
+def _reached(saved: SavedRun, folder: RunFolder | None) -> str | None:
+    """Return how far training had come, None where that is not known."""
+    told = saved.unfinished() or saved.reached
+    if told is None or folder is None or saved.path.name != folder.best.name:
+        return told
+    return f"{told.removesuffix('.')}, the best on held-out images"
+
+
 def _facts(saved: SavedRun, folder: RunFolder | None, summary: dict[str, Any]) -> str:
-    weights = saved.unfinished() or saved.reached
-    if weights and folder is not None and saved.path.name == folder.best.name:
-        weights += ", the best on held-out images"
     told = {
-        "weights": weights,
+        "weights": _reached(saved, folder),
         "the run was cut by": summary.get("cut"),
         "the run was ended by a collapse in": summary.get("collapse"),
         "training": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"

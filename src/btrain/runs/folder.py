@@ -330,8 +330,13 @@ def settings_sha256(config: Config) -> str:
         key: value
         for key, value in flat(to_dict(config)).items()
         if not _may_differ(key, config) and key not in LENGTH
+        if (key, value) not in _LATER
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_LATER = [("recipe.repair_steps", 0)]
+"""Settings that runs were evaluated without, as they were then."""
 
 
 def _may_differ(key: str, config: Config) -> bool:

@@ -275,7 +275,7 @@ _OF_THE_SCHEMA = {
     "recipe.schedule": "of the learning rate: step (milestones), cyclic, cosine",
     "recipe.peak": "share of the run at which a cyclic rate is highest",
     "recipe.early_stop_on_collapse": "end ahead of an epoch in which PGD accuracy on a training "
-    "batch, of 128 images at least, fell by more than 20 points",
+    "batch, of 128 images at least, fell by more than 20 points, and which is not repaired",
     "recipe.repair_steps": "more steps for everybody in an epoch behind one that overfitted, in "
     "which training saw over 20 points more images resist its attack than PGD does",
     "recipe.ema": "decay of the weights' moving average, which is then what is evaluated; 0: none",

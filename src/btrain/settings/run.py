@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -307,10 +307,6 @@ class RecipeConfig:
         if not self.repair_steps:
             return []
         return [Choice(f"recipe.repair_steps={self.repair_steps}", frozenset(), _NO_REPAIR)]
-
-    def unrepaired(self) -> RecipeConfig:
-        """Return the same for work whose steps are as many in all epochs."""
-        return replace(self, repair_steps=0)
 
 
 _NO_REPAIR = {

@@ -50,7 +50,7 @@ from btrain.training.safety.determinism import deterministic
 from btrain.training.safety.inputs import InputGuard
 from btrain.training.safety.out_of_memory import explained_memory, smaller_batch
 from btrain.training.safety.signals import StopRequest, stop_on_signals
-from btrain.training.schedule import make_plan
+from btrain.training.schedule import is_over, make_plan
 from btrain.training.scores import (
     Evaluator,
     after_epoch,
@@ -135,7 +135,7 @@ def _finished(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     if summary is None:
         return None
     saved, _ = load_newest(folder)
-    if saved is not None and not _is_over(config, saved["state"]):
+    if saved is not None and not is_over(config, saved["state"]):
         return None
     end = "was ended and evaluated" if summary.get("cut") else "is finished already"
     more = "; a larger train.max_seconds goes on" if summary.get("cut") else ""
@@ -231,7 +231,7 @@ def _recording(
         if warning is not None:
             log.warning("%s", warning)
             set_damaged_aside(folder)
-        partial = state.collapsed or (state.batch > 0 and _is_over(config, vars(state)))
+        partial = state.collapsed or (state.batch > 0 and is_over(config, vars(state)))
         folder.keep_metrics(state.epoch + partial)
         log.info("%s: %s", folder.path, describe(config, data, state))
         for note in notes:
@@ -297,7 +297,7 @@ def _train_epochs(
                 refresh=False,
             )
 
-        while not _is_over(config, vars(state)):
+        while not is_over(config, vars(state)):
             method = method_of(state.epoch, state.repairs)
             watch = InputGuard(method.reach)
             bar.set_description(f"epoch {state.epoch + 1}/{plan.epochs}", refresh=False)
@@ -338,7 +338,7 @@ def _train_epochs(
             if record is not None:
                 record.epoch(metrics)
                 due = state.epoch % config.train.checkpoint_every == 0
-                if due or not complete or _is_over(config, vars(state)):
+                if due or not complete or is_over(config, vars(state)):
                     record.save()
 
 
@@ -351,10 +351,3 @@ def _evaluation(config: Config, state: TrainState, stop: StopRequest) -> Iterato
         stop.at_once(),
     ):
         yield
-
-
-def _is_over(config: Config, progress: Mapping[str, Any]) -> bool:
-    """Return whether nothing is left to train, by a state's numbers, live or from a file."""
-    limit = config.train.max_seconds
-    timed_out = limit is not None and progress["train_seconds"] >= limit
-    return bool(timed_out or progress["collapsed"] or progress["epoch"] >= config.train.epochs)

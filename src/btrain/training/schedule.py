@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from btrain.data.augmentation import batch_slices
 from btrain.methods.make import make_guard
@@ -103,6 +104,13 @@ def make_plan(config: Config) -> Plan:
         guard=1.0 if guard is None else guard.share,
         plain_epochs=config.bt.plain_epochs,
     )
+
+
+def is_over(config: Config, progress: Mapping[str, Any]) -> bool:
+    """Return whether nothing is left to train, by a state's numbers, live or from a file."""
+    limit = config.train.max_seconds
+    timed_out = limit is not None and progress["train_seconds"] >= limit
+    return bool(timed_out or progress["collapsed"] or progress["epoch"] >= config.train.epochs)
 
 
 def updates_per_epoch(config: Config, examples: int) -> int:

@@ -29,6 +29,7 @@ from btrain.terminal import counted
 from btrain.training.epochs import epoch_order
 from btrain.training.resume import adopt_best
 from btrain.training.safety.inputs import epoch_warnings, fell, is_above, overfitting
+from btrain.training.schedule import is_over
 from btrain.training.state import TrainState
 
 log = logging.getLogger("btrain")
@@ -89,10 +90,10 @@ def after_epoch(
 
     The PGD accuracy on one training batch tells of FAST's catastrophic overfitting: with
     `recipe.early_stop_on_collapse` a fall by more than 20 points since the epoch before takes the
-    run back to that epoch and ends it, as FAST does; a smaller batch is then filled up to 128
-    images. This accuracy is that of the weights in training, whose average would show a fall later;
-    all else is scored on `state.evaluated`. `state` changes last, so that a signal within leaves it
-    where the epoch's training ended.
+    run back to that epoch and ends it, as FAST does, unless `recipe.repair_steps` repairs it in the
+    next one; a smaller batch is then filled up to 128 images. This accuracy is that of the weights
+    in training, whose average would show a fall later; all else is scored on `state.evaluated`.
+    `state` changes last, so that a signal within leaves it where the epoch's training ended.
     """
     config, world = evaluator.config, evaluator.world
     size, stops = watched_images(config), config.recipe.early_stop_on_collapse
@@ -101,13 +102,14 @@ def after_epoch(
     watched = evaluator(state.model, batch)
     before = state.watched_acc if state.watched_images == filled_up else None
     metrics["pgd_acc_train_batch"] = watched.robust
-    repairs = config.recipe.repair_steps > 0 and state.epoch + 1 < config.train.epochs
     overfitted = _overfitting(config, state.epoch, metrics["robust_acc_train"], watched, before)
+    wanting = overfitted is not None and config.recipe.repair_steps > 0
+    repairs = wanting and not is_over(config, vars(state) | {"epoch": state.epoch + 1})
     if overfitted is not None and repairs:
         steps = with_more_steps(config).bt.n_b
         overfitted += f"; the next epoch takes {counted(steps, 'step')} (recipe.repair_steps)"
-    elif overfitted is not None and not config.recipe.repair_steps:
-        overfitted += "; recipe.repair_steps or more steps for all may be better"
+    elif overfitted is not None and _one_step(config) and not config.recipe.repair_steps:
+        overfitted += "; recipe.repair_steps=1 or more steps for all may be better"
     metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), overfitted)
     if stops and not repairs and fell(before, watched.robust):
         if world.first:
@@ -137,7 +139,7 @@ def after_epoch(
         if not due:
             bird.spend(len(data.val) * _units(config))
     state.watched_acc, state.watched_images = watched.robust, filled_up
-    state.repairs = repairs and overfitted is not None
+    state.repairs = wanting  # by a run that was cut and goes on, too
     state.end_epoch()
 
 
@@ -146,12 +148,16 @@ def _overfitting(
 ) -> str | None:
     """Return how an epoch, from 0, has overfitted to the training's attack, or None.
 
-    While ε grows the training's attack is the weaker one for that alone.
+    While ε grows the training's attack is the weaker one for that alone, so that only a fall tells.
     """
-    one_step = config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
     whole = config.attack.share(epoch) == 1
-    from_start = whole and (one_step or config.recipe.repair_steps > 0)
+    from_start = whole and (_one_step(config) or config.recipe.repair_steps > 0)
     return overfitting(under_attack, watched.robust, before, from_start=from_start)
+
+
+def _one_step(config: Config) -> bool:
+    """Return whether one large step attacks everybody."""
+    return config.rival.name in (RivalName.fast, RivalName.nfgsm) and config.bt.n_b == 1
 
 
 def _due(config: Config, epoch: int) -> bool:

@@ -99,7 +99,7 @@ def search_method(config: Config, name: SearchName) -> Config:
         attack=attack,
         bt=UniformConfig(**common),
         rival=RivalConfig(),
-        recipe=config.recipe.unrepaired(),
+        recipe=replace(config.recipe, repair_steps=0),
     )
 
 
