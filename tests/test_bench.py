@@ -609,7 +609,7 @@ def test_help_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 MINIATURE = {
     "wrn_34_10": ["dataset=digits", "model.depth=10", "model.width=1"],
-    "preact_resnet18": ["dataset=digits", "model.width=5"],
+    "preact_resnet18": ["dataset=digits", "model.width=8"],
     "wrn_40_2": ["dataset=digits", "model.depth=10", "model.width=1"],
 }
 

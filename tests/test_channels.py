@@ -88,7 +88,9 @@ def everything(state: TrainState) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], [*PREACT, "bt=uniform", "train.channels_last=true"]], ids=["adam", "sgd"]
+    "more",
+    [[], [*PREACT, "model.width=8", "bt=uniform", "train.channels_last=true"]],
+    ids=["adam", "sgd"],
 )
 def test_the_compact_network_learns_what_the_masked_one_does(more: list[str], few: Data) -> None:
     """To rounding; with a tiny ε, for the signs of an attack make much of a difference of it."""

@@ -29,7 +29,7 @@ _ELSEWHERE = "format=onnx"  # six seconds, and in tests/test_export.py
 _SMALLER = {
     "dataset=mnist_sample": ("dataset=digits",),
     "dataset=cifar10": _FOLDER,
-    "model=preact_resnet18": ("model=preact_resnet18", "model.width=2"),
+    "model=preact_resnet18": ("model=preact_resnet18", "model.width=8"),
     "model=wrn_28_10": ("model=wrn_28_10", "model.depth=10", "model.width=1"),
     "dataset.train_examples=1000": (),
     "dataset.val_examples=500": ("dataset.val_examples=8",),

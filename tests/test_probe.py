@@ -39,7 +39,7 @@ TINY = [
     "eval.steps=2",
     "device=cpu",
 ]
-RESNET = ["model=preact_resnet18", "model.width=5", "dataset.train_examples=130", "attack.steps=3"]
+RESNET = ["model=preact_resnet18", "model.width=8", "dataset.train_examples=130", "attack.steps=3"]
 
 
 def tiny(*overrides: str) -> Config:

@@ -136,7 +136,7 @@ WAYS = {
     "fast": ["rival=fast"],
     "augmix": ["defense=augmix", "recipe.optimizer=sgd"],
     "bf16": ["train.precision=bf16", *PREACT],
-    "channels_last": ["train.channels_last=true", *PREACT],
+    "channels_last": ["train.channels_last=true", *PREACT, "model.width=8"],
     "ema": ["recipe.ema=0.9", *PREACT],
     "skip": ["train.on_nonfinite=skip"],
 }

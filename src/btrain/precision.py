@@ -15,7 +15,7 @@ from btrain.errors import UserError
 
 T = TypeVar("T")
 _SLOW = 2  # times float32's time: more than the noise of a timing
-_TOO_NARROW = 4  # input channels
+_FEWEST = 8  # input channels
 
 
 def full(logits: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def to_channels_last(model: nn.Module) -> nn.Module:
     if narrow:
         raise UserError(
             "train.channels_last=true is not safe with this network on this processor: one of its "
-            f"convolutions of 1×1 with stride 2 has {narrow[0].in_channels} input channels, and "
-            f"torch needs more than {_TOO_NARROW} there."
+            f"convolutions of 1×1 with a stride has {narrow[0].in_channels} input channels, and "
+            f"torch needs {_FEWEST} there."
         )
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -138,8 +138,9 @@ def _writes_beyond_its_memory(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Return whether torch 2.13's oneDNN would, in `channels_last`; seen with AVX2 alone."""
     return (
         isinstance(module, nn.Conv2d)
-        and (module.kernel_size, module.stride) == ((1, 1), (2, 2))
-        and module.in_channels <= _TOO_NARROW
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < _FEWEST
         and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
         and torch.backends.cpu.get_cpu_capability() == "AVX2"
     )
