@@ -105,12 +105,15 @@ def after_epoch(
     overfitted = _overfitting(config, state.epoch, metrics["robust_acc_train"], watched, before)
     wanting = overfitted is not None and config.recipe.repair_steps > 0
     repairs = wanting and not is_over(config, vars(state) | {"epoch": state.epoch + 1})
-    if overfitted is not None and repairs:
-        steps = with_more_steps(config).bt.n_b
-        overfitted += f"; the next epoch takes {counted(steps, 'step')} (recipe.repair_steps)"
-    elif overfitted is not None and _one_step(config) and not config.recipe.repair_steps:
-        overfitted += "; recipe.repair_steps=1 or more steps for all may be better"
-    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch), overfitted)
+    metrics["warnings"] += epoch_warnings(metrics, watched, len(batch))
+    if overfitted is not None:
+        remedy = ""
+        if repairs:
+            steps = with_more_steps(config).bt.n_b
+            remedy = f"; the next epoch takes {counted(steps, 'step')} (recipe.repair_steps)"
+        elif _one_step(config) and not config.recipe.repair_steps:
+            remedy = "; recipe.repair_steps=1 or more steps for all may be better"
+        metrics["warnings"].append(overfitted + remedy)
     if stops and not repairs and fell(before, watched.robust):
         if world.first:
             log.warning(

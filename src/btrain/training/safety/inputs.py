@@ -74,18 +74,12 @@ class InputGuard:
         return found
 
 
-def epoch_warnings(
-    means: Mapping[str, Any],
-    watched: Accuracy,
-    watched_examples: int,
-    overfitted: str | None = None,
-) -> list[str]:
+def epoch_warnings(means: Mapping[str, Any], watched: Accuracy, watched_examples: int) -> list[str]:
     """Return what is odd about an epoch.
 
     Args:
         means: the epoch's averages.
         watched: accuracies on the watched training batch.
-        overfitted: what `overfitting` says.
     """
     found = []
     total = means["f_b"] + means["f_r"] + means["f_o"]
@@ -96,7 +90,7 @@ def epoch_warnings(
             f"PGD accuracy on a training batch, {watched.robust:.1f} %, is above the clean "
             f"accuracy, {watched.clean:.1f} %"
         )
-    return found if overfitted is None else [*found, overfitted]
+    return found
 
 
 def overfitting(
