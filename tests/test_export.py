@@ -464,13 +464,19 @@ def test_an_earlier_checkpoint_has_no_accuracies_of_the_runs_end(
     assert "right %" not in card and "Accuracies" not in card and "AutoAttack" not in card
     digest = hashlib.sha256(folder.previous.read_bytes()).hexdigest()
     facts = {"n": 50, "epsilon": 0.1}
-    for place, weights, accuracy in (("previous", digest, 12.5), (".", "other", 87.5)):
-        content = {"attack": "pgd20", "accuracy": accuracy, "checkpoint_sha256": weights}
+    part = "dataset.test_examples_50"
+    for place, attack, weights, accuracy in (
+        ("previous", "pgd20", digest, 12.5), (".", "pgd20", "other", 87.5),
+        (part, "autoattack", digest, 11.5), (part, "pgd20", "other", 87.5),
+    ):  # fmt: skip
+        content = {"attack": attack, "accuracy": accuracy, "checkpoint_sha256": weights}
         (copied / "eval" / place).mkdir(parents=True, exist_ok=True)
-        (copied / "eval" / place / "pgd20.json").write_text(json.dumps(content | facts))
+        (copied / "eval" / place / f"{attack}.json").write_text(json.dumps(content | facts))
     assert main([*words, f"checkpoint={folder.previous}"]) == 0
-    card = Path(f"{out}.md").read_text()
+    card = " ".join(Path(f"{out}.md").read_text().split())
     assert "| pgd20, ε 0.1 (btrain eval) | 12.50 " in card and "87.50" not in card
+    assert f"| autoattack, ε 0.1 (btrain eval, {part}) | 11.50 " in card
+    assert "AutoAttack was not run" not in card and "- training, all of the run: " in card
     # The last one of a run that was cut, and of one that is not finished.
     folder.previous.replace(folder.last)
     summary = json.loads((copied / "summary.json").read_text())
@@ -483,3 +489,6 @@ def test_an_earlier_checkpoint_has_no_accuracies_of_the_runs_end(
     (copied / "summary.json").unlink()
     assert main([*words, f"checkpoint={copied}"]) == 0
     assert "- weights: The run is not finished: these are" in Path(f"{out}.md").read_text()
+    assert main([*words, f"checkpoint={copied}", "which=best"]) == 0
+    card = Path(f"{out}.md").read_text()
+    assert ", the best on held-out images\n" in card and "- training" not in card

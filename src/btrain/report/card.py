@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,24 +112,34 @@ def _accuracies(
         if accuracy is not None and n:
             low, high = wilson(round(accuracy * n / 100), n)
             rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
-    digest = sha256(checkpoint)
-    found: list[Summary] = []
-    # Those of other checkpoints than the last have a folder of their own.
-    for place in (folder.path / "eval", folder.path / "eval" / checkpoint.stem):
-        with suppress(UserError):
-            found += [*Evaluation.read(place).summaries()]
-    found = [of for of in found if of.settings.get(WEIGHTS) == digest]
-    for of in found:
+    attacks = set()
+    for of, where in _evaluations(folder, checkpoint):
+        attacks.add(of.attack)
         interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
         epsilon = of.settings.get("epsilon")
         ball = "" if epsilon is None else f", ε {epsilon:.3g}"
-        rows.append([f"{of.attack}{ball} (btrain eval)", f"{of.accuracy:.2f}", interval, str(of.n)])
+        rows.append([f"{of.attack}{ball} ({where})", f"{of.accuracy:.2f}", interval, str(of.n)])
     if not rows:
         return []
     told = "Accuracies are percent of n test images, with 95 % intervals over other draws of them."
-    if not any("autoattack" in of.attack for of in found):
+    if not any("autoattack" in attack for attack in attacks):
         told += "\nAutoAttack was not run, so the true robust accuracy may be lower."
     return [markdown(["under", "right %", "95 % interval", "n"], rows), told]
+
+
+def _evaluations(folder: RunFolder, checkpoint: Path) -> Iterator[tuple[Summary, str]]:
+    """Yield each result of `btrain eval` with a checkpoint's weights, and where it is from.
+
+    An evaluation on other images or in another ball has a folder of its own, which is named.
+    """
+    digest, inside = sha256(checkpoint), folder.path / "eval"
+    own = [inside, inside / checkpoint.stem]
+    for place in [*own, *sorted({*inside.glob("*/")} - {*own})]:
+        told = "btrain eval" if place in own else f"btrain eval, {place.name}"
+        with suppress(UserError):
+            for of in Evaluation.read(place).summaries():
+                if of.settings.get(WEIGHTS) == digest:
+                    yield of, told
 
 
 _PLACES = {"root", "dir", "weights"}
@@ -155,11 +166,12 @@ def _reached(saved: SavedRun, folder: RunFolder | None) -> str | None:
 
 
 def _facts(saved: SavedRun, folder: RunFolder | None, summary: dict[str, Any]) -> str:
+    last = folder is not None and saved.path.name == folder.last.name
     told = {
         "weights": _reached(saved, folder),
         "the run was cut by": summary.get("cut"),
         "the run was ended by a collapse in": summary.get("collapse"),
-        "training": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
+        "training" if last else "training, all of the run": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
         if "train_seconds" in summary
         else None,
         "torch": summary.get("torch_version"),
