@@ -171,7 +171,9 @@ def _facts(saved: SavedRun, folder: RunFolder | None, summary: dict[str, Any]) -
         "weights": _reached(saved, folder),
         "the run was cut by": summary.get("cut"),
         "the run was ended by a collapse in": summary.get("collapse"),
-        "training" if last else "training, all of the run": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
+        "training"
+        if last
+        else "training, all of the run": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
         if "train_seconds" in summary
         else None,
         "torch": summary.get("torch_version"),
