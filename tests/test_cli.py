@@ -120,10 +120,12 @@ def test_no_command_is_a_mistake(capsys: Capture) -> None:
 
 
 def test_an_unknown_command_is_named(capsys: Capture) -> None:
-    assert main(["trian"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == ["btrain: there is no command trian; see btrain --help."]
+    hints = {"trian": "Did you mean train?", "qqqqq": "btrain --help lists them."}
+    for word, hint in hints.items():
+        assert main([word]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines() == [f"btrain: there is no command {word}. {hint}"]
 
 
 TORCH_FREE = """

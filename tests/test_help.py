@@ -57,6 +57,13 @@ def test_values_are_those_that_the_words_come_to() -> None:
         assert told[name]
 
 
+def test_the_help_of_plan_is_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("btrain plan [option=value …]\n  tell what that training will take")
+    assert "dataset=cifar10" in told
+
+
 def test_one_group_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help", "rival", "rival=free"]) == 0
     page = capsys.readouterr().out

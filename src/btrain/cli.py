@@ -14,7 +14,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--completion":
         return _completion(args[1:])
     if args[0] not in COMMANDS:
-        complain(f"there is no command {args[0]}; see btrain --help.")
+        meant = get_close_matches(args[0], COMMANDS, 1)
+        hint = f"Did you mean {meant[0]}?" if meant else "btrain --help lists them."
+        complain(f"there is no command {args[0]}. {hint}")
         return 2
     try:
         check_variables()
@@ -218,6 +221,13 @@ def _plan(args: list[str]) -> None:
     from btrain.settings import compose as configs
 
     args = configs.arranged(args)
+    if "--help" in args:
+        from btrain.settings.help import help_text
+
+        summary = "tell what that training will take: steps, time, memory, disk; train nothing"
+        told = replace(configs.TASKS["train"], command="plan", summary=summary)
+        show(help_text(args, "train", told), end="")
+        return
     with TemporaryDirectory(prefix="btrain-") as folder:  # jobs may be processes of their own
         place = Path(folder)
 

@@ -166,16 +166,14 @@ def _reached(saved: SavedRun, folder: RunFolder | None) -> str | None:
 
 
 def _facts(saved: SavedRun, folder: RunFolder | None, summary: dict[str, Any]) -> str:
+    seconds, device = summary.get("train_seconds"), summary.get("device", "a device")
     last = folder is not None and saved.path.name == folder.last.name
+    training = "training" if last else "training, all of the run"
     told = {
         "weights": _reached(saved, folder),
         "the run was cut by": summary.get("cut"),
         "the run was ended by a collapse in": summary.get("collapse"),
-        "training"
-        if last
-        else "training, all of the run": f"{summary['train_seconds']:.0f} s on {summary.get('device', 'a device')}"
-        if "train_seconds" in summary
-        else None,
+        training: None if seconds is None else f"{seconds:.0f} s on {device}",
         "torch": summary.get("torch_version"),
         "commit of btrain": summary.get("git_commit"),
         "SHA-256 of the data": summary.get("data_sha256"),

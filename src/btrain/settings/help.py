@@ -23,12 +23,15 @@ _NAMES = ("name", "architecture", "network")
 """Settings that tell which option was chosen; they cannot be set."""
 
 
-def help_text(arguments: Sequence[str], task: str = "train") -> str:
+def help_text(
+    arguments: Sequence[str], task: str = "train", told: configs.Task | None = None
+) -> str:
     """Return a command's `--help`: every option and setting, or those of one group.
 
     Args:
         arguments: the words of the command line; a word that is no option and no setting, `attack`
             in `--help attack`, names the one group. Options that are given are in force.
+        told: the command and its summary, where they are not the task's own.
 
     Raises:
         UserError: an override is wrong, or there is no such group.
@@ -45,14 +48,14 @@ def help_text(arguments: Sequence[str], task: str = "train") -> str:
     if stray and stray[0] != folder:
         raise UserError(f"There is no group {stray[0]}; there are: {', '.join(groups)}.")
     shown = wanted or [*groups, *(key for key in sections if key not in groups)]
-    command = configs.TASKS[task].command
-    head = f"btrain {command} [option=value …]\n  {configs.TASKS[task].summary}\n"
+    told = told or configs.TASKS[task]
+    head = f"btrain {told.command} [option=value …]\n  {told.summary}\n"
     text = "".join(
         _section(key, sections.get(key), cfg, key in groups, folder, task, full=bool(wanted))
         for key in shown
         if key != "hydra"
     )
-    more = textwrap.fill(_MORE.format(command=command), _columns())
+    more = textwrap.fill(_MORE.format(command=told.command), _columns())
     return f"{'' if wanted else head}{text}\n{more}\n"
 
 
