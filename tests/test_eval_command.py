@@ -302,12 +302,11 @@ def test_an_unfinished_run_says_so_and_its_results_make_room_when_it_has_gone_on
 def test_a_setting_that_came_later_leaves_the_hash_of_older_runs() -> None:
     """With another hash a run's own earlier results would count as another run's."""
     words = ["dataset=digits", "model=small_cnn"]
+    fast = [*words, "defense=pgd", "rival=fast"]
     before = "917f862984afb0ceff28f033a59a31e576e8c34f9094b24ad074244efd5fd41a"
     assert settings_sha256(compose(words)) == before  # by the version without recipe.repair_steps
-    repaired = compose([*words, "defense=pgd", "rival=fast", "recipe.repair_steps=1"])
-    assert settings_sha256(repaired) != settings_sha256(
-        compose([*words, "defense=pgd", "rival=fast"])
-    )
+    repaired = compose([*fast, "recipe.repair_steps=1"])
+    assert settings_sha256(repaired) != settings_sha256(compose(fast))
 
 
 def test_an_interrupted_command_goes_on(

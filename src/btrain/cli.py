@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
 from btrain import __version__, own
@@ -34,6 +33,9 @@ from btrain.processes.launched import (
 )
 from btrain.processes.parent import not_outliving, watched_workers
 from btrain.terminal import complain, say, show, spell_out, tell
+
+if TYPE_CHECKING:
+    from btrain.settings.compose import Task
 
 USAGE = """\
 usage: btrain <command> …
@@ -75,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--completion":
         return _completion(args[1:])
     if args[0] not in COMMANDS:
-        meant = get_close_matches(args[0], COMMANDS, 1)
-        hint = f"Did you mean {meant[0]}?" if meant else "btrain --help lists them."
+        from btrain.settings.hints import meant
+
+        close = meant(args[0], COMMANDS)
+        hint = f"Did you mean {close}?" if close else "btrain --help lists them."
         complain(f"there is no command {args[0]}. {hint}")
         return 2
     try:
@@ -221,13 +225,8 @@ def _plan(args: list[str]) -> None:
     from btrain.settings import compose as configs
 
     args = configs.arranged(args)
-    if "--help" in args:
-        from btrain.settings.help import help_text
-
-        summary = "tell what that training will take: steps, time, memory, disk; train nothing"
-        told = replace(configs.TASKS["train"], command="plan", summary=summary)
-        show(help_text(args, "train", told), end="")
-        return
+    summary = "tell what that training will take: steps, time, memory, disk; train nothing"
+    told = replace(configs.TASKS["train"], command="plan", summary=summary)
     with TemporaryDirectory(prefix="btrain-") as folder:  # jobs may be processes of their own
         place = Path(folder)
 
@@ -244,7 +243,7 @@ def _plan(args: list[str]) -> None:
         if is_sweep and not any("submitit" in word for word in args):
             args = [word for word in args if not word.lstrip("+").startswith("hydra.sweep.dir=")]
             args.append(f"hydra.sweep.dir={configs.quoted(str(place))}")
-        _run_with_hydra("train", args, run)
+        _run_with_hydra("train", args, run, told=told)
         if len(files := [*place.glob("*.json")]) > 1:
             from btrain.training.foresee import Foreseen, in_all
 
@@ -270,13 +269,18 @@ def _data(args: list[str]) -> None:
 
 
 def _run_with_hydra(
-    task: str, args: list[str], run: Callable[[Any], object], place: Path | None = None
+    task: str,
+    args: list[str],
+    run: Callable[[Any], object],
+    place: Path | None = None,
+    told: Task | None = None,
 ) -> None:
     """Compose the task's configuration with Hydra and run it, once a job.
 
     Args:
         args: arranged.
         place: the folder in which the jobs of a sweep tell of themselves.
+        told: the command and its summary for `--help`, where they are not the task's own.
     """
     from btrain.settings import compose as configs
 
@@ -285,7 +289,7 @@ def _run_with_hydra(
     if "--help" in args:
         from btrain.settings.help import help_text
 
-        show(help_text(args, task), end="")
+        show(help_text(args, task, told), end="")
         return
     configs.check_words(args, task)
     folder = configs.user_folder(args)

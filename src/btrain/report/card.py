@@ -112,9 +112,8 @@ def _accuracies(
         if accuracy is not None and n:
             low, high = wilson(round(accuracy * n / 100), n)
             rows.append([name, f"{accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}", str(n)])
-    attacks = set()
-    for of, where in _evaluations(folder, checkpoint):
-        attacks.add(of.attack)
+    found = [*_evaluations(folder, checkpoint)]
+    for of, where in found:
         interval = NONE if of.ci95 is None else f"{of.ci95[0]:.2f} to {of.ci95[1]:.2f}"
         epsilon = of.settings.get("epsilon")
         ball = "" if epsilon is None else f", ε {epsilon:.3g}"
@@ -122,7 +121,7 @@ def _accuracies(
     if not rows:
         return []
     told = "Accuracies are percent of n test images, with 95 % intervals over other draws of them."
-    if not any("autoattack" in attack for attack in attacks):
+    if not any("autoattack" in of.attack for of, _ in found):
         told += "\nAutoAttack was not run, so the true robust accuracy may be lower."
     return [markdown(["under", "right %", "95 % interval", "n"], rows), told]
 
